@@ -1,0 +1,33 @@
+"""cmkit: consistency models from swappable parts. Importing it imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "cmkit.errors": (
+        "BusyError CheckpointError CmkitError DataError DownloadError Interrupted NonFiniteError"
+        " PluginError RecipeError ResourceError"
+    ),
+    "cmkit.plugins": "Plugin Registry api_version discover hookimpl hookspec",
+    "cmkit.kinds": (
+        "Backbone DataSpec Dataset Metric Objective Part Phase Reference Rescaler Sampler"
+    ),
+    "cmkit.noise": "Noise Rng image_labels image_noise permutation shared_dropout",
+    "cmkit.denoiser": "Cond Denoiser Models Network Scales",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'cmkit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

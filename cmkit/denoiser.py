@@ -1,0 +1,140 @@
+"""THE contract of the project: denoiser(x, sigma, cond) -> x0_hat."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cmkit.noise import Noise
+
+if TYPE_CHECKING:
+    from cmkit.kinds import Phase, Rescaler
+
+Scales = Mapping[str, Tensor]
+"""Site -> scale of shape () or (B,); an absent site has scale 1."""
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What an embedding may see besides sigma; None = absent."""
+
+    label: Tensor | None = None
+    """Class, (B,) int64."""
+    guidance: Tensor | None = None
+    """Guidance weight w of LCM, (B,)."""
+    sigma_to: Tensor | None = None
+    """Target noise level s of CTM, (B,)."""
+    text: Tensor | None = None
+    """Text features, (B, L, D)."""
+
+    def to(self, device: torch.device) -> Cond:
+        """The same conditions on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True) if value is not None else None
+            for name, value in vars(self).items()
+        }
+        return Cond(**moved)
+
+
+NO_COND = Cond()
+
+
+class Network(nn.Module):
+    """What a backbone builds: F(x, c_noise), with c_noise = ln(sigma) / 4 (EDM, table 1).
+
+    `sites` names the places that can be rescaled: "skip.0" .. one per encoder-decoder connection,
+    counted from the input on; "emb.0" .. one per block that reads the embedding.
+    """
+
+    sites: tuple[str, ...] = ()
+
+    def forward(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales) -> Tensor:
+        """F, (B, C, H, W), of preconditioned images x (B, C, H, W) and c_noise (B,)."""
+        raise NotImplementedError
+
+
+def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) of a diffusion model (EDM, table 1); sigma_min is not used."""
+    variance = sigma**2 + sigma_data**2
+    return sigma_data**2 / variance, sigma * sigma_data / variance.sqrt()
+
+
+def consistency_scalings(
+    sigma: Tensor, sigma_data: float, sigma_min: float
+) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) with f(x, sigma_min) = x (Consistency Models, appendix C)."""
+    above = sigma - sigma_min
+    c_skip = sigma_data**2 / (above**2 + sigma_data**2)
+    return c_skip, sigma_data * above / (sigma**2 + sigma_data**2).sqrt()
+
+
+SCALINGS = {"edm": edm_scalings, "consistency": consistency_scalings}
+
+
+class Denoiser(nn.Module):
+    """x0_hat = c_skip x + c_out F(c_in x, ln(sigma) / 4), c_in = 1 / sqrt(sigma^2 + sigma_data^2).
+
+    With precond "consistency" it is x itself, bit for bit, at sigma_min.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        noise: Noise | None = None,
+        precond: str = "consistency",
+        sigma_data: float = 0.5,
+    ):
+        super().__init__()
+        self.network = network
+        self.noise = noise or Noise()
+        self.precond = precond
+        self.sigma_data = sigma_data
+        self._scales: Callable[[Tensor], Scales] | None = None
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Cond = NO_COND) -> Tensor:
+        """x0_hat, (B, C, H, W), of noisy images x (B, C, H, W) with noise levels sigma (B,)."""
+        scales = self._scales(sigma) if self._scales else {}
+        c_skip, c_out = SCALINGS[self.precond](sigma, self.sigma_data, self.noise.sigma_min)
+        c_in = (sigma**2 + self.sigma_data**2).rsqrt()
+        c_noise = 0.25 * torch.log(sigma + 1e-44)
+        f = self.network(_per_image(c_in, x) * x, c_noise, cond, scales)
+        return _per_image(c_skip, x) * x + _per_image(c_out, x) * f.to(x.dtype)
+
+    def rescaled(self, rescaler: Rescaler) -> Denoiser:
+        """The same weights with the scales of `rescaler`; training never sees it."""
+        other = copy.copy(self)
+        other._scales = rescaler.bind(self.network.sites)
+        return other
+
+
+def _per_image(c: Tensor, x: Tensor) -> Tensor:
+    """(B,) as (B, 1, 1, 1), in the type of x."""
+    return c.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass
+class Models:
+    """The copies of one denoiser that training holds; `ema` maps a decay to its copy."""
+
+    online: Denoiser
+    target: Denoiser
+    teacher: Denoiser | None = None
+    ema: dict[float, Denoiser] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def update(self, phase: Phase) -> None:
+        """Move the target and every EMA towards the online weights, one fused call a copy.
+
+        The target takes decay `phase.target_ema`; where the objective keeps no target of its own,
+        it is the online network itself and is left alone.
+        """
+        online = list(self.online.parameters())
+        if self.target is not self.online:
+            torch._foreach_lerp_(list(self.target.parameters()), online, 1 - phase.target_ema)
+        for decay, copied in self.ema.items():
+            torch._foreach_lerp_(list(copied.parameters()), online, 1 - decay)

@@ -1,0 +1,68 @@
+"""The errors that cmkit reports: one class an exit code, one line that names place, value and cure."""
+
+from __future__ import annotations
+
+
+class CmkitError(Exception):
+    """A fault that the user can mend. `str(error)` is one line: place, value, cure."""
+
+    exit_code = 70
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+class RecipeError(CmkitError):
+    """Wrong usage, or a recipe that says something impossible."""
+
+    exit_code = 2
+
+
+class DataError(CmkitError):
+    """Data that is missing, empty, corrupt, or not what the recipe says."""
+
+    exit_code = 3
+
+
+class CheckpointError(CmkitError):
+    """Weights that are missing, damaged, unsafe, or of another shape."""
+
+    exit_code = 4
+
+
+class ResourceError(CmkitError):
+    """No disk, memory, device, or permission."""
+
+    exit_code = 5
+
+
+class NonFiniteError(CmkitError):
+    """NaN or infinity where a number was due."""
+
+    exit_code = 6
+
+
+class BusyError(CmkitError):
+    """Another process holds the run folder."""
+
+    exit_code = 7
+
+
+class DownloadError(CmkitError):
+    """A file that must be downloaded cannot be had, or is not the one expected."""
+
+    exit_code = 8
+
+
+class PluginError(CmkitError):
+    """A plugin that is missing, broken, ambiguous, or breaks its protocol."""
+
+    exit_code = 9
+
+
+class Interrupted(CmkitError):
+    """Stopped by SIGINT or SIGTERM after everything was saved; the exit code is 128 + signal."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.exit_code = 128 + signum

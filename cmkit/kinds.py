@@ -1,0 +1,174 @@
+"""The six kinds of part: what a plugin subclasses. A part's fields are its table in a recipe.
+
+A module that a manifest names should import torch inside its functions (or in a sibling module):
+`cmkit schema`, `cmkit plugins show` and the checks of a recipe then stay instant.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.utils.data import Dataset as Images
+
+    from cmkit.denoiser import Cond, Denoiser, Models, Network, Scales
+    from cmkit.noise import Rng
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a data set tells the other parts. `num_classes` is None when there are no labels."""
+
+    channels: int
+    resolution: int
+    num_classes: int | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images that metrics compare with.
+
+    `images[i]` is (C, H, W) uint8; `fingerprint` changes whenever a pixel does.
+    """
+
+    images: Images[Tensor]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Where training stands, by arithmetic on the step alone.
+
+    `num_sigmas` is N, the points of the sigma grid; `target_ema` is mu of the target network;
+    `log` holds further numbers worth showing.
+    """
+
+    step: int
+    num_sigmas: int | None = None
+    target_ema: float = 0.0
+    log: Mapping[str, float] = field(default_factory=dict)
+
+
+class Part(BaseModel):
+    """A frozen record of options: the fields of a subclass are the keys of its recipe table."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class Backbone(Part, ABC):
+    """Builds a network F(x, c_noise). `accepts` names the fields of `Cond` that it can embed."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
+        """A fresh network for images of `data`, with an embedding for each of `conditions`."""
+
+
+class Objective(Part, ABC):
+    """A training loss.
+
+    `needs` may hold "target" (an EMA copy of the online network), "teacher" (frozen weights),
+    and names of `Cond` fields that the backbone must accept.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def phase(self, step: int, total: int) -> Phase:
+        """Schedules at `step` of `total`, in pure Python."""
+
+    @abstractmethod
+    def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
+        """Unreduced loss, (B,), of clean images x0 (B, C, H, W) in [-1, 1]."""
+
+
+class Sampler(Part, ABC):
+    """Turns noise into images by calling a denoiser `nfe` times."""
+
+    @property
+    @abstractmethod
+    def nfe(self) -> int:
+        """Denoiser evaluations a sample."""
+
+    @abstractmethod
+    def sample(
+        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
+    ) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] from x = sigma_max * z; noise(k), k >= 1, is the k-th
+        standard normal draw (B, C, H, W) of these very images."""
+
+
+class Rescaler(Part, ABC):
+    """A policy of post-training scales for a network's sites."""
+
+    @abstractmethod
+    def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
+        """The map sigma (B,) -> scales; RecipeError when a site that it names is not in `sites`."""
+
+
+class Dataset(Part, ABC):
+    """Images and labels."""
+
+    @abstractmethod
+    def spec(self) -> DataSpec:
+        """Shape and classes; DataError when the files are missing or corrupt."""
+
+    @abstractmethod
+    def batches(
+        self, size: int, seed: int, device: torch.device, start: int = 0
+    ) -> Iterator[tuple[Tensor, Cond]]:
+        """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
+
+    @abstractmethod
+    def reference(self) -> Reference:
+        """The real images that metrics compare with."""
+
+
+class Metric(Part, ABC):
+    """Numbers about images."""
+
+    @abstractmethod
+    def keys(self) -> tuple[str, ...]:
+        """Names of the numbers that `measure` returns."""
+
+    def only(self, key: str) -> Metric:
+        """The cheapest metric that still returns `key`."""
+        return self
+
+    def check(self, data: DataSpec) -> None:
+        """Raise now what would stop `measure` later: missing weights, an unfit image size."""
+
+    @abstractmethod
+    def measure(
+        self, images: Images[Tensor], reference: Reference, device: torch.device
+    ) -> dict[str, float]:
+        """`keys()` with their values, for images[i] (C, H, W) uint8."""
+
+    def provenance(self) -> dict[str, Any]:
+        """What must stand beside the numbers so that they can be compared: extractor, weights."""
+        return {}
+
+
+CLASSES: dict[str, type[Part]] = {
+    "backbone": Backbone,
+    "objective": Objective,
+    "sampler": Sampler,
+    "rescaler": Rescaler,
+    "dataset": Dataset,
+    "metric": Metric,
+}

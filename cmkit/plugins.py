@@ -1,0 +1,234 @@
+"""Finds the parts that installed packages offer, without importing any of them."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from cmkit.errors import PluginError
+
+if TYPE_CHECKING:
+    from cmkit.kinds import Part
+
+api_version = 1
+KINDS = ("backbone", "objective", "sampler", "rescaler", "dataset", "metric")
+
+hookspec = pluggy.HookspecMarker("cmkit")
+hookimpl = pluggy.HookimplMarker("cmkit")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One part that a package offers.
+
+    `target` is "module:Class", imported only when a recipe names the part. `cite` is the BibTeX
+    key or the reference of the paper that the part implements.
+    """
+
+    kind: str
+    name: str
+    target: str
+    summary: str
+    cite: str | None = None
+    api: int = api_version
+
+
+class Hooks:
+    """The hooks that a package may implement; cmkit calls them once, never inside a loop."""
+
+    @hookspec
+    def cmkit_register(self) -> list[Plugin]:
+        """Return the parts that this package offers. Must not import torch."""
+        raise NotImplementedError
+
+    @hookspec
+    def cmkit_run_finished(self, folder: str, report: dict[str, Any]) -> None:
+        """Told once, when every stage of a run is done: its folder and its `report.json`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of `cmkit plugins`: a part with its origin, or the reason why there is none."""
+
+    kind: str
+    name: str
+    dist: str
+    version: str
+    plugin: Plugin | None = None
+    broken: str | None = None
+
+    @property
+    def qualified(self) -> str:
+        return f"{self.dist}:{self.name}"
+
+
+class Registry:
+    """All rows, and the way from a name in a recipe to a class."""
+
+    def __init__(self, rows: Iterable[Row], manager: pluggy.PluginManager | None = None):
+        self.rows = sorted(rows, key=lambda row: (row.kind, row.name, row.dist))
+        self.manager = manager or _new_manager()
+
+    def names(self, kind: str) -> list[str]:
+        """Names of `kind` that a recipe may use, sorted; a clash appears only qualified."""
+        rows = [row for row in self.rows if row.kind == kind and row.plugin]
+        bare = [row.name for row in rows]
+        return sorted({r.name if bare.count(r.name) == 1 else r.qualified for r in rows})
+
+    def find(self, kind: str, name: str) -> Row:
+        """The one row that `name`, bare or qualified, means; PluginError says which are near."""
+        rows = [r for r in self.rows if r.kind == kind and name in (r.name, r.qualified)]
+        if len(rows) == 1 and rows[0].plugin:
+            return rows[0]
+        if len(rows) == 1:
+            raise PluginError(f"{kind} {name!r} of {_origin(rows[0])} is broken: {rows[0].broken}")
+        if rows:
+            choices = " or ".join(repr(row.qualified) for row in rows)
+            raise PluginError(f"{kind} {name!r} is offered by several packages: say {choices}")
+        raise PluginError(f"no {kind} is called {name!r}{self._hint(kind, name)}")
+
+    def load(self, kind: str, name: str) -> type[Part]:
+        """The class behind (kind, name); PluginError when its import fails or it is no part."""
+        row = self.find(kind, name)
+        assert row.plugin is not None
+        return _import_target(row)
+
+    def _hint(self, kind: str, name: str) -> str:
+        near = difflib.get_close_matches(name, self.names(kind), 1)
+        if near:
+            return f"; did you mean {near[0]!r}?"
+        broken = [f"{_origin(row)}: {row.broken}" for row in self.rows if not row.plugin]
+        known = f"; known: {', '.join(self.names(kind)) or 'none'}"
+        return known + (f" (broken packages: {'; '.join(broken)})" if broken else "")
+
+
+@cache
+def discover() -> Registry:
+    """The registry of every installed package with an entry point in the group `cmkit`."""
+    return register(entry_points(group="cmkit"))
+
+
+def register(entries: Iterable[EntryPoint]) -> Registry:
+    """The registry of these entry points, each tried alone: a broken one becomes a row."""
+    manager = _new_manager()
+    rows: list[Row] = []
+    for entry in sorted(entries, key=lambda e: (e.dist.name if e.dist else "", e.name)):
+        dist = entry.dist.name if entry.dist else "?"
+        version = entry.dist.version if entry.dist else "?"
+        try:
+            rows += [
+                Row(p.kind, p.name, dist, version, *_judge(p)) for p in _manifest(manager, entry)
+            ]
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may even call sys.exit
+            rows.append(Row("?", entry.name, dist, version, None, _reason(error)))
+    return Registry(rows, manager)
+
+
+def _manifest(manager: pluggy.PluginManager, entry: EntryPoint) -> list[Plugin]:
+    had_torch = "torch" in sys.modules
+    module = entry.load()
+    if "torch" in sys.modules and not had_torch:
+        raise PluginError(
+            f"manifest {entry.value} imports torch; name its parts as 'module:Class' strings"
+        )
+    key = f"{entry.dist.name if entry.dist else '?'}:{entry.name}"
+    manager.register(module, key)
+    try:
+        _check_hooks(manager, module)
+        others = [plugin for plugin in manager.get_plugins() if plugin is not module]
+        offers = manager.subset_hook_caller("cmkit_register", others)()
+        plugins = [plugin for offer in offers for plugin in offer]
+        for plugin in plugins:
+            if not isinstance(plugin, Plugin):
+                raise PluginError(f"cmkit_register must return cmkit.Plugin items, not {plugin!r}")
+    except BaseException:
+        manager.unregister(module)
+        raise
+    return plugins
+
+
+def _check_hooks(manager: pluggy.PluginManager, module: object) -> None:
+    known = {name for name in vars(Hooks) if name.startswith("cmkit_")}
+    for name in vars(module):
+        if manager.parse_hookimpl_opts(module, name) is not None and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise PluginError(f"unknown hook {name!r}{hint}")
+
+
+def _judge(plugin: Plugin) -> tuple[Plugin | None, str | None]:
+    """(plugin, None) when usable, (None, reason) when not."""
+    if plugin.kind not in KINDS:
+        return None, f"unknown kind {plugin.kind!r}; kinds are {', '.join(KINDS)}"
+    if plugin.api != api_version:
+        return None, f"written for cmkit API {plugin.api}, this is {api_version}"
+    if plugin.target.count(":") != 1:
+        return None, f"target {plugin.target!r} is not 'module:Class'"
+    return plugin, None
+
+
+def _import_target(row: Row) -> type[Part]:
+    from cmkit import kinds
+
+    assert row.plugin is not None
+    module, _, attribute = row.plugin.target.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise PluginError(
+            f"{row.kind} {row.name!r} of {_origin(row)} cannot be imported: {_reason(error)}"
+        ) from error
+    wanted = kinds.CLASSES[row.kind]
+    if not (isinstance(found, type) and issubclass(found, wanted)):
+        raise PluginError(
+            f"{row.kind} {row.name!r} of {_origin(row)}: {row.plugin.target} is not a"
+            f" cmkit.{wanted.__name__}"
+        )
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise PluginError(
+            f"{row.kind} {row.name!r} of {_origin(row)}: {row.plugin.target} lacks"
+            f" {', '.join(missing)}"
+        )
+    return found
+
+
+def _new_manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager("cmkit")
+    manager.add_hookspecs(Hooks)
+    return manager
+
+
+def _origin(row: Row) -> str:
+    return f"{row.dist} {row.version}"
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def public_rows(registry: Registry) -> Iterator[dict[str, Any]]:
+    """The rows as `cmkit plugins --json` prints them."""
+    for row in registry.rows:
+        yield {
+            "kind": row.kind,
+            "name": row.name,
+            "package": row.dist,
+            "version": row.version,
+            "summary": row.plugin.summary if row.plugin else None,
+            "cite": row.plugin.cite if row.plugin else None,
+            "target": row.plugin.target if row.plugin else None,
+            "broken": row.broken,
+        }

@@ -1,0 +1,1 @@
+"""Every part that comes with cmkit, reached only through its entry point."""
