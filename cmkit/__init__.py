@@ -20,7 +20,7 @@ _HOMES = {
     "cmkit.denoiser": "Cond Denoiser Models Network Scales",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

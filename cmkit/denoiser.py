@@ -119,12 +119,17 @@ def _per_image(c: Tensor, x: Tensor) -> Tensor:
 
 @dataclass
 class Models:
-    """The copies of one denoiser that training holds; `ema` maps a decay to its copy."""
+    """The copies of one denoiser that training holds; `ema` maps a decay to its copy.
+
+    With `ema_warmup` a decay is capped by (1 + step) / (10 + step), so that the first, untrained
+    weights are forgotten.
+    """
 
     online: Denoiser
     target: Denoiser
     teacher: Denoiser | None = None
     ema: dict[float, Denoiser] = field(default_factory=dict)
+    ema_warmup: bool = False
 
     @torch.no_grad()
     def update(self, phase: Phase) -> None:
@@ -136,5 +141,6 @@ class Models:
         online = list(self.online.parameters())
         if self.target is not self.online:
             torch._foreach_lerp_(list(self.target.parameters()), online, 1 - phase.target_ema)
+        cap = (1 + phase.step) / (10 + phase.step) if self.ema_warmup else 1.0
         for decay, copied in self.ema.items():
-            torch._foreach_lerp_(list(copied.parameters()), online, 1 - decay)
+            torch._foreach_lerp_(list(copied.parameters()), online, 1 - min(decay, cap))

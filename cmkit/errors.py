@@ -1,4 +1,4 @@
-"""The errors that cmkit reports: one class an exit code, one line that names place, value and cure."""
+"""The errors that cmkit reports: one class an exit code, one line with place, value and cure."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PluginError(CmkitError):
     exit_code = 9
 
 
-class Interrupted(CmkitError):
+class Interrupted(CmkitError):  # noqa: N818
     """Stopped by SIGINT or SIGTERM after everything was saved; the exit code is 128 + signal."""
 
     def __init__(self, message: str, signum: int):

@@ -88,6 +88,9 @@ class Objective(Part, ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    def check(self, data: DataSpec) -> None:
+        """Raise now what would stop `loss` later, such as missing weights of a distance."""
+
     @abstractmethod
     def phase(self, step: int, total: int) -> Phase:
         """Schedules at `step` of `total`, in pure Python."""

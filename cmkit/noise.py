@@ -89,7 +89,8 @@ def image_noise(
 
     Philox keyed by (seed, purpose, index, draw): a row is the same whatever the batch size.
     """
-    rows = [_philox(seed, f"{purpose}/{draw}", i).standard_normal(shape, np.float32) for i in indices]
+    purpose = f"{purpose}/{draw}"
+    rows = [_philox(seed, purpose, i).standard_normal(shape, np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -105,7 +106,9 @@ def permutation(seed: int, purpose: str, index: int, n: int) -> np.ndarray:
 
 
 def _philox(seed: int, purpose: str, index: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array(_key(seed, purpose, index), np.uint64)))
+    return np.random.Generator(
+        np.random.Philox(key=np.array(_key(seed, purpose, index), np.uint64))
+    )
 
 
 def _key(seed: int, purpose: str, index: int) -> tuple[int, int]:

@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
 
 from cmkit.errors import PluginError
-
-if TYPE_CHECKING:
-    from cmkit.kinds import Part
+from cmkit.kinds import CLASSES, Part
 
 api_version = 1
-KINDS = ("backbone", "objective", "sampler", "rescaler", "dataset", "metric")
+KINDS = tuple(CLASSES)
 
 hookspec = pluggy.HookspecMarker("cmkit")
 hookimpl = pluggy.HookimplMarker("cmkit")
@@ -178,8 +176,6 @@ def _judge(plugin: Plugin) -> tuple[Plugin | None, str | None]:
 
 
 def _import_target(row: Row) -> type[Part]:
-    from cmkit import kinds
-
     assert row.plugin is not None
     module, _, attribute = row.plugin.target.partition(":")
     try:
@@ -190,7 +186,7 @@ def _import_target(row: Row) -> type[Part]:
         raise PluginError(
             f"{row.kind} {row.name!r} of {_origin(row)} cannot be imported: {_reason(error)}"
         ) from error
-    wanted = kinds.CLASSES[row.kind]
+    wanted = CLASSES[row.kind]
     if not (isinstance(found, type) and issubclass(found, wanted)):
         raise PluginError(
             f"{row.kind} {row.name!r} of {_origin(row)}: {row.plugin.target} is not a"

@@ -1,0 +1,345 @@
+"""The command line: parse, call, print. Imports torch only inside the commands that compute."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cmkit.errors import CmkitError, RecipeError, ResourceError
+from cmkit.stop import StopSignal
+
+if TYPE_CHECKING:
+    from cmkit.compose import Plan
+    from cmkit.plugins import Registry
+
+app = typer.Typer(
+    help="Train, rescale, sample and compare consistency models from swappable parts.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+plugins_app = typer.Typer(
+    help="The parts that installed packages offer.", invoke_without_command=True
+)
+app.add_typer(plugins_app, name="plugins")
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A recipe file, or the bare name of a recipe that comes with cmkit.")
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value, written as in TOML."),
+]
+OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        import cmkit
+
+        print(cmkit.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set: SetOption = [],  # noqa: B006 - the option is called --set
+    out: OutOption = Path("runs"),
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Carry a recipe out, or go on where it stopped: train, search, sample, measure, report."""
+    stop = StopSignal()
+    stop.listen()
+    plan, registry = _plan(recipe, set)
+    from cmkit.compose import pick_device
+    from cmkit.run import RunFinished, run, run_folder
+    from cmkit.ui import Display
+
+    chosen = pick_device(device)
+    folder = run_folder(plan, out)
+    _debug_log.path = folder / "debug.log"
+    report: dict[str, Any] = {}
+    with Display(chosen, quiet=json) as display:
+        display.say(f"run folder: {folder} on {chosen}")
+        for event in run(plan, registry, out, chosen, stop):
+            display.show(event)
+            if isinstance(event, RunFinished):
+                report = event.report
+    if json:
+        _print_json({**report, "folder": str(folder)})
+    else:
+        _print_results(folder, report)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    set: SetOption = [],  # noqa: B006
+    out: OutOption = Path("runs"),
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Check all that `run` would check, and say what it would cost, without running."""
+    plan, _ = _plan(recipe, set)
+    from cmkit.compose import check_disk, pick_device
+    from cmkit.run import run_folder
+
+    chosen = pick_device(device)
+    check_disk(plan, out)
+    facts = {
+        "recipe": plan.recipe.name,
+        "folder": str(run_folder(plan, out)),
+        "device": str(chosen),
+        "parameters": plan.parameters,
+        "gflop_per_image": plan.flops / 1e9,
+        "weights_memory_mib": plan.memory / 2**20,
+        "disk_mib": plan.disk / 2**20,
+        "images": [plan.data.channels, plan.data.resolution, plan.data.resolution],
+        "classes": plan.data.num_classes,
+        "nfe": plan.recipe.sampler.nfe if plan.recipe.sampler else None,
+        "sites": len(plan.sites),
+        "weights": plan.recipe.denoiser.weights,
+    }
+    if json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):<20} {_human(value)}")
+
+
+@plugins_app.callback()
+def plugins(context: typer.Context, json: JsonOption = False) -> None:
+    """List every part with its origin; a broken one with its reason."""
+    if context.invoked_subcommand:
+        return
+    from cmkit.plugins import discover, public_rows
+
+    rows = list(public_rows(discover()))
+    if json:
+        _print_json({"schema": 1, "plugins": rows})
+        return
+    from rich.table import Table
+
+    table = Table("kind", "name", "package", "what it is", box=None, pad_edge=False)
+    for row in rows:
+        about = f"BROKEN: {row['broken']}" if row["broken"] else row["summary"]
+        table.add_row(row["kind"], row["name"], f"{row['package']} {row['version']}", about)
+    _stdout().print(table)
+
+
+@plugins_app.command("show")
+def plugins_show(
+    kind: Annotated[str, typer.Argument(help="backbone, objective, sampler, ...")],
+    name: Annotated[str, typer.Argument(help="Its name in recipes.")],
+    json: JsonOption = False,
+) -> None:
+    """Show one part: its fields with types, defaults and meaning, and what to cite."""
+    from cmkit.plugins import KINDS, discover
+    from cmkit.source import meant
+
+    if kind not in KINDS:
+        raise RecipeError(f"plugins show {kind}: no such kind{meant(kind, KINDS)}")
+    registry = discover()
+    row = registry.find(kind, name)
+    model = registry.load(kind, name)
+    assert row.plugin is not None
+    described = {
+        "kind": kind,
+        "name": name,
+        "package": row.dist,
+        "version": row.version,
+        "summary": row.plugin.summary,
+        "cite": row.plugin.cite,
+        "help": " ".join((model.__doc__ or "").split()),
+        "fields": list(fields(model)),
+    }
+    if json:
+        _print_json(described)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _stdout()
+    console.print(Text(f"{kind} {name}", "bold"), Text(f"({row.dist} {row.version})", "dim"))
+    console.print(Text(described["help"]))
+    table = Table("key", "type", "default", "meaning", box=None, pad_edge=False)
+    for entry in described["fields"]:
+        table.add_row(*(Text(str(entry[key])) for key in ("key", "type", "default", "meaning")))
+    if described["fields"]:
+        console.print(table)
+    if row.plugin.cite:
+        console.print(Text(f"cite: {row.plugin.cite}"))
+
+
+def fields(model: Any) -> Iterator[dict[str, str]]:
+    """Key, type, default and meaning of each field of a part, as text."""
+    properties = model.model_json_schema().get("properties", {})
+    for key, info in model.model_fields.items():
+        default = "required" if info.is_required() else json.dumps(properties[key].get("default"))
+        kind = str(
+            info.annotation if not isinstance(info.annotation, type) else info.annotation.__name__
+        )
+        yield {
+            "key": key,
+            "type": kind.replace("typing.", "").replace("NoneType", "None"),
+            "default": "absent" if default == "null" else default,
+            "meaning": info.description or "",
+        }
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, from the installed parts; TOML editors complete by it."""
+    from cmkit.plugins import discover
+    from cmkit.recipe import schema
+
+    _print_json(schema(discover()))
+
+
+def main() -> None:
+    """Run the command line; every error of ours is one line on stderr, and its own exit code."""
+    code = 0
+    try:
+        code = app(standalone_mode=False) or 0
+    except CmkitError as error:
+        code = _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        code = _say("interrupted; nothing was being written", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (MemoryError, OSError, RuntimeError) as error:
+        code = _resource(error)
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except Exception as error:
+        code = _unexpected(error)
+    sys.exit(code)
+
+
+class _debug_log:  # noqa: N801 - one place that is known only once the run folder is
+    path = Path("cmkit-debug.log")
+
+
+def _fail(error: BaseException, code: int) -> int:
+    _write_debug_log()
+    return _say(f"error: {error}", code)
+
+
+def _resource(error: BaseException) -> int:
+    """Memory and disk end as exit 5 however libraries word them; the rest is our bug."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        hint = "lower train.batch, search.batch or sample.batch, or raise train.accumulate"
+        return _fail(
+            ResourceError(f"out of memory: {text.splitlines()[0] if text else ''}; {hint}"), 5
+        )
+    if isinstance(error, OSError) and error.errno in {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.EROFS,
+        errno.EACCES,
+    }:
+        return _fail(
+            ResourceError(f"{error.filename or 'disk'}: {error.strerror}; choose another --out"), 5
+        )
+    return _unexpected(error)
+
+
+def _unexpected(error: BaseException) -> int:
+    if hasattr(error, "format_message"):  # a usage error of the parser that typer brings
+        return _say(f"error: {error.format_message()}; see --help", 2)
+    where = _write_debug_log()
+    return _say(
+        f"error: a bug in cmkit: {type(error).__name__}: {' '.join(str(error).split())[:300]};"
+        f" please report it with {where}",
+        70,
+    )
+
+
+def _write_debug_log() -> str:
+    """The traceback into the run folder's debug.log if there is one, else into the temp folder."""
+    import tempfile
+
+    for path in (_debug_log.path, Path(tempfile.gettempdir()) / "cmkit-debug.log"):
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+            return str(path)
+    return "the command"
+
+
+def _say(text: str, code: int) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        line = text.encode(sys.stderr.encoding or "ascii", "backslashreplace")
+        print(line.decode(sys.stderr.encoding or "ascii"), file=sys.stderr, flush=True)
+    return code
+
+
+def _plan(recipe: str, overrides: list[str]) -> tuple[Plan, Registry]:
+    from cmkit.plugins import discover
+    from cmkit.recipe import load
+
+    registry = discover()
+    loaded = load(find_recipe(recipe), overrides, registry)
+    from cmkit.compose import plan  # the recipe is known to be sound before torch is imported
+
+    return plan(loaded), registry
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe file `name`, or the shipped recipe of that bare name."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        return path
+    home = Path(__file__).parent
+    for folder in (home / "recipes", home.parent / "recipes"):
+        shipped = folder / f"{name}.toml"
+        if shipped.is_file():
+            return shipped
+    return path
+
+
+def _stdout() -> Any:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 200
+    return Console(width=width, highlight=False)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=1, ensure_ascii=True))
+
+
+def _human(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _print_results(folder: Path, report: dict[str, Any]) -> None:
+    stages = report["stages"]
+    print(f"report: {folder / 'report.html'}")
+    if "search" in stages:
+        found = stages["search"]
+        winner = " ".join(f"{axis} = {found['best'][axis]:g}" for axis in found["axes"])
+        print(f"winner of the search: {winner}")
+        print(found["confirm"]["verdict"])
+    for name, value in stages.get("metric", {}).get("values", {}).items():
+        print(f"{name} = {value:.6g}")

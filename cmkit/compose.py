@@ -1,0 +1,257 @@
+"""Recipe + registry -> parts that fit each other; every cross-check, before any heavy work."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cmkit.checkpoint import load_weights, read_weights
+from cmkit.denoiser import Cond, Denoiser, Network
+from cmkit.errors import CmkitError, PluginError, ResourceError
+from cmkit.kinds import DataSpec, Metric, Rescaler, Sampler
+from cmkit.noise import Noise
+from cmkit.recipe import Recipe
+
+CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe whose parts are known to fit, with what it will cost."""
+
+    recipe: Recipe
+    data: DataSpec
+    conditions: frozenset[str]
+    sites: tuple[str, ...]
+    parameters: int
+    flops: int
+    """Floating-point operations of one forward pass for one image."""
+    disk: int
+    """Bytes that the run folder will hold at most, pictures aside."""
+    memory: int
+    """Bytes of weights, their copies and the optimizer's state."""
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe; raises the error of the first check that fails.
+
+    Reads the data set's headers, builds the network without memory (on the `meta` device) and
+    runs the sampler once on it, so that shapes, sites and conditions are tried, not assumed.
+    """
+    _stages_are_complete(recipe)
+    data = recipe.dataset.spec()
+    conditions = _conditions(recipe, data)
+    with torch.device("meta"):
+        denoiser = _denoiser(recipe, recipe.backbone.build(data, conditions))
+    sites = denoiser.network.sites
+    if recipe.rescaler:
+        with _at(recipe, "rescaler"):
+            denoiser.rescaled(recipe.rescaler)
+    for cell in cells(recipe):
+        cell.bind(sites)
+    if recipe.objective:
+        with _at(recipe, "objective"):
+            recipe.objective.check(data)
+    for index, metric in enumerate(recipe.metric):
+        with _at(recipe, "metric", index):
+            metric.check(data)
+    if recipe.denoiser.weights:
+        with _at(recipe, "denoiser", "weights"):
+            tensors = read_weights(Path(recipe.denoiser.weights))
+            load_weights(denoiser.network, tensors, recipe.denoiser.weights)
+    flops = _dry_run(recipe, denoiser, data)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    memory = 4 * parameters * _copies(recipe)
+    return Plan(
+        recipe=recipe,
+        data=data,
+        conditions=conditions,
+        sites=sites,
+        parameters=parameters,
+        flops=flops,
+        disk=_disk(recipe, data, memory),
+        memory=memory,
+    )
+
+
+def build(plan: Plan, device: torch.device) -> Denoiser:
+    """The recipe's denoiser on `device`: its given weights, or fresh ones that the seed decides."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.recipe.seed)
+        network = plan.recipe.backbone.build(plan.data, plan.conditions)
+    weights = plan.recipe.denoiser.weights
+    if weights:
+        load_weights(network, read_weights(Path(weights)), weights)
+    network = network.to(device=device, memory_format=torch.channels_last)
+    return _denoiser(plan.recipe, network)
+
+
+def cells(recipe: Recipe) -> Iterator[Rescaler]:
+    """The rescaler of each cell of the search's grid, the last axis fastest."""
+    if recipe.search is None or recipe.rescaler is None:
+        return
+    for values in itertools.product(*recipe.search.grid.values()):
+        yield with_values(recipe, dict(zip(recipe.search.grid, values, strict=True)))
+
+
+def with_values(recipe: Recipe, values: dict[str, Any]) -> Rescaler:
+    """The recipe's rescaler with other values of some fields, validated."""
+    assert recipe.rescaler is not None
+    fields = {**recipe.rescaler.model_dump(), **values}
+    try:
+        return type(recipe.rescaler).model_validate(fields)
+    except ValueError as error:
+        raise recipe.source.error(
+            ("search", "grid"), f"the rescaler refuses {values}: {error}"
+        ) from error
+
+
+def minimized(recipe: Recipe) -> Metric:
+    """The cheapest metric that returns the number that the search minimizes."""
+    assert recipe.search is not None
+    key = recipe.search.minimize
+    for metric in recipe.metric:
+        if key in metric.keys():  # noqa: SIM118 - a method of Metric, not of a mapping
+            return metric.only(key)
+    known = ", ".join(key for metric in recipe.metric for key in metric.keys())  # noqa: SIM118
+    raise recipe.source.error(
+        ("search", "minimize"), f"no [[metric]] returns it; known: {known or 'none'}", f" = {key!r}"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` names ("auto" prefers CUDA); ResourceError when it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ResourceError(f"--device {name}: not usable here ({reason}); try auto") from error
+    return device
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The autocast context of a `precision` key; "auto" is bf16 where the device gains by it."""
+    if precision == "auto":
+        gains = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        )
+        precision = "bf16" if gains else "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """ResourceError when the disk below `out` has no room for the run."""
+    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.disk > free:
+        raise ResourceError(
+            f"{existing}: the run needs about {plan.disk / 2**20:,.0f} MiB and"
+            f" {free / 2**20:,.0f} MiB are free; name another disk with --out, or lower train.keep"
+            " or sample.images"
+        )
+
+
+def _stages_are_complete(recipe: Recipe) -> None:
+    needs = {
+        "train": ("objective",),
+        "search": ("rescaler", "sampler", "metric"),
+        "sample": ("sampler",),
+        "metric": ("sample",),
+    }
+    for stage, tables in needs.items():
+        for table in tables:
+            if getattr(recipe, stage) and not getattr(recipe, table):
+                raise recipe.source.error((stage,), f"[{stage}] needs a [{table}] table")
+    if not (recipe.train or recipe.search or recipe.sample):
+        raise recipe.source.error((), "nothing to do: add a [train], [search] or [sample] table")
+    if not recipe.train and not recipe.denoiser.weights:
+        raise recipe.source.error(
+            (), "no weights to sample from: add [train], or denoiser.weights = a file"
+        )
+    if recipe.search:
+        minimized(recipe)
+        assert recipe.rescaler is not None
+        for name in recipe.search.grid:
+            if name not in type(recipe.rescaler).model_fields:
+                known = ", ".join(type(recipe.rescaler).model_fields)
+                raise recipe.source.error(
+                    ("search", "grid", name), f"the rescaler has no such field; known: {known}"
+                )
+
+
+def _conditions(recipe: Recipe, data: DataSpec) -> frozenset[str]:
+    wanted = {"label"} if data.num_classes else set()
+    if recipe.objective:
+        wanted |= recipe.objective.needs & CONDITIONS
+    missing = wanted - recipe.backbone.accepts
+    if missing:
+        accepts = ", ".join(sorted(recipe.backbone.accepts)) or "nothing"
+        raise recipe.source.error(
+            ("backbone",),
+            f"cannot embed {', '.join(sorted(missing))}; it accepts {accepts}; choose another"
+            " backbone or objective, or leave the labels out",
+        )
+    return frozenset(wanted)
+
+
+def _denoiser(recipe: Recipe, network: Network) -> Denoiser:
+    if not isinstance(network, Network):
+        raise PluginError(f"backbone.build returned {type(network).__name__}, not cmkit.Network")
+    table = recipe.denoiser
+    noise = Noise(table.sigma_min, table.sigma_max, table.rho)
+    return Denoiser(network, noise, table.precond, table.sigma_data)
+
+
+def _dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec) -> int:
+    """FLOPs of a forward pass of one image; the sampler, if any, is run through on the way."""
+    x = torch.empty(1, data.channels, data.resolution, data.resolution, device="meta")
+    label = torch.empty(1, dtype=torch.int64, device="meta") if data.num_classes else None
+    cond = Cond(label=label)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        denoiser(x, x.new_empty(1), cond)
+    flops = counter.get_total_flops()
+    if recipe.sampler:
+        with _at(recipe, "sampler"), torch.inference_mode():
+            _check_sampler(recipe.sampler, denoiser, x, cond)
+    return flops
+
+
+def _check_sampler(sampler: Sampler, denoiser: Denoiser, x: torch.Tensor, cond: Cond) -> None:
+    out = sampler.sample(denoiser, x, cond, lambda k: torch.empty_like(x))
+    if out.shape != x.shape:
+        raise PluginError(f"the sampler returned {tuple(out.shape)} for images {tuple(x.shape)}")
+
+
+def _copies(recipe: Recipe) -> int:
+    """Float32 copies of the weights that a run keeps: online, gradient, optimizer, EMAs, target."""
+    if recipe.train is None or recipe.objective is None:
+        return 1
+    return 4 + len(recipe.train.ema) + len(recipe.objective.needs & {"target", "teacher"})
+
+
+def _disk(recipe: Recipe, data: DataSpec, memory: int) -> int:
+    checkpoints = (recipe.train.keep + 1) * memory if recipe.train else 0
+    pixels = data.channels * data.resolution**2
+    return checkpoints + (recipe.sample.images * pixels if recipe.sample else 0)
+
+
+@contextlib.contextmanager
+def _at(recipe: Recipe, *path: str | int) -> Iterator[None]:
+    """Errors raised inside name the recipe's line of this table."""
+    try:
+        yield
+    except CmkitError as error:
+        raise type(error)(str(recipe.source.error(path, str(error)))) from error

@@ -1,0 +1,47 @@
+"""Numbers about images, with what must stand beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from cmkit.errors import NonFiniteError
+from cmkit.kinds import Metric, Reference
+
+
+class Images(TorchDataset[Tensor]):
+    """uint8 images (N, C, H, W) held in memory, as metrics take them."""
+
+    def __init__(self, images: Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def measure(
+    metrics: Sequence[Metric], images: Images, reference: Reference, device: torch.device
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """({name: value}, provenance of each metric); NonFiniteError names a value that is none."""
+    values: dict[str, float] = {}
+    provenance = []
+    for metric in metrics:
+        numbers = metric.measure(images, reference, device)
+        for key, value in numbers.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"metric {key} = {value} on {len(images)} images; look at the samples"
+                )
+        values |= numbers
+        provenance.append(
+            {"numbers": sorted(numbers), "images": len(images), **metric.provenance()}
+        )
+    return values, provenance

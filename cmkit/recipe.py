@@ -1,0 +1,351 @@
+"""One TOML file becomes one validated, fully resolved recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from cmkit.errors import CmkitError, PluginError, RecipeError
+from cmkit.kinds import Part
+from cmkit.plugins import Registry
+from cmkit.source import Source, meant, read
+
+if TYPE_CHECKING:
+    from cmkit.kinds import Backbone, Dataset, Metric, Objective, Rescaler, Sampler
+
+Precision = Literal["auto", "fp32", "bf16"]
+Decay = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Batch = Annotated[int, Field(ge=1, le=2**20)]
+
+
+class DenoiserTable(Part):
+    """How a network becomes a denoiser, and where its weights come from."""
+
+    precond: Literal["consistency", "edm"] = "consistency"
+    """Scalings: "consistency" for a consistency model, "edm" for a diffusion teacher."""
+    sigma_data: float = Field(0.5, gt=0, le=100)
+    """Standard deviation of the data."""
+    sigma_min: float = Field(0.002, gt=0, le=1)
+    """Noise level at which a consistency model is the identity."""
+    sigma_max: float = Field(80.0, gt=0, le=10_000)
+    """Noise level that sampling starts from."""
+    rho: float = Field(7.0, ge=1, le=100)
+    """Curvature of the Karras grid."""
+    weights: str | None = None
+    """Weights to start from: a .safetensors file, a checkpoint folder, or a run folder."""
+
+    @model_validator(mode="after")
+    def _levels_rise(self) -> DenoiserTable:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        return self
+
+
+class TrainTable(Part):
+    """Training. A step takes `batch` images, drawn as `accumulate` equal parts."""
+
+    steps: Count
+    """Optimizer steps."""
+    batch: Batch
+    """Images a step."""
+    lr: float = Field(1e-4, gt=0, le=10)
+    """Learning rate."""
+    optimizer: Literal["radam", "adamw"] = "radam"
+    """RAdam is what the papers use."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Momentum decays of the optimizer."""
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    """Weight decay, decoupled."""
+    warmup: int = Field(0, ge=0, le=10**9)
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: bool = False
+    """Let the learning rate fall to 0 along a half cosine after the warm-up."""
+    clip_norm: float | None = Field(None, gt=0, le=1e9)
+    """Largest norm of the whole gradient."""
+    accumulate: int = Field(1, ge=1, le=2**20)
+    """Backward passes a step; divides `batch`."""
+    ema: tuple[Decay, ...] = Field((0.999,), min_length=1)
+    """Decays of the averaged copies; samples come from the first."""
+    ema_warmup: bool = True
+    """Cap a decay by (1 + step) / (10 + step), so that early weights are forgotten."""
+    precision: Precision = "auto"
+    """Autocast: bf16 where the device gains by it, unless told."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    save_every: Count = 1000
+    """Steps between checkpoints."""
+    keep: int = Field(2, ge=1, le=1000)
+    """Checkpoints kept."""
+    log_every: Count = 50
+    """Steps between log lines."""
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> TrainTable:
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} is not divisible by accumulate {self.accumulate}")
+        return self
+
+
+class SearchTable(Part):
+    """The grid search of the rescaler's numbers, on the same noise and labels in every cell."""
+
+    images: int = Field(ge=2, le=10**7)
+    """Images a cell."""
+    grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)]] = Field(
+        min_length=1, max_length=8
+    )
+    """Values of each field of the rescaler; every combination is a cell."""
+    minimize: str = "fid"
+    """The metric's number that decides."""
+    batch: Batch = 64
+    """Images at a time."""
+    precision: Precision = "auto"
+    """Autocast while sampling."""
+    confirm_images: int = Field(0, ge=0, le=10**7)
+    """Images a seed when the winner meets the unscaled model on fresh noise; 0 = as `images`."""
+    confirm_seeds: int = Field(5, ge=2, le=1000)
+    """Noise seeds of that comparison."""
+    thumbnails: int = Field(25, ge=1, le=400)
+    """Pictures kept of every cell."""
+
+
+class SampleTable(Part):
+    """Sampling from the trained, rescaled model."""
+
+    images: Count
+    """Images."""
+    batch: Batch = 64
+    """Images at a time; the images do not depend on it."""
+    precision: Precision = "auto"
+    """Autocast while sampling."""
+
+
+PART_TABLES = ("dataset", "backbone", "objective", "rescaler", "sampler")
+CORE_TABLES: dict[str, type[Part]] = {
+    "denoiser": DenoiserTable,
+    "train": TrainTable,
+    "search": SearchTable,
+    "sample": SampleTable,
+}
+KEYS = ("name", "seed", *PART_TABLES, *CORE_TABLES, "metric")
+REQUIRED = ("name", "dataset", "backbone")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe whose every value is known; parts are instances of their plugins' classes."""
+
+    name: str
+    seed: int
+    dataset: Dataset
+    backbone: Backbone
+    denoiser: DenoiserTable
+    objective: Objective | None
+    rescaler: Rescaler | None
+    sampler: Sampler | None
+    train: TrainTable | None
+    search: SearchTable | None
+    sample: SampleTable | None
+    metric: tuple[Metric, ...]
+    resolved: Mapping[str, Any]
+    source: Source
+
+    @property
+    def hash(self) -> str:
+        """First 8 hexadecimal digits of the SHA-256 of the resolved recipe."""
+        canonical = json.dumps(self.resolved, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+    def used(self) -> Iterator[tuple[str, str]]:
+        """(kind, name) of each part."""
+        for kind in PART_TABLES:
+            if kind in self.resolved:
+                yield kind, self.resolved[kind]["use"]
+        for table in self.resolved.get("metric", ()):
+            yield "metric", table["use"]
+
+    def toml(self) -> str:
+        """The resolved recipe, every default written out."""
+        import tomlkit
+
+        return tomlkit.dumps(self.resolved)
+
+
+def load(path: str | Path, overrides: Sequence[str], registry: Registry) -> Recipe:
+    """The recipe in the file `path` with `key=value` overrides applied.
+
+    Raises RecipeError for whatever is wrong with the text, PluginError for a part that is missing
+    or broken. Imports the parts that it names and nothing else.
+    """
+    tables, source = read(path, overrides)
+    return _resolve(tables, source, registry)
+
+
+def _resolve(tables: dict[str, Any], source: Source, registry: Registry) -> Recipe:
+    for key in tables:
+        if key not in KEYS:
+            raise source.error((key,), f"unknown key{meant(key, KEYS)}")
+    for key in REQUIRED:
+        if key not in tables:
+            raise source.error((), f"the key {key!r} is missing")
+    name, seed = _name(tables["name"], source), _seed(tables.get("seed", 0), source)
+    resolved: dict[str, Any] = {"name": name, "seed": seed}
+    parts: dict[str, Any] = {}
+    for kind in PART_TABLES:
+        parts[kind] = None
+        if kind in tables:
+            parts[kind], resolved[kind] = _part(kind, tables[kind], (kind,), source, registry)
+    for key, model in CORE_TABLES.items():
+        table = tables.get(key, {} if key == "denoiser" else None)
+        parts[key] = None
+        if table is not None:
+            parts[key] = _validate(model, table, (key,), source)
+            resolved[key] = _plain(parts[key])
+    metrics = tables.get("metric", [])
+    if not isinstance(metrics, list):
+        raise source.error(("metric",), 'expected a list of tables: [[metric]] use = "fidelity"')
+    pairs = [
+        _part("metric", table, ("metric", index), source, registry)
+        for index, table in enumerate(metrics)
+    ]
+    if pairs:
+        resolved["metric"] = [table for _, table in pairs]
+    parts["metric"] = tuple(part for part, _ in pairs)
+    return Recipe(name=name, seed=seed, resolved=resolved, source=source, **parts)
+
+
+def _name(name: object, source: Source) -> str:
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise source.error(
+            ("name",), "use 1 to 64 letters, digits, '.', '_' or '-'", f" = {_shown(name)}"
+        )
+    return name
+
+
+def _seed(seed: object, source: Source) -> int:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise source.error(("seed",), "expected a whole number from 0", f" = {_shown(seed)}")
+    return seed
+
+
+def _part(
+    kind: str, table: Any, path: tuple[str | int, ...], source: Source, registry: Registry
+) -> tuple[Part, dict[str, Any]]:
+    if not isinstance(table, dict):
+        raise source.error(path, f'expected a table such as {{ use = "{kind}-name" }}')
+    use = table.get("use")
+    if not isinstance(use, str):
+        known = ", ".join(registry.names(kind))
+        raise source.error((*path, "use"), f"name the {kind} to use: {known}")
+    try:
+        model = registry.load(kind, use)
+    except PluginError as error:
+        raise PluginError(str(source.error((*path, "use"), str(error)))) from error
+    part = _validate(model, {k: v for k, v in table.items() if k != "use"}, path, source)
+    return part, {"use": use, **_plain(part)}
+
+
+def _validate(model: type[Part], table: Any, path: tuple[str | int, ...], source: Source) -> Part:
+    if not isinstance(table, dict):
+        raise source.error(path, "expected a table")
+    try:
+        return model.model_validate_json(json.dumps(table, default=str))
+    except ValidationError as error:
+        raise _first_error(error, model, table, path, source) from error
+    except CmkitError as error:
+        raise type(error)(str(source.error(path, str(error)))) from error
+    except ValueError as error:  # a number of thousands of digits
+        raise source.error(path, str(error)) from error
+
+
+def _first_error(
+    error: ValidationError,
+    model: type[BaseModel],
+    table: Mapping[str, Any],
+    path: tuple[str | int, ...],
+    source: Source,
+) -> RecipeError:
+    faults = error.errors(include_url=False)
+    fault = min(faults, key=lambda f: f["type"] != "extra_forbidden")
+    where = (*path, *_real(fault["loc"], table))
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    if fault["type"] == "extra_forbidden":
+        return source.error(where, f"unknown key{meant(str(where[-1]), model.model_fields)}{more}")
+    if fault["type"] == "missing":
+        return source.error(where, f"missing key{more}")
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    shown = f" = {_shown(fault['input'])}" if fault["loc"] else ""
+    return source.error(where, f"{message}{more}", shown)
+
+
+def _real(loc: tuple[str | int, ...], table: Any) -> Iterator[str | int]:
+    """The parts of a pydantic location that exist in the table (it adds names of types)."""
+    for n, part in enumerate(loc):
+        if isinstance(table, dict) and (part in table or n == 0):
+            yield part
+            table = table.get(part)
+        elif isinstance(table, list) and isinstance(part, int):
+            yield part
+            table = table[part] if part < len(table) else None
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _plain(part: Part) -> dict[str, Any]:
+    return part.model_dump(mode="json", exclude_none=True)
+
+
+def schema(registry: Registry) -> dict[str, Any]:
+    """JSON Schema of recipes, built from every part that can be imported."""
+    definitions: dict[str, Any] = {}
+
+    def refer(model: type[Part], use: str | None = None, name: str = "") -> dict[str, Any]:
+        body = model.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
+        for key, inner in body.pop("$defs", {}).items():
+            definitions[f"{name}.{key}"] = inner
+        if use is not None:
+            body["properties"] = {"use": {"const": use}, **body.get("properties", {})}
+            body["required"] = ["use", *body.get("required", [])]
+        definitions[name] = body
+        return {"$ref": f"#/$defs/{name}"}
+
+    def choice(kind: str) -> dict[str, Any]:
+        options = []
+        for name in registry.names(kind):
+            try:
+                options.append(refer(registry.load(kind, name), name, f"{kind}.{name}"))
+            except PluginError:
+                continue  # `cmkit plugins` shows it as broken; an editor cannot complete it
+        return {"oneOf": options} if options else {"type": "object"}
+
+    properties: dict[str, Any] = {
+        "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
+        "seed": {"type": "integer", "minimum": 0, "default": 0},
+    }
+    properties |= {kind: choice(kind) for kind in PART_TABLES}
+    properties |= {key: refer(model, name=key) for key, model in CORE_TABLES.items()}
+    properties["metric"] = {"type": "array", "items": choice("metric")}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "cmkit recipe",
+        "type": "object",
+        "additionalProperties": False,
+        "required": list(REQUIRED),
+        "properties": properties,
+        "$defs": definitions,
+    }

@@ -1,0 +1,405 @@
+"""A recipe becomes a folder: stages in order, each finished once, each resumed where it stopped."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cmkit
+from cmkit import checkpoint as files
+from cmkit.compose import Plan, build, check_disk, with_values
+from cmkit.denoiser import Denoiser
+from cmkit.errors import CheckpointError, ResourceError
+from cmkit.kinds import Rescaler
+from cmkit.measure import measure
+from cmkit.pictures import grid_png
+from cmkit.plugins import Registry
+from cmkit.sample import Draws, SavedImages, npz, sample
+from cmkit.search import Cell, Duel, best, confirm, interval, search, verdict
+from cmkit.stop import StopSignal
+from cmkit.train import Step, Training, start, train
+
+STAGES = ("train", "search", "sample", "metric")
+SHARD_IMAGES = 1000
+SHOWN_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage begins, `done` of `total` units already there from an earlier start."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that survives whatever happens from now on."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Images drawn so far."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence for the person who watches."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class StageFinished:
+    """A stage is done; `result` is its entry in report.json."""
+
+    stage: str
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """Every stage is done, and the report written."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
+Event = StageStarted | Step | Saved | Cell | Duel | Sampled | Note | StageFinished | RunFinished
+
+
+@dataclass
+class Run:
+    """A plan being carried out in a folder that this process holds."""
+
+    plan: Plan
+    registry: Registry
+    folder: Path
+    device: torch.device
+    stop: StopSignal
+    status: dict[str, Any]
+
+    def stages(self) -> Iterator[Event]:
+        """The recipe's stages that are not finished yet."""
+        recipe = self.plan.recipe
+        steps = {
+            "train": self._train,
+            "search": self._search,
+            "sample": self._sample,
+            "metric": self._metric,
+        }
+        for stage in STAGES:
+            if not getattr(recipe, stage):
+                continue
+            if stage not in self.status:
+                began = time.perf_counter()
+                result: dict[str, Any] = {}
+                yield from steps[stage](result)
+                result.setdefault("seconds", time.perf_counter() - began)
+                result["peak_memory_mib"] = peak_memory_mib(self.device)
+                self.status[stage] = result
+                _write_json(self.folder / "status.json", self.status)
+            yield StageFinished(stage, self.status[stage])
+            self.stop.check(f"{stage} is finished and kept")
+
+    def _train(self, result: dict[str, Any]) -> Iterator[Event]:
+        root, log = self.folder / "checkpoints", self.folder / "log.jsonl"
+        training = start(self.plan, self.device)
+        warnings: list[str] = []
+        found = files.latest_checkpoint(root, warnings.append)
+        yield from map(Note, warnings)
+        spent = 0.0
+        if found:
+            training.restore(found)
+            spent = found.state["seconds"]
+            yield Note(f"resuming from step {found.step}")
+        files.truncate_jsonl(log, lambda record: record["step"] <= training.step)
+        table = training.table
+        began = time.perf_counter()
+        loss = found.state["loss"] if found else None
+        yield StageStarted("train", training.step, table.steps)
+        for event in train(training):
+            if event.log:
+                loss = event.log["loss"]
+                files.append_jsonl(log, {"step": event.step, **event.log})
+            yield event
+            due = event.step % table.save_every == 0 or event.step == table.steps
+            if due or self.stop.signum:
+                extra = {"seconds": spent + time.perf_counter() - began, "loss": loss}
+                yield self._save(training, root, extra)
+            self.stop.check(f"step {event.step} is saved in {self.folder}")
+        chosen = training.models.ema[table.ema[0]].network
+        files.save_weights(self.folder / "model.safetensors", chosen.state_dict())
+        seconds = spent + time.perf_counter() - began
+        result |= {
+            "steps": table.steps,
+            "seconds": seconds,
+            "parameters": self.plan.parameters,
+            "images_per_second": table.steps * table.batch / max(seconds, 1e-9),
+            "final_loss": loss,
+        }
+
+    def _save(self, training: Training, root: Path, extra: dict[str, Any]) -> Saved:
+        state = {**training.state(), **extra}
+        files.save_checkpoint(root, training.step, training.tensors(), state, training.table.keep)
+        return Saved(training.step)
+
+    def _search(self, result: dict[str, Any]) -> Iterator[Event]:
+        recipe, folder = self.plan.recipe, self.folder / "search"
+        table = recipe.search
+        assert table is not None
+        folder.mkdir(exist_ok=True)
+        denoiser, reference = self._denoiser(), recipe.dataset.reference()
+        cells, duels = folder / "cells.jsonl", folder / "confirm.jsonl"
+        for log in (cells, duels):
+            files.truncate_jsonl(log, lambda record: True)  # a torn last line
+        records = files.read_jsonl(cells)
+        done = frozenset(record["index"] for record in records)
+        total = self._cells()
+        yield StageStarted("search", len(done), total)
+        for cell in search(self.plan, denoiser, reference, self.device, done):
+            picture = f"search/cell-{cell.index:04d}.png"
+            files.atomic_write(self.folder / picture, grid_png(cell.thumbnails))
+            record = {"index": cell.index, **cell.values, "score": cell.score, "samples": picture}
+            files.append_jsonl(cells, record)
+            records.append(record)
+            yield cell
+            self.stop.check(f"{len(records)} of {total} cells are kept in {folder}")
+        records.sort(key=lambda record: record["index"])
+        axes = {axis: list(values) for axis, values in table.grid.items()}
+        chosen = best(records)
+        winner = {axis: chosen[axis] for axis in axes}
+        fought = files.read_jsonl(duels)
+        yield StageStarted("confirm", len(fought), table.confirm_seeds)
+        rescaler = with_values(recipe, winner)
+        for duel in confirm(self.plan, denoiser, rescaler, reference, self.device, len(fought)):
+            record = {"index": duel.index, "plain": duel.plain, "rescaled": duel.rescaled}
+            files.append_jsonl(duels, record)
+            fought.append(record)
+            yield duel
+            self.stop.check(f"{len(fought)} of {table.confirm_seeds} comparisons are kept")
+        plain = [record["plain"] for record in fought]
+        rescaled = [record["rescaled"] for record in fought]
+        difference = [after - before for before, after in zip(plain, rescaled, strict=True)]
+        result |= {
+            "minimize": table.minimize,
+            "images": table.images,
+            "axes": axes,
+            "cells": [{k: v for k, v in record.items() if k != "index"} for record in records],
+            "best": {**winner, "score": chosen["score"]},
+            "confirm": {
+                "images": table.confirm_images or table.images,
+                "seeds": [f"confirm-{record['index']}" for record in fought],
+                "plain": {"values": plain, **interval(plain)},
+                "rescaled": {"values": rescaled, **interval(rescaled)},
+                "difference": interval(difference),
+                "verdict": verdict(table.minimize, plain, rescaled),
+            },
+        }
+
+    def _sample(self, result: dict[str, Any]) -> Iterator[Event]:
+        recipe, folder = self.plan.recipe, self.folder / "samples"
+        table, sampler = recipe.sample, recipe.sampler
+        assert table is not None
+        assert sampler is not None
+        folder.mkdir(exist_ok=True)
+        denoiser, rescaler = self._denoiser(), self._rescaler()
+        draws = Draws(self.plan.data, recipe.seed)
+        scaled = denoiser.rescaled(rescaler) if rescaler else denoiser
+
+        def batches(model: Denoiser, indices: range) -> Iterator[Any]:
+            return sample(model, sampler, draws, indices, table.batch, self.device, table.precision)
+
+        starts = range(0, table.images, SHARD_IMAGES)
+        shards = {first: folder / f"{first:07d}.npz" for first in starts}
+        done = sum(min(SHARD_IMAGES, table.images - f) for f, p in shards.items() if p.exists())
+        yield StageStarted("sample", done, table.images)
+        for first, path in shards.items():
+            if path.exists():
+                continue
+            drawn = []
+            for batch in batches(scaled, range(first, min(first + SHARD_IMAGES, table.images))):
+                drawn.append(batch)
+                done += len(batch.images)
+                yield Sampled(done, table.images)
+            files.atomic_write(path, npz(drawn))
+            self.stop.check(f"{done} of {table.images} samples are kept in {folder}")
+        shown = range(min(SHOWN_IMAGES, table.images))
+        pictures = {"before": denoiser, "after": scaled} if rescaler else {"after": denoiser}
+        for name, model in pictures.items():
+            images = torch.cat([batch.images for batch in batches(model, shown)])
+            files.atomic_write(self.folder / f"samples_{name}.png", grid_png(images))
+        result |= {
+            "images": table.images,
+            "nfe": sampler.nfe,
+            "scales": rescaler.model_dump(mode="json") if rescaler else {},
+            **{name: f"samples_{name}.png" for name in pictures},
+        }
+
+    def _metric(self, result: dict[str, Any]) -> Iterator[Event]:
+        recipe = self.plan.recipe
+        images = SavedImages(sorted((self.folder / "samples").glob("*.npz")))
+        yield StageStarted("metric", 0, len(recipe.metric))
+        reference = recipe.dataset.reference()
+        values, provenance = measure(recipe.metric, images, reference, self.device)
+        result |= {"values": values, "provenance": provenance}
+
+    def _denoiser(self) -> Denoiser:
+        denoiser = build(self.plan, self.device)
+        if self.plan.recipe.train:
+            path = self.folder / "model.safetensors"
+            files.load_weights(denoiser.network, files.read_weights(path), str(path))
+        return denoiser.eval()
+
+    def _rescaler(self) -> Rescaler | None:
+        """The search's winner, or the recipe's own numbers."""
+        found = self.status.get("search")
+        if not found:
+            return self.plan.recipe.rescaler
+        return with_values(self.plan.recipe, {k: found["best"][k] for k in found["axes"]})
+
+    def _cells(self) -> int:
+        assert self.plan.recipe.search is not None
+        total = 1
+        for values in self.plan.recipe.search.grid.values():
+            total *= len(values)
+        return total
+
+
+def run_folder(plan: Plan, out: Path) -> Path:
+    """Where a plan's run lives: `<out>/<name>-<hash of the resolved recipe>`."""
+    return out / f"{plan.recipe.name}-{plan.recipe.hash}"
+
+
+def run(
+    plan: Plan, registry: Registry, out: Path, device: torch.device, stop: StopSignal
+) -> Iterator[Event]:
+    """Carry a plan out, or go on with it, as events; the last one is RunFinished.
+
+    Raises BusyError when another process holds the folder, Interrupted after a stop signal, and
+    whatever a stage finds. Every error leaves a folder that the same call resumes.
+    """
+    from cmkit.report import write_report
+
+    folder = run_folder(plan, out)
+    check_disk(plan, out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder}: cannot be made: {error.strerror}; name another place with --out"
+        ) from error
+    with files.lock(folder):
+        _keep_recipe(plan, folder)
+        environment = describe_environment(plan, registry, device)
+        _write_json(folder / "environment.json", environment)
+        status = _read_json(folder / "status.json")
+        job = Run(plan, registry, folder, device, stop, status)
+        yield from job.stages()
+        report = {
+            "schema": 1,
+            "name": plan.recipe.name,
+            "hash": plan.recipe.hash,
+            "recipe": dict(plan.recipe.resolved),
+            "environment": environment,
+            "stages": job.status,
+            "seconds": sum(stage["seconds"] for stage in job.status.values()),
+            "citations": citations(plan, registry),
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        _write_json(folder / "report.json", report)
+        write_report(folder)
+        yield from map(Note, _tell_plugins(registry, folder, report))
+        yield RunFinished(folder, report)
+
+
+def describe_environment(plan: Plan, registry: Registry, device: torch.device) -> dict[str, Any]:
+    """What decides the bits of a run, by a fixed list: no variable or path of this machine."""
+    packages = {"cmkit", "torch", "torchvision", "torch-fidelity", "numpy", "safetensors"}
+    packages |= {registry.find(kind, name).dist for kind, name in plan.recipe.used()}
+    return {
+        "cmkit": cmkit.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "packages": {name: _version(name) for name in sorted(packages)},
+    }
+
+
+def citations(plan: Plan, registry: Registry) -> list[str]:
+    """The references of the parts that a recipe composes, each once, in its order."""
+    found = [registry.find(kind, name).plugin for kind, name in plan.recipe.used()]
+    return list(dict.fromkeys(plugin.cite for plugin in found if plugin and plugin.cite))
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU's allocator there, of the process elsewhere; MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def _keep_recipe(plan: Plan, folder: Path) -> None:
+    path, text = folder / "recipe.toml", plan.recipe.toml()
+    if path.exists() and path.read_text("utf-8") != text:
+        raise CheckpointError(
+            f"{path}: is not the recipe that this folder is named after; restore it, or run with"
+            " another --out"
+        )
+    if not path.exists():
+        files.atomic_write(path, text)
+
+
+def _tell_plugins(registry: Registry, folder: Path, report: dict[str, Any]) -> Iterator[str]:
+    for implementation in registry.manager.hook.cmkit_run_finished.get_hookimpls():
+        try:
+            implementation.function(
+                **{
+                    name: value
+                    for name, value in {"folder": str(folder), "report": report}.items()
+                    if name in implementation.argnames
+                }
+            )
+        except Exception as error:  # a guest's fault must not spoil a finished run
+            yield f"plugin {implementation.plugin_name}: cmkit_run_finished failed: {error}"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    files.atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete it to redo the stages") from error
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "?"

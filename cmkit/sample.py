@@ -1,0 +1,117 @@
+"""Images from a denoiser, each by its own seed."""
+
+from __future__ import annotations
+
+import bisect
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from cmkit.compose import autocast
+from cmkit.denoiser import Cond, Denoiser
+from cmkit.kinds import DataSpec, Sampler
+from cmkit.noise import image_labels, image_noise
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples `first` .. `first + len(images) - 1`: uint8 (B, C, H, W) and labels on the CPU."""
+
+    first: int
+    images: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which noise and labels samples get: functions of (seed, purpose, image index) alone."""
+
+    data: DataSpec
+    seed: int
+    purpose: str = "sample"
+
+    def noise(self, indices: Sequence[int], k: int) -> Tensor:
+        """The k-th standard normal draw of these images, (B, C, H, W), k = 0 for the first."""
+        shape = (self.data.channels, self.data.resolution, self.data.resolution)
+        return image_noise(self.seed, self.purpose, indices, k, shape)
+
+    def labels(self, indices: Sequence[int]) -> Tensor | None:
+        """Uniform labels of these images, (B,), or None without classes."""
+        if not self.data.num_classes:
+            return None
+        return image_labels(self.seed, self.purpose, indices, self.data.num_classes)
+
+
+@torch.inference_mode()
+def sample(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    draws: Draws,
+    indices: range,
+    batch: int,
+    device: torch.device,
+    precision: str = "auto",
+) -> Iterator[Batch]:
+    """Batches of samples in the order of `indices`; the samples do not depend on `batch`."""
+    for first in range(indices.start, indices.stop, batch):
+        rows = range(first, min(first + batch, indices.stop))
+        labels = draws.labels(rows)
+        cond = Cond(label=labels).to(device)
+
+        def noise(k: int, rows: range = rows) -> Tensor:
+            drawn = draws.noise(rows, k)
+            return drawn.to(device, memory_format=torch.channels_last, non_blocking=True)
+
+        with autocast(precision, device):
+            x0 = sampler.sample(denoiser, denoiser.noise.sigma_max * noise(0), cond, noise)
+        yield Batch(first, to_uint8(x0).cpu(), labels)
+
+
+def to_uint8(x0: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255, rounded to the nearest (EDM), so that data survive the round trip."""
+    return (x0.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class SavedImages(TorchDataset[Tensor]):
+    """Images of a folder of `.npz` files in ADM's format: `arr_0` uint8 (N, H, W, C).
+
+    One file is held in memory at a time, so read in order.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = list(files)
+        self.starts = [0]
+        for file in self.files:
+            with np.load(file, allow_pickle=False) as arrays:
+                self.starts.append(self.starts[-1] + len(arrays["arr_0"]))
+        self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self.starts, index) - 1
+        if self._held[0] != part:
+            with np.load(self.files[part], allow_pickle=False) as arrays:
+                self._held = (part, arrays["arr_0"])
+        return torch.from_numpy(self._held[1][index - self.starts[part]]).permute(2, 0, 1)
+
+
+def npz(batches: Sequence[Batch]) -> bytes:
+    """The bytes of one `.npz` file: images `arr_0` (N, H, W, C), and labels `arr_1` if any."""
+    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()
+    arrays = {"arr_0": np.ascontiguousarray(images)}
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    if labels:
+        arrays["arr_1"] = torch.cat(labels).numpy()
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()

@@ -1,0 +1,194 @@
+"""TOML text and the place of every value in it, so that each error can name its line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import stat
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmkit.errors import RecipeError
+
+MAX_BYTES = 256 * 1024
+MAX_NESTING = 32
+MAX_KEY_PARTS = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where each value came from, so that an error can say it."""
+
+    file: str
+    lines: Mapping[tuple[str, ...], int]
+    overrides: frozenset[tuple[str, ...]] = frozenset()
+
+    def error(self, path: Sequence[str | int], message: str, value: str = "") -> RecipeError:
+        """RecipeError: `file:line: key value: message`."""
+        keys = tuple(str(part) for part in path)
+        shown = ".".join(keys)
+        if any(keys[: len(done)] == done for done in self.overrides):
+            return RecipeError(f"--set {shown}{value}: {message}")
+        line = next(
+            (self.lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in self.lines), 0
+        )
+        place = f"{self.file}:{line}" if line else self.file
+        return RecipeError(
+            f"{place}: {shown}{value}: {message}" if shown else f"{place}: {message}"
+        )
+
+
+def read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Source]:
+    """The tables of the TOML file `path` after `key=value` overrides, and where each came from.
+
+    Raises RecipeError for text that cannot be read, is no TOML, or is too large or too nested.
+    """
+    text = _text(path)
+    file = str(path)
+    tables = _parse(text, file)
+    changed = frozenset(_override(tables, item) for item in overrides)
+    return tables, Source(file, _lines(text), changed)
+
+
+def _text(path: str | Path) -> str:
+    path = Path(path)
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise RecipeError(f"{path}: not a file; name a recipe such as ct.toml")
+        if info.st_size > MAX_BYTES:
+            raise RecipeError(f"{path}: {info.st_size} bytes; a recipe has at most {MAX_BYTES}")
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{path}: cannot be read: {reason}{_similar_file(path)}") from error
+
+
+def _similar_file(path: Path) -> str:
+    try:
+        siblings = [str(p) for p in path.parent.glob("*.toml")]
+    except (OSError, ValueError):
+        return ""
+    near = difflib.get_close_matches(str(path), siblings, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _parse(text: str, file: str) -> dict[str, Any]:
+    _refuse_bombs(text, file)
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        place = f"{file}:{at[1]}" if at else file
+        raise RecipeError(
+            f"{place}: not TOML: {str(error)[: at.start() if at else None]}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{file}: not TOML: {error}") from error
+
+
+def _refuse_bombs(text: str, file: str) -> None:
+    """Bound what is quadratic or recursive in tomllib: nesting, and the parts of a key."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if any(piece.count(".") >= MAX_KEY_PARTS for piece in re.split(r"[=,\[\]{}#]", line)):
+            raise RecipeError(f"{file}:{number}: a key has at most {MAX_KEY_PARTS} parts")
+    depth = 0
+    for char in text:
+        depth += (char in "[{") - (char in "]}")
+        if depth > MAX_NESTING:
+            raise RecipeError(f"{file}: values are nested more than {MAX_NESTING} deep")
+        depth = max(depth, 0)
+
+
+_HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
+_KEY = re.compile(r"""\s*([A-Za-z0-9_.\-"' ]+?)\s*=""")
+_INLINE = re.compile(r"""[{,]\s*([A-Za-z0-9_\-"']+)\s*=""")
+
+
+def _lines(text: str) -> dict[tuple[str, ...], int]:
+    """Dotted path -> line number, by a scan for headers and keys (tomllib keeps no positions)."""
+    lines: dict[tuple[str, ...], int] = {}
+    counts: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("#"):
+            continue
+        if header := _HEADER.match(line):
+            table = _split(header[2])
+            if header[1] == "[[":
+                counts[table] = counts.get(table, -1) + 1
+                table = (*table, str(counts[table]))
+            last = table
+            lines.setdefault(table, number)
+            continue
+        if key := _KEY.match(line):
+            last = (*table, *_split(key[1]))
+            lines.setdefault(last, number)
+        if "[" in line and "{" in line[line.find("[") :]:
+            counts.setdefault(last, -1)
+        if "{" in line and last in counts:
+            counts[last] += 1
+            lines.setdefault((*last, str(counts[last])), number)
+        inside = (*last, str(counts[last])) if last in counts else last
+        for inline in _INLINE.finditer(line):
+            lines.setdefault((*inside, *_split(inline[1])), number)
+    return lines
+
+
+def _split(key: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in key.split("."))
+
+
+def _override(tables: dict[str, Any], item: str) -> tuple[str, ...]:
+    """Apply one `table.key=value` in place; the path that it changed."""
+    key, equals, text = item.partition("=")
+    path = _split(key)
+    if not equals or not all(path):
+        raise RecipeError(f"--set {item}: expected table.key=value, such as train.steps=100")
+    node: Any = tables
+    for part in path[:-1]:
+        node = _child(node, part, item)
+    value = _override_value(text.strip(), item)
+    if isinstance(node, list):
+        node[_index(node, path[-1], item)] = value
+    else:
+        node[path[-1]] = value
+    return path
+
+
+def _child(node: Any, part: str, item: str) -> Any:
+    child = node[_index(node, part, item)] if isinstance(node, list) else node.setdefault(part, {})
+    if not isinstance(child, dict | list):
+        raise RecipeError(f"--set {item}: {part!r} is a value, not a table")
+    return child
+
+
+def _index(node: list[Any], part: str, item: str) -> int:
+    if not part.isdecimal() or int(part) >= len(node):
+        raise RecipeError(f"--set {item}: {part!r} is not an index from 0 to {len(node) - 1}")
+    return int(part)
+
+
+def _override_value(text: str, item: str) -> Any:
+    try:
+        _refuse_bombs(text, f"--set {item[:60]}")
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        if re.fullmatch(r"[A-Za-z_/~.][\w/~.:+ -]*", text):
+            return text  # a bare word or path, as shells deliver it
+        raise RecipeError(
+            f"--set {item}: {text!r} is not a TOML value; quote strings: '\"text\"'"
+        ) from error
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word nearest to `word`, or at all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"

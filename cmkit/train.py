@@ -1,0 +1,195 @@
+"""Training: one loop, a generator; progress, saving and stopping belong to its caller."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmkit.checkpoint import Checkpoint, load_weights
+from cmkit.compose import Plan, autocast, build
+from cmkit.denoiser import Denoiser, Models
+from cmkit.errors import CheckpointError, NonFiniteError
+from cmkit.noise import Rng, shared_dropout
+from cmkit.recipe import TrainTable
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step. `log` is filled every `log_every` steps, and is empty between."""
+
+    step: int
+    total: int
+    log: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Training:
+    """All that a step changes, and so all that a checkpoint holds."""
+
+    plan: Plan
+    table: TrainTable
+    device: torch.device
+    models: Models
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    window: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Sum of the losses since the last log line; it stays on the device."""
+    counted: int = 0
+    """Losses in `window`."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor of the state, by file and name."""
+        files = {"online": self.models.online.network.state_dict()}
+        if self.models.target is not self.models.online:
+            files["target"] = self.models.target.network.state_dict()
+        for decay, denoiser in self.models.ema.items():
+            files[f"ema-{decay}"] = denoiser.network.state_dict()
+        slots = self.optimizer.state_dict()["state"]
+        files["optimizer"] = {
+            f"{index}.{name}": torch.as_tensor(value)
+            for index, slot in slots.items()
+            for name, value in slot.items()
+        }
+        return files
+
+    def state(self) -> dict[str, Any]:
+        """The rest of the state."""
+        return {"step": self.step, "window": self.window.item(), "counted": self.counted}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint; CheckpointError when it is of another model."""
+        source = str(checkpoint.path)
+        load_weights(self.models.online.network, checkpoint.tensors("online"), source)
+        if self.models.target is not self.models.online:
+            load_weights(self.models.target.network, checkpoint.tensors("target"), source)
+        for decay, denoiser in self.models.ema.items():
+            load_weights(denoiser.network, checkpoint.tensors(f"ema-{decay}"), source)
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in checkpoint.tensors("optimizer").items():
+            index, _, name = key.partition(".")
+            slots.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        try:
+            self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{source}: its optimizer state does not fit: {error}") from error
+        self.step = checkpoint.step
+        self.window = torch.tensor(checkpoint.state["window"], device=self.device)
+        self.counted = checkpoint.state["counted"]
+
+
+def start(plan: Plan, device: torch.device) -> Training:
+    """A training at step 0."""
+    recipe = plan.recipe
+    assert recipe.train is not None
+    assert recipe.objective is not None
+    online = build(plan, device)
+    frozen = [_frozen(online) for _ in recipe.train.ema]
+    target = _frozen(online) if "target" in recipe.objective.needs else online
+    models = Models(
+        online=online,
+        target=target,
+        ema=dict(zip(recipe.train.ema, frozen, strict=True)),
+        ema_warmup=recipe.train.ema_warmup,
+    )
+    if recipe.train.compile:
+        for denoiser in {id(d): d for d in (online, target)}.values():
+            denoiser.network.compile()
+    optimizer = _optimizer(recipe.train, online.network)
+    window = torch.zeros((), device=device)
+    return Training(plan, recipe.train, device, models, optimizer, window=window)
+
+
+def train(training: Training) -> Iterator[Step]:
+    """Each step from the current one on; the state of `training` is consistent at every yield.
+
+    Raises NonFiniteError when a loss was not finite, at the log line after it: no checkpoint of
+    such weights can be written, because saving refuses them as well.
+    """
+    table, models, device = training.table, training.models, training.device
+    recipe = training.plan.recipe
+    objective, optimizer = recipe.objective, training.optimizer
+    assert objective is not None
+    parts = table.accumulate
+    batches = recipe.dataset.batches(
+        table.batch // parts, recipe.seed, device, start=training.step * parts
+    )
+    parameters = list(models.online.parameters())
+    clock, clocked = time.perf_counter(), training.step
+    models.online.train()
+    models.target.train()
+    while training.step < table.steps:
+        step = training.step
+        phase = objective.phase(step, table.steps)
+        for part in range(parts):
+            x0, cond = next(batches)
+            rng = Rng(recipe.seed, "train", step * parts + part, device)
+            with shared_dropout(rng), autocast(table.precision, device):
+                loss = objective.loss(models, x0, cond, phase, rng).mean() / parts
+            loss.backward()
+            training.window += loss.detach()
+        if table.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, table.clip_norm, foreach=True)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(table, step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        models.update(phase)
+        training.step = step + 1
+        training.counted += 1
+        log: dict[str, float] = {}
+        if training.step % table.log_every == 0 or training.step == table.steps:
+            mean = training.window.item() / training.counted
+            if not math.isfinite(mean):
+                raise NonFiniteError(
+                    f"train: the loss is {mean} between steps {training.step - training.counted}"
+                    f" and {training.step}; lower train.lr or set train.clip_norm, then run again:"
+                    " the last checkpoint is finite"
+                )
+            seconds = time.perf_counter() - clock
+            rate = (training.step - clocked) / seconds
+            log = {
+                "loss": mean,
+                "rate": rate,
+                "images_per_second": rate * table.batch,
+                "lr": learning_rate(table, step),
+                **({"num_sigmas": phase.num_sigmas} if phase.num_sigmas else {}),
+                **phase.log,
+            }
+            training.window.zero_()
+            training.counted = 0
+            clock, clocked = time.perf_counter(), training.step
+        yield Step(training.step, table.steps, log)
+
+
+def learning_rate(table: TrainTable, step: int) -> float:
+    """The rate of a step: a linear warm-up, then constant, or a half cosine to 0."""
+    if step < table.warmup:
+        return table.lr * (step + 1) / table.warmup
+    if not table.decay:
+        return table.lr
+    done = (step - table.warmup) / max(table.steps - table.warmup, 1)
+    return table.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _frozen(denoiser: Denoiser) -> Denoiser:
+    return copy.deepcopy(denoiser).requires_grad_(False)
+
+
+def _optimizer(table: TrainTable, network: nn.Module) -> torch.optim.Optimizer:
+    parameters = list(network.parameters())
+    options: dict[str, Any] = {
+        "lr": table.lr,
+        "betas": table.betas,
+        "weight_decay": table.weight_decay,
+    }
+    if table.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **options)
+    return torch.optim.RAdam(parameters, decoupled_weight_decay=True, foreach=True, **options)

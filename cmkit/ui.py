@@ -1,0 +1,181 @@
+"""Draws the events of a run: a live display on a terminal, plain lines in a pipe; all on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from cmkit.run import (
+    Cell,
+    Duel,
+    Event,
+    Note,
+    RunFinished,
+    Sampled,
+    Saved,
+    StageFinished,
+    StageStarted,
+    Step,
+    peak_memory_mib,
+)
+
+PLAIN_SECONDS = 5.0
+
+
+class Display:
+    """A context in which `show` is told every event, in order.
+
+    Animated only when stderr is a terminal: environment variables that force colour must not fill
+    a log file with cursor movements.
+    """
+
+    def __init__(self, device: Any, quiet: bool = False):
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.device = device
+        self.live = sys.stderr.isatty() and not quiet and not self.console.is_dumb_terminal
+        self.quiet = quiet
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description:<8}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+            expand=True,
+        )
+        self.numbers: dict[str, str] = {}
+        self.losses: list[float] = []
+        self.task: Any = None
+        self.stage = ""
+        self.total = 0
+        self.began = self.printed = 0.0
+        self.first = 0
+        self._live: Live | None = None
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self._live = Live(
+                get_renderable=self._render, console=self.console, refresh_per_second=8
+            )
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._live.__exit__(kind, error, trace)
+
+    def show(self, event: Event) -> None:
+        """Draw one event."""
+        match event:
+            case StageStarted(stage, done, total):
+                self._begin(stage, done, total)
+            case Step(step, _, log):
+                if log:
+                    self._remember(log)
+                self._advance(step, log)
+            case Cell(index, total, values, score):
+                shown = " ".join(f"{name} {value:g}" for name, value in values.items())
+                self.numbers = {"cell": shown, "score": _number(score)}
+                self._advance(index + 1, self.numbers)
+            case Duel(index, _, plain, rescaled):
+                self.numbers = {"unscaled": _number(plain), "rescaled": _number(rescaled)}
+                self._advance(index + 1, self.numbers)
+            case Sampled(done, _):
+                self._advance(done, {})
+            case Saved(step):
+                self.say(f"saved step {step}")
+            case Note(text):
+                self.say(text)
+            case StageFinished(stage, result):
+                self.say(f"{stage} done in {result['seconds']:.1f} s")
+            case RunFinished(folder, _):
+                self.say(f"report: {folder / 'report.html'}")
+
+    def _begin(self, stage: str, done: int, total: int) -> None:
+        self.stage, self.total, self.first = stage, total, done
+        self.began = time.monotonic()
+        self.printed = 0.0
+        self.numbers = {}
+        self.losses = []
+        if self._live:
+            for task in self.progress.tasks:
+                self.progress.update(task.id, visible=False)
+            self.task = self.progress.add_task(stage, total=total, completed=done)
+
+    def _remember(self, log: dict[str, float]) -> None:
+        self.losses.append(log["loss"])
+        self.numbers = {
+            "loss": f"{log['loss']:.4g}",
+            "steps/s": f"{log['rate']:.2f}",
+            "images/s": f"{log['images_per_second']:.0f}",
+            "lr": f"{log['lr']:.2e}",
+            **({"N": f"{log['num_sigmas']:.0f}"} if "num_sigmas" in log else {}),
+            "memory": f"{peak_memory_mib(self.device):,.0f} MiB",
+        }
+
+    def _advance(self, done: int, changed: Any) -> None:
+        if self._live:
+            self.progress.update(self.task, completed=done)
+            return
+        now = time.monotonic()
+        if now - self.printed < PLAIN_SECONDS and done != self.total:
+            return
+        self.printed = now
+        speed = (done - self.first) / max(now - self.began, 1e-9)
+        left = (self.total - done) / speed if speed > 0 else 0.0
+        numbers = "".join(f"  {name} {value}" for name, value in self.numbers.items())
+        self.say(f"{self.stage} {done}/{self.total}{numbers}  eta {left:.0f} s")
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        if not self.quiet:
+            self.console.print(Text(text))
+
+    def _render(self) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for name, value in self.numbers.items():
+            table.add_row(Text(name, "dim"), Text(value, "bold"))
+        if len(self.losses) > 1:
+            table.add_row(Text("loss curve", "dim"), Text(sparkline(self.losses, 40), "cyan"))
+        return Group(self.progress, table)
+
+
+def sparkline(values: Iterable[float], width: int) -> str:
+    """A curve of at most `width` block characters, each the mean of a stretch of `values`."""
+    values = list(values)
+    stretch = max(1, -(-len(values) // width))
+    means = [
+        sum(values[i : i + stretch]) / len(values[i : i + stretch])
+        for i in range(0, len(values), stretch)
+    ]
+    low, high = min(means), max(means)
+    marks = "▁▂▃▄▅▆▇█"
+    return "".join(marks[round((v - low) / ((high - low) or 1) * (len(marks) - 1))] for v in means)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

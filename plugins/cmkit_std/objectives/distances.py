@@ -1,0 +1,108 @@
+"""Distances between two batches of images, (B, C, H, W) in [-1, 1] -> (B,)."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmkit import CheckpointError, DownloadError
+
+LPIPS_BACKBONES = {
+    "vgg": "vgg16-397923af.pth",
+    "alex": "alexnet-owt-7be5be79.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
+
+
+def l1(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of each image, (B,)."""
+    return (a - b).abs().flatten(1).mean(1)
+
+
+def l2(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of each image, (B,)."""
+    return (a - b).square().flatten(1).mean(1)
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
+    """sqrt(||a - b||^2 + c^2) - c of each whole image, (B,) (iCT, eq. 7).
+
+    c is 0.00054 sqrt(d), with d the numbers in an image, unless given.
+    """
+    difference = (a - b).flatten(1)
+    c = 0.00054 * math.sqrt(difference.shape[1]) if c is None else c
+    return (difference.square().sum(1) + c * c).sqrt() - c
+
+
+def lpips(a: Tensor, b: Tensor, net: str = "vgg", weights: str | None = None) -> Tensor:
+    """LPIPS of each image, (B,), as the consistency-model papers use it.
+
+    Average pooling instead of max pooling, images below 256 pixels resized to 224, a single
+    channel repeated. The `lpips` package takes [-1, 1]; piq, which the official code calls, takes
+    [0, 1]: both normalise to the same numbers.
+    """
+    model = _lpips(net, weights, a.device)
+    return model(_for_lpips(a), _for_lpips(b)).flatten()
+
+
+def check_lpips(net: str, weights: str | None) -> None:
+    """Raise DownloadError or CheckpointError now if the weights of LPIPS are not on this disk."""
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise CheckpointError(f"lpips_weights = {weights!r}: no such file")
+        return
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    name = LPIPS_BACKBONES[net]
+    if not (folder / name).is_file():
+        raise DownloadError(
+            f"LPIPS needs torchvision's {name}: put download.pytorch.org/models/{name} into"
+            f" {folder}, or name a .safetensors file of the same tensors in lpips_weights"
+        )
+
+
+def _for_lpips(x: Tensor) -> Tensor:
+    if x.shape[1] == 1:
+        x = x.expand(-1, 3, -1, -1)
+    if x.shape[-1] < 256:
+        x = F.interpolate(x, size=224, mode="bilinear", align_corners=False)
+    return x
+
+
+@functools.lru_cache(maxsize=2)
+def _lpips(net: str, weights: str | None, device: torch.device) -> nn.Module:
+    from lpips import LPIPS
+
+    check_lpips(net, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision deprecates the arguments that lpips passes
+        model = LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
+    if weights is not None:
+        _load_backbone(model.net, weights)
+    for slice_ in model.net.children():
+        for name, module in slice_.named_children():
+            if isinstance(module, nn.MaxPool2d):
+                pool = nn.AvgPool2d(module.kernel_size, module.stride, module.padding)
+                setattr(slice_, name, pool)
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _load_backbone(net: nn.Module, weights: str) -> None:
+    """Copy torchvision's `features.N.*` tensors into the slices of LPIPS, which keep the N."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(weights)
+    own = net.state_dict()
+    found = {key: tensors.get("features." + key.split(".", 1)[1]) for key in own}
+    bad = [key for key, value in found.items() if value is None or value.shape != own[key].shape]
+    if bad:
+        raise CheckpointError(
+            f"lpips_weights = {weights!r}: no tensor of the right shape for features."
+            f"{bad[0].split('.', 1)[1]}; export torchvision's state dict as it is"
+        )
+    net.load_state_dict(found)
