@@ -27,8 +27,8 @@ hookimpl = pluggy.HookimplMarker("cmkit")
 class Plugin:
     """One part that a package offers.
 
-    `target` is "module:Class", imported only when a recipe names the part. `cite` is the BibTeX
-    key or the reference of the paper that the part implements.
+    `target` is "module:Class", imported only when a recipe names the part. `cite` is the full
+    reference of the paper that the part implements; reports print it.
     """
 
     kind: str

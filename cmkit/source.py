@@ -178,7 +178,10 @@ def _index(node: list[Any], part: str, item: str) -> int:
 def _override_value(text: str, item: str) -> Any:
     try:
         _refuse_bombs(text, f"--set {item[:60]}")
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
+        if len(parsed) > 1:
+            raise ValueError("more than one value")
+        return parsed["value"]
     except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         if re.fullmatch(r"[A-Za-z_/~.][\w/~.:+ -]*", text):
             return text  # a bare word or path, as shells deliver it

@@ -4,6 +4,28 @@ from __future__ import annotations
 
 from cmkit.plugins import Plugin, hookimpl
 
+ADM = "Dhariwal, Nichol. Diffusion Models Beat GANs on Image Synthesis. 2021. arXiv:2105.05233"
+CM = "Song, Dhariwal, Chen, Sutskever. Consistency Models. 2023. arXiv:2303.01469"
+IMPROVED = (
+    "Song, Dhariwal. Improved Techniques for Training Consistency Models. 2023. arXiv:2310.14189"
+)
+RESCALING = (
+    "Zhu, Lin, Liu, Ning, Blaschko. Rescaling Intermediate Features Makes Trained "
+    "Consistency Models Perform Better. ICLR 2024 Tiny Papers"
+)
+DIGITS = (
+    "Alpaydin, Kaynak. Optical Recognition of Handwritten Digits. UCI Machine Learning "
+    "Repository. 1998"
+)
+FASHION = (
+    "Xiao, Rasul, Vollgraf. Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine "
+    "Learning Algorithms. 2017. arXiv:1708.07747"
+)
+FIDELITY = (
+    "Obukhov, Seitzer, Wu, Zhydenko, Kyl, Lin. High-fidelity performance metrics for "
+    "generative models in PyTorch. 2020"
+)
+
 
 @hookimpl
 def cmkit_register() -> list[Plugin]:
@@ -13,49 +35,49 @@ def cmkit_register() -> list[Plugin]:
             "adm",
             "cmkit_std.backbones.adm:ADM",
             "The U-Net of the consistency-model papers",
-            cite="dhariwal2021diffusion",
+            cite=ADM,
         ),
         Plugin(
             "objective",
             "ct",
             "cmkit_std.objectives.ct:CT",
             "Consistency training",
-            cite="song2023consistency",
+            cite=CM,
         ),
         Plugin(
             "objective",
             "ict",
             "cmkit_std.objectives.ict:ICT",
             "Improved consistency training",
-            cite="song2023improved",
+            cite=IMPROVED,
         ),
         Plugin(
             "sampler",
             "multistep",
             "cmkit_std.samplers.multistep:Multistep",
             "One step, or several with fresh noise between them",
-            cite="song2023consistency",
+            cite=CM,
         ),
         Plugin(
             "rescaler",
             "global",
             "cmkit_std.rescalers.global_:Global",
             "Two numbers: one for all skips, one for all embeddings",
-            cite="zhu2024rescaling",
+            cite=RESCALING,
         ),
         Plugin(
             "dataset",
             "digits",
             "cmkit_std.datasets.digits:Digits",
             "1,797 scanned handwritten digits, 8x8, shipped by scikit-learn",
-            cite="alpaydin1998optical",
+            cite=DIGITS,
         ),
         Plugin(
             "dataset",
             "fashion_mnist",
             "cmkit_std.datasets.fashion_mnist:FashionMNIST",
             "70,000 pictures of clothing, 28x28, from IDX files",
-            cite="xiao2017fashion",
+            cite=FASHION,
         ),
         Plugin(
             "dataset",
@@ -68,7 +90,7 @@ def cmkit_register() -> list[Plugin]:
             "fidelity",
             "cmkit_std.metrics.fidelity:Fidelity",
             "FID, Inception score, KID, precision and recall, by torch-fidelity",
-            cite="obukhov2020torchfidelity",
+            cite=FIDELITY,
         ),
         Plugin(
             "metric",

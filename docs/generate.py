@@ -1,0 +1,128 @@
+"""Write docs/reference.md from the code; with --check, fail when it is not current."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from pathlib import Path
+
+import typer
+
+from cmkit.cli import app, fields
+from cmkit.errors import CmkitError
+from cmkit.plugins import KINDS, Hooks, discover
+from cmkit.recipe import CORE_TABLES
+
+PAGE = Path(__file__).parent / "reference.md"
+HEAD = """\
+# Reference
+
+Written from the code by `make docs`; do not edit. Every built-in part, recipe table, command, hook
+and exit code is here.
+"""
+
+
+def table(model: type) -> str:
+    """The fields of a part as a Markdown table."""
+    rows = [
+        f"| `{f['key']}` | {_cell(f['type'])} | {_cell(f['default'])} | {_cell(f['meaning'])} |"
+        for f in fields(model)
+    ]
+    if not rows:
+        return "It has no keys.\n"
+    return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def parts() -> str:
+    """Every built-in part, by kind."""
+    registry = discover()
+    text = ["## Parts\n"]
+    for kind in KINDS:
+        text.append(f"### {kind}\n")
+        for row in registry.rows:
+            if row.kind != kind or row.plugin is None or row.dist != "cmkit":
+                continue
+            model = registry.load(kind, row.name)
+            text.append(f'#### {kind} `{row.name}`\n\n{inspect.getdoc(model)}\n')
+            if row.plugin.cite:
+                text.append(f"Cite: {row.plugin.cite}\n")
+            text.append(table(model))
+    return "\n".join(text)
+
+
+def tables() -> str:
+    """The recipe tables that belong to no part."""
+    text = ["## Recipe tables\n"]
+    for name, model in CORE_TABLES.items():
+        text.append(f"### `[{name}]`\n\n{inspect.getdoc(model)}\n\n{table(model)}")
+    return "\n".join(text)
+
+
+def commands() -> str:
+    """Every command with its options."""
+    text = ["## Commands\n"]
+    text += _commands(typer.main.get_command(app), "cmkit")
+    return "\n".join(text)
+
+
+def _commands(command: object, path: str) -> list[str]:
+    inner = getattr(command, "commands", {})
+    text = [entry for name in sorted(inner) for entry in _commands(inner[name], f"{path} {name}")]
+    if path == "cmkit":
+        return text
+    rows = [
+        f"| `{' '.join(p.opts) if p.param_type_name == 'option' else p.name.upper()}` |"
+        f" {_cell(getattr(p, 'help', '') or '')} |"
+        for p in command.params
+    ]
+    about = " ".join((command.help or "").split())
+    lines = "\n".join(["| argument | meaning |", "|---|---|", *rows]) + "\n" if rows else ""
+    return [f"### `{path}`\n\n{about}\n\n{lines}", *text]
+
+
+def hooks() -> str:
+    """Every hook that a package may implement."""
+    text = ["## Hooks\n"]
+    for name, hook in vars(Hooks).items():
+        if name.startswith("cmkit_"):
+            signature = str(inspect.signature(hook)).replace("(self, ", "(").replace("(self)", "()")
+            text.append(f"### `{name}{signature}`\n\n{inspect.getdoc(hook)}\n")
+    return "\n".join(text)
+
+
+def exit_codes() -> str:
+    """What each exit code means."""
+    rows = [
+        f"| {error.exit_code} | {inspect.getdoc(error).splitlines()[0]} |"
+        for error in CmkitError.__subclasses__()
+        if error.exit_code != CmkitError.exit_code
+    ]
+    ends = ["| 70 | A bug in cmkit. |", "| 130, 143 | Interrupted, everything saved. |"]
+    return "\n".join(
+        ["## Exit codes\n", "| code | meaning |", "|---|---|", "| 0 | Done. |", *rows, *ends, ""]
+    )
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def page() -> str:
+    """The whole page."""
+    sections = (HEAD, parts(), tables(), commands(), hooks(), exit_codes())
+    return "\n".join(section.strip() + "\n" for section in sections)
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    if not parser.parse_args().check:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
+        sys.exit(f"{PAGE} is not current: run `make docs` and commit it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+import json
+import re
+import time
+
+import pytest
+
+from cmkit import PluginError, RecipeError, discover
+from cmkit.recipe import load, schema
+
+TEXT = """\
+name = "small"
+seed = 1
+
+[dataset]
+use = "digits"
+
+[backbone]
+use = "adm"
+channels = 32
+
+[objective]
+use = "ict"
+end_scales = 80
+
+[train]
+steps = 10
+batch = 8
+
+[sampler]
+use = "multistep"
+sigmas = []
+
+[[metric]]
+use = "fidelity"
+fid = true
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "ct.toml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def refusal(path, *overrides):
+    with pytest.raises((RecipeError, PluginError)) as caught:
+        load(path, overrides, discover())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(path.parent) + "/", "")
+
+
+def test_every_default_is_written_out_and_the_resolved_recipe_is_the_same_recipe(write):
+    recipe = load(write(TEXT), [], discover())
+    assert recipe.train.lr == 1e-4
+    assert recipe.resolved["train"]["save_every"] == 1000
+    again = load(write(recipe.toml()), [], discover())
+    assert again.resolved == recipe.resolved
+    assert again.hash == recipe.hash
+    assert re.fullmatch(r"[0-9a-f]{8}", recipe.hash)
+
+
+def test_a_changed_value_changes_the_hash_and_a_written_default_does_not(write):
+    plain = load(write(TEXT), [], discover()).hash
+    assert load(write(TEXT), ["train.lr=1e-4"], discover()).hash == plain
+    assert load(write(TEXT), ["train.lr=2e-4"], discover()).hash != plain
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "end_scales",
+            "end_scale",
+            "ct.toml:13: objective.end_scale: unknown key; did you mean 'end_scales'?",
+        ),
+        ("[train]", "[trian]", "ct.toml:15: trian: unknown key; did you mean 'train'?"),
+        (
+            "steps = 10",
+            "steps = -1",
+            "ct.toml:16: train.steps = -1: should be greater than or equal to 1",
+        ),
+        ("steps = 10", "steps = true", "ct.toml:16: train.steps = true: should be a valid integer"),
+        ("steps = 10", 'steps = "10"', 'ct.toml:16: train.steps = "10": should be a valid integer'),
+        ("steps = 10", "steps = 10.5", "ct.toml:16: train.steps = 10.5"),
+        ("batch = 8", "lr = nan\nbatch = 8", "ct.toml:17: train.lr = NaN"),
+        ("batch = 8", "lr = inf\nbatch = 8", "ct.toml:17: train.lr = Infinity"),
+        ("batch = 8", "lr = 1e400\nbatch = 8", "ct.toml:17: train.lr = Infinity"),
+        ("batch = 8", "lr = 0\nbatch = 8", "ct.toml:17: train.lr = 0: should be greater than 0"),
+        ("batch = 8", "batch = 10000000000000000000000000000000", "ct.toml:17: train.batch"),
+        ("batch = 8", "", "ct.toml:15: train.batch: missing key"),
+        ("fid = true", "fdi = true", "ct.toml:25: metric.0.fdi: unknown key; did you mean 'fid'?"),
+        ('name = "small"', 'name = "../evil"', 'ct.toml:1: name = "../evil"'),
+        ("seed = 1", "seed = -1", "ct.toml:2: seed = -1"),
+        ("seed = 1", "seed = 1979-05-27", "ct.toml:2: seed"),
+        (
+            'use = "ict"',
+            'use = "itc"',
+            "ct.toml:12: objective.use: no objective is called 'itc'; did you mean 'ict'?",
+        ),
+        ('use = "ict"', "", "ct.toml:11: objective.use: name the objective to use: ct, ict"),
+        ("seed = 1", "seed = ", "ct.toml:2: not TOML"),
+        ("[[metric]]", "[metric]", "ct.toml:23: metric: expected a list of tables"),
+        ("batch = 8", "batch = 8\naccumulate = 3", "batch 8 is not divisible by accumulate 3"),
+        ("sigmas = []", "sigmas = [1.0, 2.0]", "sigmas [1.0, 2.0] must fall"),
+        ("[train]", "denoiser = 3\n[train]", "objective.denoiser: unknown key"),
+    ],
+)
+def test_a_fault_is_one_line_with_its_place_and_cure(write, old, new, said):
+    assert said in refusal(write(TEXT.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stesp=5", "--set train.stesp: unknown key; did you mean 'steps'?"),
+        ("train.steps=zero point", "--set train.steps"),
+        ("train.steps", "expected table.key=value"),
+        ("=5", "expected table.key=value"),
+        ("metric.7.fid=true", "'7' is not an index from 0 to 0"),
+        ("name.first=1", "'name' is a value, not a table"),
+        ("train.steps=[1", "is not a TOML value"),
+        ("train.steps=1\nseed=7", "is not a TOML value"),
+    ],
+)
+def test_a_bad_override_names_itself(write, override, said):
+    assert said in refusal(write(TEXT), override)
+
+
+def test_overrides_are_toml_values_and_reach_lists(write):
+    recipe = load(
+        write(TEXT),
+        ["train.steps=7", "sampler.sigmas=[0.8, 0.1]", "metric.0.kid=true", "name=other"],
+        discover(),
+    )
+    assert recipe.train.steps == 7
+    assert recipe.sampler.sigmas == (0.8, 0.1)
+    assert recipe.metric[0].kid is True
+    assert recipe.name == "other"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xff\xfe name = 1",
+        b"\xef\xbb\xbfname = 'x'",
+        b"name = " + b"[" * 5000,
+        b"a." * 50_000 + b"b = 1",
+        b"seed = " + b"9" * 5000,
+        b"x = '" + b"y" * 300_000 + b"'",
+        b"a = {b = " * 40,
+        b"",
+        b"name = 'x'\nname = 'y'",
+    ],
+)
+def test_a_hostile_file_is_refused_at_once(write, text):
+    started = time.process_time()
+    assert refusal(write(text)).startswith("ct.toml")
+    assert time.process_time() - started < 0.5
+
+
+def test_a_folder_and_a_missing_file_are_refused(tmp_path, write):
+    write(TEXT)
+    assert "not a file" in refusal(tmp_path)
+    assert "did you mean" in refusal(tmp_path / "cd.toml")
+
+
+def test_inline_tables_have_lines_too(write):
+    text = 'name = "x"\ndataset = { use = "digits" }\nbackbone = { use = "adm", chanels = 32 }\n'
+    assert "ct.toml:3: backbone.chanels: unknown key" in refusal(write(text))
+    text = text.replace("chanels", "channels") + (
+        'metric = [\n  { use = "fidelity" },\n  { use = "fidelity", fdi = true },\n]\n'
+    )
+    assert "ct.toml:6: metric.1.fdi" in refusal(write(text))
+
+
+def test_schema_accepts_the_recipe_and_knows_every_part():
+    document = schema(discover())
+    json.dumps(document, allow_nan=False)
+    uses = {
+        document["$defs"][option["$ref"].split("/")[-1]]["properties"]["use"]["const"]
+        for option in document["properties"]["objective"]["oneOf"]
+    }
+    assert uses == set(discover().names("objective"))
+    assert document["additionalProperties"] is False
+    assert "description" in document["$defs"]["train"]["properties"]["steps"]
+
+
+def test_every_letter_dropped_from_a_key_is_refused_with_the_right_hint(write):
+    """The nearest right key is named for at least 95 % of single deletions."""
+    hits = total = 0
+    for key in ("steps", "batch", "end_scales", "channels", "sigmas"):
+        for i in range(len(key)):
+            wrong = key[:i] + key[i + 1 :]
+            message = refusal(write(re.sub(rf"^{key} =", f"{wrong} =", TEXT, flags=re.M)))
+            total += 1
+            hits += f"did you mean '{key}'" in message
+    assert hits / total >= 0.95
