@@ -138,7 +138,7 @@ def verify(folder: Path) -> None:
     manifest = folder / MANIFEST
     with _reading(manifest):
         _require_regular(manifest)
-        text = manifest.read_text(encoding="ascii", errors="replace")
+        text = manifest.read_bytes().decode(errors="replace")
     if not _MANIFEST.fullmatch(text):
         raise CheckpointError(f"{manifest}: damaged; delete {folder} or restore it from a copy")
     digests = {line[66:]: line[:64] for line in text.splitlines()}
@@ -561,9 +561,10 @@ _CURES = {
 
 def _resource_error(error: OSError, path: Path, needed: int) -> ResourceError:
     room = ""
-    with contextlib.suppress(OSError):
-        parent = next(folder for folder in path.absolute().parents if folder.is_dir())
-        room = f" ({needed} bytes needed, {shutil.disk_usage(parent).free} free)" if needed else ""
+    if needed and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.absolute().parent).free
+            room = f" ({needed} bytes needed, {free} free)"
     cure = _CURES.get(error.errno or 0, "check the path, or choose another folder")
     return ResourceError(f"{path}: {error.strerror or error}{room}; {cure}")
 

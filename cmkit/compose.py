@@ -220,13 +220,26 @@ def _dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec) -> int:
     x = torch.empty(1, data.channels, data.resolution, data.resolution, device="meta")
     label = torch.empty(1, dtype=torch.int64, device="meta") if data.num_classes else None
     cond = Cond(label=label)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with _at(recipe, "backbone"), _trying("backbone"), FlopCounterMode(display=False) as counter:
         denoiser(x, x.new_empty(1), cond)
-    flops = counter.get_total_flops()
     if recipe.sampler:
-        with _at(recipe, "sampler"), torch.inference_mode():
+        with _at(recipe, "sampler"), _trying("sampler"):
             _check_sampler(recipe.sampler, denoiser, x, cond)
-    return flops
+    return counter.get_total_flops()
+
+
+@contextlib.contextmanager
+def _trying(kind: str) -> Iterator[None]:
+    """Whatever a part raises on shapes alone is the part's fault."""
+    try:
+        with torch.inference_mode():
+            yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise PluginError(
+            f"the {kind} fails on a tensor without data ({type(error).__name__}:"
+            f" {''.join(reason)}); does it make all its tensors on x.device?"
+        ) from error
 
 
 def _check_sampler(sampler: Sampler, denoiser: Denoiser, x: torch.Tensor, cond: Cond) -> None:

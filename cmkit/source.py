@@ -107,7 +107,7 @@ def _refuse_bombs(text: str, file: str) -> None:
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
 _KEY = re.compile(r"""\s*([A-Za-z0-9_.\-"' ]+?)\s*=""")
-_INLINE = re.compile(r"""[{,]\s*([A-Za-z0-9_\-"']+)\s*=""")
+_INLINE = re.compile(r"""(?:^|,)\s*([A-Za-z0-9_\-"']+)\s*=""")
 
 
 def _lines(text: str) -> dict[tuple[str, ...], int]:
@@ -130,14 +130,16 @@ def _lines(text: str) -> dict[tuple[str, ...], int]:
         if key := _KEY.match(line):
             last = (*table, *_split(key[1]))
             lines.setdefault(last, number)
-        if "[" in line and "{" in line[line.find("[") :]:
-            counts.setdefault(last, -1)
-        if "{" in line and last in counts:
-            counts[last] += 1
-            lines.setdefault((*last, str(counts[last])), number)
-        inside = (*last, str(counts[last])) if last in counts else last
-        for inline in _INLINE.finditer(line):
-            lines.setdefault((*inside, *_split(inline[1])), number)
+            if line[key.end() :].lstrip().startswith("["):
+                counts[last] = -1
+        for inline in line.split("{")[1:]:
+            inside = last
+            if last in counts and last != table:  # one of a list of inline tables
+                counts[last] += 1
+                inside = (*last, str(counts[last]))
+                lines.setdefault(inside, number)
+            for name in _INLINE.finditer(inline):
+                lines.setdefault((*inside, *_split(name[1])), number)
     return lines
 
 

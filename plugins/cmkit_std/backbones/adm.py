@@ -1,0 +1,181 @@
+"""The U-Net of the consistency-model papers (Dhariwal, Nichol: Diffusion Models Beat GANs on Image
+Synthesis, 2021; as in openai/consistency_models)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from cmkit.errors import RecipeError
+from cmkit.kinds import Backbone, DataSpec
+
+if TYPE_CHECKING:
+    from cmkit_std.backbones.adm_unet import UNet
+
+_OPENAI = {"num_head_channels": 64, "resblock_updown": True}
+PRESETS: dict[str, dict[str, Any]] = {
+    "openai-imagenet64": {
+        **_OPENAI,
+        "channels": 192,
+        "channel_mult": [1, 2, 3, 4],
+        "num_res_blocks": 3,
+        "use_scale_shift_norm": True,
+    },
+    "openai-lsun256": {
+        **_OPENAI,
+        "channels": 256,
+        "channel_mult": [1, 1, 2, 2, 4, 4],
+        "num_res_blocks": 2,
+        "use_scale_shift_norm": False,
+    },
+}
+"""Sizes of the published checkpoints (openai/consistency_models, scripts/launch.sh)."""
+
+
+class ADM(Backbone):
+    """Convolutional U-Net with attention at coarse levels, the network of CD, CT, iCT and CTM.
+
+    Embeds labels, and the target noise level of CTM by a second path beside that of sigma.
+    """
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "sigma_to"})
+
+    preset: Literal["openai-imagenet64", "openai-lsun256"] | None = None
+    """Sizes of a published network; fields given beside it win."""
+    channels: int = Field(128, ge=4, le=2048)
+    """Width of the first level; the embedding is four times as wide."""
+    channel_mult: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(
+        (1, 2, 2), min_length=1, max_length=10, strict=False
+    )
+    """Width of each level in multiples of `channels`; from level to level the picture is halved."""
+    num_res_blocks: int = Field(2, ge=1, le=16)
+    """Residual blocks a level in the encoder; the decoder has one more."""
+    attention_resolutions: tuple[Annotated[int, Field(ge=1, le=8192)], ...] | None = Field(
+        None, max_length=10, strict=False
+    )
+    """Sides, in pixels, of the levels with attention; absent = all of 8 to 32 pixels."""
+    num_heads: int = Field(4, ge=1, le=256)
+    """Attention heads, unless `num_head_channels` is given."""
+    num_head_channels: int | None = Field(None, ge=1, le=1024)
+    """Width of an attention head; the number of heads then follows from a level's width."""
+    num_heads_upsample: int | None = Field(None, ge=1, le=256)
+    """Attention heads in the decoder; absent = `num_heads`."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability with which an activation of a residual block is dropped in training."""
+    use_scale_shift_norm: bool = True
+    """The embedding scales and shifts the normalised features; otherwise it is added to them."""
+    resblock_updown: bool = False
+    """Change the resolution inside residual blocks; otherwise between them."""
+    conv_resample: bool = True
+    """With a convolution at changes of resolution; unused with `resblock_updown`."""
+    norm_groups: int = Field(32, ge=1, le=2048)
+    """Groups of GroupNorm, 32 in the official networks; must divide each level's width."""
+    time_scale: float = Field(1000.0, gt=0, le=1e6)
+    """Factor of ln(sigma) / 4 before its sinusoids; weights trained by EDM's code need 1."""
+    gradient_checkpointing: bool = False
+    """Recompute residual blocks in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
+            return given
+        return {**PRESETS.get(given["preset"], {}), **given}
+
+    def build(self, data: DataSpec, conditions: frozenset[str]) -> UNet:
+        """A fresh U-Net; RecipeError when the options do not fit each other or the data."""
+        self._check(data, conditions)
+        from cmkit_std.backbones.adm_unet import UNet
+
+        return UNet(
+            self,
+            in_channels=data.channels,
+            out_channels=data.channels,
+            resolution=data.resolution,
+            num_classes=data.num_classes if "label" in conditions else None,
+            sigma_to="sigma_to" in conditions,
+        )
+
+    def levels(self, resolution: int) -> list[tuple[int, int]]:
+        """(width in channels, side in pixels) of each level, the finest first."""
+        return [(self.channels * m, resolution >> n) for n, m in enumerate(self.channel_mult)]
+
+    def attends(self, side: int) -> bool:
+        """Whether a level of `side` pixels has attention."""
+        if self.attention_resolutions is None:
+            return 8 <= side <= 32
+        return side in self.attention_resolutions
+
+    def heads(self, width: int, decoder: bool = False) -> int:
+        """Attention heads of a level of `width` channels."""
+        if self.num_head_channels:
+            return width // self.num_head_channels
+        return (self.num_heads_upsample if decoder else None) or self.num_heads
+
+    def _check(self, data: DataSpec, conditions: frozenset[str]) -> None:
+        if unknown := conditions - self.accepts:
+            raise RecipeError(
+                f"backbone: adm cannot embed {', '.join(sorted(unknown))}; it accepts"
+                f" {', '.join(sorted(self.accepts))}; choose another backbone"
+            )
+        if "label" in conditions and not data.num_classes:
+            raise RecipeError(
+                "backbone: cannot embed labels, num_classes of the data set is"
+                f" {data.num_classes}; choose a data set with classes, or leave the labels out"
+            )
+        self._check_resolution(data.resolution)
+        for width, side in self.levels(data.resolution):
+            self._check_norm(width)
+            # The middle block, of the last level's width, always attends.
+            if self.attends(side) or side == data.resolution >> len(self.channel_mult) - 1:
+                self._check_heads(width)
+
+    def _check_resolution(self, resolution: int) -> None:
+        halvings = len(self.channel_mult) - 1
+        sides = [side for _, side in self.levels(resolution)]
+        if resolution % 2**halvings:
+            possible = (resolution & -resolution).bit_length()
+            raise RecipeError(
+                f"backbone.channel_mult = {list(self.channel_mult)}: its {halvings + 1} levels need"
+                f" pictures divisible by {2**halvings}, not of {resolution} pixels; give at most"
+                f" {possible} levels, or another dataset.resolution"
+            )
+        if missing := sorted(set(self.attention_resolutions or ()) - set(sides)):
+            raise RecipeError(
+                f"backbone.attention_resolutions = {list(self.attention_resolutions or ())}: no"
+                f" level has {', '.join(map(str, missing))} pixels; choose among"
+                f" {', '.join(map(str, sides))}"
+            )
+
+    def _check_norm(self, width: int) -> None:
+        if width % self.norm_groups:
+            fitting = max(n for n in range(1, self.norm_groups) if self.channels % n == 0)
+            above = -(-self.channels // self.norm_groups) * self.norm_groups
+            raise RecipeError(
+                f"backbone.channels = {self.channels}: a level of {width} channels does not divide"
+                f" into norm_groups = {self.norm_groups}; give channels = {above}, or"
+                f" norm_groups = {fitting}"
+            )
+        if width == self.norm_groups and not self.use_scale_shift_norm:
+            raise RecipeError(
+                f"backbone.norm_groups = {self.norm_groups}: with one channel a group ({width}"
+                " channels) the norm removes an added embedding; give use_scale_shift_norm = true,"
+                " or fewer norm_groups"
+            )
+
+    def _check_heads(self, width: int) -> None:
+        if self.num_head_channels:
+            if width % self.num_head_channels:
+                raise RecipeError(
+                    f"backbone.num_head_channels = {self.num_head_channels}: does not divide the"
+                    f" {width} channels of a level with attention; give a divisor of {width}"
+                )
+            return
+        for name in ("num_heads", "num_heads_upsample"):
+            heads = getattr(self, name)
+            if heads and width % heads:
+                raise RecipeError(
+                    f"backbone.{name} = {heads}: does not divide the {width} channels of a level"
+                    f" with attention; give a divisor of {width}"
+                )

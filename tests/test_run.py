@@ -1,0 +1,280 @@
+"""Runs: the whole job small, killed and resumed, stopped by signals, in bad surroundings."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmkit import BusyError, CheckpointError, Interrupted, NonFiniteError, discover
+from cmkit.checkpoint import lock
+from cmkit.compose import plan
+from cmkit.recipe import load
+from cmkit.run import RunFinished, Saved, run
+from cmkit.sample import Draws, SavedImages, sample
+from cmkit.search import best, interval, verdict
+from cmkit.stop import StopSignal
+from cmkit.train import Step
+
+RECIPE = """\
+name = "tiny"
+seed = 3
+dataset = { use = "digits" }
+backbone = { use = "adm", channels = 32, channel_mult = [1, 1], num_res_blocks = 1, attention_resolutions = [4], num_head_channels = 16 }
+objective = { use = "ct", end_scales = 5, distance = "pseudo_huber" }
+rescaler = { use = "global" }
+sampler = { use = "multistep" }
+train = { steps = 6, batch = 8, lr = 1e-3, save_every = 2, log_every = 4, ema = [0.9, 0.5], precision = "fp32" }
+search = { images = 70, batch = 35, confirm_seeds = 2, precision = "fp32", grid = { skip = [0.9, 1.0], emb = [1.0, 1.1] } }
+sample = { images = 70, batch = 35, precision = "fp32" }
+metric = [{ use = "fidelity" }, { use = "digits_judge" }]
+"""
+CPU = torch.device("cpu")
+CMKIT = [sys.executable, "-c", "from cmkit.cli import main; main()"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def events(recipe, out, *overrides, stop=None):
+    registry = discover()
+    made = plan(load(recipe, overrides, registry))
+    return run(made, registry, out, CPU, stop or StopSignal())
+
+
+def finish(recipe, out, *overrides) -> tuple[Path, dict]:
+    *_, last = events(recipe, out, *overrides)
+    assert isinstance(last, RunFinished)
+    return last.folder, last.report
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """SHA-256 of what a run is for: weights, optimizer, samples, cells, pictures."""
+    wanted = [
+        "model.safetensors",
+        "checkpoints/*/*.safetensors",
+        "samples/*",
+        "search/*",
+        "samples*.png",
+    ]
+    files = sorted(path for pattern in wanted for path in folder.glob(pattern))
+    assert len(files) > 10
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run, shared by the tests that only read it."""
+    home = tmp_path_factory.mktemp("whole")
+    (home / "tiny.toml").write_text(RECIPE)
+    return finish(home / "tiny.toml", home / "runs")
+
+
+def test_a_run_leaves_everything_that_it_promises(whole):
+    folder, report = whole
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "recipe.toml", "environment.json", "log.jsonl", "checkpoints", "model.safetensors", "search",
+        "samples", "samples_before.png", "samples_after.png", "heatmap.png", "loss.png", "report.html",
+        "report.json", "status.json",
+    } <= names  # fmt: skip
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert [r["step"] for r in map(json.loads, (folder / "log.jsonl").open())] == [4, 6]
+    confirm = report["stages"]["search"]["confirm"]
+    assert len(confirm["plain"]["values"]) == len(confirm["rescaled"]["values"]) == 2
+    assert len(report["stages"]["search"]["cells"]) == 4
+    assert {"fid", "confident"} <= set(report["stages"]["metric"]["values"])
+    assert any("Consistency Models" in reference for reference in report["citations"])
+    assert len(SavedImages(sorted((folder / "samples").glob("*.npz")))) == 70
+
+
+def test_a_finished_run_does_nothing_again(whole):
+    folder, _ = whole
+    before = {p: p.stat().st_mtime_ns for p in (folder / "samples").iterdir()}
+    seen = list(events(folder / "recipe.toml", folder.parent))
+    assert not any(isinstance(event, Step | Saved) for event in seen)
+    assert seen[-1].folder == folder
+    assert {p: p.stat().st_mtime_ns for p in (folder / "samples").iterdir()} == before
+
+
+@pytest.mark.parametrize("crash", [1, 3, 5, 7, 9, 11, 12, 14, 15, 17, 18, 19, 20])
+def test_a_run_cut_after_any_event_resumes_to_the_same_bits(whole, recipe, tmp_path, crash):
+    """The generator is dropped where a kill would end it; the file-level kills are in crash/."""
+    running = events(recipe, tmp_path / "runs")
+    for _ in range(crash):
+        next(running)
+    running.close()
+    folder, _ = finish(recipe, tmp_path / "runs")
+    assert fingerprint(folder) == fingerprint(whole[0])
+
+
+def test_the_global_generator_changes_nothing(whole, recipe, tmp_path):
+    torch.manual_seed(999)
+    running = events(recipe, tmp_path / "runs")
+    for event in running:
+        torch.rand(3)
+    assert fingerprint(event.folder) == fingerprint(whole[0])
+
+
+def test_accumulated_parts_see_the_same_images_as_one_batch(recipe, tmp_path):
+    """Half a step's images in each part: the same data in the same order."""
+    dataset = load(recipe, [], discover()).dataset
+    whole_batches, parts = dataset.batches(8, 3, CPU), dataset.batches(4, 3, CPU, start=2)
+    next(whole_batches)
+    x0, cond = next(whole_batches)
+    halves = [next(parts), next(parts)]
+    assert torch.equal(x0, torch.cat([half[0] for half in halves]))
+    assert torch.equal(cond.label, torch.cat([half[1].label for half in halves]))
+    folder, _ = finish(recipe, tmp_path / "runs", "train.accumulate=2")
+    assert (folder / "model.safetensors").exists()
+
+
+def test_samples_do_not_depend_on_the_batch_size(recipe):
+    from cmkit.compose import build
+
+    made = plan(load(recipe, [], discover()))
+    denoiser, draws = build(made, CPU).eval(), Draws(made.data, 5)
+    drawn = [
+        torch.cat(
+            [
+                b.images
+                for b in sample(denoiser, made.recipe.sampler, draws, range(24), n, CPU, "fp32")
+            ]
+        )
+        for n in (1, 7, 24)
+    ]
+    for other in drawn[1:]:
+        assert (drawn[0].int() - other.int()).abs().max() <= 1
+
+
+def test_a_stop_signal_saves_the_step_and_says_how_to_go_on(whole, recipe, tmp_path):
+    stop = StopSignal()
+    with pytest.raises(Interrupted, match="step 3 is saved.*run the same command again") as caught:
+        for event in events(recipe, tmp_path / "runs", stop=stop):
+            if isinstance(event, Step) and event.step == 3:
+                stop.signum = signal.SIGTERM
+    assert caught.value.exit_code == 143
+    resumed = list(events(recipe, tmp_path / "runs"))
+    assert next(e.step for e in resumed if isinstance(e, Step)) == 4
+    got, expected = fingerprint(resumed[-1].folder), fingerprint(whole[0])
+    shared = {name for name in expected if "step-00000003" not in name and name in got}
+    assert {n: got[n] for n in shared} == {n: expected[n] for n in shared}
+    assert "model.safetensors" in shared
+
+
+def test_a_held_folder_is_refused(whole, recipe):
+    folder, _ = whole
+    with lock(folder), pytest.raises(BusyError, match="in use by pid"):
+        list(events(recipe, folder.parent))
+
+
+def test_an_edited_recipe_in_the_folder_is_refused(recipe, tmp_path):
+    running = events(recipe, tmp_path / "runs")
+    next(running)
+    running.close()
+    (kept,) = (tmp_path / "runs").glob("*/recipe.toml")
+    kept.write_text(kept.read_text().replace("seed = 3", "seed = 4"))
+    with pytest.raises(CheckpointError, match="not the recipe that this folder is named after"):
+        next(events(recipe, tmp_path / "runs"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_bad_checkpoint(
+    recipe, tmp_path, monkeypatch
+):
+    from cmkit_std.objectives.ct import CT
+
+    honest = CT.loss
+
+    def poisoned(self, models, x0, cond, phase, rng):
+        loss = honest(self, models, x0, cond, phase, rng)
+        return loss * float("nan") if phase.step >= 3 else loss
+
+    monkeypatch.setattr(CT, "loss", poisoned)
+    with pytest.raises(NonFiniteError):
+        finish(recipe, tmp_path / "runs")
+    (root,) = (tmp_path / "runs").glob("*/checkpoints")
+    assert [path.name for path in root.glob("step-*")] == ["step-00000002"]
+
+
+def test_a_score_that_is_no_number_never_wins():
+    cells = [{"score": None}, {"score": 3.0}, {"score": 2.0}]
+    assert best(cells)["score"] == 2.0
+    with pytest.raises(NonFiniteError, match="no cell has a finite score"):
+        best(cells[:1])
+
+
+def test_the_interval_is_students():
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.7764451051977987 * (2.5**0.5) / 5**0.5
+    assert found["mean"] == 3
+    assert found["high"] - 3 == pytest.approx(half)
+    assert 3 - found["low"] == pytest.approx(half)
+
+
+def test_the_verdict_falls_whichever_way_it_must():
+    base = [10.0, 10.1, 9.9]
+    assert verdict("fid", base, [v - 2 for v in (10.0, 10.2, 9.9)]).startswith("Rescaling helps")
+    assert verdict("fid", base, [v + 2 for v in (10.0, 10.2, 9.9)]).startswith("Rescaling harms")
+    assert verdict("fid", base, [11.0, 9.0, 10.2]).startswith("No difference")
+
+
+def command(*arguments, cwd, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    return subprocess.Popen(
+        [*CMKIT, *map(str, arguments)], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_from_outside_ends_with_everything_saved(recipe, tmp_path, signum, code):
+    process = command(
+        "run", recipe, "--set", "train.steps=100000", "--set", "train.log_every=1", cwd=tmp_path
+    )
+    log = wait_for(tmp_path, "runs/*/log.jsonl", process)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert out == ""
+    last = err.splitlines()[-1]
+    assert "is saved in" in last
+    assert "run the same command again" in last
+    steps = [json.loads(line)["step"] for line in log.open()]
+    (newest,) = sorted(log.parent.glob("checkpoints/step-*"))[-1:]
+    assert int(newest.name[5:]) == steps[-1]
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=newest).returncode == 0
+
+
+def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(whole, recipe, tmp_path):
+    process = command("run", recipe, "--set", "train.steps=6", cwd=tmp_path)
+    wait_for(tmp_path, "runs/*/checkpoints/step-00000002", process)
+    process.kill()
+    process.communicate()
+    again = command("run", recipe, "--json", cwd=tmp_path)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    report = json.loads(out)
+    assert fingerprint(tmp_path / report["folder"]) == fingerprint(whole[0])
+
+
+def wait_for(home: Path, pattern: str, process) -> Path:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if found := [p for p in home.glob(pattern) if p.is_dir() or p.stat().st_size]:
+            return found[0]
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError(f"{pattern} did not appear")
