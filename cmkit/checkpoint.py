@@ -19,7 +19,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,21 @@ _BLOCK = 1 << 22
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Replace the file `path` by `data`, whole or not at all; ResourceError when it cannot."""
     data = data.encode() if isinstance(data, str) else data
+    _replace(path, [data], len(data))
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace the safetensors file `path`, whole or not at all; errors as of `save_checkpoint`."""
+    header, ordered, size = _plan(path.name, tensors)
+    _require_space(path.parent, size)
+    _replace(path, _serialized(header, ordered), size)
+
+
+def _replace(path: Path, chunks: Iterable[Any], size: int) -> None:
     temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
-    with _writing(path, len(data)):
+    with _writing(path, size):
         try:
-            _write(temporary, [data])
+            _write(temporary, chunks)
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -85,6 +96,9 @@ def save_checkpoint(
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step {step} must be at least 0, and keep {keep} at least 1")
+    for name in tensors:
+        if not re.fullmatch(_NAME, name):
+            raise ValueError(f"{name!r} is no file name; use letters, digits, '.', '_' and '-'")
     final = root / f"step-{step:08d}"
     files = {f"{name}.safetensors": _plan(name, group) for name, group in tensors.items()}
     text = _json({"step": step, "state": dict(state)}, final / STATE)
@@ -186,13 +200,16 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, or of a checkpoint folder: its slowest EMA, else "online".
 
-    A folder of checkpoints stands for its newest one. Unlike `latest_checkpoint` it only reads, so
-    a run may go on meanwhile. CheckpointError for what is damaged, and for any pickle.
+    A run folder stands for its `model.safetensors`, or else for its newest checkpoint. Unlike
+    `latest_checkpoint` this only reads, so a run may go on meanwhile. CheckpointError for what is
+    damaged, and for any pickle.
     """
+    path = path / "model.safetensors" if (path / "model.safetensors").exists() else path
     if not path.is_dir():
         return _read_safetensors(path)
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     with _reading(path):
-        steps = [] if (path / MANIFEST).exists() else _steps(path)
+        steps = [] if (path / MANIFEST).exists() else _steps(root)
     checkpoint = _open(steps[0][1] if steps else path)
     emas = [name for name in checkpoint.names if re.fullmatch(r"ema-[\d.]+", name)]
     return checkpoint.tensors(max(emas, key=lambda name: float(name[4:]), default="online"))
@@ -403,8 +420,6 @@ _Plan = tuple[bytes, list[Tensor], int]
 
 def _plan(name: str, group: Mapping[str, Tensor]) -> _Plan:
     """Layout of `<name>.safetensors`: widest types first, which keeps every tensor aligned."""
-    if not re.fullmatch(_NAME, name):
-        raise ValueError(f"{name!r} is no file name; use letters, digits, '.', '_' and '-'")
     ordered = sorted(group, key=lambda key: (-group[key].element_size(), key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -435,7 +450,7 @@ def _serialized(header: bytes, group: list[Tensor]) -> Iterator[Any]:
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _write(path: Path, chunks: Any) -> str:
+def _write(path: Path, chunks: Iterable[Any]) -> str:
     """SHA-256 of the new file `path`, hashed while it is written; the file is fsynced."""
     sha = hashlib.sha256()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmkit.errors import CheckpointError, DataError
+from cmkit.errors import CheckpointError, DataError, ResourceError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +117,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _malformed(path: Path) -> Iterator[None]:
-    """Inside, a field that is missing or of another type becomes a CheckpointError."""
+    """Inside, an odd field becomes a CheckpointError, and an OSError a ResourceError."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -125,16 +125,21 @@ def _malformed(path: Path) -> Iterator[None]:
             f"{path}: not a report that cmkit wrote ({type(error).__name__}: {error}); run the"
             " recipe again"
         ) from error
+    except OSError as error:
+        raise ResourceError(
+            f"{error.filename or path}: cannot be read: {error.strerror}; mend it, then run again"
+        ) from error
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The finite records of a training log; a torn last line is left out."""
+    """The finite records of a training log; whatever else is in it, a torn line, is left out."""
     records = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, AttributeError):
             record = json.loads(line)
-            if _finite(record["loss"]) is not None and record["step"] >= 0:
-                records.append(record)
+            step, loss, sigmas = map(_finite, map(record.get, ("step", "loss", "num_sigmas")))
+            if step is not None and loss is not None:
+                records.append({"step": int(step), "loss": loss, "num_sigmas": int(sigmas or 0)})
     return records
 
 
@@ -297,7 +302,7 @@ def _curve(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     chunks = [records[i : i + size] for i in range(0, len(records), size)]
     steps = [chunk[-1]["step"] for chunk in chunks]
     losses = [statistics.fmean(record["loss"] for record in chunk) for chunk in chunks]
-    sigmas = [chunk[-1].get("num_sigmas") for chunk in chunks]
+    sigmas = [chunk[-1]["num_sigmas"] for chunk in chunks]
     logarithmic = min(losses) > 0 and max(losses) >= 10 * min(losses)
     return {
         "steps": steps,
@@ -309,7 +314,7 @@ def _curve(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def _doublings(steps: Sequence[int], sigmas: Sequence[int | None]) -> list[tuple[int, int]]:
+def _doublings(steps: Sequence[int], sigmas: Sequence[int]) -> list[tuple[int, int]]:
     """(step, N) wherever N - 1, the intervals, has at least doubled since the last such place."""
     marks: list[tuple[int, int]] = []
     for step, sigma in zip(steps, sigmas, strict=True):
@@ -575,7 +580,7 @@ def _heatmap_png(search: Mapping[str, Any]) -> bytes:
     scale = ScalarMappable(search["norm"], colormaps[COLOURS])
     bar = figure.colorbar(scale, ax=axes, shrink=0.9, aspect=30 if height > 3 else 8)
     _plain_ticks(bar.ax)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.set_label(f"{search['minimize']} (lower is better)", parse_math=False)
     return _png(figure)
 

@@ -44,7 +44,7 @@ def parts() -> str:
             if row.kind != kind or row.plugin is None or row.dist != "cmkit":
                 continue
             model = registry.load(kind, row.name)
-            text.append(f'#### {kind} `{row.name}`\n\n{inspect.getdoc(model)}\n')
+            text.append(f"#### {kind} `{row.name}`\n\n{inspect.getdoc(model)}\n")
             if row.plugin.cite:
                 text.append(f"Cite: {row.plugin.cite}\n")
             text.append(table(model))

@@ -74,11 +74,12 @@ class Browser:
     def requests(self) -> list[str]:
         """Every URL asked for since the last call, data: URIs left out."""
         messages = [json.loads(entry["message"])["message"] for entry in self.log("performance")]
-        urls = [
-            message["params"]["request"]["url"]
+        requests = [
+            message["params"]
             for message in messages
             if message["method"] == "Network.requestWillBeSent"
         ]
+        urls = [r["request"]["url"] for r in requests if not _own(r["documentURL"])]
         return [url for url in urls if not url.startswith("data:")]
 
     def has_dialog(self) -> bool:
@@ -131,6 +132,11 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.command("DELETE", "")
+
+
+def _own(page: str) -> bool:
+    """Whether a page is the browser's own, such as the one that it starts with."""
+    return page.startswith(("chrome:", "chrome-untrusted:", "chrome-search:"))
 
 
 def _flags(profile: str) -> list[str]:

@@ -170,7 +170,7 @@ def test_prune_never_deletes_what_was_just_saved(tmp_path: Path) -> None:
     assert steps(tmp_path) == [5, 9]
 
 
-def test_an_intact_checkpoint_exists_whenever_a_name_changes(
+def test_all_checkpoints_are_intact_whenever_a_name_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1, keep=1)
@@ -180,7 +180,9 @@ def test_an_intact_checkpoint_exists_whenever_a_name_changes(
         real = getattr(os, name)
 
         def watched(*args: Any, **keywords: Any) -> None:
-            seen.append(checkpoint._newest(tmp_path, warn=lambda message: None).step)
+            for folder in tmp_path.glob("step-*"):
+                checkpoint.verify(folder)
+            seen.append(checkpoint._newest(tmp_path, warn=pytest.fail).step)
             real(*args, **keywords)
 
         monkeypatch.setattr(os, name, watched)
@@ -417,6 +419,27 @@ def test_read_weights_prefers_the_slowest_ema(tmp_path: Path) -> None:
         assert torch.equal(checkpoint.read_weights(path)["a"], tensors()["ema-0.9999"]["a"])
     folder = checkpoint.save_checkpoint(tmp_path, 3, {"online": {"w": torch.ones(2)}}, {})
     assert checkpoint.read_weights(tmp_path).keys() == {"w"}
+
+
+def test_read_weights_of_a_run_are_its_model_or_its_newest_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoints", 1)
+    assert torch.equal(checkpoint.read_weights(tmp_path)["a"], tensors()["ema-0.9999"]["a"])
+    group = tensors()["online"]
+    for _ in range(2):
+        checkpoint.save_weights(tmp_path / "model.safetensors", group)
+    loaded = checkpoint.read_weights(tmp_path)
+    assert {k: bits(v) for k, v in loaded.items()} == {k: bits(v) for k, v in group.items()}
+    with pytest.raises(NonFiniteError, match=r"model\.safetensors: w holds"):
+        checkpoint.save_weights(tmp_path / "model.safetensors", {"w": torch.tensor([torch.nan])})
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "model.safetensors"]
+    checkpoint.read_weights(tmp_path)
+
+
+def test_read_weights_refuses_a_damaged_newest_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "ema-0.999.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"step-00000002/ema-0.999.safetensors: damaged"):
+        checkpoint.read_weights(tmp_path)
 
 
 def test_read_weights_leaves_a_save_in_progress_alone(tmp_path: Path) -> None:
@@ -691,8 +714,8 @@ def test_full_disk_keeps_the_older_checkpoint(
             checkpoint.save_checkpoint(root, 2, group, {})
     else:
         checkpoint.save_checkpoint(root, 2, group, {})
-    assert latest(root).step == (1 if room < 200_000 else 2)
     assert list(root.glob(".*")) == []
+    assert latest(root).step == (1 if room < 200_000 else 2)
 
 
 def test_full_disk_leaves_no_torn_line_and_no_torn_file(tmpfs: Path) -> None:

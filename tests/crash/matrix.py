@@ -219,14 +219,15 @@ class Judge:
             acked = int(self.acked.read_text())
             again, resumed = self.attempt(mutant, 0, "none")
             counts[str(ended)] = counts.get(str(ended), 0) + 1
-            verdicts = {
-                "ended as it should": ended in ([0, 5] if mode in ("eio", "enospc") else ["killed"]),
-                "resumes unaided": again == 0,
-                "loses nothing acknowledged": again != 0 or resumed["start"] >= acked,
-                "same bits": again != 0 or resumed["digest"] == whole["digest"],
-                "same log": again != 0 or (self.run / "log.jsonl").read_bytes() == log,
-                "clean": again != 0 or not (left or self.temporaries()),
-            }
+            fit = [5] if mode in ("eio", "enospc") else ["killed"]
+            verdicts = {"ended as it should": ended in fit, "resumes unaided": again == 0}
+            if again == 0:
+                verdicts |= {
+                    "loses nothing acknowledged": resumed["start"] >= acked,
+                    "same bits": resumed["digest"] == whole["digest"],
+                    "same log": (self.run / "log.jsonl").read_bytes() == log,
+                    "leaves no temporary": not (left or self.temporaries()),
+                }
             broken = [name for name, held in verdicts.items() if not held]
             if broken:
                 failures.append([at, broken, spoiled.get("error"), resumed.get("error")])

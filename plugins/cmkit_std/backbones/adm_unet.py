@@ -61,45 +61,47 @@ class UNet(Network):
             return Attention(width, options.heads(width, decoder), options.norm_groups)
 
         levels = options.levels(resolution)
-        h = levels[0][0]
-        self.encoder = nn.ModuleList([Stage([nn.Conv2d(in_channels, h, 3, padding=1)])])
-        widths = [h]
+        last = levels[0][0]
+        self.encoder = nn.ModuleList([Stage([nn.Conv2d(in_channels, last, 3, padding=1)])])
+        skips = [last]
         for level, (width, side) in enumerate(levels):
             for _ in range(options.num_res_blocks):
-                stage = Stage([block(h, width)])
+                stage = Stage([block(last, width)])
                 if options.attends(side):
                     stage.append(attention(width))
                 self.encoder.append(stage)
-                widths.append(h := width)
+                last = width
+                skips.append(last)
             if level < len(levels) - 1:
                 down = (
-                    block(h, h, "down")
+                    block(last, last, "down")
                     if options.resblock_updown
-                    else Downsample(h, h, options.conv_resample)
+                    else Downsample(last, last, options.conv_resample)
                 )
                 self.encoder.append(Stage([down]))
-                widths.append(h)
+                skips.append(last)
 
-        self.middle = Stage([block(h, h), attention(h), block(h, h)])
+        self.middle = Stage([block(last, last), attention(last), block(last, last)])
 
-        self.sites = tuple(f"skip.{i}" for i in range(len(widths)))
         self.decoder = nn.ModuleList()
+        self.sites = tuple(f"skip.{i}" for i in range(len(skips)))
         for level, (width, side) in reversed(list(enumerate(levels))):
             for i in range(options.num_res_blocks + 1):
-                stage = Stage([block(h + widths.pop(), width)])
-                h = width
+                stage = Stage([block(last + skips.pop(), width)])
+                last = width
                 if options.attends(side):
-                    stage.append(attention(h, decoder=True))
+                    stage.append(attention(last, decoder=True))
                 if level and i == options.num_res_blocks:
-                    stage.append(
-                        block(h, h, "up")
+                    up = (
+                        block(last, last, "up")
                         if options.resblock_updown
-                        else Upsample(h, h, options.conv_resample)
+                        else Upsample(last, last, options.conv_resample)
                     )
+                    stage.append(up)
                 self.decoder.append(stage)
 
-        self.norm_out = Norm(options.norm_groups, h)
-        self.conv_out = _zeroed(nn.Conv2d(h, out_channels, 3, padding=1))
+        self.norm_out = Norm(options.norm_groups, last)
+        self.conv_out = _zeroed(nn.Conv2d(last, out_channels, 3, padding=1))
         # A tuple registers nothing a second time. Registration order is forward order.
         self._blocks = tuple(m for m in self.modules() if isinstance(m, ResBlock))
         self.sites += tuple(f"emb.{j}" for j in range(len(self._blocks)))

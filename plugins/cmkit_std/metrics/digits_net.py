@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,14 +19,17 @@ from cmkit import CheckpointError
 EXTRACTOR = "cmkit-digits"
 Net = TypeVar("Net", bound=nn.Module)
 SHA256 = {
-    "digits_features.safetensors": "",
-    "digits_judge.safetensors": "",
+    "digits_features": "0b42f7e0d8b8ffd542ea3ad14e0e52d565a5c176131483c4b02917947b18aae2",
+    "digits_judge": "fc6f0166c5f3b82b3a7a57be2a0689649e855695d28dd43963f813b3f26f6847",
 }
 
 
 class FeatureNet(nn.Module):
-    """Four 3x3 convolutions, then 64 features that are linear, so that their covariance has full
-    rank, then 10 logits."""
+    """Four 3x3 convolutions, then 64 features, then 10 logits.
+
+    The features are linear, so that their covariance has full rank, and are given out with mean 0
+    and variance 1 over the digits of the train split.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,11 +48,13 @@ class FeatureNet(nn.Module):
         )
         self.features = nn.Linear(48 * 2 * 2, 64)
         self.logits = nn.Linear(64, 10)
+        self.register_buffer("mean", torch.zeros(64))
+        self.register_buffer("deviation", torch.ones(64))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, 64) and logits (B, 10) of x (B, 1, 8, 8) in [-1, 1]."""
         features = self.features(self.trunk(x))
-        return features, self.logits(F.silu(features))
+        return (features - self.mean) / self.deviation, self.logits(F.silu(features))
 
 
 class JudgeNet(nn.Module):
@@ -134,19 +140,19 @@ def to_net(images: Tensor) -> Tensor:
 
 def feature_net() -> FeatureNet:
     """The shipped net of features, frozen."""
-    return _load(FeatureNet(), "digits_features.safetensors")
+    return _load(FeatureNet, "digits_features")
 
 
 @functools.lru_cache(maxsize=2)
 def judge_net(device: torch.device) -> JudgeNet:
     """The shipped judge on `device`, frozen."""
-    return _load(JudgeNet(), "digits_judge.safetensors").to(device)
+    return _load(JudgeNet, "digits_judge").to(device)
 
 
-def _load(net: Net, name: str) -> Net:
+def _load(build: Callable[[], Net], name: str) -> Net:
     from safetensors.torch import load
 
-    file = Path(__file__).with_name(name)
+    file = Path(__file__).with_name(f"{name}.safetensors")
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -156,7 +162,9 @@ def _load(net: Net, name: str) -> Net:
         raise CheckpointError(
             f"{file}: SHA-256 {found[:12]}.. is not {SHA256[name][:12]}..; reinstall cmkit"
         )
-    net.load_state_dict(load(data))
+    with torch.device("meta"):
+        net = build()
+    net.load_state_dict(load(data), assign=True)
     return net.eval().requires_grad_(False)
 
 

@@ -1,0 +1,132 @@
+"""Your own pictures."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from cmkit import DataError
+from cmkit.kinds import Dataset, DataSpec, Reference
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cmkit import Cond
+
+
+@dataclass(frozen=True)
+class File:
+    """One picture: its path below the folder, its class, and what tells that it changed."""
+
+    name: str
+    label: int
+    size: int
+    mtime_ns: int
+
+
+class ImageFolder(Dataset):
+    """Pictures that Pillow can read, in a folder, or in one folder a class.
+
+    Every file below `path` must be a picture, hidden ones (.name) aside. Each is halved by box
+    averaging while twice too large, resized by bicubic interpolation and cropped in the middle, as
+    ADM does (Dhariwal and Nichol, 2021). Transparent pictures are laid on white; EXIF orientation
+    is ignored, as ADM does; 16-bit pictures are refused. Up to 2 GiB of pixels are decoded once
+    and kept, larger sets are decoded as they are needed.
+    """
+
+    path: str
+    """The folder."""
+    resolution: int = Field(ge=4, le=4096)
+    """Height and width after resizing and cropping."""
+    channels: Literal[1, 3] = 3
+    """3 for RGB, 1 for grey."""
+    labels: bool = False
+    """Each folder in `path` is a class, numbered in the order of their names."""
+    flip: bool = False
+    """Mirror half of the training images, chosen anew each time; metrics see none mirrored."""
+
+    def spec(self) -> DataSpec:
+        """Shape and classes; opens every file, DataError names the first that is no picture."""
+        from cmkit_std.datasets.pictures import check
+
+        root, files, classes = self._files()
+        check(root, files)
+        return DataSpec(self.channels, self.resolution, classes if self.labels else None)
+
+    def batches(
+        self, size: int, seed: int, device: torch.device, start: int = 0
+    ) -> Iterator[tuple[Tensor, Cond]]:
+        """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
+        from cmkit_std.datasets.pictures import batches
+
+        root, files, _ = self._files()
+        shape = (self.channels, self.resolution)
+        return batches(root, files, shape, self.labels, self.flip, size, seed, device, start)
+
+    def reference(self) -> Reference:
+        """All pictures, resized and cropped, none mirrored."""
+        from cmkit_std.datasets.pictures import reference
+
+        root, files, _ = self._files()
+        return reference(root, files, (self.channels, self.resolution))
+
+    def _files(self) -> tuple[Path, tuple[File, ...], int]:
+        """(folder, files in the order of their names, number of classes)."""
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            raise DataError(f"dataset.path = {self.path!r}: no such folder")
+        if not self.labels:
+            return root, _below(root, root, 0), 0
+        loose = [entry.name for entry in _visible(root) if not entry.is_dir()]
+        if loose:
+            raise DataError(
+                f"{root / loose[0]}: not in a folder of its class; move it, or set"
+                " dataset.labels = false"
+            )
+        names = sorted(entry.name for entry in _visible(root))
+        if not names:
+            raise DataError(f"{root}: no folder in it; each class needs one of its pictures")
+        files = [
+            file for label, name in enumerate(names) for file in _below(root, root / name, label)
+        ]
+        return root, tuple(files), len(names)
+
+
+def _below(root: Path, folder: Path, label: int) -> tuple[File, ...]:
+    """Every visible file below `folder`, by name; DataError when there is none."""
+    files = []
+    pending = [folder]
+    while pending:
+        for entry in _visible(pending.pop()):
+            if entry.is_dir():
+                pending.append(Path(entry.path))
+            else:
+                files.append(_file(root, entry, label))
+    if not files:
+        raise DataError(f"{folder}: no pictures in it; put some there, or remove the folder")
+    return tuple(sorted(files, key=lambda file: file.name))
+
+
+def _file(root: Path, entry: os.DirEntry[str], label: int) -> File:
+    try:
+        info = entry.stat()
+    except OSError as error:
+        raise DataError(f"{entry.path}: cannot be read ({error.strerror}); remove it") from error
+    if not stat.S_ISREG(info.st_mode):
+        raise DataError(f"{entry.path}: no regular file; remove it")
+    name = Path(entry.path).relative_to(root).as_posix()
+    return File(name, label, info.st_size, info.st_mtime_ns)
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        return [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror})") from error

@@ -1,0 +1,150 @@
+"""Reads figures of official runs: formula-filled weights and inputs, expected numbers, tolerances.
+
+CMKIT_PARITY_DIR names another folder of the same format, such as one with other constants.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+OWN_FIGURES = Path(__file__).parent / "figures"
+FIGURES = Path(os.environ.get("CMKIT_PARITY_DIR", OWN_FIGURES))
+FLOAT64 = 1e-7
+"""Error allowed in float64, relative to rms."""
+MARGIN, FLOAT32 = 5, 1e-5
+"""Error allowed in float32: MARGIN err32 + FLOAT32 rms."""
+
+
+class Figures:
+    """One file of figures: its cases, and the formulas with its constants."""
+
+    def __init__(self, name: str):
+        content = json.loads((FIGURES / name).read_text("utf-8"))
+        assert content["format"] == 1, f"{name}: format {content['format']}"
+        self.cases: dict[str, dict[str, Any]] = content["cases"]
+        self._fill: dict[str, float] = content["fill"]
+
+    def weights(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        prefix: str = "",
+        w_quad: float | None = None,
+    ) -> dict[str, Tensor]:
+        """Formula-filled weights under their official names."""
+        quad = self._fill["w_quad"] if w_quad is None else w_quad
+        return {key: self._weight(key, shapes[key], prefix, quad).to(dtype) for key in shapes}
+
+    def _weight(self, key: str, shape: tuple[int, ...], prefix: str, quad: float) -> Tensor:
+        n, last = math.prod(shape), key.split(".")[-1]
+        phase = zlib.crc32((prefix + key).encode()) % 1000 + self._fill["w_phase"]
+        s = wave(n, self._fill["w_freq"], quad, phase)
+        if len(shape) >= 2:
+            s = s / math.sqrt(n / shape[0])
+        else:
+            s = {"weight": 1 + 0.1 * s, "bias": 0.1 * s}[last]
+        return rounded(s, shape)
+
+    def X(
+        self, shape: list[int], a: float = 1.0, f: float | None = None, p: float | None = None
+    ) -> Tensor:
+        """a cos(f i + p)."""
+        f = self._fill["x_freq"] if f is None else f
+        p = self._fill["x_phase"] if p is None else p
+        return rounded(a * np.cos(f * np.arange(math.prod(shape)) + p), shape)
+
+    def Z(self, shape: list[int], c: int = 0) -> Tensor:
+        """Stands for the c-th normal draw."""
+        fill = self._fill
+        phase = 1.1 * c + fill["z_phase"]
+        draw = wave(math.prod(shape), fill["z_freq"], fill["z_quad"], phase)
+        return rounded(math.sqrt(2) * draw, shape)
+
+    def tensor(self, spec: Any, dtype: torch.dtype, **names: Any) -> Tensor:
+        """A described input: {"X": ..}, {"Z": ..}, a formula of X and Z, or numbers."""
+        if isinstance(spec, dict):
+            ((formula, arguments),) = spec.items()
+            return {"X": self.X, "Z": self.Z}[formula](**arguments).to(dtype)
+        if isinstance(spec, str):
+            return eval(spec, {"X": self.X, "Z": self.Z, **names}).to(dtype)
+        return torch.tensor(spec, dtype=torch.float32).to(dtype)
+
+
+def wave(n: int, freq: float, quad: float, phase: float) -> np.ndarray:
+    i = np.arange(n, dtype=np.int64)
+    return np.sin(freq * i.astype(np.float64) + quad * ((i * i) % 997).astype(np.float64) + phase)
+
+
+def rounded(values: np.ndarray, shape: Any) -> Tensor:
+    """`values` rounded to float32, held in float64."""
+    return torch.from_numpy(values.reshape(tuple(shape)).astype(np.float32).astype(np.float64))
+
+
+def compare(actual: Any, expected: Any, dtype: torch.dtype, float16: float = 0.0) -> float:
+    """The worst error / tolerance; AssertionError where it exceeds 1 or the trees differ.
+
+    `float16` is the error allowed, relative to rms, where the official code computed in float16.
+    """
+    ratios = dict(_ratios(actual, expected, dtype, float16, ""))
+    bad = {place: ratio for place, ratio in ratios.items() if not ratio <= 1}
+    assert not bad, "error / tolerance: " + ", ".join(f"{k} {v:.3g}" for k, v in bad.items())
+    return max(ratios.values(), default=0.0)
+
+
+def _ratios(actual: Any, expected: Any, dtype: torch.dtype, float16: float, place: str):
+    if isinstance(expected, dict) and "shape" in expected:
+        yield from _leaf_ratios(actual, expected, dtype, float16, place)
+    elif isinstance(expected, dict):
+        assert isinstance(actual, dict), place
+        assert actual.keys() == expected.keys(), f"{place}: {set(actual) ^ set(expected)}"
+        for key, inner in expected.items():
+            yield from _ratios(actual[key], inner, dtype, float16, f"{place}/{key}")
+    else:
+        assert actual == expected, f"{place}: {actual} is not {expected}"
+        yield place, 0.0
+
+
+def _leaf_ratios(actual: Tensor, leaf: Any, dtype: torch.dtype, float16: float, place: str):
+    assert list(actual.shape) == leaf["shape"], f"{place}: shape {list(actual.shape)}"
+    assert actual.dtype == dtype, f"{place}: {actual.dtype}"
+    assert leaf.keys() <= {"shape", "k", "f32", "f64", "stats", "err32"}, f"{place}: {set(leaf)}"
+    a = actual.detach().double().flatten().numpy()
+    n, known = a.size, np.array(leaf.get("f64", []))
+    stats = leaf.get("stats")
+    rms = stats["l2"] / math.sqrt(n) if stats else math.sqrt(np.mean(known**2))
+    if dtype == torch.float64:
+        tolerance = FLOAT64 * rms
+    elif float16:
+        tolerance = float16 * rms
+    else:
+        tolerance = MARGIN * leaf["err32"] + FLOAT32 * rms
+    if len(known):
+        taken = a[:: leaf["k"]]
+        assert taken.shape == known.shape, f"{place}: {taken.shape} elements"
+        yield place, float(np.abs(taken - known).max()) / tolerance
+    for name, value in _stats(a).items() if stats else ():
+        allowed = tolerance * (math.sqrt(n) if name in ("l2", "proj") else 1)
+        yield f"{place}.{name}", abs(value - stats[name]) / allowed
+    assert len(known) or stats, f"{place}: nothing to compare with"
+
+
+def _stats(a: np.ndarray) -> dict[str, float]:
+    i = np.arange(a.size)
+    return {
+        "mean": a.mean(),
+        "std": a.std(),
+        "l2": math.sqrt((a**2).sum()),
+        "min": a.min(),
+        "max": a.max(),
+        "proj": float((a * np.cos(0.11 * i + 0.5)).sum()) / math.sqrt(a.size),
+    }

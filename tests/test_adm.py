@@ -1,0 +1,311 @@
+"""Laws of the U-Net: its sites, its types, its options."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from cmkit_std.backbones.adm import ADM
+
+from cmkit import Cond, DataSpec, RecipeError
+
+LABEL = frozenset({"label"})
+FILM = {"channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "resblock_updown": True}
+ADDED = {
+    "channels": 24,
+    "channel_mult": [1, 2],
+    "num_res_blocks": 1,
+    "norm_groups": 12,
+    "use_scale_shift_norm": False,
+}
+KINDS = pytest.mark.parametrize("options", [FILM, ADDED], ids=["film", "added"])
+
+
+def network_of(options, conditions=LABEL, scale=0.1):
+    """A network none of whose weights is zero: a fresh one is deaf to most of its parts."""
+    network = ADM(**options).build(DataSpec(3, 8, 10), conditions).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=scale)
+    return network
+
+
+def inputs(n=3):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 3, 8, 8, generator=g)
+    return x, torch.linspace(-1.5, 1, n), Cond(label=torch.arange(n), sigma_to=torch.rand(n) + 0.1)
+
+
+def scales_of(network, value):
+    return {site: torch.as_tensor(value) for site in network.sites}
+
+
+@KINDS
+@pytest.mark.parametrize("bf16", [False, True])
+@torch.no_grad()
+def test_scale_one_at_every_site_is_the_identity_bit_for_bit(options, bf16):
+    network = network_of(options)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = network(*inputs(), {})
+        assert torch.equal(network(*inputs(), scales_of(network, 1.0)), out)
+        assert torch.equal(network(*inputs(), scales_of(network, torch.ones(3))), out)
+
+
+@KINDS
+@torch.no_grad()
+def test_every_site_changes_the_output(options):
+    network = network_of(options)
+    out = network(*inputs(), {})
+    for site in network.sites:
+        assert not torch.allclose(network(*inputs(), {site: torch.tensor(0.5)}), out), site
+
+
+@pytest.mark.parametrize("family", ["skip", "emb"])
+@torch.no_grad()
+def test_scales_of_shape_batch_act_per_image(family):
+    network = network_of(FILM).double()
+    sites = [site for site in network.sites if site.startswith(family)]
+    values = torch.tensor([0.5, 1.0, 1.7])
+    x, c_noise, cond = inputs()
+    x, c_noise = x.double(), c_noise.double()
+    out = network(x, c_noise, cond, dict.fromkeys(sites, values))
+    for i, value in enumerate(values):
+        alone = network(x, c_noise, cond, dict.fromkeys(sites, value))
+        torch.testing.assert_close(out[i], alone[i])
+
+
+@pytest.mark.parametrize("family", ["skip", "emb"])
+@torch.no_grad()
+def test_scale_keeps_its_value_under_bfloat16(family):
+    """1.02 is no bfloat16 number: rounded, it would be 1.0156, and a search would lose its grid."""
+    network = network_of(FILM)
+    sites = [site for site in network.sites if site.startswith(family)]
+    with torch.autocast("cpu", torch.bfloat16):
+        near, far = (
+            network(*inputs(), dict.fromkeys(sites, torch.tensor(v))) for v in (1.015625, 1.02)
+        )
+    assert not torch.equal(near, far)
+
+
+@torch.no_grad()
+def test_emb_scales_act_before_the_activation_and_leave_the_main_path_alone():
+    network = network_of(FILM)
+    seen = []
+    network._blocks[1].film.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x, c_noise, cond = inputs()
+    network(x, c_noise, cond, {})
+    network(x, c_noise, cond, {"emb.1": torch.tensor(0.3)})
+    network(x, c_noise, cond, {"emb.0": torch.tensor(0.3)})
+    emb = network.time(network._sinusoids(c_noise)) + network.label(cond.label)
+    silu = torch.nn.functional.silu
+    torch.testing.assert_close(seen, [silu(emb), silu(0.3 * emb), silu(emb)])
+
+
+@torch.no_grad()
+def test_skip_scales_act_on_the_copy_at_the_concatenation_alone():
+    network = network_of(FILM)
+    seen = {}
+    for name, stage in (("middle", network.middle), ("first", network.decoder[0])):
+        stage.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+    last = [site for site in network.sites if site.startswith("skip")][-1]
+    network(*inputs(), {last: torch.tensor(0.3)})
+    copied = seen["first"].chunk(2, dim=1)[1]
+    torch.testing.assert_close(copied, 0.3 * seen["middle"])
+
+
+def test_compiles_to_one_graph_that_new_scales_do_not_change():
+    network = network_of(FILM)
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    for stance, value in (("default", 1.1), ("fail_on_recompile", 0.7)):
+        scales = scales_of(network, value)
+        with torch.compiler.set_stance(stance), torch.no_grad():
+            out = compiled(*inputs(), scales)
+        torch.testing.assert_close(out, network(*inputs(), scales))
+
+
+@KINDS
+@torch.no_grad()
+def test_channels_last_and_contiguous_agree(options):
+    network = network_of(options)
+    x, *rest = inputs()
+    out = network(x, *rest, {})
+    network.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(x, *rest, {}), out)
+    x = x.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(x, *rest, {}), out)
+
+
+@KINDS
+@torch.no_grad()
+def test_bfloat16_autocast_stays_close_and_returns_float32(options):
+    network = network_of(options)
+    out = network(*inputs(), {})
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(*inputs(), {})
+    assert rounded.dtype == torch.float32
+    assert (rounded - out).std() < 0.01 * out.std()
+
+
+@torch.no_grad()
+def test_embedding_is_not_rounded_under_autocast():
+    """Neighbouring noise levels are 0.001 apart; bfloat16 has three digits."""
+    network, seen = network_of(FILM), []
+    for block in network._blocks:
+        block.film.register_forward_hook(lambda _, args, film: seen.append((args[0], film)))
+    network(*inputs(), {})
+    with torch.autocast("cpu", torch.bfloat16):
+        network(*inputs(), {})
+    half = len(seen) // 2
+    torch.testing.assert_close(seen[:half], seen[half:], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_target_level_adds_a_path_that_emb_scales_leave_alone():
+    network = network_of(FILM, LABEL | {"sigma_to"})
+    x, c_noise, cond = inputs()
+    out = network(x, c_noise, cond, {})
+    without = network(x, c_noise, Cond(label=cond.label), {})
+    assert not torch.allclose(out, without)
+    silent = {site: torch.tensor(0.0) for site in network.sites if site.startswith("emb")}
+    other = Cond(label=9 - cond.label, sigma_to=cond.sigma_to)
+    assert torch.equal(network(x, c_noise, cond, silent), network(x, c_noise + 1, other, silent))
+    assert not torch.allclose(
+        network(x, c_noise, cond, silent), network(x, c_noise, Cond(label=cond.label), silent)
+    )
+
+
+def test_deep_copy_shares_nothing():
+    """Targets and EMAs are deep copies."""
+    network = network_of(FILM)
+    before = network(*inputs(), {})
+    copied = copy.deepcopy(network)
+    for parameter in copied.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert copied(*inputs(), {}).abs().max() == 0
+    assert torch.equal(network(*inputs(), {}), before)
+    assert {id(m) for m in copied._blocks} <= {id(m) for m in copied.modules()}
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    grads = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        network = network_of({**FILM, "dropout": 0.3, "gradient_checkpointing": flag}).train()
+        torch.manual_seed(1)
+        network(*inputs(), {}).square().mean().backward()
+        grads.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_fresh_network_returns_zero_and_missing_label_is_named():
+    network = ADM(**FILM).build(DataSpec(3, 8, 10), LABEL)
+    x, c_noise, cond = inputs()
+    assert network(x, c_noise, cond, {}).abs().max() == 0
+    with pytest.raises(ValueError, match=r"cond\.label"):
+        network(x, c_noise, Cond(), {})
+
+
+@pytest.mark.parametrize(
+    ("preset", "data", "conditions", "skips", "blocks", "attentions"),
+    [
+        ("openai-imagenet64", DataSpec(3, 64, 1000), LABEL, 16, 36, 22),
+        ("openai-lsun256", DataSpec(3, 256), frozenset(), 18, 42, 16),
+    ],
+)
+def test_published_networks_have_the_known_number_of_sites(
+    preset, data, conditions, skips, blocks, attentions
+):
+    with torch.device("meta"):
+        network = ADM(preset=preset).build(data, conditions)
+    expected = [f"skip.{i}" for i in range(skips)] + [f"emb.{j}" for j in range(blocks)]
+    assert list(network.sites) == expected
+    kinds = [type(module).__name__ for module in network.modules()]
+    assert (kinds.count("ResBlock"), kinds.count("Attention")) == (blocks, attentions)
+
+
+def test_fields_beside_a_preset_win_and_the_resolved_form_is_stable():
+    options = ADM.model_validate_json('{"preset": "openai-imagenet64", "channels": 64}')
+    assert (options.channels, options.num_res_blocks, options.num_head_channels) == (64, 3, 64)
+    assert options.channel_mult == (1, 2, 3, 4)
+    plain = json.dumps(options.model_dump(mode="json", exclude_none=True))
+    assert ADM.model_validate_json(plain) == options
+
+
+@pytest.mark.parametrize("resolution", [8, 28, 32, 64])
+def test_default_options_fit_common_pictures(resolution):
+    with torch.device("meta"):
+        ADM().build(DataSpec(1, resolution), frozenset())
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "conditions", "message"),
+    [
+        (
+            {"channels": 48},
+            DataSpec(1, 8),
+            (),
+            r"backbone\.channels = 48: .*norm_groups = 32; give channels = 64, or norm_groups = 24",
+        ),
+        (
+            {"channels": 32, "use_scale_shift_norm": False},
+            DataSpec(1, 8),
+            (),
+            r"backbone\.norm_groups = 32: .*give use_scale_shift_norm = true, or fewer",
+        ),
+        (
+            {"channels": 32, "num_head_channels": 48},
+            DataSpec(1, 8),
+            (),
+            r"backbone\.num_head_channels = 48: .* 32 channels .*; give a divisor of 32",
+        ),
+        (
+            {"channels": 64, "num_heads": 6},
+            DataSpec(1, 8),
+            (),
+            r"backbone\.num_heads = 6: .* 64 channels .*; give a divisor of 64",
+        ),
+        (
+            {"channels": 64, "num_heads_upsample": 6},
+            DataSpec(1, 8),
+            (),
+            r"backbone\.num_heads_upsample = 6: .*; give a divisor of 64",
+        ),
+        (
+            {"channel_mult": [1, 2, 2, 2]},
+            DataSpec(1, 28),
+            (),
+            r"backbone\.channel_mult = \[1, 2, 2, 2\]: .* divisible by 8, not of 28 pixels;"
+            r" give at most 3 levels",
+        ),
+        (
+            {"attention_resolutions": [14, 8]},
+            DataSpec(1, 28),
+            (),
+            r"backbone\.attention_resolutions = \[14, 8\]: no level has 8 pixels; choose among"
+            r" 28, 14, 7",
+        ),
+        ({}, DataSpec(1, 8), ("label",), r"cannot embed labels, num_classes .* is None; choose"),
+        ({}, DataSpec(1, 8, 10), ("text",), r"cannot embed text; it accepts label, sigma_to"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_with_a_cure(options, data, conditions, message):
+    with pytest.raises(RecipeError, match=message):
+        ADM(**options).build(data, frozenset(conditions))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("channels", 10**6),
+        ("channel_mult", []),
+        ("channel_mult", [0]),
+        ("num_res_blocks", 0),
+        ("dropout", 1.0),
+        ("time_scale", 0.0),
+        ("preset", "openai-cifar10"),
+    ],
+)
+def test_absurd_values_are_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        ADM(**{field: value})
