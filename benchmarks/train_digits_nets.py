@@ -1,7 +1,7 @@
 """Trains the two digit classifiers that `fidelity` and `digits_judge` ship, on the train split
 alone, and prints how they do on the held-out digits and on garbage.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_digits_nets.py          # about 3 minutes, one core
+    OMP_NUM_THREADS=1 python benchmarks/train_digits_nets.py          # about 8 minutes, one core
 
 Deterministic on one machine. Copy the printed SHA-256 into plugins/cmkit_std/metrics/digits_net.py;
 --check prints the figures of the shipped nets and trains nothing.

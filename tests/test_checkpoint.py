@@ -64,6 +64,8 @@ def tensors() -> dict[str, dict[str, Tensor]]:
             "step": torch.tensor(3),
             "scale": torch.tensor(2.5),
             "bool": x > 0,
+            "a bool of odd size": x[0, 0, 0] > 0,
+            "float64 after it": x.double(),
             "int32": torch.arange(5, dtype=torch.int32),
             "uint8": torch.arange(5, dtype=torch.uint8),
         },

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cmkit import BusyError, CheckpointError, Interrupted, NonFiniteError, discover
-from cmkit.checkpoint import lock
+from cmkit.checkpoint import lock, read_jsonl
 from cmkit.compose import plan
 from cmkit.recipe import load
 from cmkit.run import RunFinished, Saved, run
@@ -26,14 +26,36 @@ RECIPE = """\
 name = "tiny"
 seed = 3
 dataset = { use = "digits" }
-backbone = { use = "adm", channels = 32, channel_mult = [1, 1], num_res_blocks = 1, attention_resolutions = [4], num_head_channels = 16 }
 objective = { use = "ct", end_scales = 5, distance = "pseudo_huber" }
 rescaler = { use = "global" }
 sampler = { use = "multistep" }
-train = { steps = 6, batch = 8, lr = 1e-3, save_every = 2, log_every = 4, ema = [0.9, 0.5], precision = "fp32" }
-search = { images = 70, batch = 35, confirm_seeds = 2, precision = "fp32", grid = { skip = [0.9, 1.0], emb = [1.0, 1.1] } }
 sample = { images = 70, batch = 35, precision = "fp32" }
 metric = [{ use = "fidelity" }, { use = "digits_judge" }]
+
+[backbone]
+use = "adm"
+channels = 32
+channel_mult = [1, 1]
+num_res_blocks = 1
+attention_resolutions = [4]
+num_head_channels = 16
+dropout = 0.1
+
+[train]
+steps = 6
+batch = 8
+lr = 1e-3
+save_every = 2
+log_every = 4
+ema = [0.9, 0.5]
+precision = "fp32"
+
+[search]
+images = 70
+batch = 35
+confirm_seeds = 2
+precision = "fp32"
+grid = { skip = [0.9, 1.0], emb = [1.0, 1.1] }
 """
 CPU = torch.device("cpu")
 CMKIT = [sys.executable, "-c", "from cmkit.cli import main; main()"]
@@ -86,13 +108,11 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_everything_that_it_promises(whole):
     folder, report = whole
     names = {path.name for path in folder.iterdir()}
-    assert {
-        "recipe.toml", "environment.json", "log.jsonl", "checkpoints", "model.safetensors", "search",
-        "samples", "samples_before.png", "samples_after.png", "heatmap.png", "loss.png", "report.html",
-        "report.json", "status.json",
-    } <= names  # fmt: skip
+    promised = "recipe.toml environment.json log.jsonl status.json report.json report.html"
+    promised += " model.safetensors checkpoints search samples samples_before.png samples_after.png"
+    assert {*promised.split(), "heatmap.png", "loss.png"} <= names
     assert json.loads((folder / "report.json").read_text()) == report
-    assert [r["step"] for r in map(json.loads, (folder / "log.jsonl").open())] == [4, 6]
+    assert [r["step"] for r in read_jsonl(folder / "log.jsonl")] == [4, 6]
     confirm = report["stages"]["search"]["confirm"]
     assert len(confirm["plain"]["values"]) == len(confirm["rescaled"]["values"]) == 2
     assert len(report["stages"]["search"]["cells"]) == 4
@@ -123,10 +143,11 @@ def test_a_run_cut_after_any_event_resumes_to_the_same_bits(whole, recipe, tmp_p
 
 def test_the_global_generator_changes_nothing(whole, recipe, tmp_path):
     torch.manual_seed(999)
-    running = events(recipe, tmp_path / "runs")
-    for event in running:
+    seen = []
+    for event in events(recipe, tmp_path / "runs"):
         torch.rand(3)
-    assert fingerprint(event.folder) == fingerprint(whole[0])
+        seen.append(event)
+    assert fingerprint(seen[-1].folder) == fingerprint(whole[0])
 
 
 def test_accumulated_parts_see_the_same_images_as_one_batch(recipe, tmp_path):
@@ -162,10 +183,15 @@ def test_samples_do_not_depend_on_the_batch_size(recipe):
 
 def test_a_stop_signal_saves_the_step_and_says_how_to_go_on(whole, recipe, tmp_path):
     stop = StopSignal()
-    with pytest.raises(Interrupted, match="step 3 is saved.*run the same command again") as caught:
+
+    def stopped_at_step_3():
         for event in events(recipe, tmp_path / "runs", stop=stop):
             if isinstance(event, Step) and event.step == 3:
                 stop.signum = signal.SIGTERM
+
+    with pytest.raises(Interrupted, match="step 3 is saved") as caught:
+        stopped_at_step_3()
+    assert "run the same command again" in str(caught.value)
     assert caught.value.exit_code == 143
     resumed = list(events(recipe, tmp_path / "runs"))
     assert next(e.step for e in resumed if isinstance(e, Step)) == 4
@@ -252,7 +278,7 @@ def test_a_signal_from_outside_ends_with_everything_saved(recipe, tmp_path, sign
     last = err.splitlines()[-1]
     assert "is saved in" in last
     assert "run the same command again" in last
-    steps = [json.loads(line)["step"] for line in log.open()]
+    steps = [record["step"] for record in read_jsonl(log)]
     (newest,) = sorted(log.parent.glob("checkpoints/step-*"))[-1:]
     assert int(newest.name[5:]) == steps[-1]
     assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=newest).returncode == 0

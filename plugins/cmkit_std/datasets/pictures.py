@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
@@ -146,7 +146,7 @@ def _open(file: Path) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{file}: {error}; at most {MAX_PIXELS} pixels: shrink it") from error
     except Exception as error:  # Pillow's readers raise almost anything
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError):
             raise DataError(f"{file}: not a picture that Pillow knows; move it away") from error
         raise _damaged(file, error) from error
     fault = ""

@@ -137,7 +137,7 @@ class Fidelity(Metric):
         for key, value in numbers.items():
             if not math.isfinite(value):
                 raise NonFiniteError(f"metric {key} = {value}; look at the samples and the weights")
-        return numbers
+        return {key: numbers[key] for key in self.keys()}
 
     def provenance(self) -> dict[str, Any]:
         """The extractor, its weights, how it resizes, and torch-fidelity's version.
