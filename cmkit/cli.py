@@ -8,7 +8,6 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -151,6 +150,7 @@ def plugins_show(
 ) -> None:
     """Show one part: its fields with types, defaults and meaning, and what to cite."""
     from cmkit.plugins import KINDS, discover
+    from cmkit.recipe import fields
     from cmkit.source import meant
 
     if kind not in KINDS:
@@ -185,22 +185,6 @@ def plugins_show(
         console.print(table)
     if row.plugin.cite:
         console.print(Text(f"cite: {row.plugin.cite}"))
-
-
-def fields(model: Any) -> Iterator[dict[str, str]]:
-    """Key, type, default and meaning of each field of a part, as text."""
-    properties = model.model_json_schema().get("properties", {})
-    for key, info in model.model_fields.items():
-        default = "required" if info.is_required() else json.dumps(properties[key].get("default"))
-        kind = str(
-            info.annotation if not isinstance(info.annotation, type) else info.annotation.__name__
-        )
-        yield {
-            "key": key,
-            "type": kind.replace("typing.", "").replace("NoneType", "None"),
-            "default": "absent" if default == "null" else default,
-            "meaning": info.description or "",
-        }
 
 
 @app.command()

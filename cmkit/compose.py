@@ -62,7 +62,10 @@ def plan(recipe: Recipe) -> Plan:
             recipe.objective.check(data)
     for index, metric in enumerate(recipe.metric):
         with _at(recipe, "metric", index):
-            metric.check(data)
+            metric.check(data, recipe.sample.images if recipe.sample else 0)
+    if recipe.search:
+        with _at(recipe, "search", "images"):
+            minimized(recipe).check(data, recipe.search.images)
     if recipe.denoiser.weights:
         with _at(recipe, "denoiser", "weights"):
             tensors = read_weights(Path(recipe.denoiser.weights))

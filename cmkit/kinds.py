@@ -153,8 +153,9 @@ class Metric(Part, ABC):
         """The cheapest metric that still returns `key`."""
         return self
 
-    def check(self, data: DataSpec) -> None:
-        """Raise now what would stop `measure` later: missing weights, an unfit image size."""
+    def check(self, data: DataSpec, images: int) -> None:
+        """Raise now what would stop `measure` later on `images` samples like `data`: missing
+        weights, an unfit image size, too few images."""
 
     @abstractmethod
     def measure(

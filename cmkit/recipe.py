@@ -349,3 +349,47 @@ def schema(registry: Registry) -> dict[str, Any]:
         "properties": properties,
         "$defs": definitions,
     }
+
+
+def fields(model: type[Part]) -> Iterator[dict[str, str]]:
+    """Key, type with bounds, default and meaning of each field of a part, as text."""
+    body = model.model_json_schema()
+    for key, entry in body.get("properties", {}).items():
+        default = json.dumps(entry.get("default"))
+        yield {
+            "key": key,
+            "type": _type(entry),
+            "default": "required"
+            if key in body.get("required", ())
+            else ("absent" if default == "null" else default),
+            "meaning": entry.get("description", ""),
+        }
+
+
+def _type(entry: Mapping[str, Any]) -> str:
+    """A JSON Schema type in words: `integer, 1 to 64`, `list of number, above 0`."""
+    if "anyOf" in entry:
+        return " or ".join(_type(e) for e in entry["anyOf"] if e.get("type") != "null")
+    if "enum" in entry or "const" in entry:
+        return " or ".join(json.dumps(value) for value in entry.get("enum", [entry.get("const")]))
+    kind = entry.get("type", "any")
+    if kind == "array":
+        inner = entry.get("items") or (entry.get("prefixItems") or [{}])[0]
+        return f"list of {_type(inner)}"
+    if kind == "object":
+        return f"table of {_type(entry.get('additionalProperties') or {})}"
+    low = entry.get("minimum", entry.get("exclusiveMinimum"))
+    high = entry.get("maximum", entry.get("exclusiveMaximum"))
+    bounds = [
+        *(
+            [f"{'above' if 'exclusiveMinimum' in entry else 'from'} {low:g}"]
+            if low is not None
+            else []
+        ),
+        *(
+            [f"{'below' if 'exclusiveMaximum' in entry else 'to'} {high:g}"]
+            if high is not None
+            else []
+        ),
+    ]
+    return f"{kind}, {' '.join(bounds)}" if bounds else str(kind)

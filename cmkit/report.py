@@ -178,7 +178,7 @@ def _picture(folder: Path, name: str, limit: int) -> dict[str, Any]:
     kind = "png"
     if width > limit:
         data, kind, height, width = _shrunk(path, limit), "webp", height * limit // width, limit
-    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    source: str = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     tiny = width < TINY_PIXELS
     return {"name": name, "src": source, "width": width, "height": height, "tiny": tiny}
 
@@ -224,6 +224,7 @@ def _search(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "start": next((cell for cell in cells if cell["winner"]), cells[0]),
         "plain": next((cell for cell in cells if cell["plain"]), None),
         "ones": f"({', '.join('1' for _ in names)})",
+        "edges": [name for name in names if _on_edge(stage["best"][name], axes[name])],
         "minimize": stage["minimize"],
         "images": stage.get("images"),
         "norm": norm,
@@ -246,6 +247,10 @@ def _cell(
         "note": _against(value, _finite(plain["score"]) if plain else None),
         "file": cell["samples"],
     }
+
+
+def _on_edge(value: float, values: Sequence[float]) -> bool:
+    return len(values) > 2 and value in (min(values), max(values))
 
 
 def _norm(scores: Sequence[float]) -> Any:
@@ -271,7 +276,7 @@ def _confirm(stage: Mapping[str, Any]) -> dict[str, Any]:
     low, span = min(ends), (max(ends) - min(ends)) or 1.0
 
     def place(value: float) -> float:
-        return round(3 + 94 * (value - low) / span, 2)
+        return float(round(3 + 94 * (value - low) / span, 2))
 
     rows = [
         {
@@ -399,9 +404,10 @@ def _headlines(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         where = " · ".join(AXES.get(axis, axis) for axis in search["axes"])
         yield "best scales", " · ".join(best), f"{where}, of {len(search['cells'])} cells"
     if metric and metric["values"]:
-        name, value = next(iter(metric["values"].items()))
+        wanted = search["minimize"] if search else "fid"
+        name = wanted if wanted in metric["values"] else next(iter(metric["values"]))
         images = f"{number(sample['images'])} images, {_nfe(sample['nfe'])}" if sample else ""
-        yield f"{name} of the samples", score(value), images
+        yield f"{name} of the samples", score(metric["values"][name]), images
     if train:
         yield "parameters", count(train["parameters"]), f"{number(train['steps'])} training steps"
     yield "time", duration(report["seconds"]), str(report["environment"].get("device", ""))
@@ -425,13 +431,21 @@ def _samples(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _metrics(stage: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each number with what must stand beside it."""
-    rows = []
-    for name, value in stage["values"].items():
-        source = next((p for p in stage["provenance"] if name in p.get("numbers", [name])), {})
-        facts = {k: number(v) for k, v in source.items() if k not in ("numbers", "images")}
-        rows.append({"name": name, "value": value, "images": source.get("images"), "facts": facts})
-    return rows
+    """The numbers, grouped by what must stand beside them."""
+    left = dict(stage["values"])
+    groups = []
+    for source in [*stage["provenance"], {}]:
+        names = [name for name in left if name in source.get("numbers", left)]
+        values = {name: left.pop(name) for name in names}
+        facts = {key: _short(value) for key, value in source.items() if key != "numbers"}
+        if values:
+            groups.append({"values": values, "facts": facts})
+    return groups
+
+
+def _short(value: object) -> str:
+    """A fact as text; of a long digest its first 12 digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1…", number(value))
 
 
 def _costs(stages: Mapping[str, Any]) -> list[dict[str, Any]]:

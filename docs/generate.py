@@ -9,10 +9,10 @@ from pathlib import Path
 
 import typer
 
-from cmkit.cli import app, fields
+from cmkit.cli import app
 from cmkit.errors import CmkitError
 from cmkit.plugins import KINDS, Hooks, discover
-from cmkit.recipe import CORE_TABLES
+from cmkit.recipe import CORE_TABLES, fields
 
 PAGE = Path(__file__).parent / "reference.md"
 HEAD = """\

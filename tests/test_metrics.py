@@ -249,15 +249,15 @@ def test_auto_is_the_shipped_net_for_small_grey_images_only(monkeypatch, tmp_pat
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for resolution in (8, 16):
         metric = Fidelity()
-        metric.check(DataSpec(1, resolution))
+        metric.check(DataSpec(1, resolution), 1000)
         assert metric.provenance()["extractor"] == "cmkit-digits"
         sha256 = digits_net.SHA256["digits_features"]
         assert metric.provenance()["weights_sha256"] == sha256
     for data in (DataSpec(1, 32), DataSpec(3, 8), DataSpec(3, 64)):
         with pytest.raises(DownloadError):
-            Fidelity().check(data)
+            Fidelity().check(data, 1000)
         with pytest.raises(DataError, match="inception-v3-compat"):
-            Fidelity(extractor="cmkit-digits").check(data)
+            Fidelity(extractor="cmkit-digits").check(data, 1000)
 
 
 def test_missing_inception_weights_fail_at_once_without_torch(tmp_path):
@@ -265,7 +265,7 @@ def test_missing_inception_weights_fail_at_once_without_torch(tmp_path):
         "import sys, time; t = time.process_time();"
         "from cmkit_std.metrics.fidelity import Fidelity;"
         "from cmkit import DataSpec, DownloadError\n"
-        "try: Fidelity().check(DataSpec(3, 64))\n"
+        "try: Fidelity().check(DataSpec(3, 64), 1000)\n"
         "except DownloadError as error: print(error)\n"
         "assert 'torch' not in sys.modules; assert time.process_time() - t < 1"
     )
@@ -289,7 +289,7 @@ def test_damaged_inception_weights_are_named(monkeypatch, tmp_path):
     file.parent.mkdir(parents=True)
     file.write_bytes(b"half a download")
     with pytest.raises(CheckpointError, match=INCEPTION):
-        Fidelity().check(DataSpec(3, 64))
+        Fidelity().check(DataSpec(3, 64), 1000)
 
 
 class Payload:
@@ -307,7 +307,7 @@ def test_weights_that_cannot_be_trusted_are_refused_and_never_run(tmp_path, faul
     if fault != "missing":
         file.write_bytes(content[fault])
     with pytest.raises(CheckpointError) as error:
-        Fidelity(weights=str(file)).check(DataSpec(3, 64))
+        Fidelity(weights=str(file)).check(DataSpec(3, 64), 1000)
     assert str(file) in str(error.value)
     assert not ran.exists()
 
@@ -327,18 +327,18 @@ def test_a_download_that_fails_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(DownloadError, match=INCEPTION):
-        Fidelity(download=True).check(DataSpec(3, 64))
+        Fidelity(download=True).check(DataSpec(3, 64), 1000)
 
 
 @pytest.mark.parametrize("name", ["clip-vit-b-32", "dinov2-vit-s-14"])
 def test_other_extractors_download_nothing_unasked(name):
     with pytest.raises(DownloadError, match=r"metric\.weights"):
-        Fidelity(extractor=name).check(DataSpec(3, 64))
+        Fidelity(extractor=name).check(DataSpec(3, 64), 1000)
 
 
 def test_an_unknown_extractor_names_the_known_ones():
     with pytest.raises(RecipeError, match="cmkit-digits"):
-        Fidelity(extractor="inceptionv3").check(DataSpec(3, 64))
+        Fidelity(extractor="inceptionv3").check(DataSpec(3, 64), 1000)
 
 
 @pytest.mark.parametrize("name", ["digits_features", "digits_judge"])
@@ -374,10 +374,10 @@ def test_the_judge_is_sure_of_digits_and_of_little_else():
 
 
 def test_the_judge_refuses_what_it_cannot_know():
-    DigitsJudge().check(DataSpec(1, 8))
+    DigitsJudge().check(DataSpec(1, 8), 1000)
     for data in (DataSpec(3, 8), DataSpec(1, 32)):
         with pytest.raises(DataError, match="fidelity"):
-            DigitsJudge().check(data)
+            DigitsJudge().check(data, 1000)
     with pytest.raises(DataError, match="no images"):
         measured(DigitsJudge(), images("test")[:0], images("test"))
 
@@ -390,5 +390,5 @@ def test_larger_grey_images_are_seen_by_their_areas():
 
 def test_check_digits_recipe_costs_little():
     metric = Fidelity()
-    metric.check(Digits().spec())
+    metric.check(Digits().spec(), 1000)
     assert metric.provenance()["torch_fidelity"] == torch_fidelity.__version__

@@ -122,7 +122,7 @@ def sample_stage(folder: Path) -> dict:
 
 
 def metric_stage() -> dict:
-    source = {"images": 1000, "extractor": "inception-v3-compat", "sha256": "6726825d0af5f729"}
+    source = {"images": 1000, "extractor": "inception-v3-compat", "sha256": "6726825d0af5f729" * 4}
     return {
         "seconds": 21.5,
         "peak_memory_mib": 1312.0,
@@ -212,6 +212,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
         self._inside = tag
+        self.text += " "
         if tag in self.raw:
             self.raw[tag].append("")
 
@@ -309,7 +310,8 @@ def test_report_says_what_was_measured(tmp_path, report):
         "0.82 · 0.95",
         "9.874",
         "inception-v3-compat",
-        "digits-net v1",
+        "sha256 6726825d0af5… fid 9.874 precision 0.7214 recall 0.5532",
+        "digits-net v1 digits_fid 3.071",
         "song2023improved",
         "NVIDIA H200",
         "8 min 53 s in all",
@@ -369,6 +371,14 @@ def test_grid_of_any_shape_has_a_cell_for_each_combination(tmp_path, report, axe
     ]
     with Image.open(tmp_path / "heatmap.png") as drawn:
         assert drawn.width > 200
+
+
+@pytest.mark.parametrize(("best", "edges"), [((0.7, 0.95), "skip"), ((1.06, 0.8), "skip and emb")])
+def test_best_cell_on_the_edge_asks_for_a_wider_grid(tmp_path, report, best, edges):
+    assert "wider grid" not in render(tmp_path).text
+    report["stages"]["search"]["best"] |= dict(zip(("skip", "emb"), best, strict=True))
+    store(tmp_path, report)
+    assert f"on the edge of {edges}: a wider grid" in render(tmp_path).text
 
 
 def test_three_axes_and_unmeasured_cells_are_drawn(tmp_path, report):

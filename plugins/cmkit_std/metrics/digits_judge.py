@@ -32,7 +32,7 @@ class DigitsJudge(Metric):
         """The share of sure samples, the classes among them, and the share of real images."""
         return "confident", "classes", "real_confident"
 
-    def check(self, data: DataSpec) -> None:
+    def check(self, data: DataSpec, images: int) -> None:
         """DataError unless the images are grey and at most 16x16; reads the shipped weights."""
         if data.channels != 1 or data.resolution > 16:
             raise DataError(

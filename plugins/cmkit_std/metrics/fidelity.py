@@ -106,12 +106,14 @@ class Fidelity(Metric):
             )
         return self.model_copy(update={flag: key in keys for flag, keys in NUMBERS.items()})
 
-    def check(self, data: DataSpec) -> None:
-        """Find the extractor's weights.
+    def check(self, data: DataSpec, images: int) -> None:
+        """Find the extractor's weights, and count the images.
 
         Raises DownloadError when they are not on this disk, CheckpointError when they are damaged,
-        DataError when the extractor is unfit for `data`, RecipeError when nobody knows it.
+        DataError when the extractor is unfit for `data` or `images` are too few, RecipeError when
+        nobody knows it.
         """
+        self._enough(images, "samples")
         self._extractor(data.channels, data.resolution)
 
     def measure(
