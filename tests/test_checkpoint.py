@@ -618,6 +618,27 @@ def test_atomic_write_replaces_whole(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_atomic_write_is_durable_before_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File, then name, then folder: the crash matrix ends before the last of a run's files."""
+    order = []
+
+    def watch(name: str, what: Callable[..., str]) -> None:
+        real = getattr(os, name)
+
+        def watched(*args: Any) -> None:
+            order.append(what(*args))
+            real(*args)
+
+        monkeypatch.setattr(os, name, watched)
+
+    watch("fsync", lambda handle: "folder" if Path(f"/proc/self/fd/{handle}").is_dir() else "file")
+    watch("replace", lambda old, new: "replace")
+    checkpoint.atomic_write(tmp_path / "report.html", "x")
+    assert order == ["file", "replace", "folder"]
+
+
 def test_atomic_write_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "outside")

@@ -61,6 +61,12 @@ static int watched(int folder, const char *name, char *path) {
     return !strncmp(path, dir, strlen(dir)) && strchr("/", path[strlen(dir)]);
 }
 
+static const char *new_grave(void) {
+    static char grave[PATH_MAX];
+    snprintf(grave, sizeof grave, "%s/%d", getenv("CRASH_GRAVE"), num_graves++);
+    return grave;
+}
+
 static void power_loss(void) {
     busy = 1;
     for (int i = 0; i < num_files; i++) {
@@ -73,7 +79,7 @@ static void power_loss(void) {
     for (int i = num_names; i-- && (is("undone") || is("mixed"));) {
         int at = names[i].folder;
         if (names[i].what == CREATED) unlinkat(at, names[i].name, 0);
-        if (names[i].what == MADE) unlinkat(at, names[i].name, AT_REMOVEDIR);
+        if (names[i].what == MADE) renameat(at, names[i].name, AT_FDCWD, new_grave());
         if (names[i].what == RENAMED) renameat(at, names[i].name, names[i].from, names[i].old);
         if (names[i].what == RENAMED || (names[i].what == REMOVED && is("undone")))
             renameat(AT_FDCWD, names[i].grave, at, names[i].name);
@@ -115,12 +121,6 @@ static void note(enum change what, const char *path, const char *old, const char
     names[num_names].folder = parent(path, names[num_names].name);
     if (old) names[num_names].from = parent(old, names[num_names].old);
     strcpy(names[num_names++].grave, grave);
-}
-
-static const char *new_grave(void) {
-    static char grave[PATH_MAX];
-    snprintf(grave, sizeof grave, "%s/%d", getenv("CRASH_GRAVE"), num_graves++);
-    return grave;
 }
 
 static void track(int fd, int truncated) {

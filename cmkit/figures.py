@@ -1,0 +1,130 @@
+"""A run's figures as PNG, and numbers as people read them."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS, LEVELS = "viridis_r", 24
+
+
+def number(value: object, digits: int = 3) -> str:
+    """A value as people read it: three digits, thousands apart, and a dash where there is none."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"  # noqa: RUF001
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 10**digits:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def score(value: object, digits: int = 3) -> str:
+    """A measured number: as many digits whatever they are, so that 20 among 19.6 is 20.0."""
+    if isinstance(value, float) and 0 < abs(value) < 10**digits:
+        return f"{value:#.{digits}g}".rstrip(".")
+    return number(value, digits)
+
+
+def count(value: float) -> str:
+    """A large count with its unit: 2.13 M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return number(value)
+
+
+def colour(share: float) -> tuple[str, str]:
+    """(fill, legible ink) at a place of the scale; low scores are bright."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    red, green, blue, _ = colormaps[COLOURS](share)
+    light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+    return to_hex((red, green, blue)), "#14171f" if light > 0.18 else "#ffffff"
+
+
+def heatmap_png(search: Mapping[str, Any]) -> bytes:
+    """The search as a PNG: winner framed, unscaled cell framed by dashes, values written in."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+    rows, columns = search["rows"], search["columns"]
+    height, width = len(rows), len(columns)
+    size = 0.62 if max(width, height) <= 16 else 10 / max(width, height)
+    figure = Figure((2.6 + size * width, 1.5 + size * height), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    for y, row in enumerate(rows):
+        for x, cell in enumerate(row["cells"]):
+            if cell:
+                _draw_cell(axes, x, y, {**cell, "ones": search["ones"]}, 15 * size)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
+    axes.set_xticks(range(width), columns)
+    axes.set_yticks(range(height), [row["label"] for row in rows])
+    axes.set_xlabel(search["across"], parse_math=False)
+    axes.set_ylabel(search["down"], parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    scale = ScalarMappable(search["norm"], colormaps[COLOURS])
+    bar = figure.colorbar(scale, ax=axes, shrink=0.9, aspect=30 if height > 3 else 8)
+    _plain_ticks(bar.ax)
+    bar.outline.set_visible(False)
+    bar.set_label(f"{search['minimize']} (lower is better)", parse_math=False)
+    return _png(figure)
+
+
+def _draw_cell(axes: Axes, x: int, y: int, cell: Mapping[str, Any], points: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    level = cell["level"]
+    fill, ink = ("#e4e4e4", "#555555") if level is None else colour(level / (LEVELS - 1))
+    axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=fill))
+    axes.text(x, y, cell["text"], color=ink, size=points, ha="center", va="center")
+    if cell["winner"] or cell["plain"]:
+        line = {"linestyle": "-", "linewidth": 2.4} if cell["winner"] else {"linestyle": "--"}
+        axes.add_patch(Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, fill=False, ec=ink, **line))
+        name = "best" if cell["winner"] else cell["ones"]
+        axes.text(x, y + 0.27, name, color=ink, size=0.55 * points, ha="center", va="center")
+
+
+def loss_png(curve: Mapping[str, Any]) -> bytes:
+    """The loss curve as a PNG, with a line wherever N has doubled."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7.2, 3.4), dpi=160, layout="constrained")
+    axes = figure.add_subplot()
+    for step, sigmas in curve["marks"]:
+        axes.axvline(step, color="#bbbbbb", linewidth=0.8, linestyle=":")
+        place = (step, 1.01)
+        axes.annotate(f"N={sigmas}", place, xycoords=("data", "axes fraction"), size=7)
+    axes.plot(curve["steps"], curve["losses"], color="#1f4e8c", linewidth=1.4)
+    axes.set_yscale("log" if curve["log"] else "linear")
+    _plain_ticks(axes)
+    axes.xaxis.set_major_formatter(lambda step, _: count(step))
+    axes.set(xlabel="step", ylabel="loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
+    return _png(figure)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Numbers on the y axis as the page writes them: 0.2, not 2 x 10^-1."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: number(value))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
