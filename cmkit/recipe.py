@@ -380,16 +380,13 @@ def _type(entry: Mapping[str, Any]) -> str:
         return f"table of {_type(entry.get('additionalProperties') or {})}"
     low = entry.get("minimum", entry.get("exclusiveMinimum"))
     high = entry.get("maximum", entry.get("exclusiveMaximum"))
-    bounds = [
-        *(
-            [f"{'above' if 'exclusiveMinimum' in entry else 'from'} {low:g}"]
-            if low is not None
-            else []
-        ),
-        *(
-            [f"{'below' if 'exclusiveMaximum' in entry else 'to'} {high:g}"]
-            if high is not None
-            else []
-        ),
-    ]
+    bounds = []
+    if low is not None:
+        bounds.append(f"{'above' if 'exclusiveMinimum' in entry else 'from'} {_plain_number(low)}")
+    if high is not None:
+        bounds.append(f"{'below' if 'exclusiveMaximum' in entry else 'to'} {_plain_number(high)}")
     return f"{kind}, {' '.join(bounds)}" if bounds else str(kind)
+
+
+def _plain_number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"

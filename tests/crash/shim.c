@@ -182,17 +182,24 @@ ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) {
     DONE(written);
 }
 
-int fsync(int fd) {
-    REAL(int, "fsync", int);
-    char path[PATH_MAX];
+static void settle(int fd) {
     struct stat at, folder;
-    if (!watched(fd, "", path)) return real(fd);
-    STRIKE(FSYNC);
     fstat(fd, &at);
     for (int i = 0; i < num_files; i++)
         if (files[i].inode == at.st_ino) files[i].durable = at.st_size;
     for (int i = 0; i < num_names; i++)
         if (!fstat(names[i].folder, &folder) && folder.st_ino == at.st_ino) names[i].what = DURABLE;
+}
+
+int fsync(int fd) {
+    REAL(int, "fsync", int);
+    char path[PATH_MAX];
+    if (!watched(fd, "", path)) {
+        settle(fd); /* it may be the folder that holds $CRASH_DIR */
+        return real(fd);
+    }
+    STRIKE(FSYNC);
+    settle(fd);
     DONE(0);
 }
 int fdatasync(int fd) { return fsync(fd); }
