@@ -136,11 +136,11 @@ class Run:
         loss = found.state["loss"] if found else None
         yield StageStarted("train", training.step, table.steps)
         for event in train(training):
+            due = event.step % table.save_every == 0 or event.step == table.steps
             if event.log:
                 loss = event.log["loss"]
-                files.append_jsonl(log, {"step": event.step, **event.log})
+                files.append_jsonl(log, {"step": event.step, **event.log}, durable=due)
             yield event
-            due = event.step % table.save_every == 0 or event.step == table.steps
             if due or self.stop.signum:
                 extra = {"seconds": spent + time.perf_counter() - began, "loss": loss}
                 yield self._save(training, root, extra)

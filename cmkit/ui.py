@@ -27,7 +27,6 @@ from cmkit.run import (
     Duel,
     Event,
     Note,
-    RunFinished,
     Sampled,
     Saved,
     StageFinished,
@@ -112,8 +111,6 @@ class Display:
                 self.say(text)
             case StageFinished(stage, result):
                 self.say(f"{stage} done in {result['seconds']:.1f} s")
-            case RunFinished(folder, _):
-                self.say(f"report: {folder / 'report.html'}")
 
     def _begin(self, stage: str, done: int, total: int) -> None:
         self.stage, self.total, self.first = stage, total, done

@@ -78,12 +78,12 @@ def test_scales_of_shape_batch_act_per_image(family):
 @pytest.mark.parametrize("family", ["skip", "emb"])
 @torch.no_grad()
 def test_scale_keeps_its_value_under_bfloat16(family):
-    """1.02 is no bfloat16 number: rounded, it would be 1.0156, and a search would lose its grid."""
+    """1.02 is no bfloat16 number: rounded, it would be 1.0234, and a search would lose its grid."""
     network = network_of(FILM)
     sites = [site for site in network.sites if site.startswith(family)]
     with torch.autocast("cpu", torch.bfloat16):
         near, far = (
-            network(*inputs(), dict.fromkeys(sites, torch.tensor(v))) for v in (1.015625, 1.02)
+            network(*inputs(), dict.fromkeys(sites, torch.tensor(v))) for v in (1.0234375, 1.02)
         )
     assert not torch.equal(near, far)
 
@@ -173,6 +173,22 @@ def test_target_level_adds_a_path_that_emb_scales_leave_alone():
     assert not torch.allclose(
         network(x, c_noise, cond, silent), network(x, c_noise, Cond(label=cond.label), silent)
     )
+
+
+@torch.no_grad()
+def test_target_level_speaks_through_its_own_weights_alone():
+    network = network_of(FILM, LABEL | {"sigma_to"})
+    x, c_noise, cond = inputs()
+    seen = []
+    network._blocks[2].film_s.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    network(x, c_noise, cond, {})
+    silu, s = torch.nn.functional.silu, 0.25 * cond.sigma_to.log()
+    torch.testing.assert_close(seen, [silu(network.time_s(network._sinusoids(s)))])
+    for block in network._blocks:
+        torch.nn.init.zeros_(block.film_s.weight)
+        torch.nn.init.zeros_(block.film_s.bias)
+    without = network(x, c_noise, Cond(label=cond.label), {})
+    assert torch.equal(network(x, c_noise, cond, {}), without)
 
 
 def test_deep_copy_shares_nothing():

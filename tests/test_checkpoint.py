@@ -618,7 +618,7 @@ def test_atomic_write_replaces_whole(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_atomic_write_is_durable_before_it_returns(
+def test_files_are_durable_before_their_writer_returns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """File, then name, then folder: the crash matrix ends before the last of a run's files."""
@@ -637,6 +637,11 @@ def test_atomic_write_is_durable_before_it_returns(
     watch("replace", lambda old, new: "replace")
     checkpoint.atomic_write(tmp_path / "report.html", "x")
     assert order == ["file", "replace", "folder"]
+    order.clear()
+    checkpoint.append_jsonl(tmp_path / "log.jsonl", {"step": 1})
+    assert order == []
+    checkpoint.append_jsonl(tmp_path / "log.jsonl", {"step": 2}, durable=True)
+    assert order == ["file", "folder"]
 
 
 def test_atomic_write_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:

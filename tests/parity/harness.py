@@ -49,7 +49,9 @@ class Figures:
         n, last = math.prod(shape), key.split(".")[-1]
         phase = zlib.crc32((prefix + key).encode()) % 1000 + self._fill["w_phase"]
         s = wave(n, self._fill["w_freq"], quad, phase)
-        if len(shape) >= 2:
+        if last == "freqs":
+            s = 4 * s
+        elif len(shape) >= 2:
             s = s / math.sqrt(n / shape[0])
         else:
             s = {"weight": 1 + 0.1 * s, "bias": 0.1 * s}[last]
@@ -65,18 +67,24 @@ class Figures:
 
     def Z(self, shape: list[int], c: int = 0) -> Tensor:
         """Stands for the c-th normal draw."""
+        return rounded(self._draw(shape, c), shape)
+
+    def U(self, shape: list[int], c: int = 0) -> Tensor:
+        """Stands for the c-th uniform draw."""
+        return rounded(0.5 + 0.49 / math.sqrt(2) * self._draw(shape, c), shape)
+
+    def _draw(self, shape: list[int], c: int) -> np.ndarray:
         fill = self._fill
         phase = 1.1 * c + fill["z_phase"]
-        draw = wave(math.prod(shape), fill["z_freq"], fill["z_quad"], phase)
-        return rounded(math.sqrt(2) * draw, shape)
+        return math.sqrt(2) * wave(math.prod(shape), fill["z_freq"], fill["z_quad"], phase)
 
     def tensor(self, spec: Any, dtype: torch.dtype, **names: Any) -> Tensor:
-        """A described input: {"X": ..}, {"Z": ..}, a formula of X and Z, or numbers."""
+        """A described input: {"X": ..}, {"Z": ..}, a formula of X, Z and U, or numbers."""
         if isinstance(spec, dict):
             ((formula, arguments),) = spec.items()
-            return {"X": self.X, "Z": self.Z}[formula](**arguments).to(dtype)
+            return {"X": self.X, "Z": self.Z, "U": self.U}[formula](**arguments).to(dtype)
         if isinstance(spec, str):
-            return eval(spec, {"X": self.X, "Z": self.Z, **names}).to(dtype)
+            return eval(spec, {"X": self.X, "Z": self.Z, "U": self.U, **names}).to(dtype)
         return torch.tensor(spec, dtype=torch.float32).to(dtype)
 
 
@@ -116,6 +124,10 @@ def _ratios(actual: Any, expected: Any, dtype: torch.dtype, float16: float, plac
 
 def _leaf_ratios(actual: Tensor, leaf: Any, dtype: torch.dtype, float16: float, place: str):
     assert list(actual.shape) == leaf["shape"], f"{place}: shape {list(actual.shape)}"
+    if "int" in leaf:
+        assert actual.flatten().tolist() == leaf["int"], place
+        yield place, 0.0
+        return
     assert actual.dtype == dtype, f"{place}: {actual.dtype}"
     assert leaf.keys() <= {"shape", "k", "f32", "f64", "stats", "err32"}, f"{place}: {set(leaf)}"
     a = actual.detach().double().flatten().numpy()

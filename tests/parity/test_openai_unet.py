@@ -311,22 +311,15 @@ def on_meta(flags: dict) -> UNet:
 
 
 def options_of_flags(flags: dict) -> ADM:
-    mult = flags.get("channel_mult") or OFFICIAL_MULT[flags["image_size"]]
+    """ADM options of flags of the official create_model."""
+    flags = {name: value for name, value in flags.items() if name != "class_cond"}
+    mult = flags.pop("channel_mult", "") or OFFICIAL_MULT[flags["image_size"]]
+    del flags["image_size"]
     return ADM(
-        channels=flags["num_channels"],
-        channel_mult=mult if not isinstance(mult, str) else [int(m) for m in mult.split(",")],
-        attention_resolutions=[int(r) for r in flags["attention_resolutions"].split(",")],
-        **{
-            name: flags[name]
-            for name in (
-                "num_res_blocks",
-                "num_head_channels",
-                "num_heads",
-                "use_scale_shift_norm",
-                "resblock_updown",
-                "dropout",
-            )
-        },
+        channels=flags.pop("num_channels"),
+        channel_mult=[int(m) for m in mult.split(",")] if isinstance(mult, str) else mult,
+        attention_resolutions=[int(r) for r in flags.pop("attention_resolutions").split(",")],
+        **flags,
     )
 
 
