@@ -385,8 +385,8 @@ def _newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         except CheckpointError as error:
             damage.append(error)
             continue
-        for error in damage:
-            warn(f"{error}; going on from step {found.step}")
+        for fault in damage:
+            warn(f"{fault}; going on from step {found.step}")
         return found
     if damage:
         raise CheckpointError(f"{damage[0]} (no intact checkpoint in {root})") from damage[0]

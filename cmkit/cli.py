@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def run(
 
     chosen = pick_device(device)
     folder = run_folder(plan, out)
-    _debug_log.path = folder / "debug.log"
+    _debug_log.folder = folder
     report: dict[str, Any] = {}
     with Display(chosen, quiet=json) as display:
         display.say(f"run folder: {folder} on {chosen}")
@@ -166,7 +167,7 @@ def plugins_show(
     row = registry.find(kind, name)
     model = registry.load(kind, name)
     assert row.plugin is not None
-    described = {
+    described: dict[str, Any] = {
         "kind": kind,
         "name": name,
         "package": row.dist,
@@ -217,11 +218,12 @@ def main() -> None:
 
 
 class _debug_log:  # noqa: N801 - one place that is known only once the run folder is
-    path = Path("cmkit-debug.log")
+    folder: Path | None = None
 
 
 def _fail(error: BaseException, code: int) -> int:
-    _write_debug_log()
+    if _debug_log.folder and _debug_log.folder.is_dir():
+        _write_debug_log(_debug_log.folder / "debug.log")
     return _say(f"error: {error}", code)
 
 
@@ -249,7 +251,10 @@ def _resource(error: BaseException) -> int:
 def _unexpected(error: BaseException) -> int:
     if hasattr(error, "format_message"):  # a usage error of the parser that typer brings
         return _say(f"error: {error.format_message()}; see --help", 2)
-    where = _write_debug_log()
+    logs = [Path(tempfile.gettempdir()) / "cmkit-debug.log"]
+    if _debug_log.folder:
+        logs.insert(0, _debug_log.folder / "debug.log")
+    where = next((log for log in logs if _write_debug_log(log)), "the command")
     return _say(
         f"error: a bug in cmkit: {type(error).__name__}: {' '.join(str(error).split())[:300]};"
         f" please report it with {where}",
@@ -257,15 +262,14 @@ def _unexpected(error: BaseException) -> int:
     )
 
 
-def _write_debug_log() -> str:
-    """The traceback into the run folder's debug.log if there is one, else into the temp folder."""
-    import tempfile
-
-    for path in (_debug_log.path, Path(tempfile.gettempdir()) / "cmkit-debug.log"):
-        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+def _write_debug_log(path: Path) -> bool:
+    """Append the traceback of the error in hand; False where that cannot be."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
-            return str(path)
-    return "the command"
+    except OSError:
+        return False
+    return True
 
 
 def _say(text: str, code: int) -> int:

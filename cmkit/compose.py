@@ -49,7 +49,7 @@ def plan(recipe: Recipe) -> Plan:
     _stages_are_complete(recipe)
     data = recipe.dataset.spec()
     conditions = _conditions(recipe, data)
-    with torch.device("meta"):
+    with _at(recipe, "backbone"), torch.device("meta"):
         denoiser = _denoiser(recipe, recipe.backbone.build(data, conditions))
     sites = denoiser.network.sites
     if recipe.rescaler:
@@ -70,7 +70,7 @@ def plan(recipe: Recipe) -> Plan:
         with _at(recipe, "denoiser", "weights"):
             tensors = read_weights(Path(recipe.denoiser.weights))
             load_weights(denoiser.network, tensors, recipe.denoiser.weights)
-    flops = _dry_run(recipe, denoiser, data)
+    flops = _dry_run(recipe, denoiser, data, conditions)
     parameters = sum(p.numel() for p in denoiser.parameters())
     memory = 4 * parameters * _copies(recipe)
     return Plan(
@@ -93,7 +93,7 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
     weights = plan.recipe.denoiser.weights
     if weights:
         load_weights(network, read_weights(Path(weights)), weights)
-    network = network.to(device=device, memory_format=torch.channels_last)
+    network = network.to(device).to(memory_format=torch.channels_last)
     return _denoiser(plan.recipe, network)
 
 
@@ -218,17 +218,18 @@ def _denoiser(recipe: Recipe, network: Network) -> Denoiser:
     return Denoiser(network, noise, table.precond, table.sigma_data)
 
 
-def _dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec) -> int:
+def _dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:
     """FLOPs of a forward pass of one image; the sampler, if any, is run through on the way."""
     x = torch.empty(1, data.channels, data.resolution, data.resolution, device="meta")
-    label = torch.empty(1, dtype=torch.int64, device="meta") if data.num_classes else None
-    cond = Cond(label=label)
+    label = torch.empty(1, dtype=torch.int64, device="meta") if "label" in conditions else None
+    levels = conditions & {"guidance", "sigma_to"}
+    cond = Cond(label=label, **{name: x.new_empty(1) for name in levels})
     with _at(recipe, "backbone"), _trying("backbone"), FlopCounterMode(display=False) as counter:
         denoiser(x, x.new_empty(1), cond)
     if recipe.sampler:
         with _at(recipe, "sampler"), _trying("sampler"):
             _check_sampler(recipe.sampler, denoiser, x, cond)
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 @contextlib.contextmanager

@@ -49,6 +49,8 @@ class Network(nn.Module):
 
     `sites` names the places that can be rescaled: "skip.0" .. one per encoder-decoder connection,
     counted from the input on; "emb.0" .. one per block that reads the embedding.
+
+    Under autocast the output is float32; conditions that the network was not built for are ignored.
     """
 
     sites: tuple[str, ...] = ()
@@ -102,7 +104,7 @@ class Denoiser(nn.Module):
         c_skip, c_out = SCALINGS[self.precond](sigma, self.sigma_data, self.noise.sigma_min)
         c_in = (sigma**2 + self.sigma_data**2).rsqrt()
         c_noise = 0.25 * torch.log(sigma + 1e-44)
-        f = self.network(_per_image(c_in, x) * x, c_noise, cond, scales)
+        f: Tensor = self.network(_per_image(c_in, x) * x, c_noise, cond, scales)
         return _per_image(c_skip, x) * x + _per_image(c_out, x) * f.to(x.dtype)
 
     def rescaled(self, rescaler: Rescaler) -> Denoiser:
@@ -138,7 +140,7 @@ class Models:
         The target takes decay `phase.target_ema`; where the objective keeps no target of its own,
         it is the online network itself and is left alone.
         """
-        online = list(self.online.parameters())
+        online: list[Tensor] = list(self.online.parameters())
         if self.target is not self.online:
             torch._foreach_lerp_(list(self.target.parameters()), online, 1 - phase.target_ema)
         cap = (1 + phase.step) / (10 + phase.step) if self.ema_warmup else 1.0

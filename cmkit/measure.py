@@ -12,6 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Metric, Reference
+from cmkit.sample import SavedImages
 
 
 class Images(TorchDataset[Tensor]):
@@ -28,7 +29,10 @@ class Images(TorchDataset[Tensor]):
 
 
 def measure(
-    metrics: Sequence[Metric], images: Images, reference: Reference, device: torch.device
+    metrics: Sequence[Metric],
+    images: Images | SavedImages,
+    reference: Reference,
+    device: torch.device,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """({name: value}, provenance of each metric); NonFiniteError names a value that is none."""
     values: dict[str, float] = {}

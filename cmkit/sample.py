@@ -59,6 +59,7 @@ def sample(
     precision: str = "auto",
 ) -> Iterator[Batch]:
     """Batches of samples in the order of `indices`; the samples do not depend on `batch`."""
+    cast = autocast(precision, device)
     for first in range(indices.start, indices.stop, batch):
         rows = range(first, min(first + batch, indices.stop))
         labels = draws.labels(rows)
@@ -68,7 +69,7 @@ def sample(
             drawn = draws.noise(rows, k)
             return drawn.to(device, memory_format=torch.channels_last, non_blocking=True)
 
-        with autocast(precision, device):
+        with cast:
             x0 = sampler.sample(denoiser, denoiser.noise.sigma_max * noise(0), cond, noise)
         yield Batch(first, to_uint8(x0).cpu(), labels)
 

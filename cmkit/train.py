@@ -123,6 +123,7 @@ def train(training: Training) -> Iterator[Step]:
     )
     parameters = list(models.online.parameters())
     clock, clocked = time.perf_counter(), training.step
+    cast = autocast(table.precision, device)
     models.online.train()
     models.target.train()
     while training.step < table.steps:
@@ -131,7 +132,7 @@ def train(training: Training) -> Iterator[Step]:
         for part in range(parts):
             x0, cond = next(batches)
             rng = Rng(recipe.seed, "train", step * parts + part, device)
-            with shared_dropout(rng), autocast(table.precision, device):
+            with shared_dropout(rng), cast:
                 loss = objective.loss(models, x0, cond, phase, rng).mean() / parts
             loss.backward()
             training.window += loss.detach()

@@ -23,17 +23,16 @@ from rich.table import Table
 from rich.text import Text
 
 from cmkit.run import (
-    Cell,
-    Duel,
     Event,
     Note,
     Sampled,
     Saved,
     StageFinished,
     StageStarted,
-    Step,
     peak_memory_mib,
 )
+from cmkit.search import Cell, Duel
+from cmkit.train import Step
 
 PLAIN_SECONDS = 5.0
 
@@ -73,7 +72,10 @@ class Display:
     def __enter__(self) -> Display:
         if self.live:
             self._live = Live(
-                get_renderable=self._render, console=self.console, refresh_per_second=8
+                get_renderable=self._render,
+                console=self.console,
+                refresh_per_second=8,
+                transient=True,
             )
             self._live.__enter__()
         return self
