@@ -30,7 +30,8 @@ class Noise:
     def sigma_at(self, u: Tensor) -> Tensor:
         """Karras grid at fractions u in [0, 1] of the way from sigma_min to sigma_max."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (low + u * (high - low)) ** self.rho
+        sigma: Tensor = (low + u * (high - low)) ** self.rho
+        return sigma
 
 
 @functools.lru_cache(maxsize=64)
@@ -47,6 +48,7 @@ class Rng:
 
     def __init__(self, seed: int, purpose: str, index: int, device: torch.device):
         key = _key(seed, purpose, index)
+        self.device = device
         self.dropout_seed = key[1]
         self._generator = torch.Generator(device).manual_seed(key[0])
 
@@ -56,13 +58,11 @@ class Rng:
 
     def uniform(self, n: int) -> Tensor:
         """Draws from [0, 1), (n,) float32."""
-        device = self._generator.device
-        return torch.rand(n, generator=self._generator, device=device)
+        return torch.rand(n, generator=self._generator, device=self.device)
 
     def integers(self, high: int, n: int) -> Tensor:
         """Draws from {0, .., high - 1}, (n,) int64."""
-        device = self._generator.device
-        return torch.randint(high, (n,), generator=self._generator, device=device)
+        return torch.randint(high, (n,), generator=self._generator, device=self.device)
 
     def choice(self, weights: Tensor, n: int) -> Tensor:
         """Indices drawn with replacement in proportion to `weights` (k,), (n,) int64."""
@@ -73,10 +73,9 @@ class Rng:
 def shared_dropout(rng: Rng) -> Iterator[None]:
     """Inside, dropout masks are those of every other such block of the same `rng`.
 
-    Both the CPU's and the current accelerator's default generators are seeded, and put back
-    afterwards.
+    The default generators of the CPU and of the rng's device are seeded, and put back afterwards.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = [rng.device] if rng.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(rng.dropout_seed)
         yield
