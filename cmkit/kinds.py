@@ -35,11 +35,14 @@ class DataSpec:
 class Reference:
     """Real images that metrics compare with.
 
-    `images[i]` is (C, H, W) uint8; `fingerprint` changes whenever a pixel does.
+    `images[i]` is (C, H, W) uint8; `fingerprint` changes whenever a pixel does. `statistics` are
+    published Inception features, {"mu": (d,), "sigma": (d, d)} float64, of a larger set than
+    `images`: where they are, Frechet distances use them.
     """
 
     images: Images[Tensor]
     fingerprint: str
+    statistics: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_fid_of_two_gaussians_is_the_closed_form():
     closed = 8 * 0.25 + ((np.sqrt(variances[0]) - np.sqrt(variances[1])) ** 2).sum()
     toy = Extractor("toy", None, None)
     fake, truth = (Features({"rgb": x}) for x in drawn)
-    assert Fidelity()._numbers(toy, fake, truth)["fid"] == pytest.approx(closed, rel=1e-9)
+    assert Fidelity()._numbers(toy, fake, truth, None)["fid"] == pytest.approx(closed, rel=1e-9)
 
 
 def test_a_set_is_at_distance_zero_from_itself():

@@ -52,12 +52,20 @@ class ImageFolder(Dataset):
     flip: bool = False
     """Mirror half of the training images, chosen anew each time; metrics see none mirrored."""
 
+    reference_npz: str | None = None
+    """A published reference file (guided-diffusion's or EDM's .npz) that metrics compare with,
+    instead of the pictures."""
+
     def spec(self) -> DataSpec:
         """Shape and classes; opens every file, DataError names the first that is no picture."""
         from cmkit_std.datasets.pictures import check
 
         root, files, classes = self._files()
         check(root, files)
+        if self.reference_npz:
+            from cmkit_std.datasets import reference_npz
+
+            reference_npz.check(Path(self.reference_npz).expanduser(), self.channels)
         return DataSpec(self.channels, self.resolution, classes if self.labels else None)
 
     def batches(
@@ -71,7 +79,11 @@ class ImageFolder(Dataset):
         return batches(root, files, shape, self.labels, self.flip, size, seed, device, start)
 
     def reference(self) -> Reference:
-        """All pictures, resized and cropped, none mirrored."""
+        """The published statistics, or all pictures, resized and cropped, none mirrored."""
+        if self.reference_npz:
+            from cmkit_std.datasets import reference_npz
+
+            return reference_npz.read(Path(self.reference_npz).expanduser(), self.channels)
         from cmkit_std.datasets.pictures import reference
 
         root, files, _ = self._files()

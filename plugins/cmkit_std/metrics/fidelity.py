@@ -7,6 +7,7 @@ import functools
 import hashlib
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,6 +56,8 @@ NUMBERS = {
     "kid": ("kid_mean", "kid_std"),
     "precision_recall": ("precision", "recall"),
 }
+COMPARED = ("fid", "kid", "prc")
+"""torch-fidelity's names of the metrics that look at real images."""
 IS_SPLITS = 10
 NEIGHBOURS = 3
 
@@ -126,16 +129,19 @@ class Fidelity(Metric):
         from cmkit_std.metrics.extract import features, reference_features
 
         self._enough(len(images), "samples")  # type: ignore[arg-type]
-        self._enough(len(reference.images), "reference images")  # type: ignore[arg-type]
+        given = reference.statistics if self.fid else None
+        with_images = self.model_copy(update={"fid": False}) if given else self
+        with_images._enough(len(reference.images), "reference images")  # type: ignore[arg-type]
         channels, _, resolution = images[0].shape
         extractor = self._extractor(channels, resolution)
-        compared = sorted({extractor.layer(m) for m in ("fid", "kid", "prc") if self._compares(m)})
+        compared = sorted({extractor.layer(m) for m in COMPARED if self._compares(m)})
         scored = {extractor.layer("isc")} if self.isc else set()
         fake = features(extractor, sorted({*compared, *scored}), images, device, self.batch)
         real = None
-        if compared:
-            real = reference_features(extractor, compared, reference, device, self.batch)
-        numbers = self._numbers(extractor, fake, real)
+        seen = sorted({extractor.layer(m) for m in COMPARED if with_images._compares(m)})
+        if seen:
+            real = reference_features(extractor, seen, reference, device, self.batch)
+        numbers = self._numbers(extractor, fake, real, given)
         for key, value in numbers.items():
             if not math.isfinite(value):
                 raise NonFiniteError(f"metric {key} = {value}; look at the samples and the weights")
@@ -166,7 +172,11 @@ class Fidelity(Metric):
         return {"fid": self.fid, "kid": self.kid, "prc": self.precision_recall}[metric]
 
     def _numbers(
-        self, extractor: Extractor, fake: Features, real: Features | None
+        self,
+        extractor: Extractor,
+        fake: Features,
+        real: Features | None,
+        given: Mapping[str, Any] | None,
     ) -> dict[str, float]:
         from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
@@ -176,14 +186,16 @@ class Fidelity(Metric):
             found = metric_isc.isc_features_to_metric(logits, splits=IS_SPLITS)
             numbers["is_mean"] = found[metric_isc.KEY_METRIC_ISC_MEAN]
             numbers["is_std"] = found[metric_isc.KEY_METRIC_ISC_STD]
-        if real is None:
-            return numbers
         if self.fid:
             layer = extractor.layer("fid")
-            found = metric_fid.fid_statistics_to_metric(
-                fake.gaussian(layer), real.gaussian(layer), verbose=False
-            )
+            ours = fake.gaussian(layer)
+            theirs = given or (real.gaussian(layer) if real else {})
+            _same_size(ours["mu"], theirs["mu"], extractor.name)
+            theirs = {name: values.astype(ours[name].dtype) for name, values in theirs.items()}
+            found = metric_fid.fid_statistics_to_metric(ours, theirs, verbose=False)
             numbers["fid"] = found[metric_fid.KEY_METRIC_FID]
+        if real is None:
+            return numbers
         if self.kid:
             layer = extractor.layer("kid")
             found = metric_kid.kid_features_to_metric(
@@ -290,6 +302,14 @@ class Fidelity(Metric):
                 " name a copy in metric.weights, or set metric.download = true"
             )
         return None
+
+
+def _same_size(ours: Any, theirs: Any, extractor: str) -> None:
+    if len(ours) != len(theirs):
+        raise DataError(
+            f"reference statistics have {len(theirs)} features, extractor {extractor} gives"
+            f" {len(ours)}; name the extractor that they were made with"
+        )
 
 
 def _given(weights: str) -> Path:
