@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,19 @@ class Draws:
         if not self.data.num_classes:
             return None
         return image_labels(self.seed, self.purpose, indices, self.data.num_classes)
+
+
+@dataclass(frozen=True)
+class RepeatedDraws(Draws):
+    """Draws that are kept in memory, for models that are compared on the same noise."""
+
+    kept: dict[tuple[Sequence[int], int], Tensor] = field(default_factory=dict, compare=False)
+
+    def noise(self, indices: Sequence[int], k: int) -> Tensor:
+        """As of `Draws`, computed once for the same `indices`."""
+        if (indices, k) not in self.kept:
+            self.kept[indices, k] = super().noise(indices, k)
+        return self.kept[indices, k]
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from cmkit.denoiser import Denoiser
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Reference, Rescaler
 from cmkit.measure import Images, measure
-from cmkit.sample import Draws, sample
+from cmkit.sample import Draws, RepeatedDraws, sample
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ def search(
     assert recipe.search is not None
     axes = list(recipe.search.grid)
     rescalers = list(cells(recipe))
+    draws = RepeatedDraws(plan.data, recipe.seed, "search")
     for index, rescaler in enumerate(rescalers):
         if index in done:
             continue
         values = {axis: getattr(rescaler, axis) for axis in axes}
-        images = _images(plan, denoiser, rescaler, "search", recipe.search.images, device)
+        images = _images(plan, denoiser, rescaler, draws, recipe.search.images, device)
         try:
             score = _score(plan, images, reference, device)
         except NonFiniteError:
@@ -79,15 +80,9 @@ def confirm(
     assert table is not None
     count = table.confirm_images or table.images
     for k in range(done, table.confirm_seeds):
-        scores = [
-            _score(
-                plan,
-                _images(plan, denoiser, rescaler, f"confirm-{k}", count, device),
-                reference,
-                device,
-            )
-            for rescaler in (None, winner)
-        ]
+        draws = RepeatedDraws(plan.data, plan.recipe.seed, f"confirm-{k}")
+        pair = (_images(plan, denoiser, r, draws, count, device) for r in (None, winner))
+        scores = [_score(plan, images, reference, device) for images in pair]
         yield Duel(k, table.confirm_seeds, *scores)
 
 
@@ -127,14 +122,13 @@ def _images(
     plan: Plan,
     denoiser: Denoiser,
     rescaler: Rescaler | None,
-    purpose: str,
+    draws: Draws,
     count: int,
     device: torch.device,
 ) -> Tensor:
     table, sampler = plan.recipe.search, plan.recipe.sampler
     assert table is not None
     assert sampler is not None
-    draws = Draws(plan.data, plan.recipe.seed, purpose)
     model = denoiser.rescaled(rescaler) if rescaler else denoiser
     batches = sample(model, sampler, draws, range(count), table.batch, device, table.precision)
     return torch.cat([batch.images for batch in batches])
