@@ -392,3 +392,17 @@ def test_check_digits_recipe_costs_little():
     metric = Fidelity()
     metric.check(Digits().spec(), 1000)
     assert metric.provenance()["torch_fidelity"] == torch_fidelity.__version__
+
+
+@pytest.mark.parametrize("count", [2, 30, 64])
+def test_the_distance_of_few_images_is_that_of_the_full_matrices(count):
+    from cmkit_std.metrics.frechet import frechet_of_few
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    rng = np.random.default_rng(0)
+    few = rng.standard_normal((count, 64)) * np.linspace(0.1, 3, 64)
+    many = torch.from_numpy(1 + rng.standard_normal((400, 64)) @ rng.standard_normal((64, 64)))
+    real = fid_features_to_statistics(many)
+    full = fid_statistics_to_metric(fid_features_to_statistics(torch.from_numpy(few)), real, False)
+    (expected,) = full.values()
+    assert frechet_of_few(few, real) == pytest.approx(expected, rel=1e-5)

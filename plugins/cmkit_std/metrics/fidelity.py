@@ -178,7 +178,7 @@ class Fidelity(Metric):
         real: Features | None,
         given: Mapping[str, Any] | None,
     ) -> dict[str, float]:
-        from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
+        from torch_fidelity import metric_isc, metric_kid, metric_prc
 
         numbers: dict[str, float] = {}
         if self.isc:
@@ -188,12 +188,8 @@ class Fidelity(Metric):
             numbers["is_std"] = found[metric_isc.KEY_METRIC_ISC_STD]
         if self.fid:
             layer = extractor.layer("fid")
-            ours = fake.gaussian(layer)
             theirs = given or (real.gaussian(layer) if real else {})
-            _same_size(ours["mu"], theirs["mu"], extractor.name)
-            theirs = {name: values.astype(ours[name].dtype) for name, values in theirs.items()}
-            found = metric_fid.fid_statistics_to_metric(ours, theirs, verbose=False)
-            numbers["fid"] = found[metric_fid.KEY_METRIC_FID]
+            numbers["fid"] = _fid(fake, layer, theirs, extractor.name)
         if real is None:
             return numbers
         if self.kid:
@@ -304,12 +300,24 @@ class Fidelity(Metric):
         return None
 
 
-def _same_size(ours: Any, theirs: Any, extractor: str) -> None:
-    if len(ours) != len(theirs):
+def _fid(fake: Features, layer: str, real: Mapping[str, Any], extractor: str) -> float:
+    """torch-fidelity's distance, or the same number by the Gram matrix of few images."""
+    from torch_fidelity import metric_fid
+
+    from cmkit_std.metrics.frechet import frechet_of_few
+
+    count, width = fake.layers[layer].shape
+    if width != len(real["mu"]):
         raise DataError(
-            f"reference statistics have {len(theirs)} features, extractor {extractor} gives"
-            f" {len(ours)}; name the extractor that they were made with"
+            f"reference statistics have {len(real['mu'])} features, extractor {extractor} gives"
+            f" {width}; name the extractor that they were made with"
         )
+    if count <= width:
+        return frechet_of_few(fake.layers[layer].numpy(), real)
+    ours = fake.gaussian(layer)
+    real = {name: values.astype(ours[name].dtype) for name, values in real.items()}
+    found = metric_fid.fid_statistics_to_metric(ours, real, verbose=False)
+    return float(found[metric_fid.KEY_METRIC_FID])
 
 
 def _given(weights: str) -> Path:
