@@ -10,9 +10,8 @@ import time
 
 import numpy as np
 import torch
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
 from cmkit_std.metrics.frechet import frechet_of_few
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 
 def main() -> None:

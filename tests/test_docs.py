@@ -1,0 +1,89 @@
+"""What the documentation shows is true: generated pages are current, examples run."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from cmkit import RecipeError, discover
+from cmkit.compose import plan
+from cmkit.plugins import KINDS, Hooks
+from cmkit.recipe import load
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_the_reference_is_what_the_code_says():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert (ROOT / "docs" / "reference.md").read_text("utf-8") == generate.page()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_a_shipped_recipe_opens_with_its_command_and_can_be_planned(recipe):
+    first = recipe.read_text("utf-8").splitlines()[0]
+    assert first == f"# cmkit run recipes/{recipe.name}"
+    assert plan(load(recipe, [], discover())).parameters > 0
+
+
+def test_the_readmes_recipe_can_be_planned(tmp_path):
+    (text,) = blocks(README, "toml")
+    path = tmp_path / "readme.toml"
+    path.write_text(text)
+    assert plan(load(path, [], discover())).recipe.name == "digits_rescaled_ct"
+
+
+def test_the_readmes_error_is_the_real_one(tmp_path):
+    path = tmp_path / "ct.toml"
+    text = 'rescaler = { use = "global", skpi = 1.0 }\nname = "x"\n'
+    text += 'dataset = { use = "digits" }\nbackbone = { use = "adm" }\n'
+    path.write_text("\n" * 13 + text)
+    with pytest.raises(RecipeError) as caught:
+        load(path, [], discover())
+    assert f"error: {caught.value}".replace(f"{tmp_path}/", "") in README
+
+
+def test_the_readme_names_every_built_in_part():
+    table = README.split("## Parts")[1].split("##")[0]
+    for kind in KINDS:
+        (row,) = re.findall(rf"^\| {kind} \|(.*)\|$", table, re.M)
+        assert set(re.findall(r"`([a-z_]+)`", row)) == set(discover().names(kind))
+
+
+def test_every_hook_is_explained_to_authors():
+    page = (ROOT / "docs" / "plugins.md").read_text("utf-8")
+    for hook in vars(Hooks):
+        if hook.startswith("cmkit_"):
+            assert hook in page
+
+
+def test_the_authors_example_is_a_part_that_works():
+    """The manifest and the objective of docs/plugins.md, executed."""
+    import torch
+
+    from cmkit import Cond, Denoiser, Models, Rng
+    from tests.toys import TinyNetwork
+
+    manifest, part, *_ = blocks((ROOT / "docs" / "plugins.md").read_text("utf-8"), "python")
+    space: dict = {}
+    exec(manifest, space)
+    assert space["cmkit_register"]()[0].name == "cauchy"
+    exec(part, space)
+    objective, denoiser = space["Cauchy"](), Denoiser(TinyNetwork())
+    rng = Rng(0, "train", 0, torch.device("cpu"))
+    x0 = torch.randn(4, 1, 8, 8)
+    loss = objective.loss(Models(denoiser, denoiser), x0, Cond(), objective.phase(0, 1), rng)
+    assert loss.shape == (4,)
+    assert loss.isfinite().all()
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
+        assert (ROOT / target).exists(), target
