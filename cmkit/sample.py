@@ -15,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from cmkit.compose import autocast
 from cmkit.denoiser import Cond, Denoiser
+from cmkit.errors import NonFiniteError
 from cmkit.kinds import DataSpec, Sampler
 from cmkit.noise import image_labels, image_noise
 
@@ -36,10 +37,14 @@ class Draws:
     seed: int
     purpose: str = "sample"
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.data.channels, self.data.resolution, self.data.resolution
+
     def noise(self, indices: Sequence[int], k: int) -> Tensor:
         """The k-th standard normal draw of these images, (B, C, H, W), k = 0 for the first."""
-        shape = (self.data.channels, self.data.resolution, self.data.resolution)
-        return image_noise(self.seed, self.purpose, indices, k, shape)
+        return image_noise(self.seed, self.purpose, indices, k, self.shape)
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
         """Uniform labels of these images, (B,), or None without classes."""
@@ -71,7 +76,10 @@ def sample(
     device: torch.device,
     precision: str = "auto",
 ) -> Iterator[Batch]:
-    """Batches of samples in the order of `indices`; the samples do not depend on `batch`."""
+    """Batches of samples in the order of `indices`; the samples do not depend on `batch`.
+
+    Raises NonFiniteError instead of yielding images that are none.
+    """
     cast = autocast(precision, device)
     for first in range(indices.start, indices.stop, batch):
         rows = range(first, min(first + batch, indices.stop))
@@ -84,6 +92,11 @@ def sample(
 
         with cast:
             x0 = sampler.sample(denoiser, denoiser.noise.sigma_max * noise(0), cond, noise)
+        if not x0.isfinite().all():
+            raise NonFiniteError(
+                f"sample: images {rows.start} to {rows.stop - 1} hold NaN or infinity; try"
+                ' precision = "fp32" and scales nearer to 1'
+            )
         yield Batch(first, to_uint8(x0).cpu(), labels)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,12 +59,12 @@ def search(
         if index in done:
             continue
         values = {axis: getattr(rescaler, axis) for axis in axes}
-        images = _images(plan, denoiser, rescaler, draws, recipe.search.images, device)
-        try:
+        score = None
+        thumbnails = torch.zeros(1, *draws.shape, dtype=torch.uint8)
+        with contextlib.suppress(NonFiniteError):  # the cell stays, without a score
+            images = _images(plan, denoiser, rescaler, draws, recipe.search.images, device)
+            thumbnails = images[: recipe.search.thumbnails].clone()
             score = _score(plan, images, reference, device)
-        except NonFiniteError:
-            score = None
-        thumbnails = images[: recipe.search.thumbnails].clone()
         yield Cell(index, len(rescalers), values, score, thumbnails)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from cmkit import BusyError, CheckpointError, Interrupted, NonFiniteError, discover
 from cmkit.checkpoint import lock, read_jsonl
-from cmkit.compose import plan
+from cmkit.compose import build, plan
 from cmkit.recipe import load
 from cmkit.run import RunFinished, Saved, run
 from cmkit.sample import Draws, SavedImages, sample
@@ -164,8 +164,6 @@ def test_accumulated_parts_see_the_same_images_as_one_batch(recipe, tmp_path):
 
 
 def test_samples_do_not_depend_on_the_batch_size(recipe):
-    from cmkit.compose import build
-
     made = plan(load(recipe, [], discover()))
     denoiser, draws = build(made, CPU).eval(), Draws(made.data, 5)
     drawn = [
@@ -233,6 +231,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_bad_checkpoint(
         finish(recipe, tmp_path / "runs")
     (root,) = (tmp_path / "runs").glob("*/checkpoints")
     assert [path.name for path in root.glob("step-*")] == ["step-00000002"]
+
+
+def test_samples_that_are_no_numbers_stop_a_run_but_only_blank_a_cell(
+    recipe, tmp_path, monkeypatch
+):
+    from cmkit_std.rescalers.global_ import Global
+
+    honest = Global.bind
+
+    def poisoned(self, sites):
+        scales = honest(self, sites)
+        return lambda sigma: {
+            k: v * (float("nan") if self.skip == 0.9 else 1) for k, v in scales(sigma).items()
+        }
+
+    monkeypatch.setattr(Global, "bind", poisoned)
+    _, report = finish(recipe, tmp_path / "runs")
+    scores = {(c["skip"], c["emb"]): c["score"] for c in report["stages"]["search"]["cells"]}
+    assert scores[0.9, 1.0] is None
+    assert scores[1.0, 1.0] is not None
+    assert report["stages"]["search"]["best"]["skip"] == 1.0
+    with pytest.raises(NonFiniteError, match="no cell has a finite score"):
+        finish(recipe, tmp_path / "runs", "search.grid.skip=[0.9]")
+    made = plan(load(recipe, ["rescaler.skip=0.9"], discover()))
+    broken = build(made, CPU).eval().rescaled(made.recipe.rescaler)
+    drawn = sample(broken, made.recipe.sampler, Draws(made.data, 5), range(9), 4, CPU, "fp32")
+    with pytest.raises(NonFiniteError, match="images 0 to 3 hold NaN"):
+        next(drawn)
 
 
 def test_a_score_that_is_no_number_never_wins():
