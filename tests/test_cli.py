@@ -192,7 +192,7 @@ def test_a_broken_plugin_stops_only_who_names_it(cmkit, recipe):
 
 def test_usage_errors_are_one_line(cmkit):
     refused(cmkit("rnu"), 2, "No such command", "run")
-    refused(cmkit("run"), 2, "recipe")
+    refused(cmkit("run"), 2, "Missing argument")
     refused(cmkit("run", "none.toml"), 2, "none.toml")
     refused(cmkit("plugins", "show", "objektive", "ct"), 2, "did you mean 'objective'")
     refused(cmkit("plugins", "show", "objective", "cct"), 9, "did you mean 'ct'")
