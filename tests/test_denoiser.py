@@ -2,7 +2,7 @@ import pytest
 import torch
 from cmkit_std.rescalers.global_ import Global
 
-from cmkit import Denoiser, Models, Noise, Phase
+from cmkit import Denoiser, Models, Noise, Phase, RecipeError
 from cmkit.denoiser import consistency_scalings, edm_scalings
 from tests.toys import TinyNetwork
 
@@ -72,3 +72,20 @@ def test_ema_warmup_caps_the_decay():
     Models(online, online, ema={0.999: averaged}, ema_warmup=True).update(Phase(step=0))
     for p, q, o in zip(averaged.parameters(), online.parameters(), old, strict=True):
         torch.testing.assert_close(p, 0.1 * o + 0.9 * q)
+
+
+def test_global_rescaling_gives_skip_to_skips_and_emb_to_embeddings():
+    scales = Global(skip=0.8, emb=1.36).bind(("skip.0", "skip.1", "emb.0"))(torch.ones(3))
+    assert {site: round(float(value), 6) for site, value in scales.items()} == {
+        "skip.0": 0.8,
+        "skip.1": 0.8,
+        "emb.0": 1.36,
+    }
+
+
+def test_a_scale_without_a_site_is_refused_and_one_is_not():
+    Global().bind(("emb.0",))
+    with pytest.raises(
+        RecipeError, match=r"rescaler\.skip = 0\.8: the backbone has no 'skip' sites"
+    ):
+        Global(skip=0.8).bind(("emb.0",))

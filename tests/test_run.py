@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from cmkit import BusyError, CheckpointError, Interrupted, NonFiniteError, discover
-from cmkit.checkpoint import lock, read_jsonl
-from cmkit.compose import build, plan
+from cmkit.checkpoint import latest_checkpoint, load_weights, lock, read_jsonl, read_weights
+from cmkit.compose import build, plan, with_values
 from cmkit.recipe import load
 from cmkit.run import RunFinished, Saved, run
-from cmkit.sample import Draws, SavedImages, sample
+from cmkit.sample import Draws, SavedImages, sample, to_uint8
 from cmkit.search import best, interval, verdict
 from cmkit.stop import StopSignal
 from cmkit.train import Step
@@ -55,7 +55,7 @@ images = 70
 batch = 35
 confirm_seeds = 2
 precision = "fp32"
-grid = { skip = [0.9, 1.0], emb = [1.0, 1.1] }
+grid = { skip = [1.0, 1.5], emb = [0.5, 1.0] }
 """
 CPU = torch.device("cpu")
 CMKIT = [sys.executable, "-c", "from cmkit.cli import main; main()"]
@@ -95,6 +95,10 @@ def fingerprint(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
     }
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_jsonl(folder / "log.jsonl")}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,47 @@ def test_a_run_cut_after_any_event_resumes_to_the_same_bits(whole, recipe, tmp_p
     running.close()
     folder, _ = finish(recipe, tmp_path / "runs")
     assert fingerprint(folder) == fingerprint(whole[0])
+    assert losses(folder) == losses(whole[0])
+
+
+def test_the_weights_to_keep_are_the_first_average(whole):
+    folder, _ = whole
+    newest = latest_checkpoint(folder / "checkpoints", print)
+    kept = read_weights(folder / "model.safetensors")
+    for name, tensor in newest.tensors("ema-0.9").items():
+        assert torch.equal(kept[name], tensor)
+    assert any(not torch.equal(kept[n], t) for n, t in newest.tensors("online").items())
+
+
+def test_the_samples_are_of_the_winner(whole):
+    folder, report = whole
+    made = plan(load(folder / "recipe.toml", [], discover()))
+    denoiser = build(made, CPU).eval()
+    load_weights(denoiser.network, read_weights(folder / "model.safetensors"), "model")
+    best = {axis: report["stages"]["search"]["best"][axis] for axis in ("skip", "emb")}
+    assert best != {"skip": 1.0, "emb": 1.0}  # else this test could not fail
+    winner = denoiser.rescaled(with_values(made.recipe, best))
+    options = (made.recipe.sampler, Draws(made.data, 3), range(70), 35, CPU, "fp32")
+    expected = torch.cat([batch.images for batch in sample(winner, *options)])
+    saved = SavedImages(sorted((folder / "samples").glob("*.npz")))
+    assert torch.equal(torch.stack([saved[i] for i in range(70)]), expected)
+    assert (folder / "samples_before.png").read_bytes() != (
+        folder / "samples_after.png"
+    ).read_bytes()
+
+
+def test_the_winner_is_judged_on_noise_that_the_search_never_saw(whole):
+    """As many images as in the search: on the same noise the unscaled score would come again."""
+    search = whole[1]["stages"]["search"]
+    (searched,) = [c["score"] for c in search["cells"] if (c["skip"], c["emb"]) == (1.0, 1.0)]
+    fresh = search["confirm"]["plain"]["values"]
+    assert len({searched, *fresh}) == 3
+
+
+def test_data_survive_the_round_trip_through_floats():
+    u = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(u.float() / 127.5 - 1), u)
+    assert to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
 def test_the_global_generator_changes_nothing(whole, recipe, tmp_path):
@@ -243,18 +288,18 @@ def test_samples_that_are_no_numbers_stop_a_run_but_only_blank_a_cell(
     def poisoned(self, sites):
         scales = honest(self, sites)
         return lambda sigma: {
-            k: v * (float("nan") if self.skip == 0.9 else 1) for k, v in scales(sigma).items()
+            k: v * (float("nan") if self.skip == 1.5 else 1) for k, v in scales(sigma).items()
         }
 
     monkeypatch.setattr(Global, "bind", poisoned)
     _, report = finish(recipe, tmp_path / "runs")
     scores = {(c["skip"], c["emb"]): c["score"] for c in report["stages"]["search"]["cells"]}
-    assert scores[0.9, 1.0] is None
+    assert scores[1.5, 1.0] is None
     assert scores[1.0, 1.0] is not None
     assert report["stages"]["search"]["best"]["skip"] == 1.0
     with pytest.raises(NonFiniteError, match="no cell has a finite score"):
-        finish(recipe, tmp_path / "runs", "search.grid.skip=[0.9]")
-    made = plan(load(recipe, ["rescaler.skip=0.9"], discover()))
+        finish(recipe, tmp_path / "runs", "search.grid.skip=[1.5]")
+    made = plan(load(recipe, ["rescaler.skip=1.5"], discover()))
     broken = build(made, CPU).eval().rescaled(made.recipe.rescaler)
     drawn = sample(broken, made.recipe.sampler, Draws(made.data, 5), range(9), 4, CPU, "fp32")
     with pytest.raises(NonFiniteError, match="images 0 to 3 hold NaN"):

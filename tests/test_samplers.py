@@ -44,3 +44,17 @@ def test_levels_that_do_not_fall_or_lie_outside_are_refused():
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(RecipeError, match="between sigma_min"):
         Multistep(sigmas=(90.0,)).sample(GaussianFlow(), x, Cond(), lambda k: x)
+
+
+def test_estimates_are_clamped_before_noise_is_added():
+    seen = []
+
+    class Bright(GaussianFlow):
+        def forward(self, x, sigma, cond=None):
+            seen.append(x)
+            return torch.full_like(x, 3.0)
+
+    x = torch.zeros(1, 1, 2, 2)
+    out = Multistep(sigmas=(0.5,)).sample(Bright(), x, Cond(), lambda k: torch.zeros_like(x))
+    assert torch.equal(seen[1], torch.ones_like(x))
+    assert torch.equal(out, torch.ones_like(x))

@@ -1,0 +1,75 @@
+"""One step at a time: what a step does to the weights, and the laws of its schedule."""
+
+import pytest
+import torch
+from cmkit_std.objectives.ct import CT
+
+from cmkit import discover
+from cmkit.compose import plan
+from cmkit.recipe import TrainTable, load
+from cmkit.train import learning_rate, start, train
+from tests.test_run import RECIPE
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def one_step(tmp_path, monkeypatch):
+    """Weights before and after one step, (n,) each, and its log, with a loss without randomness."""
+
+    def loss(self, models, x0, cond, phase, rng):
+        level = torch.full((len(x0),), 1.5)
+        return (models.online.eval()(x0, level, cond) - x0).square().flatten(1).mean(
+            1
+        ) * self.huber_c
+
+    monkeypatch.setattr(CT, "loss", loss)
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE)
+
+    def call(*overrides, scale=1.0):
+        base = ["train.steps=1", f"objective.huber_c={scale}", *overrides]
+        training = start(plan(load(path, base, discover())), CPU)
+        before = flat(training)
+        (step,) = train(training)
+        return before, flat(training), step.log
+
+    return call
+
+
+def flat(training) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in training.models.online.parameters()])
+
+
+def test_accumulated_parts_make_the_step_of_the_whole_batch(one_step):
+    _, whole, log = one_step()
+    for parts in (2, 4):
+        _, accumulated, parts_log = one_step(f"train.accumulate={parts}")
+        torch.testing.assert_close(accumulated, whole, rtol=0, atol=1e-6)
+        assert parts_log["loss"] == pytest.approx(log["loss"], rel=1e-5)
+
+
+def test_clipping_bounds_the_step(one_step):
+    """RAdam's first step is lr times the gradient."""
+    before, free, _ = one_step()
+    _, clipped, _ = one_step("train.clip_norm=1e-3")
+    assert (free - before).norm() > 1e-5
+    assert (clipped - before).norm() == pytest.approx(1e-3 * 1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["radam", "adamw"])
+def test_weight_decay_is_decoupled(one_step, optimizer):
+    options = [f"train.optimizer={optimizer}", "train.weight_decay=0.5", "train.lr=0.1"]
+    before, after, _ = one_step(*options, scale=0.0)
+    torch.testing.assert_close(after, before * (1 - 0.1 * 0.5))
+
+
+def test_the_rate_rises_linearly_then_falls_along_a_half_cosine():
+    table = TrainTable(steps=110, batch=8, lr=2.0, warmup=10, decay=True)
+    assert learning_rate(table, 0) == pytest.approx(0.2)
+    assert learning_rate(table, 9) == pytest.approx(2.0)
+    assert learning_rate(table, 10) == pytest.approx(2.0)
+    assert learning_rate(table, 60) == pytest.approx(1.0)
+    assert learning_rate(table, 109) < 1e-3
+    constant = TrainTable(steps=110, batch=8, lr=2.0)
+    assert {learning_rate(constant, step) for step in range(110)} == {2.0}
