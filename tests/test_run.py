@@ -183,6 +183,8 @@ def test_the_winner_is_judged_on_noise_that_the_search_never_saw(whole):
 def test_data_survive_the_round_trip_through_floats():
     u = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(u.float() / 127.5 - 1), u)
+    between = torch.tensor([0.4, 0.6, 99.6]) / 127.5 - 1
+    assert to_uint8(between).tolist() == [0, 1, 100]  # rounded, not cut
     assert to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
