@@ -504,6 +504,11 @@ def _json(record: Mapping[str, Any], path: Path) -> bytes:
         raise NonFiniteError(f"{path}: {error}; a number is NaN or infinite") from error
 
 
+def same_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether `load_weights` would take `tensors` for a network with the state dict `own`."""
+    return tensors.keys() == own.keys() and all(_agree(own[k], tensors[k]) for k in own)
+
+
 def _agree(own: Tensor | None, other: Tensor | None) -> bool:
     if own is None or other is None or own.shape != other.shape:
         return False
@@ -540,15 +545,32 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         length = int.from_bytes(head[:8], "little")
         if len(head) == 9 and head[8:] == b"{" and length <= size - 8:
             return load_file(path)
-    if head[:2] == b"PK" or head[:1] == b"\x80" or path.suffix.lower() in _PICKLES:
+    if is_pickle(path):
         raise CheckpointError(
             f"{path}: a pickle, which can run code, and is not read without conversion;"
-            " convert it to .safetensors where you trust it"
+            " turn it into .safetensors with `cmkit convert`"
         )
     raise CheckpointError(
         f"{path}: not a whole safetensors file ({size} bytes, its header claims {length});"
         " fetch or save it again"
     )
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file would have to be unpickled: by its first bytes, or else by its name."""
+    with _reading(path):
+        _require_regular(path)
+        with path.open("rb") as file:
+            head = file.read(9)
+    if len(head) == 9 and head[8:] == b"{":
+        return False
+    return head[:2] == b"PK" or head[:1] == b"\x80" or path.suffix.lower() in _PICKLES
+
+
+def cache_folder(name: str) -> Path:
+    """The folder `name` of what the user's cache keeps of cmkit; it need not be there."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "cmkit" / name
 
 
 def _require_regular(path: Path) -> None:

@@ -116,6 +116,7 @@ def check(
         "nfe": plan.recipe.sampler.nfe if plan.recipe.sampler else None,
         "sites": len(plan.sites),
         "weights": plan.recipe.denoiser.weights,
+        "to_download": plan.weights.url if plan.weights and plan.weights.missing else None,
     }
     if json:
         _print_json(facts)
@@ -185,6 +186,31 @@ def plugins_show(
     _print_table(heads, [[entry[head] for head in heads] for entry in described["fields"]])
     if row.plugin.cite:
         print(f"cite: {row.plugin.cite}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Weights: a file, a folder, or a published name.")],
+    target: Annotated[Path, typer.Argument(help="The new file, or folder for diffusers.")],
+    to: Annotated[str, typer.Option(help="Layout to write: cmkit, openai, diffusers, ...")],
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe with the backbone and data set of the weights.")
+    ] = None,
+    set: SetOption = [],  # noqa: B006
+) -> None:
+    """Rewrite weights in another project's names and order, bit for bit, as safetensors."""
+    from cmkit.plugins import discover
+    from cmkit.recipe import load
+
+    registry = discover()
+    loaded = load(find_recipe(recipe), set, registry) if recipe else None
+    from cmkit.convert import convert
+    from cmkit.ui import Display
+
+    with Display(None) as display:
+        for event in convert(source, target, to, registry, loaded):
+            display.show(event)
+    print(f"{target}: written in the layout {to}")
 
 
 @app.command()

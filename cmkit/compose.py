@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmkit.checkpoint import load_weights, read_weights
 from cmkit.denoiser import Cond, Denoiser, Network
 from cmkit.errors import CmkitError, PluginError, ResourceError
 from cmkit.kinds import DataSpec, Metric, Rescaler, Sampler
 from cmkit.noise import Noise
 from cmkit.recipe import Recipe
+from cmkit.weights import Weights, find, load
 
 CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text"})
 
@@ -38,6 +38,8 @@ class Plan:
     """Bytes that the run folder will hold at most, pictures aside."""
     memory: int
     """Bytes of weights, their copies and the optimizer's state."""
+    weights: Weights | None = None
+    """The given weights; they may have to be downloaded first."""
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -48,7 +50,7 @@ def plan(recipe: Recipe) -> Plan:
     """
     _stages_are_complete(recipe)
     data = recipe.dataset.spec()
-    conditions = _conditions(recipe, data)
+    conditions = conditions_of(recipe, data)
     with _at(recipe, "backbone"), torch.device("meta"):
         denoiser = _denoiser(recipe, recipe.backbone.build(data, conditions))
     sites = denoiser.network.sites
@@ -66,10 +68,12 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.search:
         with _at(recipe, "search", "images"):
             minimized(recipe).check(data, recipe.search.images)
+    weights = None
     if recipe.denoiser.weights:
         with _at(recipe, "denoiser", "weights"):
-            tensors = read_weights(Path(recipe.denoiser.weights))
-            load_weights(denoiser.network, tensors, recipe.denoiser.weights)
+            weights = find(recipe.denoiser.weights, recipe.backbone)
+            if not weights.missing:
+                load(denoiser.network, weights, recipe.backbone.layouts(data))
     flops = _dry_run(recipe, denoiser, data, conditions)
     parameters = sum(p.numel() for p in denoiser.parameters())
     memory = 4 * parameters * _copies(recipe)
@@ -82,6 +86,7 @@ def plan(recipe: Recipe) -> Plan:
         flops=flops,
         disk=_disk(recipe, data, memory),
         memory=memory,
+        weights=weights,
     )
 
 
@@ -90,11 +95,26 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.recipe.seed)
         network = plan.recipe.backbone.build(plan.data, plan.conditions)
-    weights = plan.recipe.denoiser.weights
-    if weights:
-        load_weights(network, read_weights(Path(weights)), weights)
+    if plan.weights:
+        load(network, plan.weights, plan.recipe.backbone.layouts(plan.data))
     network = network.to(device).to(memory_format=torch.channels_last)
     return _denoiser(plan.recipe, network)
+
+
+def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
+    """What the network of a recipe must embed; RecipeError when its backbone cannot."""
+    wanted = {"label"} if data.num_classes else set()
+    if recipe.objective:
+        wanted |= recipe.objective.needs & CONDITIONS
+    missing = wanted - recipe.backbone.accepts
+    if missing:
+        accepts = ", ".join(sorted(recipe.backbone.accepts)) or "nothing"
+        raise recipe.source.error(
+            ("backbone",),
+            f"cannot embed {', '.join(sorted(missing))}; it accepts {accepts}; choose another"
+            " backbone or objective, or leave the labels out",
+        )
+    return frozenset(wanted)
 
 
 def cells(recipe: Recipe) -> Iterator[Rescaler]:
@@ -193,21 +213,6 @@ def _stages_are_complete(recipe: Recipe) -> None:
                 raise recipe.source.error(
                     ("search", "grid", name), f"the rescaler has no such field; known: {known}"
                 )
-
-
-def _conditions(recipe: Recipe, data: DataSpec) -> frozenset[str]:
-    wanted = {"label"} if data.num_classes else set()
-    if recipe.objective:
-        wanted |= recipe.objective.needs & CONDITIONS
-    missing = wanted - recipe.backbone.accepts
-    if missing:
-        accepts = ", ".join(sorted(recipe.backbone.accepts)) or "nothing"
-        raise recipe.source.error(
-            ("backbone",),
-            f"cannot embed {', '.join(sorted(missing))}; it accepts {accepts}; choose another"
-            " backbone or objective, or leave the labels out",
-        )
-    return frozenset(wanted)
 
 
 def _denoiser(recipe: Recipe, network: Network) -> Denoiser:

@@ -29,6 +29,7 @@ from cmkit.sample import Draws, SavedImages, npz, sample
 from cmkit.search import Cell, Duel, best, confirm, interval, search, verdict
 from cmkit.stop import StopSignal
 from cmkit.train import Step, Training, start, train
+from cmkit.weights import Downloaded, download
 
 STAGES = ("train", "search", "sample", "metric")
 SHARD_IMAGES = 1000
@@ -82,7 +83,18 @@ class RunFinished:
     report: dict[str, Any]
 
 
-Event = StageStarted | Step | Saved | Cell | Duel | Sampled | Note | StageFinished | RunFinished
+Event = (
+    StageStarted
+    | Downloaded
+    | Step
+    | Saved
+    | Cell
+    | Duel
+    | Sampled
+    | Note
+    | StageFinished
+    | RunFinished
+)
 
 
 @dataclass
@@ -283,6 +295,13 @@ class Run:
         return total
 
 
+def _downloaded(plan: Plan, stop: StopSignal) -> Iterator[Event]:
+    assert plan.weights is not None
+    for event in download(plan.weights):
+        yield event
+        stop.check("what came of the weights is kept")
+
+
 def run_folder(plan: Plan, out: Path) -> Path:
     """Where a plan's run lives: `<out>/<name>-<hash of the resolved recipe>`."""
     return out / f"{plan.recipe.name}-{plan.recipe.hash}"
@@ -312,6 +331,8 @@ def run(
         _write_json(folder / "environment.json", environment)
         status = _read_json(folder / "status.json")
         job = Run(plan, registry, folder, device, stop, status)
+        if plan.weights and plan.weights.missing:
+            yield from _downloaded(plan, stop)
         yield from job.stages()
         report = {
             "schema": 1,

@@ -33,6 +33,7 @@ from cmkit.run import (
 )
 from cmkit.search import Cell, Duel
 from cmkit.train import Step
+from cmkit.weights import Downloaded
 
 PLAIN_SECONDS = 5.0
 
@@ -94,6 +95,12 @@ class Display:
         match event:
             case StageStarted(stage, done, total):
                 self._begin(stage, done, total)
+            case Downloaded(name, done, total):
+                mib = total >> 20
+                if self.stage != name:
+                    self._begin(name, done >> 20, mib)
+                self.numbers = {"MiB": f"{done >> 20:,} of {mib:,}" if total else f"{done >> 20:,}"}
+                self._advance(done >> 20, {})
             case Step(step, _, log):
                 if log:
                     self._remember(log)

@@ -147,7 +147,7 @@ def test_weights_of_another_shape_or_that_could_run_code_are_refused(cmkit, reci
             return (os.system, (f"touch {marker}",))
 
     torch.save(Payload(), tmp_path / "evil.pt")
-    refused(cmkit("run", recipe, "--set", set_weights("evil.pt")), 4, "evil.pt", "pickle")
+    refused(cmkit("run", recipe, "--set", set_weights("evil.pt")), 4, "evil.pt", "no state dict")
     assert not marker.exists()
 
 

@@ -3,6 +3,7 @@ Synthesis, 2021; as in openai/consistency_models)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -13,6 +14,8 @@ from cmkit.kinds import Backbone, DataSpec
 if TYPE_CHECKING:
     from cmkit_std.backbones.adm_unet import UNet
 
+OPENAI_KINDS = (("edm", "_ema"), ("cd", "_l2"), ("cd", "_lpips"), ("ct", ""))
+"""Published models of each data set: how they were trained, and how their file's name ends."""
 _OPENAI = {"num_head_channels": 64, "resblock_updown": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "openai-imagenet64": {
@@ -32,6 +35,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Sizes of the published checkpoints (openai/consistency_models, scripts/launch.sh)."""
 
+_OPENAI_ADDRESS = "https://openaipublic.blob.core.windows.net/consistency"
+_OPENAI_FILES = (
+    *(f"{kind}_imagenet64{end}" for kind, end in OPENAI_KINDS),
+    *(f"{kind}_{data}256{end}" for data in ("bedroom", "cat") for kind, end in OPENAI_KINDS),
+)
+
 
 class ADM(Backbone):
     """Convolutional U-Net with attention at coarse levels, the network of CD, CT, iCT and CTM.
@@ -40,6 +49,9 @@ class ADM(Backbone):
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "sigma_to"})
+    published: ClassVar[dict[str, str]] = {
+        f"openai:{name}": f"{_OPENAI_ADDRESS}/{name}.pt" for name in _OPENAI_FILES
+    }
 
     preset: Literal["openai-imagenet64", "openai-lsun256"] | None = None
     """Sizes of a published network; fields given beside it win."""
@@ -82,6 +94,12 @@ class ADM(Backbone):
         if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
             return given
         return {**PRESETS.get(given["preset"], {}), **given}
+
+    @classmethod
+    def known(cls) -> Iterator[tuple[ADM, DataSpec, frozenset[str]]]:
+        """The networks of the presets, with the data that they were trained on."""
+        yield cls(preset="openai-imagenet64"), DataSpec(3, 64, 1000), frozenset({"label"})
+        yield cls(preset="openai-lsun256"), DataSpec(3, 256), frozenset()
 
     def build(self, data: DataSpec, conditions: frozenset[str]) -> UNet:
         """A fresh U-Net; RecipeError when the options do not fit each other or the data."""

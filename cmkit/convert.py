@@ -1,0 +1,109 @@
+"""Weights of one project in the names, shapes and orders of another, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cmkit.checkpoint import atomic_write, same_shapes, save_weights
+from cmkit.compose import conditions_of
+from cmkit.errors import CheckpointError, CmkitError, PluginError, RecipeError
+from cmkit.kinds import Backbone, DataSpec, Layout
+from cmkit.plugins import Registry
+from cmkit.recipe import Recipe, load
+from cmkit.source import meant
+from cmkit.weights import DIFFUSERS, Downloaded, Weights, adapt, download, find, read
+
+OWN = "cmkit"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A network that weights may belong to."""
+
+    backbone: Backbone
+    data: DataSpec
+    conditions: frozenset[str]
+
+    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """`tensors` under our names if they are this network's, whatever their layout."""
+        with torch.device("meta"):
+            network = self.backbone.build(self.data, self.conditions)
+        own = adapt(tensors, network, self.backbone.layouts(self.data))
+        return own if same_shapes(own, network.state_dict()) else None
+
+
+def convert(
+    source: str, target: Path, to: str, registry: Registry, recipe: Recipe | None = None
+) -> Iterator[Downloaded]:
+    """Write the weights `source` to `target` in the layout `to`, after any download.
+
+    The network is the recipe's, or that of the run folder `source`, or the published one that the
+    tensors fit. RecipeError for an unknown layout or an existing target, CheckpointError when the
+    tensors fit no such network.
+    """
+    if target.exists():
+        raise RecipeError(f"{target}: exists already; name a new file, or remove it")
+    if recipe is None and (Path(source) / "recipe.toml").is_file():
+        recipe = load(Path(source) / "recipe.toml", [], registry)
+    candidates = [_of_recipe(recipe)] if recipe else list(_published(registry))
+    weights = _find(source, candidates)
+    if weights.missing:
+        yield from download(weights)
+    tensors = read(weights)
+    for known in candidates:
+        own = known.named(tensors)
+        if own is not None:
+            _write(own, target, to, known)
+            return
+    what = "the recipe's network" if recipe else "no published network"
+    raise CheckpointError(
+        f"{source}: its {len(tensors)} tensors ({', '.join(list(tensors)[:2])}, ..) fit {what};"
+        " name the recipe with their backbone by --recipe"
+    )
+
+
+def _of_recipe(recipe: Recipe) -> Known:
+    data = recipe.dataset.spec()
+    return Known(recipe.backbone, data, conditions_of(recipe, data))
+
+
+def _published(registry: Registry) -> Iterator[Known]:
+    for name in registry.names("backbone"):
+        try:
+            backbone = registry.load("backbone", name)
+        except PluginError:  # `cmkit plugins` tells of it; it cannot be what is sought
+            continue
+        assert issubclass(backbone, Backbone)
+        for known in backbone.known():
+            yield Known(*known)
+
+
+def _find(source: str, candidates: list[Known]) -> Weights:
+    for known in candidates:
+        if source in known.backbone.published:
+            return find(source, known.backbone)
+    return find(source, candidates[0].backbone)
+
+
+def _write(own: Mapping[str, Tensor], target: Path, to: str, known: Known) -> None:
+    layouts = {layout.name: layout for layout in known.backbone.layouts(known.data)}
+    if to != OWN and to not in layouts:
+        names = [OWN, *layouts]
+        raise RecipeError(f"--to {to}: no layout of this backbone{meant(to, names)}")
+    layout: Layout | None = layouts.get(to)
+    try:
+        tensors = layout.write(own) if layout else dict(own)
+    except CmkitError as error:
+        raise RecipeError(f"--to {to}: {error}") from error
+    if layout is None or layout.config is None:
+        save_weights(target, tensors)
+        return
+    target.mkdir(parents=True)
+    atomic_write(target / "config.json", json.dumps(layout.config, indent=2) + "\n")
+    save_weights(target / f"{DIFFUSERS}.safetensors", tensors)

@@ -1,0 +1,234 @@
+"""The weights that a recipe names: a path, or a published file that is downloaded once.
+
+Whatever the file (safetensors, pickle, diffusers folder, run folder) and whoever named its
+tensors, `load` puts all of them into a network, or none.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from cmkit.checkpoint import (
+    atomic_write,
+    cache_folder,
+    is_pickle,
+    load_weights,
+    lock,
+    read_weights,
+)
+from cmkit.errors import CheckpointError, DownloadError, ResourceError
+from cmkit.source import meant
+
+if TYPE_CHECKING:
+    from cmkit.denoiser import Network
+    from cmkit.kinds import Backbone, Layout
+
+DIFFUSERS = "diffusion_pytorch_model"
+_BLOCK = 1 << 20
+_TIMEOUT = 20
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights `name` are, and where they come from if they are published."""
+
+    name: str
+    path: Path
+    url: str | None = None
+
+    @property
+    def missing(self) -> bool:
+        """Whether they must be downloaded first."""
+        return self.url is not None and not self.path.exists()
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """Bytes of a file that are here, of `total` (0 = the server does not say)."""
+
+    name: str
+    done: int
+    total: int
+
+
+def find(name: str, backbone: Backbone) -> Weights:
+    """The weights `name`: "path:FILE", "PUBLISHER:NAME" as `backbone` publishes, or a path.
+
+    CheckpointError when there is no such file, or no such name.
+    """
+    if name in backbone.published:
+        publisher, _, _ = name.partition(":")
+        url = backbone.published[name]
+        return Weights(name, cache_folder(f"weights/{publisher}") / url.rsplit("/", 1)[-1], url)
+    path = Path(name.removeprefix("path:"))
+    if path.exists():
+        return Weights(name, path)
+    if not name.startswith("path:") and re.fullmatch(r"[a-z][a-z0-9-]+:\w[\w.-]*", name):
+        raise CheckpointError(
+            f"{name}: no published weights of this backbone{meant(name, list(backbone.published))};"
+            f" known: {', '.join(backbone.published) or 'none'}; a file is written path:FILE"
+        )
+    raise CheckpointError(f"{path}: no such file; give a checkpoint, a run folder, or a name such"
+                          " as openai:ct_bedroom256")  # fmt: skip
+
+
+def read(weights: Weights) -> dict[str, Tensor]:
+    """All tensors of `weights`, under the names that their file gives them, on the CPU.
+
+    A pickle is turned into safetensors first, once for each content, outside this process.
+    CheckpointError when it is not what it was on first use, and for anything that is no weights.
+    """
+    path = weights.path
+    if path.is_dir():
+        path = _within(path)
+    if path.is_dir() or not is_pickle(path):
+        return read_weights(path)
+    digest = _sha256(path, *_identity(path))
+    if weights.url:
+        _pin(path, digest)
+    return read_weights(_converted(path, digest))
+
+
+def adapt(
+    tensors: Mapping[str, Tensor], network: Network, layouts: Sequence[Layout]
+) -> dict[str, Tensor]:
+    """`tensors` under the names of `network`, from whichever of `layouts` they are in."""
+    if tensors.keys() != network.state_dict().keys():
+        for layout in layouts:
+            if layout.matches(tensors):
+                return layout.read(tensors)
+    return dict(tensors)
+
+
+def load(network: Network, weights: Weights, layouts: Sequence[Layout]) -> None:
+    """Copy `weights` into `network`: all of them, or none at all; errors as of `load_weights`."""
+    load_weights(network, adapt(read(weights), network, layouts), weights.name)
+
+
+def download(weights: Weights) -> Iterator[Downloaded]:
+    """Fetch published weights into the user's cache, from where an earlier attempt stopped.
+
+    The file gets its name only once it is whole. DownloadError says where to put it by hand;
+    ResourceError when the disk has no room.
+    """
+    assert weights.url is not None
+    part = weights.path.with_name(f"{weights.path.name}.part")
+    with lock(weights.path.parent):
+        try:
+            yield from _fetch(weights, part)
+        except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
+            raise DownloadError(
+                f"{weights.name}: {weights.url}: {getattr(error, 'reason', error)}; go online and"
+                f" run again, or download it elsewhere to {weights.path}"
+            ) from error
+        except OSError as error:
+            raise ResourceError(
+                f"{part}: {error.strerror}; free some space or set XDG_CACHE_HOME"
+            ) from error
+        os.replace(part, weights.path)
+
+
+def _fetch(weights: Weights, part: Path) -> Iterator[Downloaded]:
+    """Append to `part` until it is whole; a server whose file has changed starts it anew."""
+    assert weights.url is not None
+    version = part.with_name(f"{part.name}.etag")
+    have = part.stat().st_size if part.exists() and version.exists() else 0
+    request = urllib.request.Request(weights.url)  # noqa: S310 - the plugin's own address
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", version.read_text("utf-8"))
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)  # noqa: S310
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing is left to send: the part is whole, or of another file
+            raise
+        part.unlink()
+        raise ValueError("the part that was here does not continue; it is removed") from error
+    with response:
+        if response.status != 206:
+            have = 0
+        length = int(response.headers.get("Content-Length") or 0)
+        total = have + length if length else 0
+        free = shutil.disk_usage(part.parent).free
+        if length > free:
+            raise ResourceError(
+                f"{part.parent}: {weights.name} needs {length} bytes, {free} are free; free some"
+                " space or set XDG_CACHE_HOME"
+            )
+        tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
+        if have == 0 and tag:
+            atomic_write(version, tag)
+        with part.open("ab" if have else "wb") as file:
+            yield Downloaded(weights.name, have, total)
+            while block := response.read(_BLOCK):
+                file.write(block)
+                have += len(block)
+                yield Downloaded(weights.name, have, total)
+            file.flush()
+            os.fsync(file.fileno())
+        if total and have != total:
+            raise ConnectionError(f"{have} of {total} bytes came")
+        version.unlink(missing_ok=True)
+
+
+def _within(folder: Path) -> Path:
+    """The weights of a diffusers model or pipeline folder; another folder stays itself."""
+    for inner in (folder, folder / "unet"):
+        for suffix in (".safetensors", ".bin"):
+            if (found := inner / f"{DIFFUSERS}{suffix}").exists():
+                return found
+    return folder
+
+
+def _pin(path: Path, digest: str) -> None:
+    """Record a published file's SHA-256 on first use; CheckpointError when it differs later."""
+    record = path.with_name(f"{path.name}.sha256")
+    if not record.exists():
+        atomic_write(record, f"{digest}  {path.name}\n")
+    known = record.read_text("utf-8").split()[:1]
+    if known != [digest]:
+        raise CheckpointError(
+            f"{path}: its SHA-256 {digest[:12]}.. is not {''.join(known)[:12]}.. of its first use"
+            f" ({record.name}); if you trust the new file, delete {record}, else the file"
+        )
+
+
+def _converted(path: Path, digest: str) -> Path:
+    """The safetensors file that a pickle of this SHA-256 became; made now if there is none."""
+    folder = cache_folder("converted")
+    target, record = folder / f"{digest}.safetensors", folder / f"{digest}.sha256"
+    kept = record.read_text("utf-8") if target.exists() and record.exists() else None
+    if kept and kept == _sha256(target, *_identity(target)):
+        return target
+    from cmkit.foreign import pickle_to_safetensors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pickle_to_safetensors(path, target)
+    atomic_write(record, _sha256(target, *_identity(target)))
+    return target
+
+
+def _identity(path: Path) -> tuple[Any, ...]:
+    at = path.stat()
+    return at.st_ino, at.st_size, at.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(path: Path, *identity: Any) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; give another file") from error
