@@ -163,16 +163,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The autocast context of a `precision` key; "auto" is bf16 where the device gains by it."""
-    if precision == "auto":
-        gains = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-        )
-        precision = "bf16" if gains else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def precision(name: str, device: torch.device) -> str:
+    """ "fp32" or "bf16" for a `precision` key; "auto" is bf16 where the device gains by it."""
+    if name != "auto":
+        return name
+    gains = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    )
+    return "bf16" if gains else "fp32"
+
+
+def autocast(name: str, device: torch.device) -> torch.autocast:
+    """The autocast context of a `precision` key."""
+    enabled = precision(name, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def check_disk(plan: Plan, out: Path) -> None:

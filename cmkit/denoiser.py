@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,49 @@ class Network(nn.Module):
     counted from the input on; "emb.0" .. one per block that reads the embedding.
 
     Under autocast the output is float32; conditions that the network was not built for are ignored.
+
+    A network whose first part does not depend on the scales of some sites may name them in `late`
+    and offer `decode(encode(..), scales)` for `forward`: a search then encodes once for all.
     """
 
     sites: tuple[str, ...] = ()
+    late: frozenset[str] = frozenset()
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales) -> Tensor:
         """F, (B, C, H, W), of preconditioned images x (B, C, H, W) and c_noise (B,)."""
         raise NotImplementedError
+
+    def encode(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales) -> Any:
+        """What `decode` needs, whatever the scales of `late` sites; arguments as of `forward`."""
+        raise NotImplementedError
+
+    def decode(self, encoded: Any, scales: Scales) -> Tensor:
+        """F as of `forward`, up to rounding: at most 1e-5 of its root mean square in float32."""
+        raise NotImplementedError
+
+
+class Encodings:
+    """A network's `encode` of one batch x, for models that differ in `late` scales alone."""
+
+    def __init__(self, x: Tensor):
+        self.x = x
+        self._held: tuple[Tensor, Cond, Scales, Any] | None = None
+
+    def network(
+        self, network: Network, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales
+    ) -> Tensor:
+        """F of the preconditioned x, encoded anew only where a condition or early scale differs."""
+        early = {site: scale for site, scale in scales.items() if site not in network.late}
+        if self._held is None or not _same(self._held, (c_noise, cond, early)):
+            self._held = (c_noise, cond, early, network.encode(x, c_noise, cond, scales))
+        return network.decode(self._held[3], scales)
+
+
+def _same(held: tuple[Tensor, Cond, Scales, Any], now: tuple[Tensor, Cond, Scales]) -> bool:
+    if held[1] is not now[1] or held[2].keys() != now[2].keys():
+        return False
+    pairs = {(id(a), id(b)): (a, b) for a, b in zip(held[2].values(), now[2].values(), strict=True)}
+    return all(a is b or torch.equal(a, b) for a, b in [(held[0], now[0]), *pairs.values()])
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor]:
@@ -97,6 +133,7 @@ class Denoiser(nn.Module):
         self.precond = precond
         self.sigma_data = sigma_data
         self._scales: Callable[[Tensor], Scales] | None = None
+        self._encodings: Encodings | None = None
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond = NO_COND) -> Tensor:
         """x0_hat, (B, C, H, W), of noisy images x (B, C, H, W) with noise levels sigma (B,)."""
@@ -104,13 +141,21 @@ class Denoiser(nn.Module):
         c_skip, c_out = SCALINGS[self.precond](sigma, self.sigma_data, self.noise.sigma_min)
         c_in = (sigma**2 + self.sigma_data**2).rsqrt()
         c_noise = 0.25 * torch.log(sigma + 1e-44)
-        f: Tensor = self.network(_per_image(c_in, x) * x, c_noise, cond, scales)
+        given = (_per_image(c_in, x) * x, c_noise, cond, scales)
+        if self._encodings and self._encodings.x is x and self.network.late:
+            f = self._encodings.network(self.network, *given)
+        else:
+            f = self.network(*given)
         return _per_image(c_skip, x) * x + _per_image(c_out, x) * f.to(x.dtype)
 
-    def rescaled(self, rescaler: Rescaler) -> Denoiser:
-        """The same weights with the scales of `rescaler`; training never sees it."""
+    def rescaled(self, rescaler: Rescaler, encodings: Encodings | None = None) -> Denoiser:
+        """The same weights with the scales of `rescaler`; training never sees it.
+
+        Models that get the same `encodings` share what they can of the work on its x.
+        """
         other = copy.copy(self)
         other._scales = rescaler.bind(self.network.sites)
+        other._encodings = encodings
         return other
 
 

@@ -112,6 +112,10 @@ class SearchTable(Part):
     """Images at a time."""
     precision: Precision = "auto"
     """Autocast while sampling."""
+    rerank: int = Field(5, ge=0, le=1000)
+    """Best cells that are scored again on more images, before the winner is chosen; 0 = none."""
+    rerank_images: int = Field(0, ge=0, le=10**7)
+    """Images a cell then; 0 = four times `images`."""
     confirm_images: int = Field(0, ge=0, le=10**7)
     """Images a seed when the winner meets the unscaled model on fresh noise; 0 = as `images`."""
     confirm_seeds: int = Field(5, ge=2, le=1000)

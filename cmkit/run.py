@@ -18,7 +18,7 @@ import torch
 
 import cmkit
 from cmkit import checkpoint as files
-from cmkit.compose import Plan, build, check_disk, with_values
+from cmkit.compose import Plan, build, check_disk, precision, with_values
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError, ResourceError
 from cmkit.kinds import Rescaler
@@ -26,7 +26,7 @@ from cmkit.measure import measure
 from cmkit.pictures import grid_png
 from cmkit.plugins import Registry
 from cmkit.sample import Draws, SavedImages, npz, sample
-from cmkit.search import Cell, Duel, best, confirm, interval, search, verdict
+from cmkit.search import Cell, Drawn, Duel, best, confirm, interval, rerank, search, verdict
 from cmkit.stop import StopSignal
 from cmkit.train import Step, Training, start, train
 from cmkit.weights import Downloaded, download
@@ -89,6 +89,7 @@ Event = (
     | Step
     | Saved
     | Cell
+    | Drawn
     | Duel
     | Sampled
     | Note
@@ -179,33 +180,52 @@ class Run:
         assert table is not None
         folder.mkdir(exist_ok=True)
         denoiser, reference = self._denoiser(), recipe.dataset.reference()
-        cells, duels = folder / "cells.jsonl", folder / "confirm.jsonl"
-        for log in (cells, duels):
+        cells, reranked, duels = (folder / f"{n}.jsonl" for n in ("cells", "rerank", "confirm"))
+        for log in (cells, reranked, duels):
             files.truncate_jsonl(log, lambda record: True)  # a torn last line
         records = files.read_jsonl(cells)
         done = frozenset(record["index"] for record in records)
         total = self._cells()
         yield StageStarted("search", len(done), total)
         for cell in search(self.plan, denoiser, reference, self.device, done):
+            yield cell
+            if isinstance(cell, Drawn):
+                self.stop.check(f"{len(records)} of {total} cells are kept in {folder}")
+                continue
             picture = f"search/cell-{cell.index:04d}.png"
             files.atomic_write(self.folder / picture, grid_png(cell.thumbnails))
             record = {"index": cell.index, **cell.values, "score": cell.score, "samples": picture}
             files.append_jsonl(cells, record)
             records.append(record)
-            yield cell
             self.stop.check(f"{len(records)} of {total} cells are kept in {folder}")
         records.sort(key=lambda record: record["index"])
         axes = {axis: list(values) for axis, values in table.grid.items()}
-        chosen = best(records)
+        finalists = files.read_jsonl(reranked)
+        top = best(records, table.rerank or 1)
+        if table.rerank:
+            yield StageStarted("rerank", len(finalists), len(top))
+            again = top[len(finalists) :]
+            for cell in rerank(self.plan, denoiser, again, reference, self.device):
+                yield cell
+                if isinstance(cell, Cell):
+                    record = {"index": cell.index, **cell.values, "score": cell.score}
+                    files.append_jsonl(reranked, record)
+                    finalists.append(record)
+                self.stop.check(f"{len(finalists)} of {len(top)} best cells are scored again")
+            top = best(finalists, 1)
+        chosen = top[0]
         winner = {axis: chosen[axis] for axis in axes}
         fought = files.read_jsonl(duels)
         yield StageStarted("confirm", len(fought), table.confirm_seeds)
         rescaler = with_values(recipe, winner)
         for duel in confirm(self.plan, denoiser, rescaler, reference, self.device, len(fought)):
+            yield duel
+            if isinstance(duel, Drawn):
+                self.stop.check(f"{len(fought)} of {table.confirm_seeds} comparisons are kept")
+                continue
             record = {"index": duel.index, "plain": duel.plain, "rescaled": duel.rescaled}
             files.append_jsonl(duels, record)
             fought.append(record)
-            yield duel
             self.stop.check(f"{len(fought)} of {table.confirm_seeds} comparisons are kept")
         plain = [record["plain"] for record in fought]
         rescaled = [record["rescaled"] for record in fought]
@@ -213,8 +233,13 @@ class Run:
         result |= {
             "minimize": table.minimize,
             "images": table.images,
+            "precision": precision(table.precision, self.device),
             "axes": axes,
             "cells": [{k: v for k, v in record.items() if k != "index"} for record in records],
+            "rerank": {
+                "images": table.rerank_images or 4 * table.images,
+                "cells": [{k: v for k, v in r.items() if k != "index"} for r in finalists],
+            },
             "best": {**winner, "score": chosen["score"]},
             "confirm": {
                 "images": table.confirm_images or table.images,
@@ -225,6 +250,7 @@ class Run:
                 "verdict": verdict(table.minimize, plain, rescaled),
             },
         }
+        _write_json(self.folder / "search.json", result)
 
     def _sample(self, result: dict[str, Any]) -> Iterator[Event]:
         recipe, folder = self.plan.recipe, self.folder / "samples"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,23 +81,41 @@ def sample(
     Raises NonFiniteError instead of yielding images that are none.
     """
     cast = autocast(precision, device)
+    for start in starts(draws, denoiser.noise.sigma_max, indices, batch, device):
+        with cast:
+            x0 = sampler.sample(denoiser, start.x, start.cond, start.noise)
+        if not x0.isfinite().all():
+            raise NonFiniteError(
+                f"sample: images {start.rows.start} to {start.rows.stop - 1} hold NaN or infinity;"
+                ' try precision = "fp32" and scales nearer to 1'
+            )
+        yield Batch(start.rows.start, to_uint8(x0).cpu(), start.labels)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a sampler is given for the images `rows`, and their labels on the CPU."""
+
+    rows: range
+    x: Tensor
+    cond: Cond
+    noise: Callable[[int], Tensor]
+    labels: Tensor | None
+
+
+def starts(
+    draws: Draws, sigma_max: float, indices: range, batch: int, device: torch.device
+) -> Iterator[Start]:
+    """The start of each batch of `indices`, on `device`."""
     for first in range(indices.start, indices.stop, batch):
         rows = range(first, min(first + batch, indices.stop))
         labels = draws.labels(rows)
-        cond = Cond(label=labels).to(device)
 
         def noise(k: int, rows: range = rows) -> Tensor:
             drawn = draws.noise(rows, k)
             return drawn.to(device, memory_format=torch.channels_last, non_blocking=True)
 
-        with cast:
-            x0 = sampler.sample(denoiser, denoiser.noise.sigma_max * noise(0), cond, noise)
-        if not x0.isfinite().all():
-            raise NonFiniteError(
-                f"sample: images {rows.start} to {rows.stop - 1} hold NaN or infinity; try"
-                ' precision = "fp32" and scales nearer to 1'
-            )
-        yield Batch(first, to_uint8(x0).cpu(), labels)
+        yield Start(rows, sigma_max * noise(0), Cond(label=labels).to(device), noise, labels)
 
 
 def to_uint8(x0: Tensor) -> Tensor:

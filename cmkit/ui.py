@@ -31,7 +31,7 @@ from cmkit.run import (
     StageStarted,
     peak_memory_mib,
 )
-from cmkit.search import Cell, Duel
+from cmkit.search import Cell, Drawn, Duel
 from cmkit.train import Step
 from cmkit.weights import Downloaded
 
@@ -65,7 +65,7 @@ class Display:
         self.losses: list[float] = []
         self.task: Any = None
         self.stage = ""
-        self.total = 0
+        self.total = self.done = 0
         self.began = self.printed = 0.0
         self.first = 0
         self._live: Live | None = None
@@ -112,6 +112,9 @@ class Display:
             case Duel(index, _, plain, rescaled):
                 self.numbers = {"unscaled": _number(plain), "rescaled": _number(rescaled)}
                 self._advance(index + 1, self.numbers)
+            case Drawn(done, total):
+                self.numbers["images"] = f"{done:,} of {total:,}"
+                self._advance(self.done, {})
             case Sampled(done, _):
                 self._advance(done, {})
             case Saved(step):
@@ -123,6 +126,7 @@ class Display:
 
     def _begin(self, stage: str, done: int, total: int) -> None:
         self.stage, self.total, self.first = stage, total, done
+        self.done = done
         self.began = time.monotonic()
         self.printed = 0.0
         self.numbers = {}
@@ -144,6 +148,7 @@ class Display:
         }
 
     def _advance(self, done: int, changed: Any) -> None:
+        self.done = done
         if self._live:
             self.progress.update(self.task, completed=done)
             return

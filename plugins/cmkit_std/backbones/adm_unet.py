@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from cmkit_std.backbones.adm import ADM
 
 MAX_PERIOD = 10_000
+MAX_SHIFT = 1e-5
+"""Relative change of a feature that sharing the decoder's work on skips may bring."""
 
 
 class UNet(Network):
@@ -85,6 +88,7 @@ class UNet(Network):
 
         self.decoder = nn.ModuleList()
         self.sites = tuple(f"skip.{i}" for i in range(len(skips)))
+        self.late = frozenset(self.sites)
         for level, (width, side) in reversed(list(enumerate(levels))):
             for i in range(options.num_res_blocks + 1):
                 stage = Stage([block(last + skips.pop(), width)])
@@ -108,21 +112,60 @@ class UNet(Network):
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales) -> Tensor:
         """F, (B, C, H, W), of x (B, C, H, W) and c_noise (B,); float32 also under autocast."""
+        return self._decode(*self._encode(x, c_noise, cond, scales), scales)
+
+    def encode(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales) -> Encoded:
+        """What `decode` needs of x (B, C, H, W), c_noise (B,) and the scales of embeddings.
+
+        Beside the features it holds what every decoder block can compute of its skip alone.
+        """
+        h, skips, films = self._encode(x, c_noise, cond, scales)
+        halves, width = [], h.shape[1]
+        for skip, stage in zip(reversed(skips), self.decoder, strict=True):
+            halves.append(stage[0].half(skip, width))
+            width = stage[0].conv1.out_channels
+        shift = torch.stack([half.shift for half in halves]).max().item()
+        return Encoded(h, skips, films, halves, shift)
+
+    def decode(self, encoded: Encoded, scales: Scales) -> Tensor:
+        """F as of `forward` for any scales of the skips; the same up to `MAX_SHIFT` of rounding."""
+        h, films = encoded.h, encoded.films
+        if not encoded.suits({id(s): s for site, s in scales.items() if site in self.late}):
+            return self._decode(h, encoded.skips, films, scales)
+        one, following = h.new_ones(()), iter(films)
+        sites = reversed(range(len(encoded.skips)))
+        for i, stage, half in zip(sites, self.decoder, encoded.halves, strict=True):
+            first, *rest = stage
+            scale = scales.get(f"skip.{i}", one)
+            h = first.joined(h, encoded.skips[i], half, scale, next(following))
+            for layer in rest:
+                h = layer(h, next(following)) if isinstance(layer, ResBlock) else layer(h)
+        return self._out(h)
+
+    def _decode(
+        self, h: Tensor, skips: list[Tensor], films: list[Tensor], scales: Scales
+    ) -> Tensor:
+        following = iter(films)
+        for i, stage in zip(reversed(range(len(skips))), self.decoder, strict=True):
+            scale = scales.get(f"skip.{i}")
+            skip = skips[i] if scale is None else scaled(skips[i], scale)
+            h = stage(torch.cat([h, skip], dim=1), following)
+        return self._out(h)
+
+    def _encode(
+        self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Features of the middle, of every encoder stage, and the decoder's films."""
         with _full_precision(x.device):
-            films = iter(self._films(c_noise, cond, scales))
-        h, skips = x, []
+            all_films = self._films(c_noise, cond, scales)
+        h, skips, films = x, [], iter(all_films)
         for stage in self.encoder:
             h = stage(h, films)
             skips.append(h)
-        h = self.middle(h, films)
-        for stage in self.decoder:
-            scale = scales.get(f"skip.{len(skips) - 1}")
-            skip = skips.pop()
-            if scale is not None:
-                # In the wider of the two types: 1.02 is no bfloat16 number.
-                skip = (skip * scale.view(-1, 1, 1, 1)).to(skip.dtype)
-            h = stage(torch.cat([h, skip], dim=1), films)
-        with _full_precision(x.device):
+        return self.middle(h, films), skips, list(films)
+
+    def _out(self, h: Tensor) -> Tensor:
+        with _full_precision(h.device):
             return self.conv_out(F.silu(self.norm_out(h)))
 
     def _films(self, c_noise: Tensor, cond: Cond, scales: Scales) -> list[Tensor]:
@@ -148,6 +191,43 @@ class UNet(Network):
 
     def _sinusoids(self, c_noise: Tensor) -> Tensor:
         return sinusoids(c_noise * self.time_scale, self.channels).to(self.conv_out.weight.dtype)
+
+
+@dataclass(frozen=True)
+class Half:
+    """What the first block of a decoder stage computes of its skip, whatever its positive scale.
+
+    GroupNorm undoes the scale in groups that hold skip channels alone, and convolutions are linear
+    in the halves of their input.
+    """
+
+    kept: int
+    """Channels of the concatenation, from the first on, that each scale computes anew."""
+    conv1: Tensor
+    shortcut: Tensor
+    """Terms of conv1 and of the shortcut, the latter for scale 1."""
+    shift: Tensor
+    """By how much the norm's eps may change features at scale s, over (1 / s^2 - 1); ()."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoder's work for one x, c_noise and set of embedding scales."""
+
+    h: Tensor
+    skips: list[Tensor]
+    films: list[Tensor]
+    halves: list[Half]
+    shift: float
+    """The largest of the halves' shifts."""
+
+    def suits(self, scales: Mapping[int, Tensor]) -> bool:
+        """Whether the halves hold for these scales: positive, and the norms' eps negligible."""
+        for scale in scales.values():
+            low, high = (bound.item() for bound in scale.aminmax())
+            if low <= 0 or self.shift * max(low**-2 - 1, 1 - high**-2) > MAX_SHIFT:
+                return False
+        return True
 
 
 Resampling = Literal["up", "down"] | None
@@ -190,11 +270,12 @@ class ResBlock(nn.Module):
         self.norm2 = Norm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = (
-            nn.Identity()
-            if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, shortcut_kernel, padding=shortcut_kernel // 2)
-        )
+        self.shortcut: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            kind = Pointwise if shortcut_kernel == 1 else nn.Conv2d
+            self.shortcut = kind(
+                in_channels, out_channels, shortcut_kernel, padding=shortcut_kernel // 2
+            )
         resamplings = {None: nn.Identity, "up": Upsample, "down": Downsample}
         self.resample = resamplings[resample]()
 
@@ -209,15 +290,42 @@ class ResBlock(nn.Module):
             return checkpoint(self._forward, x, film, use_reentrant=False)
         return self._forward(x, film)
 
+    def half(self, skip: Tensor, width: int) -> Half:
+        """Terms of `skip`, which follows `width` other channels in the input of this block."""
+        group = self.norm1.num_channels // self.norm1.num_groups
+        kept = -(-width // group) * group
+        alone = skip[:, kept - width :]
+        normed = self.norm1.part(alone, slice(kept, None))
+        spread = alone.float().unflatten(1, (-1, group)).var(dim=(2, 3, 4), correction=0)
+        return Half(
+            kept,
+            F.conv2d(F.silu(normed).to(skip.dtype), self.conv1.weight[:, kept:], padding=1),
+            mixed(skip, self.shortcut.weight[:, width:]),
+            (0.5 * self.norm1.eps / (spread + self.norm1.eps)).amax(),
+        )
+
+    def joined(self, h: Tensor, skip: Tensor, half: Half, scale: Tensor, film: Tensor) -> Tensor:
+        """`forward` of h and the scaled skip, with the terms of `half` taken from there."""
+        width = h.shape[1]
+        x = torch.cat([h, scaled(skip[:, : half.kept - width], scale)], dim=1)
+        active = F.silu(self.norm1.part(x, slice(half.kept))).to(x.dtype)
+        conv1, shortcut = self.conv1, self.shortcut
+        y = F.conv2d(active, conv1.weight[:, : half.kept], conv1.bias, padding=1) + half.conv1
+        across = mixed(h, shortcut.weight[:, :width], shortcut.bias)
+        return across + scaled(half.shortcut, scale) + self._second(y, film)
+
     def _forward(self, x: Tensor, film: Tensor) -> Tensor:
         h = self.conv1(self.resample(F.silu(self.norm1(x)).to(x.dtype)))
+        return self.shortcut(self.resample(x)) + self._second(h, film)
+
+    def _second(self, h: Tensor, film: Tensor) -> Tensor:
         film = film[:, :, None, None]
         if self.scale_shift:
             scale, shift = film.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + film)
-        return self.shortcut(self.resample(x)) + self.conv2(self.dropout(F.silu(h)))
+        return self.conv2(self.dropout(F.silu(h)))
 
 
 class Attention(nn.Module):
@@ -227,20 +335,34 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm = Norm(groups, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = _zeroed(nn.Conv2d(channels, channels, 1))
+        self.qkv = Pointwise(channels, 3 * channels, 1)
+        self.proj = _zeroed(Pointwise(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, C, H, W) of x (B, C, H, W)."""
-        qkv = self.qkv(self.norm(x)).flatten(2)
-        return x + self.proj(attend(qkv, self.heads).unflatten(2, x.shape[2:]))
+        return x + self.proj(attend(self.qkv(self.norm(x)), self.heads))
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
-    """Attention (B, C, N) of queries, keys and values (B, 3 C, N), channels in the order (three,
-    heads, head width); scores are divided by sqrt(head width)."""
-    q, k, v = qkv.unflatten(1, (3, heads, -1)).transpose(-1, -2).unbind(1)  # (B, heads, N, d)
-    return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2)
+    """Attention (B, C, ...) of queries, keys and values (B, 3 C, ...), channels in the order
+    (three, heads, head width); scores are divided by sqrt(head width)."""
+    tokens = qkv.movedim(1, -1).flatten(1, -2)  # (B, N, 3 C), a view of channels_last
+    q, k, v = tokens.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
+    out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
+    return out.unflatten(1, qkv.shape[2:]).movedim(-1, 1)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution as the matrix product that it is where memory is channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (B, C', H, W) of x (B, C, H, W)."""
+        return mixed(x, self.weight, self.bias)
+
+
+def mixed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The 1x1 convolution of x (B, C, H, W) with weight (C', C, 1, 1)."""
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class Upsample(nn.Module):
@@ -276,6 +398,17 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def part(self, x: Tensor, channels: slice) -> Tensor:
+        """The norm's output for some whole groups, of the input's channels x."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        groups = x.shape[1] * self.num_groups // self.num_channels
+        return F.group_norm(x, groups, self.weight[channels], self.bias[channels], self.eps)
+
+
+def scaled(skip: Tensor, scale: Tensor) -> Tensor:
+    """scale () or (B,) times skip, in the wider of their types: 1.02 is no bfloat16 number."""
+    return (skip * scale.view(-1, 1, 1, 1)).to(skip.dtype)
 
 
 def sinusoids(t: Tensor, dim: int) -> Tensor:
