@@ -189,6 +189,44 @@ def plugins_show(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    json: JsonOption = False,
+) -> None:
+    """Print the scores of runs side by side, and beside those that others published."""
+    from cmkit.compare import caveats, entries
+    from cmkit.figures import score
+
+    compared = entries(runs)
+    notes = list(caveats(compared))
+    if json:
+        _print_json(
+            {
+                "schema": 1,
+                "runs": [{**vars(entry), "differences": entry.differences} for entry in compared],
+                "caveats": notes,
+            }
+        )
+        return
+    keys = list(dict.fromkeys(k for e in compared for k in (*e.scores, *e.expected)))
+    facts = list(dict.fromkeys(k for e in compared for k in e.facts))
+    rows = []
+    for entry in compared:
+        shown = [_human(entry.facts.get(fact, 1)) for fact in facts]
+        rows.append([entry.name, *shown, *(score(entry.scores.get(key)) for key in keys)])
+        if entry.source:
+            blank = [""] * len(facts)
+            published = [score(entry.expected.get(key)) for key in keys]
+            rows.append([f"  {entry.source}", *blank, *published])
+            differences = entry.differences
+            signed = [f"{differences[key]:+.3g}" if key in differences else "" for key in keys]
+            rows.append(["  difference", *blank, *signed])
+    _print_table(["run", *facts, *keys], rows)
+    for note in notes:
+        print(f"note: {note}")
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Weights: a file, a folder, or a published name.")],
     target: Annotated[Path, typer.Argument(help="The new file, or folder for diffusers.")],

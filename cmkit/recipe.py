@@ -135,12 +135,22 @@ class SampleTable(Part):
     """Autocast while sampling."""
 
 
+class ExpectedTable(Part):
+    """Scores that others published for this setting, which `cmkit compare` prints beside ours."""
+
+    source: str = Field(min_length=1, max_length=300)
+    """Where the scores were published."""
+    scores: dict[str, float] = Field(min_length=1, max_length=100)
+    """Published values by the metric's name: fid, precision, ..."""
+
+
 PART_TABLES = ("dataset", "backbone", "objective", "rescaler", "sampler")
 CORE_TABLES: dict[str, type[Part]] = {
     "denoiser": DenoiserTable,
     "train": TrainTable,
     "search": SearchTable,
     "sample": SampleTable,
+    "expected": ExpectedTable,
 }
 KEYS = ("name", "seed", *PART_TABLES, *CORE_TABLES, "metric")
 REQUIRED = ("name", "dataset", "backbone")
@@ -162,6 +172,7 @@ class Recipe:
     train: TrainTable | None
     search: SearchTable | None
     sample: SampleTable | None
+    expected: ExpectedTable | None
     metric: tuple[Metric, ...]
     resolved: Mapping[str, Any]
     source: Source

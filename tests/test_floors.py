@@ -15,7 +15,7 @@ FLOORS = {
     0: {"errors", "kinds", "plugins", "source", "recipe", "stop"},
     1: {"noise", "denoiser", "checkpoint", "foreign", "weights"},
     2: {"compose", "convert", "train", "sample", "search", "measure", "pictures", "figures"},
-    3: {"run", "report"},
+    3: {"run", "report", "compare"},
     4: {"ui", "cli", "__init__"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -1,0 +1,78 @@
+"""Finished runs side by side, and beside the scores that others published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmkit.errors import CheckpointError
+
+COMPARED = ("extractor", "weights_sha256", "images", "reference", "protocol")
+"""Of a number's provenance, what must agree for two numbers to be comparable."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run: its scores, what they were measured with, and the published ones if any."""
+
+    name: str
+    scores: Mapping[str, float]
+    facts: Mapping[str, Any]
+    provenance: Mapping[str, Mapping[str, Any]]
+    expected: Mapping[str, float]
+    source: str | None
+
+    @property
+    def differences(self) -> dict[str, float]:
+        """Ours minus published, of the scores that both have."""
+        both = [key for key in self.scores if key in self.expected]
+        return {key: self.scores[key] - self.expected[key] for key in both}
+
+
+def entries(folders: Sequence[Path]) -> list[Entry]:
+    """An entry for each run folder; CheckpointError where one has no measured report."""
+    return [_entry(folder) for folder in folders]
+
+
+def caveats(compared: Sequence[Entry]) -> Iterator[str]:
+    """One sentence for each score whose values were not measured alike."""
+    for key in dict.fromkeys(key for entry in compared for key in entry.scores):
+        told = [entry.provenance.get(key, {}) for entry in compared if key in entry.scores]
+        for fact in COMPARED:
+            values = list(dict.fromkeys(str(record.get(fact)) for record in told))
+            if len(values) > 1:
+                yield f"{key}: not comparable, {fact} differs: {', '.join(values)}"
+
+
+def _entry(folder: Path) -> Entry:
+    path = folder if folder.suffix == ".json" else folder / "report.json"
+    try:
+        report = json.loads(path.read_text("utf-8"))
+        stages, recipe = report["stages"], report["recipe"]
+        measured = stages.get("metric", {"values": {}, "provenance": []})
+        sampled = stages.get("sample", {})
+        expected = recipe.get("expected", {"scores": {}})
+        provenance = {
+            number: record for record in measured["provenance"] for number in record["numbers"]
+        }
+        return Entry(
+            name=f"{report['name']}-{report['hash']}",
+            scores=dict(measured["values"]),
+            facts={
+                "images": sampled.get("images"),
+                "nfe": sampled.get("nfe"),
+                **{k: v for k, v in sampled.get("scales", {}).items() if v != 1},
+            },
+            provenance=provenance,
+            expected=dict(expected["scores"]),
+            source=expected.get("source"),
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror}; give folders of finished runs, such as runs/NAME-HASH"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: no report of a run ({error!r}); run its recipe again") from error
