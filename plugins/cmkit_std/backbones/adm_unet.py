@@ -165,8 +165,9 @@ class UNet(Network):
         return self.middle(h, films), skips, list(films)
 
     def _out(self, h: Tensor) -> Tensor:
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
         with _full_precision(h.device):
-            return self.conv_out(F.silu(self.norm_out(h)))
+            return self.conv_out(silu(self.norm_out(h)))
 
     def _films(self, c_noise: Tensor, cond: Cond, scales: Scales) -> list[Tensor]:
         """What the embedding says to each residual block, (B, k) each, in forward order."""
@@ -299,7 +300,7 @@ class ResBlock(nn.Module):
         spread = alone.float().unflatten(1, (-1, group)).var(dim=(2, 3, 4), correction=0)
         return Half(
             kept,
-            F.conv2d(F.silu(normed).to(skip.dtype), self.conv1.weight[:, kept:], padding=1),
+            F.conv2d(silu(normed), self.conv1.weight[:, kept:], padding=1),
             mixed(skip, self.shortcut.weight[:, width:]),
             (0.5 * self.norm1.eps / (spread + self.norm1.eps)).amax(),
         )
@@ -308,24 +309,25 @@ class ResBlock(nn.Module):
         """`forward` of h and the scaled skip, with the terms of `half` taken from there."""
         width = h.shape[1]
         x = torch.cat([h, scaled(skip[:, : half.kept - width], scale)], dim=1)
-        active = F.silu(self.norm1.part(x, slice(half.kept))).to(x.dtype)
+        active = silu(self.norm1.part(x, slice(half.kept)))
         conv1, shortcut = self.conv1, self.shortcut
-        y = F.conv2d(active, conv1.weight[:, : half.kept], conv1.bias, padding=1) + half.conv1
+        y = F.conv2d(active, conv1.weight[:, : half.kept], conv1.bias, padding=1)
         across = mixed(h, shortcut.weight[:, :width], shortcut.bias)
-        return across + scaled(half.shortcut, scale) + self._second(y, film)
+        out = added(self._second(added(y, half.conv1), film), across)
+        return added(out, scaled(half.shortcut, scale))
 
     def _forward(self, x: Tensor, film: Tensor) -> Tensor:
-        h = self.conv1(self.resample(F.silu(self.norm1(x)).to(x.dtype)))
-        return self.shortcut(self.resample(x)) + self._second(h, film)
+        h = self.conv1(self.resample(silu(self.norm1(x))))
+        return added(self._second(h, film), self.shortcut(self.resample(x)))
 
     def _second(self, h: Tensor, film: Tensor) -> Tensor:
         film = film[:, :, None, None]
         if self.scale_shift:
             scale, shift = film.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = torch.addcmul(shift.to(h.dtype), self.norm2(h), (1 + scale).to(h.dtype))
         else:
-            h = self.norm2(h + film)
-        return self.conv2(self.dropout(F.silu(h)))
+            h = self.norm2(h + film.to(h.dtype))
+        return self.conv2(self.dropout(silu(h)))
 
 
 class Attention(nn.Module):
@@ -340,7 +342,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, C, H, W) of x (B, C, H, W)."""
-        return x + self.proj(attend(self.qkv(self.norm(x)), self.heads))
+        return added(self.proj(attend(self.qkv(self.norm(x)), self.heads)), x)
 
 
 def attend(qkv: Tensor, heads: int) -> Tensor:
@@ -394,16 +396,29 @@ class Downsample(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm computed and returned in float32 at least, eps 1e-5."""
+    """GroupNorm computed in float32 at least, and returned in the type of its input; eps 1e-5."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return self.part(x, slice(None))
 
     def part(self, x: Tensor, channels: slice) -> Tensor:
         """The norm's output for some whole groups, of the input's channels x."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
         groups = x.shape[1] * self.num_groups // self.num_channels
-        return F.group_norm(x, groups, self.weight[channels], self.bias[channels], self.eps)
+        weight, bias = self.weight[channels], self.bias[channels]
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # its kernel sums in float32
+            return F.group_norm(x, groups, weight, bias, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.group_norm(wide, groups, weight, bias, self.eps).to(x.dtype)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU in place: fresh memory costs a CPU more than the function does."""
+    return F.silu(x, inplace=True)
+
+
+def added(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in the memory of x where its type is that of the sum."""
+    return x.add_(y) if torch.promote_types(x.dtype, y.dtype) == x.dtype else x + y
 
 
 def scaled(skip: Tensor, scale: Tensor) -> Tensor:
