@@ -33,8 +33,6 @@ _BLOCK = {
     "shortcut": "conv_shortcut",
 }
 _ATTENTION = {"norm": "group_norm", "qkv": "to_qkv", "proj": "to_out.0"}
-_CONVOLUTION = {"pool": "conv", "conv": "conv"}
-_LISTS = {"block": "resnets", "attention": "attentions"}
 _PROJECTIONS = (".qkv.weight", ".proj.weight")
 
 
@@ -133,21 +131,20 @@ def _modules(options: ADM, data: DataSpec) -> dict[str, str]:
     """Module of ours -> of UNet2DModel, whose names follow level and kind."""
     _check(options, data)
     last = len(options.channel_mult) - 1
-    inner = {
-        "block": _BLOCK,
-        "attention": _ATTENTION,
-        "resample": _BLOCK if options.resblock_updown else _CONVOLUTION,
-    }
     names = dict(_ENDS)
     for place in places(options, data.resolution):
-        level, resamplers = {
-            "encoder": (f"down_blocks.{place.level}", "downsamplers"),
-            "middle": ("mid_block", ""),
-            "decoder": (f"up_blocks.{last - place.level}", "upsamplers"),
+        level, resamplers, convolution = {
+            "encoder": (f"down_blocks.{place.level}", "downsamplers", {"pool": "conv"}),
+            "middle": ("mid_block", "", {}),
+            "decoder": (f"up_blocks.{last - place.level}", "upsamplers", {"conv": "conv"}),
         }[place.part]
-        block = f"{level}.{_LISTS.get(place.kind, resamplers)}.{place.i}"
-        for own, theirs in inner[place.kind].items():
-            names[f"{place.key}.{own}"] = f"{block}.{theirs}"
+        lists, inner = {
+            "block": ("resnets", _BLOCK),
+            "attention": ("attentions", _ATTENTION),
+            "resample": (resamplers, _BLOCK if options.resblock_updown else convolution),
+        }[place.kind]
+        for own, theirs in inner.items():
+            names[f"{place.key}.{own}"] = f"{level}.{lists}.{place.i}.{theirs}"
     return names
 
 
