@@ -10,6 +10,7 @@ import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.adm_layouts import places
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmkit import CheckpointError, Cond, DataSpec, Layout
@@ -177,6 +178,37 @@ def test_reading_what_was_written_gives_every_bit_back(layout, options):
     again = layout_of(layout, options).write(back)
     assert again.keys() == written.keys()
     assert all(torch.equal(again[key], written[key]) for key in written)
+
+
+@EACH
+def test_what_was_written_goes_into_a_file_of_safetensors(layout, options, tmp_path):
+    """Its own function, which others use, takes no tensors with gaps."""
+    options = options_of(options)
+    written = layout_of(layout, options).write(network_of(options).state_dict())
+    save_file(written, tmp_path / "weights.safetensors")
+    stored = load_file(tmp_path / "weights.safetensors")
+    assert stored.keys() == written.keys()
+    assert all(torch.equal(stored[key], written[key]) for key in written)
+
+
+def test_config_of_diffusers_follows_the_options():
+    options = ADM(channels=64, norm_groups=16, dropout=0.25, num_head_channels=32)
+    config = layout_of("diffusers", options).config
+    changed = {
+        "norm_num_groups": 16,
+        "attn_norm_num_groups": 16,
+        "dropout": 0.25,
+        "attention_head_dim": 32,
+        "downsample_type": "conv",
+        "upsample_type": "conv",
+        "down_block_types": ["AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D"],
+    }
+    for conditions, classes in ((LABEL, 5), (frozenset(), None)):
+        with torch.device("meta"):
+            found = config(options.build(DATA, conditions).state_dict())
+        assert {**found, **changed, "num_class_embeds": classes} == found
+        assert json.loads(json.dumps(found)) == found
 
 
 def test_openai_layouts_keep_the_target_level_of_ctm():

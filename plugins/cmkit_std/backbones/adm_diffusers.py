@@ -162,23 +162,20 @@ def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     joined = dict(state)
     for key in state:
         parts = [key.replace(".to_q.", f".to_{which}.") for which in "qkv"]
-        if (
-            ".to_q." in key
-            and len({getattr(state.get(part), "shape", None) for part in parts}) == 1
-        ):
+        shapes = {part in state and state[part].shape for part in parts}
+        if ".to_q." in key and shapes == {state[key].shape}:
             stacked = torch.cat([joined.pop(part) for part in parts])
             joined[key.replace(".to_q.", ".to_qkv.")] = stacked
     return joined
 
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with each to_qkv as to_q, to_k, to_v; copies, for a file of safetensors takes no
-    tensors that share memory."""
+    """`state` with each to_qkv as to_q, to_k, to_v; no copies."""
     split: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if ".to_qkv." in key:
             for which, part in zip("qkv", tensor.chunk(3), strict=True):
-                split[key.replace(".to_qkv.", f".to_{which}.")] = part.clone()
+                split[key.replace(".to_qkv.", f".to_{which}.")] = part
         else:
             split[key] = tensor
     return split

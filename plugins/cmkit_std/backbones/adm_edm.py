@@ -49,7 +49,7 @@ def layout(options: ADM, data: DataSpec) -> Layout:
                 continue
             name = f"{own_names[module]}.{leaf}" if module in own_names else key
             if name == "label.weight":
-                tensor = tensor.transpose(0, 1)
+                tensor = tensor.t().contiguous()
             elif is_qkv(name):
                 tensor = regrouped(tensor, (heads(tensor), -1, 3), (2, 0, 1))
             own[name] = tensor
@@ -67,7 +67,7 @@ def layout(options: ADM, data: DataSpec) -> Layout:
                     " another layout"
                 )
             if key == "label.weight":
-                tensor = tensor.transpose(0, 1)
+                tensor = tensor.t().contiguous()
             elif is_qkv(key):
                 tensor = regrouped(tensor, (3, heads(tensor), -1), (1, 2, 0))
             theirs[f"{names[module]}.{leaf}"] = tensor
