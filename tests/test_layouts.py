@@ -10,8 +10,10 @@ import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.adm_layouts import places
+from cmkit_std.backbones.adm_unet import Attention, Downsample, ResBlock, Upsample
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Identity
 
 from cmkit import CheckpointError, Cond, DataSpec, Layout
 from tests.parity import harness, test_diffusers_unet, test_openai_unet
@@ -220,6 +222,24 @@ def test_openai_layouts_keep_the_target_level_of_ctm():
         assert all(torch.equal(back[key], own[key]) for key in own)
 
 
+@pytest.mark.parametrize("tiny", TINY)
+def test_places_are_the_parts_of_the_network_in_forward_order(tiny):
+    options = options_of(tiny)
+    kinds = {
+        ResBlock: "block",
+        Attention: "attention",
+        Upsample: "resample",
+        Downsample: "resample",
+    }
+    found = []
+    for name, module in network_of(options).named_modules():
+        inside_a_block = name.endswith(".resample")
+        if type(module) in kinds and not inside_a_block:
+            resamples = not isinstance(getattr(module, "resample", Identity()), Identity)
+            found.append((name, "resample" if resamples else kinds[type(module)]))
+    assert [(place.key, place.kind) for place in places(options, 8)] == found
+
+
 STORED_ROW = {
     "openai": lambda which, head, j, heads, d: (which * heads + head) * d + j,
     "guided-diffusion": lambda which, head, j, heads, d: (head * 3 + which) * d + j,
@@ -344,6 +364,12 @@ def test_weights_that_a_project_has_no_place_for_are_refused(layout):
         ),
         ("diffusers", "pooled", {}, r"conv_resample = false: .*resblock_updown = true"),
         ("diffusers", "head width", {"num_head_channels": None}, r"num_heads: .* 8, 16 channels"),
+        (
+            "diffusers",
+            "one level",
+            {"num_head_channels": None, "num_heads_upsample": 8},
+            r"num_heads: .* 4, 8 channels",
+        ),
         ("diffusers", "narrow", {}, r"norm_channels = 4: leaves 16 groups .*norm_channels = 1"),
         ("edm", "wide", {"resblock_updown": False}, r"resblock_updown = false: .* with true; give"),
         ("edm", "wide", {"use_scale_shift_norm": False}, r"use_scale_shift_norm = false: "),
