@@ -59,6 +59,25 @@ class Phase:
     log: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How another project names, shapes and orders the weights of a backbone.
+
+    Values may be on the meta device: names and shapes are checked before any weight is read.
+    """
+
+    name: str
+    """The project, such as "openai"."""
+    matches: Callable[[Mapping[str, Tensor]], bool]
+    """Whether weights have this layout, judged by names and numbers of axes alone."""
+    read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """Theirs, under the names of the network's own state dict; unknown names stay as they are."""
+    write: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """The network's own, as the project stores them; read(write(x)) is x, bit for bit."""
+    config: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
+    """What `config.json` beside the network's own weights must hold, where the project wants it."""
+
+
 class Part(BaseModel):
     """A frozen record of options: the fields of a subclass are the keys of its recipe table."""
 
@@ -111,6 +130,14 @@ class Backbone(Part, ABC):
     @abstractmethod
     def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
         """A fresh network for images of `data`, with an embedding for each of `conditions`."""
+
+    def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
+        """Layouts of other projects for weights of this network for `data`.
+
+        At most one of them matches any weights, and none the network's own names. `read`, `write`
+        and `config` raise CheckpointError where a project cannot express these options.
+        """
+        return ()
 
 
 class Objective(Part, ABC):

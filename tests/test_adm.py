@@ -270,6 +270,12 @@ def test_default_options_fit_common_pictures(resolution):
             r"backbone\.norm_groups = 32: .*give use_scale_shift_norm = true, or fewer",
         ),
         (
+            {"channels": 32, "norm_channels": 5},
+            DataSpec(1, 8),
+            (),
+            r"backbone\.norm_channels = 5: .* 32 channels of a level; give a divisor of 32",
+        ),
+        (
             {"channels": 32, "num_head_channels": 48},
             DataSpec(1, 8),
             (),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, DataSpec
+from cmkit.kinds import Backbone, DataSpec, Layout
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.adm_unet import UNet
@@ -83,6 +83,8 @@ class ADM(Backbone):
     """With a convolution at changes of resolution; unused with `resblock_updown`."""
     norm_groups: int = Field(32, ge=1, le=2048)
     """Groups of GroupNorm, 32 in the official networks; must divide each level's width."""
+    norm_channels: int = Field(1, ge=1, le=2048)
+    """Channels a group at least, 4 in EDM's networks; narrower levels then have fewer groups."""
     time_scale: float = Field(1000.0, gt=0, le=1e6)
     """Factor of ln(sigma) / 4 before its sinusoids; weights trained by EDM's code need 1."""
     gradient_checkpointing: bool = False
@@ -115,6 +117,17 @@ class ADM(Backbone):
             sigma_to="sigma_to" in conditions,
         )
 
+    def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
+        """Layouts of openai/consistency_models, guided-diffusion, diffusers and EDM."""
+        from cmkit_std.backbones import adm_diffusers, adm_edm, adm_layouts
+
+        return (
+            adm_layouts.OPENAI,
+            adm_layouts.guided_diffusion(self),
+            adm_diffusers.layout(self, data),
+            adm_edm.layout(self, data),
+        )
+
     def levels(self, resolution: int) -> list[tuple[int, int]]:
         """(width in channels, side in pixels) of each level, the finest first."""
         return [(self.channels * m, resolution >> n) for n, m in enumerate(self.channel_mult)]
@@ -130,6 +143,10 @@ class ADM(Backbone):
         if self.num_head_channels:
             return width // self.num_head_channels
         return (self.num_heads_upsample if decoder else None) or self.num_heads
+
+    def groups(self, width: int) -> int:
+        """Groups of a GroupNorm of `width` channels."""
+        return min(self.norm_groups, width // self.norm_channels)
 
     def _check(self, data: DataSpec, conditions: frozenset[str]) -> None:
         if unknown := conditions - self.accepts:
@@ -175,7 +192,12 @@ class ADM(Backbone):
                 f" into norm_groups = {self.norm_groups}; give channels = {above}, or"
                 f" norm_groups = {fitting}"
             )
-        if width == self.norm_groups and not self.use_scale_shift_norm:
+        if width % self.norm_channels:
+            raise RecipeError(
+                f"backbone.norm_channels = {self.norm_channels}: does not divide the {width}"
+                f" channels of a level; give a divisor of {width}"
+            )
+        if self.groups(width) == width and not self.use_scale_shift_norm:
             raise RecipeError(
                 f"backbone.norm_groups = {self.norm_groups}: with one channel a group ({width}"
                 " channels) the norm removes an added embedding; give use_scale_shift_norm = true,"

@@ -1,12 +1,20 @@
-"""Names of `adm` weights in the checkpoints of openai/consistency_models, and of sony/ctm, which
-adds `time_embed_s` and `emb_layers_s` to them."""
+"""Weights of `adm` as openai/consistency_models, sony/ctm and openai/guided-diffusion keep them,
+and what its layouts share."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
+
+from cmkit.kinds import Layout
+
+if TYPE_CHECKING:
+    from cmkit_std.backbones.adm import ADM
 
 _NAMES = {
     "time": "time_embed",
@@ -51,3 +59,110 @@ def from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _renamed(key: str, names: Mapping[str, str]) -> str:
     pattern = "|".join(re.escape(name) for name in names)
     return re.sub(rf"(?<![^.])(?:{pattern})(?![^.])", lambda match: names[match[0]], key)
+
+
+def _has_attention_of_rank(rank: int, state: Mapping[str, Tensor]) -> bool:
+    # Every network attends in its middle. The two projects differ in this rank alone.
+    qkv = state.get("middle_block.1.qkv.weight")
+    return "input_blocks.0.0.weight" in state and qkv is not None and qkv.ndim == rank
+
+
+OPENAI = Layout("openai", partial(_has_attention_of_rank, 4), from_openai, to_openai)
+"""openai/consistency_models; also sony/ctm, which adds `time_embed_s` and `emb_layers_s`."""
+
+
+def guided_diffusion(options: ADM) -> Layout:
+    """The layout of openai/guided-diffusion: attention by 1-D convolutions, with channels of
+    queries, keys and values in the order (heads, three, head width) of its legacy attention.
+
+    Networks of its `use_new_attention_order` have the same names and shapes; they are not read.
+    """
+
+    def heads(key: str, qkv: Tensor) -> int:
+        return options.heads(len(qkv) // 3, decoder=key.startswith("decoder."))
+
+    def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            key: regrouped(t, (heads(key, t), 3, -1), (1, 0, 2)) if is_qkv(key) else t
+            for key, t in from_openai(state).items()
+        }
+
+    def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        theirs = {
+            key: regrouped(t, (3, heads(key, t), -1), (1, 0, 2)) if is_qkv(key) else t
+            for key, t in state.items()
+        }
+        flat = {
+            key: t[..., 0] if key.endswith((".qkv.weight", ".proj.weight")) else t
+            for key, t in theirs.items()
+        }
+        return to_openai(flat)
+
+    return Layout("guided-diffusion", partial(_has_attention_of_rank, 3), read, write)
+
+
+def is_qkv(key: str) -> bool:
+    """Whether a key of a `UNet` is of the projection to queries, keys and values."""
+    return key.endswith((".qkv.weight", ".qkv.bias"))
+
+
+def regrouped(rows: Tensor, shape: tuple[int, int, int], order: tuple[int, int, int]) -> Tensor:
+    """`rows` (a b c, ...) seen as (a, b, c, ...), with these three axes in another `order`.
+
+    One of a, b, c is -1. Rows that they do not divide are those of another network, whose shapes
+    will be refused: they come back as they are.
+    """
+    known = -math.prod(shape)
+    if not known or len(rows) % known:
+        return rows
+    return rows.unflatten(0, shape).permute(*order, *range(3, rows.ndim + 2)).flatten(0, 2)
+
+
+class Place(NamedTuple):
+    """Where a part of a `UNet` stands: its name in the state dict, and its number `i` among those
+    of its kind in its level."""
+
+    key: str
+    part: Literal["encoder", "middle", "decoder"]
+    kind: Literal["block", "attention", "resample"]
+    level: int
+    i: int
+
+
+def places(options: ADM, resolution: int) -> Iterator[Place]:
+    """The residual blocks, attentions and changes of resolution of a `UNet`, in forward order."""
+    levels = options.levels(resolution)
+    last, stage = len(levels) - 1, 1
+    for level, (_, side) in enumerate(levels):
+        for i in range(options.num_res_blocks):
+            yield Place(f"encoder.{stage}.0", "encoder", "block", level, i)
+            if options.attends(side):
+                yield Place(f"encoder.{stage}.1", "encoder", "attention", level, i)
+            stage += 1
+        if level < last:
+            yield Place(f"encoder.{stage}.0", "encoder", "resample", level, 0)
+            stage += 1
+    yield Place("middle.0", "middle", "block", last, 0)
+    yield Place("middle.1", "middle", "attention", last, 0)
+    yield Place("middle.2", "middle", "block", last, 1)
+    stage = 0
+    for level, (_, side) in reversed(list(enumerate(levels))):
+        for i in range(options.num_res_blocks + 1):
+            yield Place(f"decoder.{stage}.0", "decoder", "block", level, i)
+            if options.attends(side):
+                yield Place(f"decoder.{stage}.1", "decoder", "attention", level, i)
+            if level and i == options.num_res_blocks:
+                layer = 2 if options.attends(side) else 1
+                yield Place(f"decoder.{stage}.{layer}", "decoder", "resample", level, 0)
+            stage += 1
+
+
+def head_widths(options: ADM, resolution: int) -> list[int]:
+    """Different widths, in channels, of the attention heads of a `UNet`, rising."""
+    levels = options.levels(resolution)
+    found = set()
+    for place in places(options, resolution):
+        if place.kind == "attention":
+            width = levels[place.level][0]
+            found.add(width // max(1, options.heads(width, place.part == "decoder")))
+    return sorted(found)

@@ -55,13 +55,13 @@ class UNet(Network):
                 resample=resample,
                 dropout=options.dropout,
                 scale_shift=options.use_scale_shift_norm,
-                groups=options.norm_groups,
+                groups=(options.groups(before), options.groups(after)),
                 sigma_to=sigma_to,
                 checkpointed=options.gradient_checkpointing,
             )
 
         def attention(width: int, decoder: bool = False) -> Attention:
-            return Attention(width, options.heads(width, decoder), options.norm_groups)
+            return Attention(width, options.heads(width, decoder), options.groups(width))
 
         levels = options.levels(resolution)
         last = levels[0][0]
@@ -104,7 +104,7 @@ class UNet(Network):
                     stage.append(up)
                 self.decoder.append(stage)
 
-        self.norm_out = Norm(options.norm_groups, last)
+        self.norm_out = Norm(options.groups(last), last)
         self.conv_out = _zeroed(nn.Conv2d(last, out_channels, 3, padding=1))
         # A tuple registers nothing a second time. Registration order is forward order.
         self._blocks = tuple(m for m in self.modules() if isinstance(m, ResBlock))
@@ -256,7 +256,7 @@ class ResBlock(nn.Module):
         resample: Resampling = None,
         dropout: float = 0.0,
         scale_shift: bool = False,
-        groups: int = 32,
+        groups: tuple[int, int] = (32, 32),
         shortcut_kernel: int = 1,
         sigma_to: bool = False,
         checkpointed: bool = False,
@@ -264,11 +264,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.checkpointed = scale_shift, checkpointed
         film_channels = (2 if scale_shift else 1) * out_channels
-        self.norm1 = Norm(groups, in_channels)
+        self.norm1 = Norm(groups[0], in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(emb_channels, film_channels)
         self.film_s = nn.Linear(emb_channels, film_channels) if sigma_to else None
-        self.norm2 = Norm(groups, out_channels)
+        self.norm2 = Norm(groups[1], out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut: nn.Module = nn.Identity()

@@ -1,0 +1,132 @@
+"""Weights of `adm` as NVlabs/edm keeps those of its DhariwalUNet, below EDMPrecond."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cmkit.errors import CheckpointError
+from cmkit.kinds import DataSpec, Layout
+from cmkit_std.backbones.adm_layouts import head_widths, is_qkv, places, regrouped
+
+if TYPE_CHECKING:
+    from cmkit_std.backbones.adm import ADM
+
+_BLOCK = {
+    "norm1": "norm0",
+    "conv1": "conv0",
+    "film": "affine",
+    "norm2": "norm1",
+    "conv2": "conv1",
+    "shortcut": "skip",
+}
+_ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
+_FIXED = {"use_scale_shift_norm": True, "resblock_updown": True, "norm_groups": 32, "time_scale": 1}
+_HEAD = 64
+_FILTER = 0.25
+"""Each of the 2 x 2 taps of the resampling filters, buffers that are the same everywhere."""
+
+
+def layout(options: ADM, data: DataSpec) -> Layout:
+    """The layout of DhariwalUNet: a block and its attention share one name, channels of queries,
+    keys and values have the order (heads, head width, three), labels enter a linear layer.
+
+    Its filters, which are constants, and its embedding of augmentations, which serves training
+    alone, are not read.
+    """
+
+    def heads(qkv: Tensor) -> int:
+        return len(qkv) // (3 * _HEAD)
+
+    def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own_names = {theirs: own for own, theirs in _modules(options, data).items()}
+        own: dict[str, Tensor] = {}
+        for key, tensor in state.items():
+            module, _, leaf = key.rpartition(".")
+            if leaf == "resample_filter" or module == "model.map_augment":
+                continue
+            name = f"{own_names[module]}.{leaf}" if module in own_names else key
+            if name == "label.weight":
+                tensor = tensor.t().contiguous()
+            elif is_qkv(name):
+                tensor = regrouped(tensor, (heads(tensor), -1, 3), (2, 0, 1))
+            own[name] = tensor
+        return own
+
+    def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = _modules(options, data)
+        resampling = {p.key for p in places(options, data.resolution) if p.kind == "resample"}
+        theirs: dict[str, Tensor] = {}
+        for key, tensor in state.items():
+            module, _, leaf = key.rpartition(".")
+            if module not in names:
+                raise CheckpointError(
+                    f"{key}: EDM's DhariwalUNet has no place for it; keep these weights in"
+                    " another layout"
+                )
+            if key == "label.weight":
+                tensor = tensor.t().contiguous()
+            elif is_qkv(key):
+                tensor = regrouped(tensor, (3, heads(tensor), -1), (1, 2, 0))
+            theirs[f"{names[module]}.{leaf}"] = tensor
+            block, _, layer = module.rpartition(".")
+            if block in resampling and (layer, leaf) == ("conv1", "weight"):
+                for filtered in (names[module], names[f"{block}.shortcut"]):
+                    theirs[f"{filtered}.resample_filter"] = tensor.new_full((1, 1, 2, 2), _FILTER)
+        return theirs
+
+    return Layout("edm", _matches, read, write)
+
+
+def _check(options: ADM, data: DataSpec) -> None:
+    for name, only in _FIXED.items():
+        if (given := getattr(options, name)) != only:
+            raise CheckpointError(
+                f"backbone.{name} = {str(given).lower()}: EDM's DhariwalUNet computes with"
+                f" {str(only).lower()}; give that, or weights of another project"
+            )
+    if (widths := head_widths(options, data.resolution)) != [_HEAD]:
+        raise CheckpointError(
+            f"backbone.num_heads: attention heads are {', '.join(map(str, widths))} channels wide,"
+            f" those of EDM's DhariwalUNet {_HEAD}; give num_head_channels = {_HEAD}"
+        )
+    for width, _ in options.levels(data.resolution):
+        if options.groups(width) != min(32, width // 4):
+            raise CheckpointError(
+                f"backbone.norm_channels = {options.norm_channels}: EDM's DhariwalUNet has"
+                f" {min(32, width // 4)} groups in levels of {width} channels; give"
+                " norm_channels = 4"
+            )
+
+
+def _modules(options: ADM, data: DataSpec) -> dict[str, str]:
+    """Module of ours -> of DhariwalUNet, whose names hold the side of the pictures in pixels."""
+    _check(options, data)
+    side = [f"{n}x{n}" for _, n in options.levels(data.resolution)]
+    names = {
+        "time.0": "map_layer0",
+        "time.2": "map_layer1",
+        "label": "map_label",
+        "encoder.0.0": f"enc.{side[0]}_conv",
+        "norm_out": "out_norm",
+        "conv_out": "out_conv",
+    }
+    for place in places(options, data.resolution):
+        if place.kind != "resample":
+            part = {"encoder": "enc", "middle": "dec", "decoder": "dec"}[place.part]
+            number = f"in{place.i}" if place.part == "middle" else f"block{place.i}"
+            block = f"{part}.{side[place.level]}_{number}"
+        elif place.part == "encoder":
+            block = f"enc.{side[place.level + 1]}_down"
+        else:
+            block = f"dec.{side[place.level - 1]}_up"
+        inner = _ATTENTION if place.kind == "attention" else _BLOCK
+        names |= {f"{place.key}.{own}": f"{block}.{theirs}" for own, theirs in inner.items()}
+    return {own: f"model.{theirs}" for own, theirs in names.items()}
+
+
+def _matches(state: Mapping[str, Tensor]) -> bool:
+    # EDM's other network, SongUNet, has no `out_conv`.
+    return "model.map_layer0.weight" in state and "model.out_conv.weight" in state
