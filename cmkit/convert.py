@@ -99,11 +99,12 @@ def _write(own: Mapping[str, Tensor], target: Path, to: str, known: Known) -> No
     layout: Layout | None = layouts.get(to)
     try:
         tensors = layout.write(own) if layout else dict(own)
+        config = layout.config(own) if layout and layout.config else None
     except CmkitError as error:
         raise RecipeError(f"--to {to}: {error}") from error
-    if layout is None or layout.config is None:
+    if config is None:
         save_weights(target, tensors)
         return
     target.mkdir(parents=True)
-    atomic_write(target / "config.json", json.dumps(layout.config, indent=2) + "\n")
+    atomic_write(target / "config.json", json.dumps(config, indent=2) + "\n")
     save_weights(target / f"{DIFFUSERS}.safetensors", tensors)

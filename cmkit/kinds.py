@@ -91,23 +91,6 @@ class Part(BaseModel):
     )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How another project names, shapes and orders the weights of a backbone.
-
-    `matches` tells by names and ranks whether tensors are in this layout; `read` gives them the
-    names of our network's state dict, and `write` is its inverse, bit for bit. All three work on
-    tensors without data too; `read` leaves unknown names as they are.
-    """
-
-    name: str
-    matches: Callable[[Mapping[str, Tensor]], bool]
-    read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    write: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    config: Mapping[str, Any] | None = None
-    """What config.json holds beside the weights, where the layout is a folder of diffusers."""
-
-
 class Backbone(Part, ABC):
     """Builds a network F(x, c_noise).
 
@@ -122,10 +105,6 @@ class Backbone(Part, ABC):
     def known(cls) -> Iterator[tuple[Backbone, DataSpec, frozenset[str]]]:
         """Published networks: options, data, conditions. `cmkit convert` recognizes them."""
         return iter(())
-
-    def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
-        """Layouts of other projects that these options can read and write."""
-        return ()
 
     @abstractmethod
     def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
