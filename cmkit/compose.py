@@ -18,7 +18,7 @@ from cmkit.denoiser import Cond, Denoiser, Network
 from cmkit.errors import CmkitError, PluginError, ResourceError
 from cmkit.kinds import DataSpec, Metric, Rescaler, Sampler
 from cmkit.noise import Noise
-from cmkit.recipe import Recipe
+from cmkit.recipe import Recipe, TeacherTable
 
 CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text"})
 
@@ -68,8 +68,9 @@ def plan(recipe: Recipe) -> Plan:
             minimized(recipe).check(data, recipe.search.images)
     if recipe.denoiser.weights:
         with _at(recipe, "denoiser", "weights"):
-            tensors = read_weights(Path(recipe.denoiser.weights))
-            load_weights(denoiser.network, tensors, recipe.denoiser.weights)
+            _load_start(recipe, denoiser.network, data, conditions)
+    if recipe.teacher:
+        _check_teacher(recipe, denoiser, data, conditions)
     flops = _dry_run(recipe, denoiser, data, conditions)
     parameters = sum(p.numel() for p in denoiser.parameters())
     memory = 4 * parameters * _copies(recipe)
@@ -90,11 +91,25 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.recipe.seed)
         network = plan.recipe.backbone.build(plan.data, plan.conditions)
-    weights = plan.recipe.denoiser.weights
-    if weights:
-        load_weights(network, read_weights(Path(weights)), weights)
+    _load_start(plan.recipe, network, plan.data, plan.conditions)
     network = network.to(device).to(memory_format=torch.channels_last)
     return _denoiser(plan.recipe, network)
+
+
+def build_teacher(plan: Plan, device: torch.device) -> Denoiser:
+    """The recipe's teacher on `device`, frozen."""
+    table = plan.recipe.teacher
+    assert table is not None
+    with torch.random.fork_rng(devices=[]):
+        teacher = _teacher(plan.recipe, plan.data)
+    load_weights(teacher.network, tensors_of(table.weights, teacher.network), table.weights)
+    teacher.network.to(device).to(memory_format=torch.channels_last)
+    return teacher.eval().requires_grad_(False)
+
+
+def tensors_of(weights: str, network: Network) -> dict[str, torch.Tensor]:
+    """The tensors that a `weights` key stands for, under the names of `network`."""
+    return read_weights(Path(weights))
 
 
 def cells(recipe: Recipe) -> Iterator[Rescaler]:
@@ -184,6 +199,7 @@ def _stages_are_complete(recipe: Recipe) -> None:
         raise recipe.source.error(
             (), "no weights to sample from: add [train], or denoiser.weights = a file"
         )
+    _teacher_is_said(recipe)
     if recipe.search:
         minimized(recipe)
         assert recipe.rescaler is not None
@@ -193,6 +209,31 @@ def _stages_are_complete(recipe: Recipe) -> None:
                 raise recipe.source.error(
                     ("search", "grid", name), f"the rescaler has no such field; known: {known}"
                 )
+
+
+def _teacher_is_said(recipe: Recipe) -> None:
+    """Whoever needs a teacher has one, and what the student starts from is no guess."""
+    table, needs = recipe.denoiser, recipe.objective.needs if recipe.objective else frozenset()
+    if "teacher" in needs and not recipe.teacher:
+        raise recipe.source.error(
+            ("objective",), "it distils a teacher: add a [teacher] table with its weights"
+        )
+    if "edm" in needs and table.precond != "edm":
+        raise recipe.source.error(
+            ("denoiser", "precond"),
+            'the objective trains a diffusion model: set denoiser.precond = "edm"',
+            f" = {table.precond!r}",
+        )
+    if table.init == "teacher" and not recipe.teacher:
+        raise recipe.source.error(
+            ("denoiser", "init"), "add a [teacher] table with its weights", ' = "teacher"'
+        )
+    if recipe.train and recipe.teacher and not (table.init or table.weights):
+        raise recipe.source.error(
+            ("teacher",),
+            'say what the student starts from: denoiser.init = "teacher" or "random", or'
+            " denoiser.weights",
+        )
 
 
 def _conditions(recipe: Recipe, data: DataSpec) -> frozenset[str]:
@@ -218,18 +259,85 @@ def _denoiser(recipe: Recipe, network: Network) -> Denoiser:
     return Denoiser(network, noise, table.precond, table.sigma_data)
 
 
+def _teacher(recipe: Recipe, data: DataSpec) -> Denoiser:
+    """The recipe's teacher with fresh weights."""
+    table, student = recipe.teacher, recipe.denoiser
+    assert table is not None
+    backbone = recipe.teacher_backbone or recipe.backbone
+    network = backbone.build(data, _teacher_conditions(table, data))
+    if not isinstance(network, Network):
+        raise PluginError(f"backbone.build returned {type(network).__name__}, not cmkit.Network")
+    low = student.sigma_min if table.sigma_min is None else table.sigma_min
+    noise = Noise(low, table.sigma_max or student.sigma_max, student.rho)
+    return Denoiser(network, noise, table.precond, table.sigma_data or student.sigma_data)
+
+
+def _teacher_conditions(table: TeacherTable, data: DataSpec) -> frozenset[str]:
+    if table.conditions is not None:
+        return frozenset(table.conditions)
+    return frozenset({"label"} if data.num_classes else ())
+
+
+def _check_teacher(
+    recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]
+) -> None:
+    """The teacher's weights fit its network, it knows the student's noise levels, and the student
+    can start from it where it shall."""
+    table = recipe.teacher
+    assert table is not None
+    with _at(recipe, "teacher"), torch.device("meta"):
+        teacher = _teacher(recipe, data)
+    with _at(recipe, "teacher", "weights"):
+        load_weights(teacher.network, tensors_of(table.weights, teacher.network), table.weights)
+    own, other = denoiser.noise, teacher.noise
+    if not other.sigma_min <= own.sigma_min < own.sigma_max <= other.sigma_max:
+        raise recipe.source.error(
+            ("teacher",),
+            f"it knows noise levels {other.sigma_min:g} to {other.sigma_max:g}, the student's are"
+            f" {own.sigma_min:g} to {own.sigma_max:g}; set denoiser.sigma_min and sigma_max within",
+        )
+    if recipe.denoiser.init == "teacher":
+        with _at(recipe, "denoiser", "init"):
+            _load_start(recipe, denoiser.network, data, conditions)
+    x, cond = _dry_input(data, conditions)
+    with _at(recipe, "teacher"), _trying("teacher's backbone"):
+        teacher(x, x.new_empty(1), cond)
+
+
+def _load_start(
+    recipe: Recipe, network: Network, data: DataSpec, conditions: frozenset[str]
+) -> None:
+    """Load what the recipe says that `network` starts from; nothing for fresh weights.
+
+    Where the student embeds more than its teacher, those embeddings keep their fresh weights.
+    """
+    weights, kept = recipe.denoiser.weights, {}
+    if recipe.denoiser.init == "teacher":
+        assert recipe.teacher is not None
+        weights = recipe.teacher.weights
+        if conditions - _teacher_conditions(recipe.teacher, data):
+            kept = network.state_dict()
+    if weights:
+        load_weights(network, {**kept, **tensors_of(weights, network)}, weights)
+
+
 def _dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:
     """FLOPs of a forward pass of one image; the sampler, if any, is run through on the way."""
-    x = torch.empty(1, data.channels, data.resolution, data.resolution, device="meta")
-    label = torch.empty(1, dtype=torch.int64, device="meta") if "label" in conditions else None
-    levels = conditions & {"guidance", "sigma_to"}
-    cond = Cond(label=label, **{name: x.new_empty(1) for name in levels})
+    x, cond = _dry_input(data, conditions)
     with _at(recipe, "backbone"), _trying("backbone"), FlopCounterMode(display=False) as counter:
         denoiser(x, x.new_empty(1), cond)
     if recipe.sampler:
         with _at(recipe, "sampler"), _trying("sampler"):
             _check_sampler(recipe.sampler, denoiser, x, cond)
     return int(counter.get_total_flops())
+
+
+def _dry_input(data: DataSpec, conditions: frozenset[str]) -> tuple[torch.Tensor, Cond]:
+    """One image and its conditions without data."""
+    x = torch.empty(1, data.channels, data.resolution, data.resolution, device="meta")
+    label = torch.empty(1, dtype=torch.int64, device="meta") if "label" in conditions else None
+    levels = conditions & {"guidance", "sigma_to"}
+    return x, Cond(label=label, **{name: x.new_empty(1) for name in levels})
 
 
 @contextlib.contextmanager
