@@ -151,5 +151,5 @@ class Models:
     def restart(self) -> None:
         """Make the online weights those of every other copy, the teacher among them."""
         for copied in (self.target, self.teacher, *self.ema.values()):
-            if copied is not None and copied is not self.online:
+            if copied is not None:
                 copied.network.load_state_dict(self.online.network.state_dict())
