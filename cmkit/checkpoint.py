@@ -525,7 +525,7 @@ def _signature(tensor: Tensor | None) -> str:
 
 def _require_finite(place: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Raise NonFiniteError unless every value of `tensor` is finite as `dtype`; copies nothing."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
         return
     low, high = (bound.item() for bound in torch.aminmax(tensor.detach()))
     limit = torch.finfo(dtype).max

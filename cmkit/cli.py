@@ -116,7 +116,7 @@ def check(
         "nfe": plan.recipe.sampler.nfe if plan.recipe.sampler else None,
         "sites": len(plan.sites),
         "weights": plan.recipe.denoiser.weights,
-        "to_download": plan.weights.url if plan.weights and plan.weights.missing else None,
+        "to_download": [weights.url for weights in plan.downloads],
     }
     if json:
         _print_json(facts)

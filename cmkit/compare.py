@@ -75,4 +75,6 @@ def _entry(folder: Path) -> Entry:
             f"{path}: {error.strerror}; give folders of finished runs, such as runs/NAME-HASH"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: no report of a run ({error!r}); run its recipe again") from error
+        raise CheckpointError(
+            f"{path}: no report of a run ({error!r}); run its recipe again"
+        ) from error

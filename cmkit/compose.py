@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cmkit.checkpoint import load_weights
 from cmkit.denoiser import Cond, Denoiser, Network
 from cmkit.errors import CmkitError, PluginError, ResourceError
-from cmkit.kinds import DataSpec, Metric, Rescaler, Sampler
+from cmkit.kinds import Backbone, DataSpec, Metric, Rescaler, Sampler
 from cmkit.noise import Noise
-from cmkit.recipe import Recipe
-from cmkit.weights import Weights, find, load
+from cmkit.recipe import Recipe, TeacherTable
+from cmkit.weights import Weights, adapt, find, read
 
 CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text"})
 
@@ -38,8 +39,8 @@ class Plan:
     """Bytes that the run folder will hold at most, pictures aside."""
     memory: int
     """Bytes of weights, their copies and the optimizer's state."""
-    weights: Weights | None = None
-    """The given weights; they may have to be downloaded first."""
+    downloads: tuple[Weights, ...] = ()
+    """Published weights that are not here yet."""
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -68,12 +69,11 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.search:
         with _at(recipe, "search", "images"):
             minimized(recipe).check(data, recipe.search.images)
-    weights = None
     if recipe.denoiser.weights:
         with _at(recipe, "denoiser", "weights"):
-            weights = find(recipe.denoiser.weights, recipe.backbone)
-            if not weights.missing:
-                load(denoiser.network, weights, recipe.backbone.layouts(data))
+            _load_start(recipe, denoiser.network, data, conditions)
+    if recipe.teacher:
+        _check_teacher(recipe, denoiser, data, conditions)
     flops = _dry_run(recipe, denoiser, data, conditions)
     parameters = sum(p.numel() for p in denoiser.parameters())
     memory = 4 * parameters * _copies(recipe)
@@ -86,7 +86,7 @@ def plan(recipe: Recipe) -> Plan:
         flops=flops,
         disk=_disk(recipe, data, memory),
         memory=memory,
-        weights=weights,
+        downloads=tuple(_downloads(recipe)),
     )
 
 
@@ -95,8 +95,7 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.recipe.seed)
         network = plan.recipe.backbone.build(plan.data, plan.conditions)
-    if plan.weights:
-        load(network, plan.weights, plan.recipe.backbone.layouts(plan.data))
+    _load_start(plan.recipe, network, plan.data, plan.conditions)
     network = network.to(device).to(memory_format=torch.channels_last)
     return _denoiser(plan.recipe, network)
 
@@ -115,6 +114,17 @@ def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
             " backbone or objective, or leave the labels out",
         )
     return frozenset(wanted)
+
+
+def build_teacher(plan: Plan, device: torch.device) -> Denoiser:
+    """The recipe's teacher on `device`, frozen."""
+    table = plan.recipe.teacher
+    assert table is not None
+    with torch.random.fork_rng(devices=[]):
+        teacher = _teacher(plan.recipe, plan.data)
+    _fill(teacher.network, table.weights, _teacher_backbone(plan.recipe), plan.data)
+    teacher.network.to(device).to(memory_format=torch.channels_last)
+    return teacher.eval().requires_grad_(False)
 
 
 def cells(recipe: Recipe) -> Iterator[Rescaler]:
@@ -210,6 +220,7 @@ def _stages_are_complete(recipe: Recipe) -> None:
         raise recipe.source.error(
             (), "no weights to sample from: add [train], or denoiser.weights = a file"
         )
+    _teacher_is_said(recipe)
     if recipe.search:
         minimized(recipe)
         assert recipe.rescaler is not None
@@ -221,6 +232,42 @@ def _stages_are_complete(recipe: Recipe) -> None:
                 )
 
 
+def _downloads(recipe: Recipe) -> Iterator[Weights]:
+    named = {}
+    if recipe.denoiser.weights:
+        named[recipe.denoiser.weights] = recipe.backbone
+    if recipe.teacher:
+        named[recipe.teacher.weights] = _teacher_backbone(recipe)
+    for weights, backbone in named.items():
+        if (found := find(weights, backbone)).missing:
+            yield found
+
+
+def _teacher_is_said(recipe: Recipe) -> None:
+    """Whoever needs a teacher has one, and what the student starts from is no guess."""
+    table, needs = recipe.denoiser, recipe.objective.needs if recipe.objective else frozenset()
+    if "teacher" in needs and not recipe.teacher:
+        raise recipe.source.error(
+            ("objective",), "it distils a teacher: add a [teacher] table with its weights"
+        )
+    if "edm" in needs and table.precond != "edm":
+        raise recipe.source.error(
+            ("denoiser", "precond"),
+            'the objective trains a diffusion model: set denoiser.precond = "edm"',
+            f" = {table.precond!r}",
+        )
+    if table.init == "teacher" and not recipe.teacher:
+        raise recipe.source.error(
+            ("denoiser", "init"), "add a [teacher] table with its weights", ' = "teacher"'
+        )
+    if recipe.train and recipe.teacher and not (table.init or table.weights):
+        raise recipe.source.error(
+            ("teacher",),
+            'say what the student starts from: denoiser.init = "teacher" or "random", or'
+            " denoiser.weights",
+        )
+
+
 def _denoiser(recipe: Recipe, network: Network) -> Denoiser:
     if not isinstance(network, Network):
         raise PluginError(f"backbone.build returned {type(network).__name__}, not cmkit.Network")
@@ -229,18 +276,106 @@ def _denoiser(recipe: Recipe, network: Network) -> Denoiser:
     return Denoiser(network, noise, table.precond, table.sigma_data)
 
 
+def _teacher(recipe: Recipe, data: DataSpec) -> Denoiser:
+    """The recipe's teacher with fresh weights."""
+    table, student = recipe.teacher, recipe.denoiser
+    assert table is not None
+    network = _teacher_backbone(recipe).build(data, _teacher_conditions(table, data))
+    if not isinstance(network, Network):
+        raise PluginError(f"backbone.build returned {type(network).__name__}, not cmkit.Network")
+    low = student.sigma_min if table.sigma_min is None else table.sigma_min
+    noise = Noise(low, table.sigma_max or student.sigma_max, student.rho)
+    return Denoiser(network, noise, table.precond, table.sigma_data or student.sigma_data)
+
+
+def _teacher_conditions(table: TeacherTable, data: DataSpec) -> frozenset[str]:
+    if table.conditions is not None:
+        return frozenset(table.conditions)
+    return frozenset({"label"} if data.num_classes else ())
+
+
+def _check_teacher(
+    recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]
+) -> None:
+    """The teacher's weights fit its network, it knows the student's noise levels, and the student
+    can start from it where it shall."""
+    table = recipe.teacher
+    assert table is not None
+    with _at(recipe, "teacher"), torch.device("meta"):
+        teacher = _teacher(recipe, data)
+    with _at(recipe, "teacher", "weights"):
+        _fill(teacher.network, table.weights, _teacher_backbone(recipe), data)
+    own, other = denoiser.noise, teacher.noise
+    if not other.sigma_min <= own.sigma_min < own.sigma_max <= other.sigma_max:
+        raise recipe.source.error(
+            ("teacher",),
+            f"it knows noise levels {other.sigma_min:g} to {other.sigma_max:g}, the student's are"
+            f" {own.sigma_min:g} to {own.sigma_max:g}; set denoiser.sigma_min and sigma_max within",
+        )
+    if recipe.denoiser.init == "teacher":
+        with _at(recipe, "denoiser", "init"):
+            _load_start(recipe, denoiser.network, data, conditions)
+    x, cond = _dry_input(data, conditions)
+    with _at(recipe, "teacher"), _trying("teacher's backbone"):
+        teacher(x, x.new_empty(1), cond)
+
+
+def _load_start(
+    recipe: Recipe, network: Network, data: DataSpec, conditions: frozenset[str]
+) -> None:
+    """Load what the recipe says that `network` starts from; nothing for fresh weights.
+
+    Where the student embeds more than its teacher, those embeddings keep their fresh weights.
+    """
+    weights, kept = recipe.denoiser.weights, {}
+    if recipe.denoiser.init == "teacher":
+        assert recipe.teacher is not None
+        weights = recipe.teacher.weights
+        if conditions - _teacher_conditions(recipe.teacher, data):
+            kept = network.state_dict()
+    if weights:
+        _fill(network, weights, recipe.backbone, data, kept)
+
+
+def _fill(
+    network: Network,
+    weights: str,
+    backbone: Backbone,
+    data: DataSpec,
+    kept: Mapping[str, torch.Tensor] = {},
+) -> None:
+    """Load `weights` into `network`, whatever their layout, with `kept` where they lack names.
+
+    Weights that are still to be downloaded cannot be tried on a network without memory.
+    """
+    found = find(weights, backbone)
+    if found.missing and next(network.parameters()).is_meta:
+        return
+    tensors = adapt(read(found), network, backbone.layouts(data))
+    load_weights(network, {**kept, **tensors}, weights)
+
+
+def _teacher_backbone(recipe: Recipe) -> Backbone:
+    return recipe.teacher_backbone or recipe.backbone
+
+
 def _dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:
     """FLOPs of a forward pass of one image; the sampler, if any, is run through on the way."""
-    x = torch.empty(1, data.channels, data.resolution, data.resolution, device="meta")
-    label = torch.empty(1, dtype=torch.int64, device="meta") if "label" in conditions else None
-    levels = conditions & {"guidance", "sigma_to"}
-    cond = Cond(label=label, **{name: x.new_empty(1) for name in levels})
+    x, cond = _dry_input(data, conditions)
     with _at(recipe, "backbone"), _trying("backbone"), FlopCounterMode(display=False) as counter:
         denoiser(x, x.new_empty(1), cond)
     if recipe.sampler:
         with _at(recipe, "sampler"), _trying("sampler"):
             _check_sampler(recipe.sampler, denoiser, x, cond)
     return int(counter.get_total_flops())
+
+
+def _dry_input(data: DataSpec, conditions: frozenset[str]) -> tuple[torch.Tensor, Cond]:
+    """One image and its conditions without data."""
+    x = torch.empty(1, data.channels, data.resolution, data.resolution, device="meta")
+    label = torch.empty(1, dtype=torch.int64, device="meta") if "label" in conditions else None
+    levels = conditions & {"guidance", "sigma_to"}
+    return x, Cond(label=label, **{name: x.new_empty(1) for name in levels})
 
 
 @contextlib.contextmanager

@@ -191,3 +191,10 @@ class Models:
         cap = (1 + phase.step) / (10 + phase.step) if self.ema_warmup else 1.0
         for decay, copied in self.ema.items():
             torch._foreach_lerp_(list(copied.parameters()), online, 1 - min(decay, cap))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Make the online weights those of every other copy, the teacher among them."""
+        for copied in (self.target, self.teacher, *self.ema.values()):
+            if copied is not None:
+                copied.network.load_state_dict(self.online.network.state_dict())

@@ -50,13 +50,15 @@ class Phase:
     """Where training stands, by arithmetic on the step alone.
 
     `num_sigmas` is N, the points of the sigma grid; `target_ema` is mu of the target network;
-    `log` holds further numbers worth showing.
+    `log` holds further numbers worth showing. After a step with `renew_teacher` the teacher takes
+    the online weights, from which the averages and the optimizer start anew.
     """
 
     step: int
     num_sigmas: int | None = None
     target_ema: float = 0.0
     log: Mapping[str, float] = field(default_factory=dict)
+    renew_teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class Objective(Part, ABC):
     """A training loss.
 
     `needs` may hold "target" (an EMA copy of the online network), "teacher" (frozen weights),
-    and names of `Cond` fields that the backbone must accept.
+    "edm" (the online network must have the scalings of a diffusion model), and names of `Cond`
+    fields that the backbone must accept.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -41,12 +41,33 @@ class DenoiserTable(Part):
     """Curvature of the Karras grid."""
     weights: str | None = None
     """Weights to start from: a .safetensors file, a checkpoint folder, or a run folder."""
+    init: Literal["teacher", "random"] | None = None
+    """What training starts from without `weights`: beside a [teacher] it must be said."""
 
     @model_validator(mode="after")
     def _levels_rise(self) -> DenoiserTable:
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        if self.init and self.weights:
+            raise ValueError(f"init {self.init!r} and weights exclude each other; drop one")
         return self
+
+
+class TeacherTable(Part):
+    """A frozen model to distil. A table `backbone` in it names a network unlike the student's."""
+
+    weights: str
+    """Weights of the teacher: a .safetensors file, a checkpoint folder, or a run folder."""
+    precond: Literal["consistency", "edm"] = "edm"
+    """Scalings: "edm" for a diffusion model, "consistency" for a consistency model."""
+    sigma_data: float | None = Field(None, gt=0, le=100)
+    """Standard deviation of the data that it was trained with; absent = the student's."""
+    sigma_min: float | None = Field(None, ge=0, le=1)
+    """Lowest noise level that it was trained on; absent = the student's."""
+    sigma_max: float | None = Field(None, gt=0, le=10_000)
+    """Highest noise level that it was trained on; absent = the student's."""
+    conditions: tuple[Literal["label", "text"], ...] | None = Field(None, max_length=2)
+    """What it embeds; absent = what the data have."""
 
 
 class TrainTable(Part):
@@ -147,6 +168,7 @@ class ExpectedTable(Part):
 PART_TABLES = ("dataset", "backbone", "objective", "rescaler", "sampler")
 CORE_TABLES: dict[str, type[Part]] = {
     "denoiser": DenoiserTable,
+    "teacher": TeacherTable,
     "train": TrainTable,
     "search": SearchTable,
     "sample": SampleTable,
@@ -166,6 +188,9 @@ class Recipe:
     dataset: Dataset
     backbone: Backbone
     denoiser: DenoiserTable
+    teacher: TeacherTable | None
+    teacher_backbone: Backbone | None
+    """None = the student's."""
     objective: Objective | None
     rescaler: Rescaler | None
     sampler: Sampler | None
@@ -188,6 +213,8 @@ class Recipe:
         for kind in PART_TABLES:
             if kind in self.resolved:
                 yield kind, self.resolved[kind]["use"]
+        if self.teacher_backbone:
+            yield "backbone", self.resolved["teacher"]["backbone"]["use"]
         for table in self.resolved.get("metric", ()):
             yield "metric", table["use"]
 
@@ -222,12 +249,18 @@ def _resolve(tables: dict[str, Any], source: Source, registry: Registry) -> Reci
         parts[kind] = None
         if kind in tables:
             parts[kind], resolved[kind] = _part(kind, tables[kind], (kind,), source, registry)
+    tables, inner = _without_backbone(tables)
+    parts["teacher_backbone"] = None
     for key, model in CORE_TABLES.items():
         table = tables.get(key, {} if key == "denoiser" else None)
         parts[key] = None
         if table is not None:
             parts[key] = _validate(model, table, (key,), source)
             resolved[key] = _plain(parts[key])
+    if inner is not None:
+        path = ("teacher", "backbone")
+        parts["teacher_backbone"], plain = _part("backbone", inner, path, source, registry)
+        resolved["teacher"]["backbone"] = plain
     metrics = tables.get("metric", [])
     if not isinstance(metrics, list):
         raise source.error(("metric",), 'expected a list of tables: [[metric]] use = "fidelity"')
@@ -239,6 +272,15 @@ def _resolve(tables: dict[str, Any], source: Source, registry: Registry) -> Reci
         resolved["metric"] = [table for _, table in pairs]
     parts["metric"] = tuple(part for part, _ in pairs)
     return Recipe(name=name, seed=seed, resolved=resolved, source=source, **parts)
+
+
+def _without_backbone(tables: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The tables without the part inside [teacher], and that part's own table, if any."""
+    teacher = tables.get("teacher")
+    if not isinstance(teacher, dict) or "backbone" not in teacher:
+        return tables, None
+    rest = {key: value for key, value in teacher.items() if key != "backbone"}
+    return {**tables, "teacher": rest}, teacher["backbone"]
 
 
 def _name(name: object, source: Source) -> str:
@@ -354,6 +396,7 @@ def schema(registry: Registry) -> dict[str, Any]:
     }
     properties |= {kind: choice(kind) for kind in PART_TABLES}
     properties |= {key: refer(model, name=key) for key, model in CORE_TABLES.items()}
+    definitions["teacher"]["properties"]["backbone"] = choice("backbone")
     properties["metric"] = {"type": "array", "items": choice("metric")}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

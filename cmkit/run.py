@@ -321,13 +321,6 @@ class Run:
         return total
 
 
-def _downloaded(plan: Plan, stop: StopSignal) -> Iterator[Event]:
-    assert plan.weights is not None
-    for event in download(plan.weights):
-        yield event
-        stop.check("what came of the weights is kept")
-
-
 def run_folder(plan: Plan, out: Path) -> Path:
     """Where a plan's run lives: `<out>/<name>-<hash of the resolved recipe>`."""
     return out / f"{plan.recipe.name}-{plan.recipe.hash}"
@@ -357,8 +350,10 @@ def run(
         _write_json(folder / "environment.json", environment)
         status = _read_json(folder / "status.json")
         job = Run(plan, registry, folder, device, stop, status)
-        if plan.weights and plan.weights.missing:
-            yield from _downloaded(plan, stop)
+        for weights in plan.downloads:
+            for event in download(weights):
+                yield event
+                stop.check("what came of the weights is kept")
         yield from job.stages()
         report = {
             "schema": 1,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cmkit.checkpoint import Checkpoint, load_weights
-from cmkit.compose import Plan, autocast, build
+from cmkit.compose import Plan, autocast, build, build_teacher
 from cmkit.denoiser import Denoiser, Models
 from cmkit.errors import CheckpointError, NonFiniteError
 from cmkit.noise import Rng, shared_dropout
@@ -43,6 +43,8 @@ class Training:
     """Sum of the losses since the last log line; it stays on the device."""
     counted: int = 0
     """Losses in `window`."""
+    renewed: bool = False
+    """Whether the teacher is no longer the recipe's."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Every tensor of the state, by file and name."""
@@ -51,6 +53,9 @@ class Training:
             files["target"] = self.models.target.network.state_dict()
         for decay, denoiser in self.models.ema.items():
             files[f"ema-{decay}"] = denoiser.network.state_dict()
+        if self.renewed:
+            assert self.models.teacher is not None
+            files["teacher"] = self.models.teacher.network.state_dict()
         slots = self.optimizer.state_dict()["state"]
         files["optimizer"] = {
             f"{index}.{name}": torch.as_tensor(value)
@@ -71,6 +76,10 @@ class Training:
             load_weights(self.models.target.network, checkpoint.tensors("target"), source)
         for decay, denoiser in self.models.ema.items():
             load_weights(denoiser.network, checkpoint.tensors(f"ema-{decay}"), source)
+        if "teacher" in checkpoint.names:
+            assert self.models.teacher is not None
+            load_weights(self.models.teacher.network, checkpoint.tensors("teacher"), source)
+            self.renewed = True
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in checkpoint.tensors("optimizer").items():
             index, _, name = key.partition(".")
@@ -84,6 +93,12 @@ class Training:
         self.window = torch.tensor(checkpoint.state["window"], device=self.device)
         self.counted = checkpoint.state["counted"]
 
+    def renew_teacher(self) -> None:
+        """Make the online network the teacher, and begin anew from it."""
+        self.models.restart()
+        self.optimizer = _optimizer(self.table, self.models.online.network)
+        self.renewed = True
+
 
 def start(plan: Plan, device: torch.device) -> Training:
     """A training at step 0."""
@@ -93,14 +108,16 @@ def start(plan: Plan, device: torch.device) -> Training:
     online = build(plan, device)
     frozen = [_frozen(online) for _ in recipe.train.ema]
     target = _frozen(online) if "target" in recipe.objective.needs else online
+    teacher = build_teacher(plan, device) if "teacher" in recipe.objective.needs else None
     models = Models(
         online=online,
         target=target,
+        teacher=teacher,
         ema=dict(zip(recipe.train.ema, frozen, strict=True)),
         ema_warmup=recipe.train.ema_warmup,
     )
     if recipe.train.compile:
-        for denoiser in {id(d): d for d in (online, target)}.values():
+        for denoiser in {id(d): d for d in (online, target, teacher) if d}.values():
             denoiser.network.compile()
     optimizer = _optimizer(recipe.train, online.network)
     window = torch.zeros((), device=device)
@@ -115,7 +132,7 @@ def train(training: Training) -> Iterator[Step]:
     """
     table, models, device = training.table, training.models, training.device
     recipe = training.plan.recipe
-    objective, optimizer = recipe.objective, training.optimizer
+    objective = recipe.objective
     assert objective is not None
     parts = table.accumulate
     batches = recipe.dataset.batches(
@@ -138,11 +155,14 @@ def train(training: Training) -> Iterator[Step]:
             training.window += loss.detach()
         if table.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, table.clip_norm, foreach=True)
+        optimizer = training.optimizer
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(table, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         models.update(phase)
+        if phase.renew_teacher:
+            training.renew_teacher()
         training.step = step + 1
         training.counted += 1
         log: dict[str, float] = {}

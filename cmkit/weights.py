@@ -1,7 +1,7 @@
 """The weights that a recipe names: a path, or a published file that is downloaded once.
 
 Whatever the file (safetensors, pickle, diffusers folder, run folder) and whoever named its
-tensors, `load` puts all of them into a network, or none.
+tensors, `adapt(read(find(..)))` are those of our network.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from cmkit.checkpoint import (
     atomic_write,
     cache_folder,
     is_pickle,
-    load_weights,
     lock,
     read_weights,
 )
@@ -110,11 +109,6 @@ def adapt(
             if layout.matches(tensors):
                 return layout.read(tensors)
     return dict(tensors)
-
-
-def load(network: Network, weights: Weights, layouts: Sequence[Layout]) -> None:
-    """Copy `weights` into `network`: all of them, or none at all; errors as of `load_weights`."""
-    load_weights(network, adapt(read(weights), network, layouts), weights.name)
 
 
 def download(weights: Weights) -> Iterator[Downloaded]:

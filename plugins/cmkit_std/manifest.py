@@ -9,6 +9,10 @@ CM = "Song, Dhariwal, Chen, Sutskever. Consistency Models. 2023. arXiv:2303.0146
 IMPROVED = (
     "Song, Dhariwal. Improved Techniques for Training Consistency Models. 2023. arXiv:2310.14189"
 )
+PROGRESSIVE = (
+    "Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. 2022. "
+    "arXiv:2202.00512"
+)
 RESCALING = (
     "Zhu, Lin, Liu, Ning, Blaschko. Rescaling Intermediate Features Makes Trained "
     "Consistency Models Perform Better. ICLR 2024 Tiny Papers"
@@ -39,6 +43,13 @@ def cmkit_register() -> list[Plugin]:
         ),
         Plugin(
             "objective",
+            "cd",
+            "cmkit_std.objectives.cd:CD",
+            "Consistency distillation",
+            cite=CM,
+        ),
+        Plugin(
+            "objective",
             "ct",
             "cmkit_std.objectives.ct:CT",
             "Consistency training",
@@ -50,6 +61,13 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.objectives.ict:ICT",
             "Improved consistency training",
             cite=IMPROVED,
+        ),
+        Plugin(
+            "objective",
+            "pd",
+            "cmkit_std.objectives.pd:PD",
+            "Progressive distillation",
+            cite=PROGRESSIVE,
         ),
         Plugin(
             "sampler",

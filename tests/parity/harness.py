@@ -34,6 +34,11 @@ class Figures:
         self.cases: dict[str, dict[str, Any]] = content["cases"]
         self._fill: dict[str, float] = content["fill"]
 
+    @property
+    def constants(self) -> dict[str, float]:
+        """Constants of the formulas, which formulas of inputs may name."""
+        return dict(self._fill)
+
     def weights(
         self,
         shapes: Mapping[str, tuple[int, ...]],

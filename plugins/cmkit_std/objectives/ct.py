@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 import cmkit
 from cmkit.kinds import DataSpec, Objective, Phase
+from cmkit_std.objectives.schedules import adaptive_num_sigmas, adaptive_target_ema
+from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,8 @@ class CT(Objective):
     image and noise, on a grid whose number of points grows with the step.
 
     Defaults are those of the official LSUN runs; ImageNet-64 uses end_scales = 200. The official
-    code computes mu from N - 1 where the paper prints N: `mu_denominator` chooses.
+    code computes mu from N - 1 where the paper prints N: `mu_denominator` chooses. The published
+    runs started from a diffusion model (denoiser.weights), those of the paper from nothing.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"target"})
@@ -30,12 +32,18 @@ class CT(Objective):
     """s0 of N(k)."""
     end_scales: int = Field(150, ge=1, le=10**6)
     """s1 of N(k)."""
+    num_sigmas: int | None = Field(None, ge=2, le=10**6)
+    """Points of the grid throughout; absent = N(k)."""
     start_ema: float = Field(0.95, gt=0, lt=1)
     """mu0, the target's decay that mu(k) starts from."""
     mu_denominator: Literal["n_minus_1", "n"] = "n_minus_1"
     """mu(k) = exp(s0 ln(mu0) / (N - 1)) as the official code, or / N as the paper."""
-    distance: Literal["l1", "l2", "lpips", "pseudo_huber"] = "lpips"
-    """How the two estimates are compared."""
+    target_ema: float | None = Field(None, ge=0, lt=1)
+    """The target's decay throughout; absent = mu(k)."""
+    distance: Literal["l1", "l2", "l2-32", "lpips", "pseudo_huber"] = "lpips"
+    """How the two estimates are compared; "l2-32" is l2 at 32 pixels."""
+    weighting: Weighting = "uniform"
+    """Weight of the loss by sigma_{i+1}."""
     huber_c: float | None = Field(None, ge=0, le=1e6)
     """c of the pseudo-Huber distance; absent = 0.00054 sqrt(d)."""
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
@@ -58,18 +66,24 @@ class CT(Objective):
             check_lpips(self.lpips_net, self.lpips_weights)
 
     def phase(self, step: int, total: int) -> Phase:
-        """N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 and mu(k), with k < K."""
-        s0, s1 = self.start_scales, self.end_scales
-        scales = math.ceil(math.sqrt(step / total * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1)
-        num_sigmas = max(scales, 1) + 1
-        denominator = num_sigmas - 1 if self.mu_denominator == "n_minus_1" else num_sigmas
-        return Phase(step, num_sigmas, math.exp(s0 * math.log(self.start_ema) / denominator))
+        """N(k) and mu(k) of the paper's appendix C, unless they are fixed."""
+        num_sigmas = self.num_sigmas or adaptive_num_sigmas(
+            step, total, self.start_scales, self.end_scales
+        )
+        mu = self.target_ema
+        if mu is None:
+            mu = adaptive_target_ema(
+                num_sigmas, self.start_scales, self.start_ema, self.mu_denominator
+            )
+        return Phase(step, num_sigmas, mu)
 
     def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
         """d(f(x0 + sigma_{i+1} z, sigma_{i+1}), f_target(x0 + sigma_i z, sigma_i)), (B,)."""
         import torch
 
-        sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device)
+        from cmkit_std.objectives.distances import distance
+
+        sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         i = rng.integers(phase.num_sigmas - 1, len(x0))
         low, high = sigmas[i], sigmas[i + 1]
         z = rng.normal_like(x0)
@@ -77,16 +91,7 @@ class CT(Objective):
             online = models.online(x0 + high.view(-1, 1, 1, 1) * z, high, cond)
         with torch.no_grad(), cmkit.shared_dropout(rng):
             target = models.target(x0 + low.view(-1, 1, 1, 1) * z, low, cond)
-        return self.compare(online, target)
-
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        """The chosen distance of each pair of images, (B,)."""
-        from cmkit_std.objectives import distances
-
-        match self.distance:
-            case "lpips":
-                return distances.lpips(a, b, self.lpips_net, self.lpips_weights)
-            case "pseudo_huber":
-                return distances.pseudo_huber(a, b, self.huber_c)
-            case name:
-                return getattr(distances, name)(a, b)
+        d = distance(
+            self.distance, online, target, self.huber_c, self.lpips_net, self.lpips_weights
+        )
+        return d * weighting(self.weighting, high, models.online.sigma_data)

@@ -20,6 +20,29 @@ LPIPS_BACKBONES = {
 }
 
 
+def distance(
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    c: float | None = None,
+    lpips_net: str = "vgg",
+    lpips_weights: str | None = None,
+) -> Tensor:
+    """The distance `name` of each pair of images, (B,), with the options that it takes."""
+    match name:
+        case "l1":
+            return l1(a, b)
+        case "l2":
+            return l2(a, b)
+        case "l2-32":
+            return l2_32(a, b)
+        case "pseudo_huber":
+            return pseudo_huber(a, b, c)
+        case "lpips":
+            return lpips(a, b, lpips_net, lpips_weights)
+    raise ValueError(f"no distance {name!r}")
+
+
 def l1(a: Tensor, b: Tensor) -> Tensor:
     """Mean absolute difference of each image, (B,)."""
     return (a - b).abs().flatten(1).mean(1)
@@ -30,14 +53,27 @@ def l2(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().flatten(1).mean(1)
 
 
+def l2_32(a: Tensor, b: Tensor) -> Tensor:
+    """`l2` of the images resized to 32 pixels, (B,)."""
+    return l2(
+        F.interpolate(a, size=32, mode="bilinear", align_corners=False),
+        F.interpolate(b, size=32, mode="bilinear", align_corners=False),
+    )
+
+
 def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     """sqrt(||a - b||^2 + c^2) - c of each whole image, (B,) (iCT, eq. 7).
 
-    c is 0.00054 sqrt(d), with d the numbers in an image, unless given.
+    c is `huber_c` of the numbers in an image unless given.
     """
     difference = (a - b).flatten(1)
-    c = 0.00054 * math.sqrt(difference.shape[1]) if c is None else c
+    c = huber_c(difference.shape[1]) if c is None else c
     return (difference.square().sum(1) + c * c).sqrt() - c
+
+
+def huber_c(d: int) -> float:
+    """0.00054 sqrt(d) for images of d numbers (iCT, section 3.3)."""
+    return 0.00054 * math.sqrt(d)
 
 
 def lpips(a: Tensor, b: Tensor, net: str = "vgg", weights: str | None = None) -> Tensor:

@@ -1,0 +1,83 @@
+"""Progressive distillation (Salimans, Ho: Progressive Distillation for Fast Sampling of Diffusion
+Models, 2022), on the noise levels of EDM as openai/consistency_models has it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+import cmkit
+from cmkit.kinds import DataSpec, Objective, Phase
+from cmkit_std.objectives.schedules import halving_num_steps
+from cmkit_std.objectives.weightings import Weighting, weighting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cmkit import Cond, Models, Rng
+
+
+class PD(Objective):
+    """Progressive distillation: one Euler step of the student makes two of its teacher. When the
+    number of steps is halved the student becomes the teacher.
+
+    The student stays a diffusion model (denoiser.precond = "edm") and samples with `num_steps`
+    Euler steps; it should start from the teacher (denoiser.init = "teacher").
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "edm"})
+
+    start_scales: int = Field(64, ge=2, le=10**6)
+    """Euler steps of the first student; its teacher takes twice as many."""
+    round_steps: int = Field(50_000, ge=1, le=10**9)
+    """Training steps a round; the round of 2 Euler steps takes twice as many, that of 1 the
+    rest."""
+    distance: Literal["l1", "l2", "l2-32", "lpips", "pseudo_huber"] = "l2"
+    """How the two estimates are compared; "l2-32" is l2 at 32 pixels."""
+    weighting: Weighting = "truncated-snr"
+    """Weight of the loss by the noise level that the student starts from."""
+    huber_c: float | None = Field(None, ge=0, le=1e6)
+    """c of the pseudo-Huber distance; absent = 0.00054 sqrt(d)."""
+    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Backbone of LPIPS."""
+    lpips_weights: str | None = None
+    """A .safetensors file of that backbone's weights; absent = torch.hub's folder."""
+
+    def check(self, data: DataSpec) -> None:
+        if self.distance == "lpips":
+            from cmkit_std.objectives.distances import check_lpips
+
+            check_lpips(self.lpips_net, self.lpips_weights)
+
+    def phase(self, step: int, total: int) -> Phase:
+        """2n + 1 noise levels for n Euler steps; a round ends where n falls."""
+        steps = halving_num_steps(step, self.start_scales, self.round_steps)
+        after = halving_num_steps(step + 1, self.start_scales, self.round_steps)
+        ends = after < steps and step + 1 < total
+        return Phase(step, 2 * steps + 1, renew_teacher=ends, log={"num_steps": steps})
+
+    def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
+        """d(D(x, sigma), x0_hat), (B,), with x = x0 + sigma z: from (x, sigma) to x0_hat leads the
+        line through the point where two Euler steps of the teacher arrive."""
+        import torch
+
+        from cmkit_std.objectives.distances import distance
+        from cmkit_std.objectives.solvers import euler
+
+        assert models.teacher is not None
+        assert phase.num_sigmas is not None
+        sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
+        i = 2 * rng.integers(phase.num_sigmas // 2, len(x0))
+        low, middle, high = sigmas[i], sigmas[i + 1], sigmas[i + 2]
+        x = x0 + high.view(-1, 1, 1, 1) * rng.normal_like(x0)
+        with cmkit.shared_dropout(rng):
+            student = models.online(x, high, cond)
+        with torch.no_grad():
+            x_middle = euler(models.teacher, x, high, middle, cond)
+            x_low = euler(models.teacher, x_middle, middle, low, cond)
+            x0_hat = x - (high / (low - high)).view(-1, 1, 1, 1) * (x_low - x)
+        d = distance(
+            self.distance, student, x0_hat, self.huber_c, self.lpips_net, self.lpips_weights
+        )
+        return d * weighting(self.weighting, high, models.online.sigma_data)
