@@ -16,8 +16,10 @@ import torch_fidelity
 from cmkit_std.datasets.digits import Digits, digits
 from cmkit_std.metrics import digits_net, extract
 from cmkit_std.metrics.digits_judge import DigitsJudge
-from cmkit_std.metrics.extract import Extractor, Features
+from cmkit_std.metrics.extract import Extractor, Want
 from cmkit_std.metrics.fidelity import Fidelity
+from cmkit_std.metrics.frechet import frechet
+from cmkit_std.metrics.streams import Gaussian
 from torch import Tensor
 
 from cmkit import (
@@ -86,6 +88,13 @@ def measured(metric, pictures: Tensor, reference: Tensor) -> dict[str, float]:
     return metric.measure(Counted(pictures), real(reference), CPU)
 
 
+def streamed(stream, features: Tensor, size: int) -> dict[str, Tensor]:
+    made = stream(len(features))
+    for batch in features.split(size):
+        made.add(batch)
+    return made.tensors()
+
+
 def noisy(pictures: Tensor, deviation: float) -> Tensor:
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
     return (pictures.float() + deviation * noise).round().clamp(0, 255).to(torch.uint8)
@@ -124,9 +133,8 @@ def test_fid_of_two_gaussians_is_the_closed_form():
         white = z @ np.linalg.inv(np.linalg.cholesky(np.cov(z, rowvar=False))).T
         drawn.append(torch.from_numpy(white * np.sqrt(variance) + mean))
     closed = 8 * 0.25 + ((np.sqrt(variances[0]) - np.sqrt(variances[1])) ** 2).sum()
-    toy = Extractor("toy", None, None)
-    fake, truth = (Features({"rgb": x}) for x in drawn)
-    assert Fidelity()._numbers(toy, fake, truth, None)["fid"] == pytest.approx(closed, rel=1e-9)
+    fake, truth = (streamed(Gaussian, x, 64) for x in drawn)
+    assert frechet(fake, truth) == pytest.approx(closed, rel=1e-9)
 
 
 def test_a_set_is_at_distance_zero_from_itself():
@@ -156,9 +164,10 @@ def test_numbers_do_not_depend_on_order_or_batch():
 
 
 def test_features_of_the_digits_have_full_rank_and_unit_scale():
+    want = Want("64", "rows")
     found = extract.features(
-        Extractor("cmkit-digits", None, None), ["64"], Counted(images("train")), CPU, 512
-    ).layers["64"]
+        Extractor("cmkit-digits", None, None), [want], Counted(images("train")), CPU, 512
+    )[want]["rows"]
     assert found.shape == (1442, 64)
     assert torch.linalg.eigvalsh(torch.cov(found.T.double())).min() > 1e-4
     assert found.mean(0).abs().max() < 1e-3
@@ -316,7 +325,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     vgg = Extractor("vgg16", str(tmp_path / "other.pth"), "0")
     with torch.device("meta"), pytest.raises(CheckpointError, match=r"other\.pth"):
-        extract.features(vgg, ["fc2"], Counted(torch.zeros(2, 3, 8, 8).byte()), CPU, 2)
+        extract.features(vgg, [Want("fc2", "rows")], Counted(torch.zeros(2, 3, 8, 8).byte()), CPU, 2)
 
 
 def test_a_download_that_fails_is_one_line(monkeypatch, tmp_path):

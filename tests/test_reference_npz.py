@@ -8,7 +8,7 @@ import torch
 from cmkit_std.datasets.digits import Digits, digits
 from cmkit_std.datasets.image_folder import ImageFolder
 from cmkit_std.datasets.reference_npz import check, read
-from cmkit_std.metrics.extract import Extractor, features
+from cmkit_std.metrics.extract import Extractor, Want, features
 from cmkit_std.metrics.fidelity import Fidelity
 
 from cmkit import DataError
@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 def published(tmp_path_factory):
     """The digits' training split as guided-diffusion would publish it."""
     reference = Digits().reference()
-    gaussian = features(
-        Extractor("cmkit-digits", None, None), ["64"], reference.images, CPU, 64
-    ).gaussian("64")
+    want = Want("64", "gaussian")
+    digits_net = Extractor("cmkit-digits", None, None)
+    gaussian = features(digits_net, [want], reference.images, CPU, 64)[want]
     images = digits("train")[0].transpose(0, 2, 3, 1)
     path = tmp_path_factory.mktemp("published") / "VIRTUAL_digits.npz"
     np.savez(path, mu=gaussian["mu"], sigma=gaussian["sigma"], arr_0=images)
