@@ -325,7 +325,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     vgg = Extractor("vgg16", str(tmp_path / "other.pth"), "0")
     with torch.device("meta"), pytest.raises(CheckpointError, match=r"other\.pth"):
-        extract.features(vgg, [Want("fc2", "rows")], Counted(torch.zeros(2, 3, 8, 8).byte()), CPU, 2)
+        extract.features(
+            vgg, [Want("fc2", "rows")], Counted(torch.zeros(2, 3, 8, 8).byte()), CPU, 2
+        )
 
 
 def test_a_download_that_fails_is_one_line(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from cmkit import CheckpointError, DataError, DownloadError, NonFiniteError, Reference
 from cmkit_std.metrics import stored
 from cmkit_std.metrics.digits_net import EXTRACTOR
-from cmkit_std.metrics.streams import STREAMS
+from cmkit_std.metrics.streams import STREAMS, whole
 
 KEPT_REFERENCES = 2
 SPATIAL = "spatial"
@@ -108,7 +108,7 @@ def width(extractor: Extractor, layer: str, image: Tensor, device: torch.device)
     """How many features `layer` gives of `image` (C, H, W)."""
     network = _network(extractor, frozenset([layer]), device)
     with torch.inference_mode():
-        return network(_fit(image[None].to(device), extractor.name))[layer].shape[1]
+        return int(network(_fit(image[None].to(device), extractor.name))[layer].shape[1])
 
 
 _references: OrderedDict[tuple[object, ...], Features] = OrderedDict()
@@ -127,7 +127,7 @@ def reference_features(
     _references.move_to_end((reference.fingerprint, extractor, device.type))
     while len(_references) > KEPT_REFERENCES:
         _references.popitem(last=False)
-    count = len(reference.images)  # type: ignore[arg-type]
+    count = len(reference.images)
     names = {
         want: stored.name(reference.fingerprint, extractor.name, extractor.sha256, device, *want)
         for want in wanted
@@ -135,7 +135,7 @@ def reference_features(
     }
     for want, name in names.items():
         tensors = stored.load(name)
-        if tensors and STREAMS[want.stream].whole(tensors, count):
+        if tensors and whole(want.stream, tensors, count):
             held[want] = tensors
     if missing := set(wanted) - set(held):
         held |= features(extractor, missing, reference.images, device, size)

@@ -1,5 +1,5 @@
-"""FID, sFID, Inception score, KID, precision and recall, as torch-fidelity (Obukhov et al., 2020) and
-ADM's evaluator (Dhariwal and Nichol, 2021) define them, on features that cmkit extracts itself."""
+"""FID, sFID, Inception score, KID, precision and recall, as torch-fidelity (Obukhov et al., 2020)
+and ADM's evaluator (Dhariwal and Nichol, 2021) define them, on features that cmkit extracts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ WANTED = {
     "kid": ("kid", "rows"),
     "precision_recall": ("prc", "rows"),
 }
-"""Torch-fidelity's name of the metric, which decides the layer, and what is kept of its features."""
+"""torch-fidelity's name of the metric, which decides the layer, and what is kept of a layer."""
 PUBLISHED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 """Names of the statistics in a reference that stand for its images."""
 IS_SPLITS = 10
@@ -153,11 +153,12 @@ class Fidelity(Metric):
         seen = [flag for flag in flags if flag != "isc" and flag not in given]
         self._enough(len(images), "samples", flags)  # type: ignore[arg-type]
         self._enough(len(reference.images), "reference images", seen)  # type: ignore[arg-type]
-        channels, _, resolution = images[0].shape
+        first = images[0]
+        channels, _, resolution = first.shape
         extractor = self._extractor(channels, resolution)
         wants = {flag: self._want(extractor, flag) for flag in flags}
         for flag in set(given) & set(flags):
-            _fits(flag, given[flag], extractor, wants[flag].layer, images[0], device)
+            _fits(flag, given[flag], extractor, wants[flag].layer, first, device)
         ours = features(extractor, set(wants.values()), images, device, self.batch)
         theirs: Features = {}
         if seen:

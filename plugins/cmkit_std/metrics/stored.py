@@ -71,7 +71,7 @@ def _digest(name: str, tensors: Mapping[str, Tensor]) -> bytes:
     sha = hashlib.sha256(name.encode())
     for key, tensor in sorted(tensors.items()):
         sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.contiguous().numpy())
+        sha.update(tensor.contiguous().numpy().data)
     return sha.digest()
 
 

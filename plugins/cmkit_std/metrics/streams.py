@@ -34,11 +34,6 @@ class Rows:
         """{"rows": (N, d)} float32 on the CPU."""
         return {"rows": torch.cat(self.parts)}
 
-    @staticmethod
-    def whole(tensors: Mapping[str, Tensor], count: int) -> bool:
-        """Are these the tensors of `count` images?"""
-        return {name: (x.ndim, len(x)) for name, x in tensors.items()} == {"rows": (2, count)}
-
 
 class Gaussian:
     """Mean and covariance, float64, by Chan's pairwise update; of d images or fewer their rows,
@@ -77,15 +72,6 @@ class Gaussian:
             return {"rows": torch.cat(self.few).float().cpu()}
         return {"mu": self.mean.cpu(), "sigma": (self.scatter / (self.folded - 1)).cpu()}
 
-    @staticmethod
-    def whole(tensors: Mapping[str, Tensor], count: int) -> bool:
-        """Are these the tensors of `count` images?"""
-        if "rows" in tensors:
-            return Rows.whole(tensors, count) and count <= tensors["rows"].shape[1]
-        shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-        width = shapes.get("mu", (0,))[:1]
-        return shapes == {"mu": width, "sigma": width * 2} and count > width[0]
-
 
 class Score:
     """Sums over each split of p = softmax(logits) and of sum_c p_c log p_c, all that the Inception
@@ -93,11 +79,11 @@ class Score:
     mean(sum_c p_c log p_c) - sum_c q_c log q_c."""
 
     def __init__(self, count: int):
-        order = np.random.RandomState(SHUFFLE_SEED).permutation(count)  # noqa: NPY002
+        order = np.random.RandomState(SHUFFLE_SEED).permutation(count)
         bounds = np.arange(IS_SPLITS + 1) * count // IS_SPLITS
         split = np.empty(count, dtype=np.int64)
         split[order] = np.repeat(np.arange(IS_SPLITS), np.diff(bounds))
-        self.split = F.one_hot(torch.from_numpy(split), IS_SPLITS).double()  # (N, splits)
+        self.split = torch.from_numpy(split)  # of each image
         self.seen = 0
         self.sums: Tensor | float = 0.0
         self.negentropies: Tensor | float = 0.0
@@ -106,19 +92,33 @@ class Score:
         """Take a batch of logits (B, C), which stay on their device."""
         log_p = widened(logits).log_softmax(1)
         p = log_p.exp()
-        members = self.split[self.seen : self.seen + len(p)].T.to(p.device)  # (splits, B)
+        split = self.split[self.seen : self.seen + len(p)].to(p.device, non_blocking=True)
+        members = F.one_hot(split, IS_SPLITS).to(p.dtype).T  # (splits, B)
         self.sums = self.sums + members @ p
         self.negentropies = self.negentropies + members @ (p * log_p).sum(1)
         self.seen += len(p)
 
     def tensors(self) -> dict[str, Tensor]:
         """{"scores": (splits,)} float64 on the CPU."""
-        sizes = self.split.sum(0)
+        sizes = self.split.bincount(minlength=IS_SPLITS)
         assert isinstance(self.sums, Tensor)
         assert isinstance(self.negentropies, Tensor)
         q = self.sums.cpu() / sizes[:, None]
         mean = self.negentropies.cpu() / sizes
         return {"scores": (mean - torch.xlogy(q, q).sum(1)).exp()}
+
+
+def whole(stream: str, tensors: Mapping[str, Tensor], count: int) -> bool:
+    """Are these the tensors that "rows" or "gaussian" gives of `count` images?"""
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    if not all(x.isfinite().all() for x in tensors.values()):
+        return False
+    if shapes.keys() == {"rows"} and len(shapes["rows"]) == 2:
+        rows, width = shapes["rows"]
+        return rows == count and (stream == "rows" or count <= width)
+    (width,) = shapes.get("mu") or (0,)
+    gaussian = shapes == {"mu": (width,), "sigma": (width, width)}
+    return stream == "gaussian" and gaussian and count > width
 
 
 STREAMS: dict[str, type[Rows | Gaussian | Score]] = {
