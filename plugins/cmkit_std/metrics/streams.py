@@ -116,9 +116,9 @@ def whole(stream: str, tensors: Mapping[str, Tensor], count: int) -> bool:
     if shapes.keys() == {"rows"} and len(shapes["rows"]) == 2:
         rows, width = shapes["rows"]
         return rows == count and (stream == "rows" or count <= width)
-    (width,) = shapes.get("mu") or (0,)
-    gaussian = shapes == {"mu": (width,), "sigma": (width, width)}
-    return stream == "gaussian" and gaussian and count > width
+    mu = shapes.get("mu", ())
+    gaussian = len(mu) == 1 and shapes == {"mu": mu, "sigma": mu * 2}
+    return stream == "gaussian" and gaussian and count > mu[0]
 
 
 STREAMS: dict[str, type[Rows | Gaussian | Score]] = {
