@@ -509,6 +509,7 @@ def test_copies_are_in_balls_of_radius_zero_and_nothing_else_is(monkeypatch):
     points = 1e3 + torch.randn(40, 2048)
     five_times = points.repeat(5, 1)
     near = points * (1 + 1e-4)
+    assert (manifold._distances(points, points, CPU).diagonal() == 0).all()
     assert manifold.precision_recall(points, five_times, 3, CPU)[0] == 1
     assert manifold.precision_recall(near, five_times, 3, CPU)[0] == 0
 
