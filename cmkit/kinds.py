@@ -37,7 +37,8 @@ class Reference:
 
     `images[i]` is (C, H, W) uint8; `fingerprint` changes whenever a pixel does. `statistics` are
     published Inception features, {"mu": (d,), "sigma": (d, d)} float64, of a larger set than
-    `images`: where they are, Frechet distances use them.
+    `images`, and "mu_s", "sigma_s" those of ADM's spatial features: where they are, Frechet
+    distances use them.
     """
 
     images: Images[Tensor]

@@ -15,3 +15,11 @@ torch.set_num_threads(1)
 def _no_stray_randomness():
     """Whoever draws from the global generator must not change what others see."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Features of references that a test stores are for this run of the tests only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import subprocess
@@ -14,11 +15,17 @@ import pytest
 import torch
 import torch_fidelity
 from cmkit_std.datasets.digits import Digits, digits
-from cmkit_std.metrics import digits_net, extract
+from cmkit_std.metrics import digits_net, extract, manifold, stored, streams
 from cmkit_std.metrics.digits_judge import DigitsJudge
-from cmkit_std.metrics.extract import Extractor, Features
-from cmkit_std.metrics.fidelity import Fidelity
+from cmkit_std.metrics.extract import Extractor, Want
+from cmkit_std.metrics.fidelity import PUBLIC, Fidelity, Weights
+from cmkit_std.metrics.frechet import frechet, frechet_of_few
+from cmkit_std.metrics.streams import IS_SPLITS, Gaussian, Score
+from PIL import Image
 from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from cmkit import (
     CheckpointError,
@@ -33,6 +40,15 @@ from cmkit import (
 CPU = torch.device("cpu")
 ALL = Fidelity(fid=True, isc=True, kid=True, precision_recall=True, kid_subset_size=100)
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+THEIRS = {
+    "fid": torch_fidelity.KEY_METRIC_FID,
+    "is_mean": torch_fidelity.KEY_METRIC_ISC_MEAN,
+    "is_std": torch_fidelity.KEY_METRIC_ISC_STD,
+    "kid_mean": torch_fidelity.KEY_METRIC_KID_MEAN,
+    "kid_std": torch_fidelity.KEY_METRIC_KID_STD,
+    "precision": torch_fidelity.KEY_METRIC_PRECISION,
+    "recall": torch_fidelity.KEY_METRIC_RECALL,
+}
 
 
 class Counted(torch.utils.data.Dataset):
@@ -86,6 +102,13 @@ def measured(metric, pictures: Tensor, reference: Tensor) -> dict[str, float]:
     return metric.measure(Counted(pictures), real(reference), CPU)
 
 
+def streamed(stream, features: Tensor, size: int) -> dict[str, Tensor]:
+    made = stream(len(features))
+    for batch in features.split(size):
+        made.add(batch)
+    return made.tensors()
+
+
 def noisy(pictures: Tensor, deviation: float) -> Tensor:
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
     return (pictures.float() + deviation * noise).round().clamp(0, 255).to(torch.uint8)
@@ -100,18 +123,9 @@ def test_numbers_are_those_of_torch_fidelity():
         **{"fid": True, "isc": True, "kid": True, "prc": True, "kid_subset_size": 100},
         **{"cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True},
     )
-    names = {
-        "fid": torch_fidelity.KEY_METRIC_FID,
-        "is_mean": torch_fidelity.KEY_METRIC_ISC_MEAN,
-        "is_std": torch_fidelity.KEY_METRIC_ISC_STD,
-        "kid_mean": torch_fidelity.KEY_METRIC_KID_MEAN,
-        "kid_std": torch_fidelity.KEY_METRIC_KID_STD,
-        "precision": torch_fidelity.KEY_METRIC_PRECISION,
-        "recall": torch_fidelity.KEY_METRIC_RECALL,
-    }
     ours = measured(ALL, fake, truth)
-    assert set(ours) == set(ALL.keys()) == set(names)
-    assert ours == pytest.approx({key: theirs[name] for key, name in names.items()}, rel=1e-5)
+    assert set(ours) == set(ALL.keys()) == set(THEIRS)
+    assert ours == pytest.approx({key: theirs[name] for key, name in THEIRS.items()}, rel=1e-5)
 
 
 def test_fid_of_two_gaussians_is_the_closed_form():
@@ -124,9 +138,8 @@ def test_fid_of_two_gaussians_is_the_closed_form():
         white = z @ np.linalg.inv(np.linalg.cholesky(np.cov(z, rowvar=False))).T
         drawn.append(torch.from_numpy(white * np.sqrt(variance) + mean))
     closed = 8 * 0.25 + ((np.sqrt(variances[0]) - np.sqrt(variances[1])) ** 2).sum()
-    toy = Extractor("toy", None, None)
-    fake, truth = (Features({"rgb": x}) for x in drawn)
-    assert Fidelity()._numbers(toy, fake, truth, None)["fid"] == pytest.approx(closed, rel=1e-9)
+    fake, truth = (streamed(Gaussian, x, 64) for x in drawn)
+    assert frechet(fake, truth) == pytest.approx(closed, rel=1e-9)
 
 
 def test_a_set_is_at_distance_zero_from_itself():
@@ -156,9 +169,10 @@ def test_numbers_do_not_depend_on_order_or_batch():
 
 
 def test_features_of_the_digits_have_full_rank_and_unit_scale():
+    want = Want("64", "rows")
     found = extract.features(
-        Extractor("cmkit-digits", None, None), ["64"], Counted(images("train")), CPU, 512
-    ).layers["64"]
+        Extractor("cmkit-digits", None, None), [want], Counted(images("train")), CPU, 512
+    )[want]["rows"]
     assert found.shape == (1442, 64)
     assert torch.linalg.eigvalsh(torch.cov(found.T.double())).min() > 1e-4
     assert found.mean(0).abs().max() < 1e-3
@@ -194,6 +208,7 @@ def test_only_keeps_the_number_and_drops_the_rest():
     assert ALL.only("fid").keys() == ("fid",)
     assert ALL.only("is_std").keys() == ("is_mean", "is_std")
     assert ALL.only("recall").keys() == ("precision", "recall")
+    assert Fidelity(sfid=True).only("sfid").keys() == ("sfid",)
     assert ALL.only("kid_mean").kid_subset_size == 100
     with pytest.raises(RecipeError, match="fid"):
         Fidelity().only("recall")
@@ -316,7 +331,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     vgg = Extractor("vgg16", str(tmp_path / "other.pth"), "0")
     with torch.device("meta"), pytest.raises(CheckpointError, match=r"other\.pth"):
-        extract.features(vgg, ["fc2"], Counted(torch.zeros(2, 3, 8, 8).byte()), CPU, 2)
+        extract.features(
+            vgg, [Want("fc2", "rows")], Counted(torch.zeros(2, 3, 8, 8).byte()), CPU, 2
+        )
 
 
 def test_a_download_that_fails_is_one_line(monkeypatch, tmp_path):
@@ -396,13 +413,354 @@ def test_check_digits_recipe_costs_little():
 
 @pytest.mark.parametrize("count", [2, 30, 64])
 def test_the_distance_of_few_images_is_that_of_the_full_matrices(count):
-    from cmkit_std.metrics.frechet import frechet_of_few
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
     rng = np.random.default_rng(0)
     few = rng.standard_normal((count, 64)) * np.linspace(0.1, 3, 64)
     many = torch.from_numpy(1 + rng.standard_normal((400, 64)) @ rng.standard_normal((64, 64)))
     real = fid_features_to_statistics(many)
     full = fid_statistics_to_metric(fid_features_to_statistics(torch.from_numpy(few)), real, False)
     (expected,) = full.values()
-    assert frechet_of_few(few, real) == pytest.approx(expected, rel=1e-5)
+    rows = {"rows": torch.from_numpy(few)}
+    assert frechet(rows, real) == pytest.approx(expected, rel=1e-5)
+    assert frechet(real, rows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_distance_of_two_small_sets_is_that_of_the_full_matrices():
+    rng = np.random.default_rng(0)
+    few, others = rng.standard_normal((20, 32)), 1 + 2 * rng.standard_normal((30, 32))
+    full = frechet_of_few(few, {"mu": others.mean(0), "sigma": np.cov(others, rowvar=False)})
+    assert frechet({"rows": few}, {"rows": others}) == pytest.approx(full, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 500])
+def test_streamed_mean_and_covariance_are_those_of_all_rows_however_far_from_zero(size):
+    rng = np.random.default_rng(0)
+    rows = 1e6 + rng.standard_normal((500, 8)) @ rng.standard_normal((8, 8))
+    found = streamed(Gaussian, torch.from_numpy(rows), size)
+    assert found["mu"].numpy() == pytest.approx(rows.mean(0), rel=1e-14)
+    assert found["sigma"].numpy() == pytest.approx(np.cov(rows, rowvar=False), rel=1e-7, abs=1e-8)
+
+
+@pytest.mark.parametrize(("count", "few"), [(5, True), (8, True), (9, False)])
+def test_rows_are_kept_only_while_they_take_less_room_than_their_covariance(count, few):
+    rows = torch.randn(count, 8)
+    found = streamed(Gaussian, rows, 2)
+    assert found.keys() == ({"rows"} if few else {"mu", "sigma"})
+    if few:
+        assert torch.equal(found["rows"], rows)
+
+
+@pytest.mark.parametrize(("stream", "bytes_an_image"), [(Gaussian, 0), (Score, 8)])
+def test_what_a_stream_holds_does_not_grow_with_the_features_it_has_seen(stream, bytes_an_image):
+    def after(count: int) -> int:
+        made = stream(count)
+        for batch in torch.randn(count, 16).split(32):
+            made.add(batch)
+        values = [x for v in vars(made).values() for x in (v if isinstance(v, list) else [v])]
+        return sum(x.nbytes for x in values if isinstance(x, Tensor))
+
+    assert after(640) - after(64) == bytes_an_image * (640 - 64)
+
+
+@pytest.mark.parametrize("count", [10, 37, 500])
+def test_the_streamed_inception_score_is_that_of_torch_fidelity(count):
+    logits = 5 * torch.randn(count, 12)
+    scores = streamed(Score, logits, 7)["scores"]
+    theirs = torch_fidelity.metric_isc.isc_features_to_metric(logits, IS_SPLITS)
+    found = scores.mean().item(), scores.std(correction=0).item()
+    assert found == pytest.approx(tuple(theirs.values()), rel=1e-12)
+
+
+def by_definition(samples: np.ndarray, real: np.ndarray, k: int) -> tuple[float, float]:
+    """Precision and recall, ball by ball."""
+
+    def inside(points, centres):
+        radii = []
+        for i, centre in enumerate(centres):
+            others = np.delete(centres, i, 0)
+            radii.append(np.sort(((others - centre) ** 2).sum(1))[k - 1])
+        near = [
+            any(((p - c) ** 2).sum() <= r for c, r in zip(centres, radii, strict=True))
+            for p in points
+        ]
+        return np.mean(near)
+
+    return inside(samples, real), inside(real, samples)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "copies"])
+def test_precision_and_recall_are_those_of_the_definition(monkeypatch, kind, k):
+    monkeypatch.setattr(manifold, "BLOCK", 7)
+    rng = np.random.default_rng(k)
+    samples, real = rng.standard_normal((30, 4)) + 1, rng.standard_normal((45, 4))
+    if kind == "ties":
+        samples, real = samples.round(), real.round()
+    if kind == "copies":  # balls of radius 0, which hold their own copies
+        real[:10], samples[:5] = real[0], real[0]
+    samples, real = samples.astype(np.float32), real.astype(np.float32)
+    expected = by_definition(samples.astype(np.float64), real.astype(np.float64), k)
+    found = manifold.precision_recall(torch.from_numpy(samples), torch.from_numpy(real), k, CPU)
+    assert found == expected
+    assert found[0] != found[1]
+
+
+def test_copies_are_in_balls_of_radius_zero_and_nothing_else_is(monkeypatch):
+    monkeypatch.setattr(manifold, "BLOCK", 33)
+    points = 1e3 + torch.randn(40, 2048)
+    five_times = points.repeat(5, 1)
+    near = points * (1 + 1e-4)
+    assert (manifold._distances(points, points, CPU).diagonal() == 0).all()
+    assert manifold.precision_recall(points, five_times, 3, CPU)[0] == 1
+    assert manifold.precision_recall(near, five_times, 3, CPU)[0] == 0
+
+
+class Shades(torch.utils.data.Dataset):
+    """Two sets of RGB pictures that differ, and among themselves."""
+
+    def __init__(self, seed: int, count: int = 12):
+        generator = torch.Generator().manual_seed(seed)
+        coarse = torch.rand(count, 3, 1 + seed, 1 + seed, generator=generator) * 255
+        fine = torch.randn(count, 3, 24, 20, generator=generator) * 20
+        smooth = torch.nn.functional.interpolate(coarse, size=(24, 20), mode="bilinear")
+        self.pictures, self.reads = (smooth + fine).clamp(0, 255).to(torch.uint8), 0
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.reads += 1
+        return self.pictures[index]
+
+    def save(self, folder: Path) -> str:
+        folder.mkdir()
+        for index, picture in enumerate(self.pictures):
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{index:03d}.png")
+        return str(folder)
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """A file of Inception weights with random content, of a scale that keeps signals alive."""
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+
+    class Unloaded(theirs.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            assert state == {}
+
+    generator = torch.Generator().manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
+        network = Unloaded("inception-v3-compat", ["2048"])
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.bias, std=0.2, generator=generator)
+            torch.nn.init.normal_(module.running_mean, std=0.2, generator=generator)
+    torch.nn.init.normal_(network.fc.weight, std=0.5, generator=generator)
+    file = tmp_path_factory.mktemp("inception") / INCEPTION
+    torch.save(network.state_dict(), file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def shades(inception):
+    """(samples, real pictures, all metrics, their numbers) with these weights, in one pass each."""
+    fake, real = Shades(1), Shades(2)
+    metric = Fidelity(
+        **{"fid": True, "sfid": True, "isc": True, "kid": True, "precision_recall": True},
+        **{"kid_subset_size": 10, "weights": str(inception), "batch": 5},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        trust(patch, inception)
+        found = metric.measure(fake, Reference(real, "shades"), CPU)
+    assert (fake.reads, real.reads) == (len(fake) + 1, len(real))  # one more for their shape
+    return fake, real, metric, found
+
+
+def trust(patch: pytest.MonkeyPatch, file: Path) -> None:
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    patch.setitem(PUBLIC, "inception-v3-compat", Weights(file.name, "example.org", digest))
+
+
+def spatial_by_hand(file: Path, pictures: Tensor) -> Tensor:
+    """`mixed_6/conv:0` of ADM's evaluator, written out: (N, 17 * 17 * 7), channels last."""
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(file))
+    x = interpolate_bilinear_2d_like_tensorflow1x(pictures.float(), (299, 299), align_corners=False)
+    blocks = [name for name, _ in network.named_children()]
+    mixed = [name for name in blocks if name.startswith("Mixed")]
+    with torch.inference_mode():
+        x = (x - 128) / 128
+        for name in blocks[: blocks.index(mixed[6])]:
+            x = getattr(network, name)(x)
+        layer = getattr(network, mixed[6]).branch1x1
+        x = layer.bn(layer.conv(x)).clamp(min=0)
+    return torch.stack([x[:, c, h, w] for h in range(17) for w in range(17) for c in range(7)], 1)
+
+
+def test_numbers_of_two_folders_are_those_of_torch_fidelity(shades, inception, tmp_path):
+    fake, real, metric, ours = shades
+    assert tuple(ours) == metric.keys()
+    theirs = torch_fidelity.calculate_metrics(
+        input1=fake.save(tmp_path / "fake"),
+        input2=real.save(tmp_path / "real"),
+        feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(inception),
+        **{"fid": True, "isc": True, "kid": True, "prc": True, "kid_subset_size": 10},
+        **{"cuda": False, "cache": False, "verbose": False, "save_cpu_ram": True},
+    )
+    assert {key: ours[key] for key in THEIRS} == pytest.approx(
+        {key: theirs[name] for key, name in THEIRS.items()}, rel=1e-4
+    )
+
+
+def test_spatial_features_are_those_of_adms_evaluator(shades, inception):
+    few = shades[0].pictures[:3]
+    want = Want("spatial", "rows")
+    network = Extractor("inception-v3-compat", str(inception), None)
+    found = extract.features(network, [want], Counted(few), CPU, 2)[want]["rows"]
+    expected = spatial_by_hand(inception, few)
+    assert expected.shape == (3, 2023)
+    assert (expected == 0).any()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_published_spatial_statistics_stand_for_the_images(shades, inception, monkeypatch):
+    fake, real, metric, numbers = shades
+    trust(monkeypatch, inception)
+    want, alone = Want("spatial", "gaussian"), metric.only("sfid")
+    assert alone.keys() == ("sfid",)
+    extractor = alone._extractor(3, 24)
+    kept = extract.reference_features(extractor, [want], Reference(real, "shades"), CPU, 5)
+    rows = kept[want]["rows"].numpy()
+    assert real.reads == len(real)
+    statistics = {"mu_s": rows.mean(0), "sigma_s": np.cov(rows, rowvar=False)}
+    nothing = Counted(torch.zeros(0, 3, 24, 20, dtype=torch.uint8))
+    found = alone.measure(fake, Reference(nothing, "npz", statistics), CPU)
+    assert found == pytest.approx({"sfid": numbers["sfid"]}, rel=1e-4)
+    assert alone.provenance()["compared_with"] == "sfid: published statistics"
+    with pytest.raises(DataError, match=r"0 reference images.*mu_s and sigma_s"):
+        alone.measure(fake, Reference(nothing, "npz", {"mu": 0, "sigma": 0}), CPU)
+
+
+def test_spatial_features_are_refused_where_the_extractor_has_none():
+    for metric in (Fidelity(sfid=True), Fidelity(sfid=True, extractor="vgg16")):
+        with pytest.raises(RecipeError, match=r"fidelity.sfid.*inception-v3-compat"):
+            metric.check(DataSpec(1, 8), 1000)
+
+
+@pytest.fixture
+def disk(monkeypatch, tmp_path):
+    """An empty folder of stored features, and a process that remembers none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    extract._references.clear()
+    return tmp_path / "cmkit" / "features"
+
+
+def test_a_second_process_reads_no_real_image(disk):
+    fake, real = images("test"), Counted(images("train")[:500])
+    first = ALL.measure(Counted(fake), Reference(real, "stored"), CPU)
+    assert real.reads == len(real)
+    extract._references.clear()
+    assert ALL.measure(Counted(fake), Reference(real, "stored"), CPU) == first
+    assert real.reads == len(real)
+    extract._references.clear()
+    ALL.measure(Counted(fake), Reference(real, "another"), CPU)
+    assert real.reads == 2 * len(real)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-99] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped": flip,
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-100]),
+    "empty": lambda file: file.write_bytes(b""),
+    "fifo": lambda file: (file.unlink(), os.mkfifo(file)),
+    "shape": lambda file: stored.save(file.stem, {"rows": torch.zeros(3, 64)}),
+}
+
+
+@pytest.mark.parametrize("fault", sorted(DAMAGE))
+def test_damaged_features_are_made_anew(disk, fault):
+    reference = Reference(Counted(images("train")[:500]), "damaged")
+    first = Fidelity().measure(Counted(images("test")), reference, CPU)
+    (file,) = disk.iterdir()
+    whole = file.read_bytes()
+    DAMAGE[fault](file)
+    extract._references.clear()
+    assert Fidelity().measure(Counted(images("test")), reference, CPU) == first
+    assert reference.images.reads == 2 * len(reference.images)
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("width", [63, 2048])
+def test_statistics_of_other_features_are_refused_before_any_work(width):
+    fake, odd = Counted(images("test")), {"mu": np.zeros(width), "sigma": np.eye(width)}
+    for statistics in (odd, {**odd, "sigma": np.eye(64)}, {**odd, "mu": np.zeros(64)}):
+        with pytest.raises(DataError, match=r"fidelity\.fid: .*cmkit-digits gives 64"):
+            Fidelity().measure(fake, Reference(Counted(images("test")), "odd", statistics), CPU)
+    assert fake.reads == 3
+
+
+@pytest.mark.parametrize("stream", ["rows", "gaussian"])
+def test_stored_tensors_of_another_shape_are_not_taken(stream):
+    rows, few = torch.zeros(9, 4), torch.zeros(3, 4)
+    gaussian = {"mu": torch.zeros(4), "sigma": torch.eye(4)}
+    whole = streams.whole
+    assert whole("rows", {"rows": rows}, 9)
+    assert whole("gaussian", gaussian, 9)
+    assert whole("gaussian", {"rows": few}, 3)
+    for tensors, count in [
+        ({"rows": rows}, 8),
+        ({"rows": rows[0]}, 4),
+        ({"rows": rows, "mu": rows}, 9),
+        ({"rows": rows / 0}, 9),
+        ({"mu": rows, "sigma": rows}, 9),
+        ({"mu": rows[0], "sigma": rows}, 9),
+        ({"mu": rows[0]}, 9),
+        (gaussian, 4),
+        ({}, 9),
+    ]:
+        assert not whole(stream, tensors, count)
+    assert not whole("rows", gaussian, 9)
+    assert not whole("gaussian", {"rows": rows}, 9)
+
+
+def test_what_is_stored_is_named_by_all_that_it_follows_from():
+    first = ("pixels", "inception-v3-compat", "weights", CPU, "2048", "rows")
+    other = ("Pixels", "vgg16", "Weights", torch.device("cuda", 1), "768", "gaussian")
+    names = {stored.name(*first)}
+    for place, value in enumerate(other):
+        changed = [*first]
+        changed[place] = value
+        names.add(stored.name(*changed))
+    assert len(names) == 1 + len(other)
+
+
+def test_features_of_weights_that_nobody_knows_are_not_stored(disk):
+    Fidelity(extractor="toy").measure(Counted(images("test")), real(images("train")), CPU)
+    assert not disk.exists()
+
+
+def test_a_disk_that_takes_nothing_costs_no_number(disk):
+    disk.parent.write_text("in the way")
+    assert measured(Fidelity(), images("test"), images("train"))["fid"] > 0
+    assert stored.load("anything") is None
+
+
+def test_stored_features_are_bounded_and_the_least_used_go_first(disk, monkeypatch):
+    monkeypatch.setattr(stored, "MAX_BYTES", 3 * 4500)
+    tensors = {"rows": torch.zeros(1000)}
+    for age, name in enumerate("abc"):
+        stored.save(name, tensors)
+        os.utime(disk / f"{name}.safetensors", (age, age))
+    assert stored.load("a").keys() == {"rows"}
+    stored.save("d", tensors)
+    assert {file.stem for file in disk.iterdir()} == {"a", "c", "d"}
+    monkeypatch.setattr(stored, "MAX_BYTES", 1)
+    stored.save("e", tensors)
+    assert {file.stem for file in disk.iterdir()} == {"e"}

@@ -8,7 +8,7 @@ import torch
 from cmkit_std.datasets.digits import Digits, digits
 from cmkit_std.datasets.image_folder import ImageFolder
 from cmkit_std.datasets.reference_npz import check, read
-from cmkit_std.metrics.extract import Extractor, features
+from cmkit_std.metrics.extract import Extractor, Want, features
 from cmkit_std.metrics.fidelity import Fidelity
 
 from cmkit import DataError
@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 def published(tmp_path_factory):
     """The digits' training split as guided-diffusion would publish it."""
     reference = Digits().reference()
-    gaussian = features(
-        Extractor("cmkit-digits", None, None), ["64"], reference.images, CPU, 64
-    ).gaussian("64")
+    want = Want("64", "gaussian")
+    digits_net = Extractor("cmkit-digits", None, None)
+    gaussian = features(digits_net, [want], reference.images, CPU, 64)[want]
     images = digits("train")[0].transpose(0, 2, 3, 1)
     path = tmp_path_factory.mktemp("published") / "VIRTUAL_digits.npz"
     np.savez(path, mu=gaussian["mu"], sigma=gaussian["sigma"], arr_0=images)
@@ -75,7 +75,18 @@ def test_statistics_of_another_network_are_refused(tmp_path):
         ),
         ({"mu": np.zeros(4), "sigma": np.eye(4), "arr_0": np.zeros((2, 8, 8, 1))}, "arr_0"),
         ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "NaN or infinity"),
-        ({"mu": np.array([None] * 4), "sigma": np.eye(4)}, "mu"),
+        ({"mu": np.array([None] * 4), "sigma": np.eye(4)}, "not mu"),
+        ({"mu": np.array(["a"] * 4), "sigma": np.eye(4)}, "not mu"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4, dtype=complex)}, "not mu"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "not mu"),
+        ({"mu": np.zeros(4), "sigma": np.tri(4)}, "sigma is not symmetric"),
+        ({"mu": np.zeros(4), "sigma": -np.eye(4)}, "diagonal of variances"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3)}, "not mu_s"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "sigma_s": np.eye(3)}, "not mu_s"),
+        (
+            {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3), "sigma_s": np.tri(3)},
+            "sigma_s is not symmetric",
+        ),
     ],
 )
 def test_a_file_that_is_no_reference_is_refused(tmp_path, arrays, said):
@@ -84,6 +95,34 @@ def test_a_file_that_is_no_reference_is_refused(tmp_path, arrays, said):
     with pytest.raises(DataError, match=said) as caught:
         read(path, 1)
     assert "odd.npz" in str(caught.value)
+
+
+def npy(shape, extra: str = "0") -> bytes:
+    """A header of float64 of a shape, and 16 bytes of data."""
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, 'x': {extra}}}"
+    header = header.replace(", 'x': 0", "").encode() + b"\n"
+    return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + bytes(16)
+
+
+def test_spatial_statistics_are_passed_on_where_there_are_some(published, tmp_path):
+    assert read(published, 1).statistics.keys() == {"mu", "sigma"}
+    with np.load(published) as arrays:
+        spatial = {"mu_s": np.arange(3.0), "sigma_s": np.diag([1.0, 2, 3])}
+        np.savez(tmp_path / "adm.npz", **arrays, **spatial)
+    found = read(tmp_path / "adm.npz", 1).statistics
+    assert found.keys() == {"mu", "sigma", "mu_s", "sigma_s"}
+    assert np.array_equal(found["mu_s"], spatial["mu_s"])
+    assert np.array_equal(found["sigma_s"], spatial["sigma_s"])
+
+
+def test_statistics_and_images_each_serve_their_numbers(published):
+    samples = Digits(split="test").reference().images
+    metric = Fidelity(fid=True, precision_recall=True)
+    metric.measure(samples, read(published, 1), CPU)
+    count = len(digits("train")[0])
+    assert metric.provenance()["compared_with"] == (
+        f"fid: published statistics; precision_recall: {count} images"
+    )
 
 
 def test_a_damaged_or_swollen_file_is_refused(published, tmp_path):
@@ -98,6 +137,17 @@ def test_a_damaged_or_swollen_file_is_refused(published, tmp_path):
     path.write_bytes(data)
     with pytest.raises(DataError, match="damaged"):
         read(path, 1).images[0]
+    for content in (npy((10**15,)), npy((-1,)), npy((2,), "-" * 5000 + "8"), b"\x93NUMPY"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("mu.npy", content)
+        with pytest.raises(DataError, match="not a whole"):
+            check(path, 1)
+    locked = bytearray(published.read_bytes())
+    for start in (locked.index(b"PK\3\4") + 6, locked.index(b"PK\1\2") + 8):
+        locked[start] |= 1  # the bit of encrypted members
+    path.write_bytes(locked)
+    with pytest.raises(DataError, match="not a whole"):
+        check(path, 1)
     bomb = tmp_path / "bomb.npz"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("mu.npy", bytes(2**26))
@@ -116,5 +166,9 @@ def test_an_image_folder_measures_against_its_published_reference(published, tmp
     reference = dataset.reference()
     assert len(reference.images) == len(digits("train")[0])
     assert reference.statistics["mu"].shape == (64,)
+    odd = published.with_name("odd.npz")
+    np.savez(odd, mu=np.zeros(4), sigma=np.tri(4))
+    with pytest.raises(DataError, match=r"odd\.npz: sigma is not symmetric"):
+        ImageFolder(path=str(tmp_path), resolution=8, reference_npz=str(odd)).spec()
     with pytest.raises(DataError, match=r"none\.npz"):
         ImageFolder(path=str(tmp_path), resolution=8, reference_npz="none.npz").spec()

@@ -107,7 +107,7 @@ def cmkit_register() -> list[Plugin]:
             "metric",
             "fidelity",
             "cmkit_std.metrics.fidelity:Fidelity",
-            "FID, Inception score, KID, precision and recall, by torch-fidelity",
+            "FID, sFID, Inception score, KID, precision and recall",
             cite=FIDELITY,
         ),
         Plugin(

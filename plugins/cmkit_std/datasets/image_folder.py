@@ -65,7 +65,7 @@ class ImageFolder(Dataset):
         if self.reference_npz:
             from cmkit_std.datasets import reference_npz
 
-            reference_npz.check(Path(self.reference_npz).expanduser(), self.channels)
+            reference_npz.statistics(Path(self.reference_npz).expanduser(), self.channels)
         return DataSpec(self.channels, self.resolution, classes if self.labels else None)
 
     def batches(

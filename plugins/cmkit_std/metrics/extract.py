@@ -5,22 +5,26 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from torch_fidelity import FeatureExtractorBase
-from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit import CheckpointError, DataError, DownloadError, NonFiniteError, Reference
+from cmkit_std.metrics import stored
 from cmkit_std.metrics.digits_net import EXTRACTOR
+from cmkit_std.metrics.streams import STREAMS, whole
 
 KEPT_REFERENCES = 2
+SPATIAL = "spatial"
+SPATIAL_CHANNELS = 7
+BEHIND_SPATIAL = "768"
+"""The first layer of torch-fidelity's Inception that lies behind the spatial features."""
 
 
 @dataclass(frozen=True)
@@ -32,30 +36,31 @@ class Extractor:
     sha256: str | None
 
     def layer(self, metric: str) -> str:
-        """The features that torch-fidelity takes for `metric`: "isc", "fid", "kid" or "prc"."""
+        """The features that torch-fidelity takes for `metric`: "isc", "fid", "kid" or "prc"; for
+        "sfid" those that ADM's evaluator takes."""
         network = FEATURE_EXTRACTORS_REGISTRY[self.name]
-        return network.get_default_feature_layer_for_metric(metric)
+        return SPATIAL if metric == "sfid" else network.get_default_feature_layer_for_metric(metric)
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features of one set of images, (N, d) float32 on the CPU a layer."""
+class Want(NamedTuple):
+    """A layer of an extractor, and what to keep of it: a key of `STREAMS`."""
 
-    layers: dict[str, Tensor]
-    gaussians: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-
-    def gaussian(self, layer: str) -> dict[str, np.ndarray]:
-        """{"mu": (d,), "sigma": (d, d)} of a layer, by torch-fidelity; computed once."""
-        if layer not in self.gaussians:
-            self.gaussians[layer] = fid_features_to_statistics(self.layers[layer])
-        return self.gaussians[layer]
+    layer: str
+    stream: str
 
 
-def batches(images: TorchDataset[Tensor], size: int, place: str) -> Iterator[Tensor]:
+Features = dict[Want, dict[str, Tensor]]
+"""Tensors of each stream, on the CPU."""
+
+
+def batches(
+    images: TorchDataset[Tensor], size: int, place: str, pin: bool = False
+) -> Iterator[Tensor]:
     """Batches (B, C, H, W) of images[0], images[1], ..; DataError unless they are uint8."""
     loader = DataLoader(
         images,
         batch_size=size,
+        pin_memory=pin,
         generator=torch.Generator(),  # else torch draws from its global generator
     )
     empty = True
@@ -73,27 +78,37 @@ def batches(images: TorchDataset[Tensor], size: int, place: str) -> Iterator[Ten
 
 def features(
     extractor: Extractor,
-    layers: Sequence[str],
+    wanted: Collection[Want],
     images: TorchDataset[Tensor],
     device: torch.device,
     size: int,
 ) -> Features:
-    """Features of every image, in order; a single grey channel is repeated for RGB networks."""
-    network = _network(extractor, tuple(layers), device)
-    found: list[tuple[Tensor, ...]] = []
+    """What `wanted` asks for of every image, in one pass and in order; a single grey channel is
+    repeated for RGB networks."""
+    network = _network(extractor, frozenset(want.layer for want in wanted), device)
+    count = len(images)  # type: ignore[arg-type]
+    streams = {want: STREAMS[want.stream](count) for want in sorted(wanted)}
+    place = f"metric extractor {extractor.name}"
     with torch.inference_mode():
-        for batch in batches(images, size, f"metric extractor {extractor.name}"):
-            batch = _fit(batch, extractor.name).to(device)
-            found.append(tuple(part.cpu() for part in network(batch)))
-    columns = zip(*found, strict=True)
-    joined = {layer: torch.cat(part) for layer, part in zip(layers, columns, strict=True)}
-    for layer, values in joined.items():
-        if not values.isfinite().all():
+        for batch in batches(images, size, place, pin=device.type == "cuda"):
+            found = network(_fit(batch.to(device, non_blocking=True), extractor.name))
+            for want, stream in streams.items():
+                stream.add(found[want.layer])
+    joined = {want: stream.tensors() for want, stream in streams.items()}
+    for want, tensors in joined.items():
+        if not all(values.isfinite().all() for values in tensors.values()):
             raise NonFiniteError(
-                f"extractor {extractor.name}: features {layer!r} hold NaN or infinity; are"
+                f"extractor {extractor.name}: features {want.layer!r} hold NaN or infinity; are"
                 f" {extractor.weights or 'its weights'} whole?"
             )
-    return Features(joined)
+    return joined
+
+
+def width(extractor: Extractor, layer: str, image: Tensor, device: torch.device) -> int:
+    """How many features `layer` gives of `image` (C, H, W)."""
+    network = _network(extractor, frozenset([layer]), device)
+    with torch.inference_mode():
+        return int(network(_fit(image[None].to(device), extractor.name))[layer].shape[1])
 
 
 _references: OrderedDict[tuple[object, ...], Features] = OrderedDict()
@@ -101,19 +116,32 @@ _references: OrderedDict[tuple[object, ...], Features] = OrderedDict()
 
 def reference_features(
     extractor: Extractor,
-    layers: Sequence[str],
+    wanted: Collection[Want],
     reference: Reference,
     device: torch.device,
     size: int,
 ) -> Features:
-    """`features` of the real images, kept in memory for the next set of samples."""
-    key = (reference.fingerprint, extractor, tuple(layers))
-    if key not in _references:
-        _references[key] = features(extractor, layers, reference.images, device, size)
-        while len(_references) > KEPT_REFERENCES:
-            _references.popitem(last=False)
-    _references.move_to_end(key)
-    return _references[key]
+    """`features` of the real images, kept in memory for the next set of samples, and on disk for
+    the next process (see `stored`) where the extractor's weights are known by their SHA-256."""
+    held = _references.setdefault((reference.fingerprint, extractor, device.type), {})
+    _references.move_to_end((reference.fingerprint, extractor, device.type))
+    while len(_references) > KEPT_REFERENCES:
+        _references.popitem(last=False)
+    count = len(reference.images)
+    names = {
+        want: stored.name(reference.fingerprint, extractor.name, extractor.sha256, device, *want)
+        for want in wanted
+        if extractor.sha256 and want not in held
+    }
+    for want, name in names.items():
+        tensors = stored.load(name)
+        if tensors and whole(want.stream, tensors, count):
+            held[want] = tensors
+    if missing := set(wanted) - set(held):
+        held |= features(extractor, missing, reference.images, device, size)
+        for want in missing & set(names):
+            stored.save(names[want], held[want])
+    return {want: held[want] for want in wanted}
 
 
 def download(url: str, file: str, sha256: str) -> None:
@@ -140,13 +168,15 @@ def _fit(batch: Tensor, name: str) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def _network(
-    extractor: Extractor, layers: tuple[str, ...], device: torch.device
-) -> FeatureExtractorBase:
+    extractor: Extractor, layers: frozenset[str], device: torch.device
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """uint8 images (B, C, H, W) -> {layer: (B, d)}, one forward pass."""
+    asked = sorted(layers - {SPATIAL}) or [BEHIND_SPATIAL]
     try:
         with torch.random.fork_rng(devices=[]):
             network = FEATURE_EXTRACTORS_REGISTRY[extractor.name](
                 extractor.name,
-                list(layers),
+                asked,
                 feature_extractor_weights_path=extractor.weights,
                 verbose=False,
             )
@@ -155,4 +185,26 @@ def _network(
             f"{extractor.weights}: not the weights of {extractor.name}"
             f" ({str(error).splitlines()[0]}); see metric.weights"
         ) from error
-    return network.requires_grad_(False).eval().to(device)
+    network.requires_grad_(False).eval().to(device)
+    seen: dict[str, Tensor] = {}
+    if SPATIAL in layers:
+        network.Mixed_6d.branch1x1.register_forward_hook(
+            lambda module, inputs, found: seen.update({SPATIAL: spatial(found)})
+        )
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        return {**dict(zip(asked, network(images), strict=True)), **seen}
+
+    return run
+
+
+def spatial(found: Tensor) -> Tensor:
+    """The features of sFID, (B, 17 * 17 * 7), of what Mixed_6d.branch1x1 gives, (B, 192, 17, 17).
+
+    ADM's evaluator takes `mixed_6/conv:0` of the 2015 graph, its first 7 channels, channels last.
+    In that graph the blocks are mixed, mixed_1, .. mixed_10, in torch-fidelity's network Mixed_5b,
+    5c, .. 7c: mixed_6 is the seventh, Mixed_6d, and `conv` its 1x1 branch. The node named `conv` is
+    the end of that layer, after batch normalisation (`conv/batchnorm`) and ReLU, as in OpenAI's own
+    port to torch (consistency_models, evaluations/inception_v3.py).
+    """
+    return found[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()

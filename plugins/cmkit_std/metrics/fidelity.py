@@ -1,5 +1,5 @@
-"""FID, Inception score, KID, precision and recall, by the formulas of torch-fidelity (Obukhov et
-al., 2020) on features that cmkit extracts itself."""
+"""FID, sFID, Inception score, KID, precision and recall, as torch-fidelity (Obukhov et al., 2020)
+and ADM's evaluator (Dhariwal and Nichol, 2021) define them, on features that cmkit extracts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset as Images
 
-    from cmkit_std.metrics.extract import Extractor, Features
+    from cmkit_std.metrics.extract import Extractor, Features, Want
 
 
 class Weights(NamedTuple):
@@ -38,8 +38,9 @@ class Weights(NamedTuple):
 
 
 DIGITS = "cmkit-digits"
+INCEPTION = "inception-v3-compat"
 PUBLIC = {
-    "inception-v3-compat": Weights(
+    INCEPTION: Weights(
         "weights-inception-2015-12-05-6726825d.pth",
         "github.com/toshas/torch-fidelity/releases/download/v0.2.0",
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
@@ -52,12 +53,21 @@ PUBLIC = {
 }
 NUMBERS = {
     "fid": ("fid",),
+    "sfid": ("sfid",),
     "isc": ("is_mean", "is_std"),
     "kid": ("kid_mean", "kid_std"),
     "precision_recall": ("precision", "recall"),
 }
-COMPARED = ("fid", "kid", "prc")
-"""torch-fidelity's names of the metrics that look at real images."""
+WANTED = {
+    "fid": ("fid", "gaussian"),
+    "sfid": ("sfid", "gaussian"),
+    "isc": ("isc", "score"),
+    "kid": ("kid", "rows"),
+    "precision_recall": ("prc", "rows"),
+}
+"""torch-fidelity's name of the metric, which decides the layer, and what is kept of a layer."""
+PUBLISHED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
+"""Names of the statistics in a reference that stand for its images."""
 IS_SPLITS = 10
 NEIGHBOURS = 3
 
@@ -68,16 +78,24 @@ class Fidelity(Metric):
     Small grey images (one channel, at most 16x16) are seen by a digit classifier that cmkit ships:
     such numbers compare with each other, never with a paper. All others need the Inception weights
     of torch-fidelity, a grey channel repeated three times: literature-equal FID.
+
+    Published statistics of a reference decide "fid" and "sfid", its images all else (ADM's files
+    hold both, and 10,000 images). Features are kept only by KID, precision and recall. Those of a
+    reference are stored in `$XDG_CACHE_HOME/cmkit/features` (by default below ~/.cache), at most
+    4 GiB, by what they follow from; the folder may be deleted at any time.
     """
 
     fid: bool = True
     """Frechet distance: number "fid"."""
+    sfid: bool = False
+    """Frechet distance of spatial features, 7 channels of Inception's mixed_6: number "sfid"."""
     isc: bool = False
     """Inception score in 10 splits: "is_mean", "is_std"."""
     kid: bool = False
     """Kernel distance over 100 subsets: "kid_mean", "kid_std"."""
     precision_recall: bool = False
-    """Precision and recall with 3 neighbours: "precision", "recall"."""
+    """Precision and recall with 3 neighbours, one definition in ADM's evaluator and in
+    torch-fidelity: "precision", "recall"."""
     extractor: str = "auto"
     """"auto", or any extractor that torch-fidelity knows: "cmkit-digits", "inception-v3-compat"."""
     weights: str | None = None
@@ -90,6 +108,7 @@ class Fidelity(Metric):
     """Images in a subset of KID; neither set of images may be smaller."""
 
     _used: Extractor | None = PrivateAttr(None)
+    _compared: str | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _something(self) -> Fidelity:
@@ -116,7 +135,7 @@ class Fidelity(Metric):
         DataError when the extractor is unfit for `data` or `images` are too few, RecipeError when
         nobody knows it.
         """
-        self._enough(images, "samples")
+        self._enough(images, "samples", self._wanted())
         self._extractor(data.channels, data.resolution)
 
     def measure(
@@ -124,28 +143,45 @@ class Fidelity(Metric):
     ) -> dict[str, float]:
         """The numbers that are switched on, for images[i] (C, H, W) uint8.
 
-        Raises DataError for too few images and NonFiniteError for a number that is none.
+        Raises DataError for too few images or statistics of other features, and NonFiniteError for
+        a number that is none.
         """
         from cmkit_std.metrics.extract import features, reference_features
 
-        self._enough(len(images), "samples")  # type: ignore[arg-type]
-        given = reference.statistics if self.fid else None
-        with_images = self.model_copy(update={"fid": False}) if given else self
-        with_images._enough(len(reference.images), "reference images")  # type: ignore[arg-type]
-        channels, _, resolution = images[0].shape
+        flags = self._wanted()
+        given = _published(reference)
+        seen = [flag for flag in flags if flag != "isc" and flag not in given]
+        self._enough(len(images), "samples", flags)  # type: ignore[arg-type]
+        self._enough(len(reference.images), "reference images", seen)  # type: ignore[arg-type]
+        first = images[0]
+        channels, _, resolution = first.shape
         extractor = self._extractor(channels, resolution)
-        compared = sorted({extractor.layer(m) for m in COMPARED if self._compares(m)})
-        scored = {extractor.layer("isc")} if self.isc else set()
-        fake = features(extractor, sorted({*compared, *scored}), images, device, self.batch)
-        real = None
-        seen = sorted({extractor.layer(m) for m in COMPARED if with_images._compares(m)})
+        wants = {flag: self._want(extractor, flag) for flag in flags}
+        for flag in set(given) & set(flags):
+            _fits(flag, given[flag], extractor, wants[flag].layer, first, device)
+        ours = features(extractor, set(wants.values()), images, device, self.batch)
+        theirs: Features = {}
         if seen:
-            real = reference_features(extractor, seen, reference, device, self.batch)
-        numbers = self._numbers(extractor, fake, real, given)
+            wanted = {wants[flag] for flag in seen}
+            theirs = reference_features(extractor, wanted, reference, device, self.batch)
+        numbers: dict[str, float] = {}
+        for flag, want in wants.items():
+            real = given.get(flag) or theirs.get(want, {})
+            values = self._values(flag, ours[want], real, device)
+            numbers |= dict(zip(NUMBERS[flag], values, strict=True))
         for key, value in numbers.items():
             if not math.isfinite(value):
                 raise NonFiniteError(f"metric {key} = {value}; look at the samples and the weights")
-        return {key: numbers[key] for key in self.keys()}
+        published = [flag for flag in flags if flag in given]
+        self._compared = "; ".join(
+            f"{', '.join(names)}: {what}"
+            for names, what in (
+                (published, "published statistics"),
+                (seen, f"{len(reference.images)} images"),  # type: ignore[arg-type]
+            )
+            if names
+        )
+        return numbers
 
     def provenance(self) -> dict[str, Any]:
         """The extractor, its weights, how it resizes, and torch-fidelity's version.
@@ -161,6 +197,7 @@ class Fidelity(Metric):
             "weights_sha256": self._used.sha256 if self._used else None,
             "resize": "area to 8x8, none if 8x8" if shipped else f"inside {name}, from full size",
             "torch_fidelity": version("torch-fidelity"),
+            **({"compared_with": self._compared} if self._compared else {}),
             **({"kid_subset_size": self.kid_subset_size} if self.kid else {}),
             **({"neighbours": NEIGHBOURS} if self.precision_recall else {}),
         }
@@ -168,77 +205,71 @@ class Fidelity(Metric):
     def _wanted(self) -> list[str]:
         return [flag for flag in NUMBERS if getattr(self, flag)]
 
-    def _compares(self, metric: str) -> bool:
-        return {"fid": self.fid, "kid": self.kid, "prc": self.precision_recall}[metric]
+    @staticmethod
+    def _want(extractor: Extractor, flag: str) -> Want:
+        from cmkit_std.metrics.extract import Want
 
-    def _numbers(
-        self,
-        extractor: Extractor,
-        fake: Features,
-        real: Features | None,
-        given: Mapping[str, Any] | None,
-    ) -> dict[str, float]:
-        from torch_fidelity import metric_isc, metric_kid, metric_prc
+        metric, stream = WANTED[flag]
+        return Want(extractor.layer(metric), stream)
 
-        numbers: dict[str, float] = {}
-        if self.isc:
-            logits = fake.layers[extractor.layer("isc")]
-            found = metric_isc.isc_features_to_metric(logits, splits=IS_SPLITS)
-            numbers["is_mean"] = found[metric_isc.KEY_METRIC_ISC_MEAN]
-            numbers["is_std"] = found[metric_isc.KEY_METRIC_ISC_STD]
-        if self.fid:
-            layer = extractor.layer("fid")
-            theirs = given or (real.gaussian(layer) if real else {})
-            numbers["fid"] = _fid(fake, layer, theirs, extractor.name)
-        if real is None:
-            return numbers
-        if self.kid:
-            layer = extractor.layer("kid")
+    def _values(
+        self, flag: str, ours: Mapping[str, Tensor], real: Mapping[str, Any], device: torch.device
+    ) -> tuple[float, ...]:
+        """The numbers of a flag, of what was kept of the samples' and of the real features."""
+        from torch_fidelity import metric_kid
+
+        from cmkit_std.metrics.frechet import frechet
+        from cmkit_std.metrics.manifold import precision_recall
+
+        if flag == "isc":
+            scores = ours["scores"]
+            return scores.mean().item(), scores.std(correction=0).item()
+        if flag == "precision_recall":
+            return precision_recall(ours["rows"], real["rows"], NEIGHBOURS, device)
+        if flag == "kid":
+            size = self.kid_subset_size
             found = metric_kid.kid_features_to_metric(
-                fake.layers[layer],
-                real.layers[layer],
-                kid_subset_size=self.kid_subset_size,
-                verbose=False,
+                ours["rows"], real["rows"], kid_subset_size=size, verbose=False
             )
-            numbers["kid_mean"] = found[metric_kid.KEY_METRIC_KID_MEAN]
-            numbers["kid_std"] = found[metric_kid.KEY_METRIC_KID_STD]
-        if self.precision_recall:
-            layer = extractor.layer("prc")
-            found = metric_prc.prc_features_to_metric(
-                fake.layers[layer],
-                real.layers[layer],
-                prc_neighborhood=NEIGHBOURS,
-                save_cpu_ram=True,
-                verbose=False,
-            )
-            numbers["precision"] = found[metric_prc.KEY_METRIC_PRECISION]
-            numbers["recall"] = found[metric_prc.KEY_METRIC_RECALL]
-        return numbers
+            return found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]
+        return (frechet(ours, real),)
 
-    def _enough(self, count: int, what: str) -> None:
-        """DataError when a number needs more images than `count`."""
+    def _enough(self, count: int, what: str, flags: list[str]) -> None:
+        """DataError when a number of `flags` needs more images than `count`."""
         least = {
             "fid": 2,
-            "isc": IS_SPLITS if what == "samples" else 0,
+            "sfid": 2,
+            "isc": IS_SPLITS,
             "kid": self.kid_subset_size,
             "precision_recall": NEIGHBOURS + 1,
         }
-        for flag in self._wanted():
+        cures = {"kid": ", or lower metric.kid_subset_size"}
+        if what != "samples":
+            cures |= {
+                flag: f", or a reference file with {' and '.join(names)}"
+                for flag, names in PUBLISHED.items()
+            }
+        for flag in flags:
             if count < least[flag]:
-                cure = ", or lower metric.kid_subset_size" if flag == "kid" else ""
                 raise DataError(
-                    f"fidelity.{flag}: {count} {what}; it needs at least {least[flag]}{cure}"
+                    f"fidelity.{flag}: {count} {what}; it needs at least {least[flag]}"
+                    f"{cures.get(flag, '')}"
                 )
 
     def _extractor(self, channels: int, resolution: int) -> Extractor:
         """The extractor for such images, its weights found; see `check` for what it raises."""
         name, small = self.extractor, channels == 1 and resolution <= 16
         if name == "auto":
-            name = DIGITS if small else "inception-v3-compat"
+            name = DIGITS if small else INCEPTION
         if name == DIGITS and not small:
             raise DataError(
                 f"fidelity.extractor = {name!r}: images of {channels} channels and {resolution}"
-                " pixels; it knows grey digits of at most 16x16: use inception-v3-compat"
+                f" pixels; it knows grey digits of at most 16x16: use {INCEPTION}"
+            )
+        if self.sfid and name != INCEPTION:
+            raise RecipeError(
+                f"fidelity.sfid: extractor {name} has no spatial features; set"
+                f' metric.extractor = "{INCEPTION}", or metric.sfid = false'
             )
         weights = self._weights(name)
         from cmkit_std.metrics.extract import Extractor
@@ -300,24 +331,33 @@ class Fidelity(Metric):
         return None
 
 
-def _fid(fake: Features, layer: str, real: Mapping[str, Any], extractor: str) -> float:
-    """torch-fidelity's distance, or the same number by the Gram matrix of few images."""
-    from torch_fidelity import metric_fid
+def _published(reference: Reference) -> dict[str, dict[str, Any]]:
+    """{flag: {"mu": (d,), "sigma": (d, d)}} of those Frechet distances that have statistics."""
+    found = reference.statistics or {}
+    return {
+        flag: {"mu": found[mu], "sigma": found[sigma]}
+        for flag, (mu, sigma) in PUBLISHED.items()
+        if mu in found and sigma in found
+    }
 
-    from cmkit_std.metrics.frechet import frechet_of_few
 
-    count, width = fake.layers[layer].shape
-    if width != len(real["mu"]):
+def _fits(
+    flag: str,
+    given: Mapping[str, Any],
+    extractor: Extractor,
+    layer: str,
+    image: Tensor,
+    device: torch.device,
+) -> None:
+    """DataError unless the statistics are of as many features as the extractor gives."""
+    from cmkit_std.metrics.extract import width
+
+    count, known = width(extractor, layer, image, device), len(given["mu"])
+    if given["mu"].shape != (count,) or given["sigma"].shape != (count, count):
         raise DataError(
-            f"reference statistics have {len(real['mu'])} features, extractor {extractor} gives"
-            f" {width}; name the extractor that they were made with"
+            f"fidelity.{flag}: reference statistics have {known} features, extractor"
+            f" {extractor.name} gives {count}; name the extractor that they were made with"
         )
-    if count <= width:
-        return frechet_of_few(fake.layers[layer].numpy(), real)
-    ours = fake.gaussian(layer)
-    real = {name: values.astype(ours[name].dtype) for name, values in real.items()}
-    found = metric_fid.fid_statistics_to_metric(ours, real, verbose=False)
-    return float(found[metric_fid.KEY_METRIC_FID])
 
 
 def _given(weights: str) -> Path:

@@ -1,0 +1,84 @@
+"""Features of references on disk: `$XDG_CACHE_HOME/cmkit/features/<hash>.safetensors`.
+
+A file's name is the hash of what its content follows from: the reference's fingerprint, the
+extractor and its weights, the kind of device, the layer and what is kept of it. All files together
+take up to MAX_BYTES, the least recently used go first; the folder may be deleted at any time. It
+only saves time: a file that is damaged is made anew, one that cannot be written is done without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cmkit import CheckpointError, ResourceError
+from cmkit.checkpoint import read_weights, save_weights
+
+FORMAT = 1
+MAX_BYTES = 4 * 2**30
+DIGEST = "sha256"
+
+
+def folder() -> Path:
+    """Where the files are."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "cmkit" / "features"
+
+
+def name(
+    fingerprint: str, extractor: str, sha256: str | None, device: torch.device, *want: str
+) -> str:
+    """The name of the file that holds `want` (layer, stream) of a reference."""
+    network = [extractor, sha256, version("torch-fidelity"), device.type]
+    text = json.dumps([FORMAT, fingerprint, *network, *want])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load(name: str) -> dict[str, Tensor] | None:
+    """The tensors that `save` put there, None unless every byte of them is as it was."""
+    file = folder() / f"{name}.safetensors"
+    try:
+        tensors = read_weights(file)
+    except (CheckpointError, ResourceError):
+        return None
+    digest = tensors.pop(DIGEST, None)
+    if digest is None or digest.tolist() != list(_digest(name, tensors)):
+        return None
+    with contextlib.suppress(OSError):  # another's folder: its files stay as old as they are
+        os.utime(file)
+    return tensors
+
+
+def save(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Store `tensors`, whole or not at all, and remove what was not used for longest."""
+    digest = torch.tensor(list(_digest(name, tensors)), dtype=torch.uint8)
+    # a full or read-only disk costs the next process time, not this one its numbers
+    with contextlib.suppress(OSError, ResourceError):
+        folder().mkdir(parents=True, exist_ok=True)
+        save_weights(folder() / f"{name}.safetensors", {**tensors, DIGEST: digest})
+        _prune()
+
+
+def _digest(name: str, tensors: Mapping[str, Tensor]) -> bytes:
+    sha = hashlib.sha256(name.encode())
+    for key, tensor in sorted(tensors.items()):
+        sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.contiguous().numpy().data)
+    return sha.digest()
+
+
+def _prune() -> None:
+    files = sorted(folder().iterdir(), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    total = 0
+    for index, file in enumerate(files):
+        total += file.stat().st_size
+        if index and total > MAX_BYTES:
+            file.unlink(missing_ok=True)
