@@ -346,6 +346,32 @@ def test_fresh_network_returns_zero_and_its_blocks_are_the_identity():
         assert torch.equal(block(h, block.film(torch.randn(3, 32))), h)
 
 
+def test_fresh_weights_have_the_spread_of_the_official_code():
+    """Linear layers by Xavier's rule, the patches' too, except those of the embeddings: 0.02."""
+    network = fresh({**SMALL, "width": 128}, ALL)
+    state = network.state_dict()
+    assert all(not t.any() for key, t in state.items() if key.endswith("bias"))
+    for key in ("label.weight", "time.0.weight", "time.2.weight", "time_s.0.weight"):
+        assert state[key].std().item() == pytest.approx(0.02, rel=0.1), key
+    for key in ("patch.proj.weight", "blocks.1.attn.qkv.weight", "blocks.0.mlp.fc2.weight"):
+        xavier = math.sqrt(2 / sum(state[key].flatten(1).shape))
+        assert state[key].std().item() == pytest.approx(xavier, rel=0.1), key
+
+
+@torch.no_grad()
+def test_time_scale_multiplies_the_noise_level_and_the_target_level():
+    """With scale 1 the input is the official step, 1000 times what a denoiser passes."""
+    network = network_of(conditions=ALL).double()
+    steps = network_of({**SMALL, "time_scale": 1.0}, ALL).double()
+    steps.load_state_dict(network.state_dict())
+    x, c_noise, cond = inputs(dtype=torch.float64)
+    # 1000 ln(s) / 4 of the one is ln(s') / 4 of the other.
+    other = replace(cond, sigma_to=cond.sigma_to.new_tensor([1.0, 1e100, 1e300]))
+    same = replace(cond, sigma_to=other.sigma_to**0.001)
+    torch.testing.assert_close(steps(x, 1000 * c_noise, other, {}), network(x, c_noise, same, {}))
+    assert not torch.allclose(steps(x, c_noise, other, {}), network(x, c_noise, same, {}))
+
+
 def test_positions_are_saved_but_not_trained():
     network = fresh()
     assert "pos_embed" in network.state_dict()
