@@ -411,14 +411,19 @@ def test_gradient_checkpointing_changes_no_gradient_and_recomputes():
 
 
 @pytest.mark.parametrize(
-    ("preset", "millions", "blocks"),
-    [("dit-s-2", 33, 12), ("dit-b-2", 130, 12), ("dit-l-2", 458, 24), ("dit-xl-2", 675, 28)],
+    ("preset", "millions", "depth", "heads"),
+    [
+        ("dit-s-2", 33, 12, 6),
+        ("dit-b-2", 130, 12, 12),
+        ("dit-l-2", 458, 24, 16),
+        ("dit-xl-2", 675, 28, 16),
+    ],
 )
-def test_presets_have_the_sizes_of_the_paper(preset, millions, blocks):
+def test_presets_have_the_sizes_of_the_paper(preset, millions, depth, heads):
     with torch.device("meta"):
         network = DiT(preset=preset).build(DataSpec(4, 32, 1000), LABEL)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
-    assert network.sites[:: blocks + 1][:2] == ("emb.0", "attn.0")
+    assert [block.attn.num_heads for block in network.blocks] == [heads] * depth
 
 
 def test_fields_beside_a_preset_win_and_the_resolved_form_is_stable():
