@@ -6,6 +6,7 @@ from cmkit.plugins import Plugin, hookimpl
 
 ADM = "Dhariwal, Nichol. Diffusion Models Beat GANs on Image Synthesis. 2021. arXiv:2105.05233"
 CM = "Song, Dhariwal, Chen, Sutskever. Consistency Models. 2023. arXiv:2303.01469"
+DIT = "Peebles, Xie. Scalable Diffusion Models with Transformers. 2022. arXiv:2212.09748"
 IMPROVED = (
     "Song, Dhariwal. Improved Techniques for Training Consistency Models. 2023. arXiv:2310.14189"
 )
@@ -40,6 +41,13 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.backbones.adm:ADM",
             "The U-Net of the consistency-model papers",
             cite=ADM,
+        ),
+        Plugin(
+            "backbone",
+            "dit",
+            "cmkit_std.backbones.dit:DiT",
+            "The diffusion transformer, on pictures or latents",
+            cite=DIT,
         ),
         Plugin(
             "objective",

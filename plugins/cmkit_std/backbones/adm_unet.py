@@ -156,7 +156,7 @@ class UNet(Network):
         self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Features of the middle, of every encoder stage, and the decoder's films."""
-        with _full_precision(x.device):
+        with full_precision(x.device):
             all_films = self._films(c_noise, cond, scales)
         h, skips, films = x, [], iter(all_films)
         for stage in self.encoder:
@@ -166,7 +166,7 @@ class UNet(Network):
 
     def _out(self, h: Tensor) -> Tensor:
         h = h.to(torch.promote_types(h.dtype, torch.float32))
-        with _full_precision(h.device):
+        with full_precision(h.device):
             return self.conv_out(silu(self.norm_out(h)))
 
     def _films(self, c_noise: Tensor, cond: Cond, scales: Scales) -> list[Tensor]:
@@ -451,7 +451,7 @@ def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Inside, autocast is off; the `meta` device knows none."""
     if device.type == "meta":
         return contextlib.nullcontext()

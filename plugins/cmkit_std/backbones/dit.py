@@ -1,0 +1,134 @@
+"""The diffusion transformer (Peebles, Xie: Scalable Diffusion Models with Transformers, 2022)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from cmkit.errors import RecipeError
+from cmkit.kinds import Backbone, DataSpec
+
+if TYPE_CHECKING:
+    from cmkit_std.backbones.dit_network import Transformer
+
+_SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+PRESETS: dict[str, dict[str, Any]] = {
+    f"dit-{size}-{patch}": {
+        "patch_size": patch,
+        "width": width,
+        "depth": depth,
+        "num_heads": heads,
+        "learn_sigma": True,
+        "class_dropout": 0.1,
+    }
+    for size, (width, depth, heads) in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+"""Sizes of the published family (table 1), with what its checkpoints hold beside them."""
+
+
+class DiT(Backbone):
+    """Vision transformer on patches of a picture or of its latents, steered by adaptive norms.
+
+    Embeds labels, the guidance weight of LCM, and the target noise level of CTM; the last two
+    start as the identity, so that they can be added to trained weights.
+    """
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
+
+    preset: (
+        Literal[
+            "dit-s-2",
+            "dit-s-4",
+            "dit-s-8",
+            "dit-b-2",
+            "dit-b-4",
+            "dit-b-8",
+            "dit-l-2",
+            "dit-l-4",
+            "dit-l-8",
+            "dit-xl-2",
+            "dit-xl-4",
+            "dit-xl-8",
+        ]
+        | None
+    ) = None
+    """Sizes of a published network; fields given beside it win."""
+    patch_size: int = Field(2, ge=1, le=256)
+    """Side of a patch in pixels; must divide the resolution."""
+    width: int = Field(384, ge=4, le=8192)
+    """Features a patch; a multiple of `num_heads` and of 4."""
+    depth: int = Field(12, ge=1, le=256)
+    """Transformer blocks."""
+    num_heads: int = Field(6, ge=1, le=256)
+    """Attention heads."""
+    mlp_ratio: float = Field(4.0, gt=0, le=64)
+    """Hidden features of a block's perceptron in multiples of `width`."""
+    learn_sigma: bool = False
+    """With a second half of output channels, the variances that official weights predict; unused
+    here."""
+    class_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability with which a label is replaced by the null class in training; above 0 there is
+    such a class, and an absent label means it."""
+    time_scale: float = Field(1000.0, gt=0, le=1e6)
+    """Factor of ln(sigma) / 4 before its sinusoids; official weights saw 0 to 999."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
+            return given
+        return {**PRESETS.get(given["preset"], {}), **given}
+
+    def build(self, data: DataSpec, conditions: frozenset[str]) -> Transformer:
+        """A fresh transformer; RecipeError when the options do not fit each other or the data."""
+        self._check(data, conditions)
+        from cmkit_std.backbones.dit_network import Transformer
+
+        return Transformer(
+            self,
+            channels=data.channels,
+            resolution=data.resolution,
+            num_classes=data.num_classes if "label" in conditions else None,
+            guidance="guidance" in conditions,
+            sigma_to="sigma_to" in conditions,
+        )
+
+    def _check(self, data: DataSpec, conditions: frozenset[str]) -> None:
+        if unknown := conditions - self.accepts:
+            raise RecipeError(
+                f"backbone: dit cannot embed {', '.join(sorted(unknown))}; it accepts"
+                f" {', '.join(sorted(self.accepts))}; choose another backbone"
+            )
+        if "label" in conditions and not data.num_classes:
+            raise RecipeError(
+                "backbone: cannot embed labels, num_classes of the data set is"
+                f" {data.num_classes}; choose a data set with classes, or leave the labels out"
+            )
+        if data.resolution % self.patch_size:
+            fitting = _divisors(data.resolution, self.patch_size)
+            raise RecipeError(
+                f"backbone.patch_size = {self.patch_size}: does not divide pictures of"
+                f" {data.resolution} pixels; give {fitting}, or another dataset.resolution"
+            )
+        if self.width % self.num_heads:
+            raise RecipeError(
+                f"backbone.num_heads = {self.num_heads}: does not divide width = {self.width};"
+                f" give {_divisors(self.width, self.num_heads)}, or another width"
+            )
+        if self.width % 4:
+            raise RecipeError(
+                f"backbone.width = {self.width}: positions are a sine and a cosine of two"
+                f" coordinates; give a multiple of 4, such as {-(-self.width // 4) * 4}"
+            )
+
+
+def _divisors(n: int, near: int) -> str:
+    """The divisors of n next to `near`, in words."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    below = [d for d in divisors if d < near][-1:]
+    above = [d for d in divisors if d > near][:1]
+    return " or ".join(map(str, below + above))
