@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -12,6 +15,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from cmkit import Cond, Reference, Rng
 from cmkit_std.datasets.epochs import batch_indices
+
+BATCHES_AHEAD = 4
 
 
 class Pixels(TorchDataset[Tensor]):
@@ -60,6 +65,49 @@ def resident_batches(
         if flip:
             x0 = flipped(x0, seed, batch)
         yield x0, Cond(label=None if classes is None else classes[index])
+
+
+def streamed_batches(
+    image: Callable[[int], np.ndarray],
+    count: int,
+    labels: np.ndarray | None,
+    size: int,
+    seed: int,
+    device: torch.device,
+    start: int = 0,
+    flip: bool = False,
+) -> Iterator[tuple[Tensor, Cond]]:
+    """The same batches of image(0) .. image(count - 1), uint8 (C, H, W), read ahead in threads."""
+    stream = _ahead(image, batch_indices(count, size, seed, start))
+    for batch, (chosen, images) in enumerate(stream, start):
+        x0 = to_x0(to_device(images, device))
+        if flip:
+            x0 = flipped(x0, seed, batch)
+        label = None
+        if labels is not None:
+            label = to_device(torch.from_numpy(labels[chosen].astype(np.int64)), device)
+        yield x0, Cond(label=label)
+
+
+def pool() -> ThreadPoolExecutor:
+    """Threads that decode: Pillow and file reads let go of the interpreter's lock."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
+
+
+def _ahead(
+    image: Callable[[int], np.ndarray], indices: Iterable[np.ndarray]
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """(indices, uint8 images (B, C, H, W)), while the next batches are read in threads."""
+    threads = pool()
+    waiting: deque[tuple[np.ndarray, list[Future[np.ndarray]]]] = deque()
+    try:
+        for chosen in indices:
+            waiting.append((chosen, [threads.submit(image, int(i)) for i in chosen]))
+            if len(waiting) > BATCHES_AHEAD:
+                due, futures = waiting.popleft()
+                yield due, torch.from_numpy(np.stack([future.result() for future in futures]))
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def to_x0(images: Tensor) -> Tensor:
