@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from cmkit import Cond, Reference, Rng
+from cmkit import Cond, DataError, Reference, Rng
 from cmkit_std.datasets.epochs import batch_indices
 
 BATCHES_AHEAD = 4
@@ -34,6 +36,31 @@ class Pixels(TorchDataset[Tensor]):
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         """The same, many at once: torch's DataLoader asks for it."""
         return list(self.images[indices])
+
+
+class Mapped(TorchDataset[Tensor]):
+    """uint8 images (N, C, H, W) in a `.npy` file, read from the disk when they are asked for."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __len__(self) -> int:
+        return len(_map(self.file))
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.row(index))
+
+    def row(self, index: int) -> np.ndarray:
+        """Image `index`, (C, H, W) uint8, in memory."""
+        return np.array(_map(self.file)[index])
+
+
+@functools.lru_cache(maxsize=2)
+def _map(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{file}: damaged ({error}); remove it, it is made again") from error
 
 
 def reference(images: np.ndarray) -> Reference:

@@ -6,7 +6,6 @@ import hashlib
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -14,9 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from cmkit import DataError, Reference
-
-MAX_BYTES = 2**34
-MAX_RATIO = 100
+from cmkit_std.datasets.npz import headers
 
 
 class ReferenceImages(TorchDataset[Tensor]):
@@ -41,30 +38,20 @@ def check(path: Path, channels: int) -> dict[str, tuple[int, ...]]:
     `mu` (d,) and `sigma` (d, d) must be there, `arr_0` (N, H, W, channels) uint8 may. DataError
     for a file that is missing, no npz, too large, or that holds something else.
     """
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                _refuse_bomb(path, member)
-                with archive.open(member) as stream:
-                    shapes[member.filename.removesuffix(".npy")] = _header(stream)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; name a reference .npz") from error
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError) as error:
-        raise DataError(f"{path}: not a whole .npz file ({error}); download it again") from error
-    mu, sigma = shapes.get("mu"), shapes.get("sigma")
-    if mu is None or sigma is None or len(mu[0]) != 1 or sigma[0] != (mu[0][0],) * 2:
+    arrays = headers(path)
+    mu, sigma = arrays.get("mu"), arrays.get("sigma")
+    if mu is None or sigma is None or len(mu.shape) != 1 or sigma.shape != mu.shape * 2:
         raise DataError(
-            f"{path}: holds {', '.join(sorted(shapes)) or 'nothing'}, not mu (d,) and sigma (d, d);"
+            f"{path}: holds {', '.join(sorted(arrays)) or 'nothing'}, not mu (d,) and sigma (d, d);"
             " name a reference file of guided-diffusion or EDM"
         )
-    images = shapes.get("arr_0")
-    if images and (len(images[0]) != 4 or images[0][3] != channels or images[1] != np.uint8):
+    images = arrays.get("arr_0")
+    if images and (images.shape[3:] != (channels,) or images.dtype != np.uint8):
         raise DataError(
-            f"{path}: arr_0 is {images[1]} {images[0]}, not uint8 (N, H, W, {channels}); name the"
-            " reference of this data set"
+            f"{path}: arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, {channels}); name"
+            " the reference of this data set"
         )
-    return {name: shape for name, (shape, _) in shapes.items()}
+    return {name: header.shape for name, header in arrays.items()}
 
 
 def read(path: Path, channels: int) -> Reference:
@@ -78,27 +65,6 @@ def read(path: Path, channels: int) -> Reference:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     count = shapes["arr_0"][0] if "arr_0" in shapes else 0
     return Reference(ReferenceImages(path, count), digest, statistics)
-
-
-def _refuse_bomb(path: Path, member: zipfile.ZipInfo) -> None:
-    ratio = member.file_size / max(member.compress_size, 1)
-    if member.file_size > MAX_BYTES or (member.file_size > 2**20 and ratio > MAX_RATIO):
-        raise DataError(
-            f"{path}: {member.filename} would take {member.file_size} bytes from"
-            f" {member.compress_size}; that is no reference file"
-        )
-
-
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(stream)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read_header is None:
-        raise ValueError(f"npy version {version}")
-    shape, _, dtype = read_header(stream)
-    return shape, dtype
 
 
 def _array(path: Path, name: str) -> np.ndarray:
