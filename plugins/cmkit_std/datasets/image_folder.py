@@ -135,8 +135,8 @@ class ImageFolder(Dataset):
         loose = [entry.name for entry in _visible(root) if not entry.is_dir()]
         if loose:
             raise DataError(
-                f"{root / loose[0]}: not in a folder of its class; move it, or set"
-                " dataset.labels = false"
+                f"{root / loose[0]}: not in a folder of its class; move it, or read it with"
+                " image_folder and dataset.labels = false"
             )
         names = sorted(entry.name for entry in _visible(root))
         if not names:

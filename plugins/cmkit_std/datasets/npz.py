@@ -53,9 +53,12 @@ def content(path: Path, header: Header) -> Iterator[bytes]:
     """The bytes of an array, a few MiB at a time; DataError when they are damaged."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open(header.member) as stream:
-            stream.read(header.start)
+            missing = header.member.file_size - len(stream.read(header.start))
             while chunk := stream.read(READ_BYTES):
+                missing -= len(chunk)
                 yield chunk
+            if missing:
+                raise EOFError(f"{missing} bytes are missing")
     except Exception as error:  # zipfile raises almost anything
         name = header.member.filename
         raise DataError(f"{path}: {name} is damaged ({error}); download it again") from error
