@@ -37,8 +37,11 @@ class File:
 def find(folder: Path, split: str) -> tuple[File, ...]:
     """The batch files of a split in the order of their numbers, none if `folder` holds no batches.
 
-    DataError when a number is missing, or when only the other split is there.
+    DataError when a number is missing, when only the other split is there, or only pickles are.
     """
+    for pickled in (folder / "train_data_batch_1", folder / "val_data"):
+        if pickled.is_file():
+            raise DataError(f"{pickled}: a pickle, which is never opened; fetch the .npz files")
     names = sorted(path.name for path in folder.glob("*.npz"))
     numbered = {
         int(match[1] or 1): folder / name

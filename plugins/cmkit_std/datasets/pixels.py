@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections import deque
@@ -39,28 +38,31 @@ class Pixels(TorchDataset[Tensor]):
 
 
 class Mapped(TorchDataset[Tensor]):
-    """uint8 images (N, C, H, W) in a `.npy` file, read from the disk when they are asked for."""
+    """uint8 images (N, C, H, W) in a `.npy` file, read from the disk when they are asked for.
+
+    DataError for a damaged file. The file may be removed or replaced: the mapped one lives on.
+    """
 
     def __init__(self, file: Path):
         self.file = file
+        try:
+            self.images = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{file}: damaged ({error}); remove it, it is made again") from error
+
+    def __reduce__(self) -> tuple[type[Mapped], tuple[Path]]:
+        """To another process the name of the file travels, not its pixels."""
+        return Mapped, (self.file,)
 
     def __len__(self) -> int:
-        return len(_map(self.file))
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.from_numpy(self.row(index))
 
     def row(self, index: int) -> np.ndarray:
         """Image `index`, (C, H, W) uint8, in memory."""
-        return np.array(_map(self.file)[index])
-
-
-@functools.lru_cache(maxsize=2)
-def _map(file: Path) -> np.ndarray:
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{file}: damaged ({error}); remove it, it is made again") from error
+        return np.array(self.images[index])
 
 
 def reference(images: np.ndarray) -> Reference:
