@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -190,6 +189,16 @@ def test_fingerprint_follows_values_keys_shape_and_time(database, monkeypatch):
     assert len(set(seen)) == len(seen) == 5
 
 
+def test_fingerprint_tells_keys_apart_in_databases_made_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(mdb, "SAMPLED", 1)
+    prints = []
+    for name in ("one", "two"):
+        folder = write(tmp_path / name, {b"a": b"first", name.encode(): b"second"})
+        os.utime(folder / "data.mdb", ns=(1, 1))
+        prints.append(Mdb.open(folder).fingerprint())
+    assert prints[0] != prints[1]
+
+
 def test_statistics_that_were_published_win(database, tmp_path):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4))
     data = LSUN(path=str(database), resolution=16, reference_npz=str(tmp_path / "stats.npz"))
@@ -314,16 +323,54 @@ def test_random_damage_is_named_or_stays_inside_the_file(sound, tmp_path):
     assert named > 70
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations([0, 1])))
-def test_a_page_that_leads_back_to_the_root_ends(sound, tmp_path, order):
-    raw, _, _ = sound
-    root = max(struct.unpack_from("<QQQ", raw, page * PAGE + 16 + 24 + 88)[::-1] for page in (0, 1))
-    looped = bytearray(raw)
-    at = root[2] * PAGE
-    assert looped[at + 10] == 1
-    pointers = struct.unpack_from("<2H", raw, at + 16)
-    struct.pack_into("<IH", looped, at + pointers[order[0]], root[2], 0)
-    assert "one too many" in outcome(tmp_path, bytes(looped))
+def root_of(raw: bytes) -> int:
+    """Where the page of the root begins, by the later of the two meta pages."""
+    metas = [struct.unpack_from("<QQQ", raw, page * PAGE + 128) for page in (0, 1)]
+    return max(metas, key=lambda meta: meta[-1])[0] * PAGE
+
+
+def nodes_of(raw: bytes, page: int) -> list[int]:
+    """Where the nodes of the page at this offset begin."""
+    count = (struct.unpack_from("<H", raw, page + 12)[0] - 16) // 2
+    return [page + node for node in struct.unpack_from(f"<{count}H", raw, page + 16)]
+
+
+def first_leaf(raw: bytes) -> int:
+    """Where the page of the first keys begins, below a root of one branch page."""
+    return struct.unpack_from("<I", raw, nodes_of(raw, root_of(raw))[0])[0] * PAGE
+
+
+@pytest.mark.parametrize("child", [0, 1])
+@pytest.mark.parametrize("leads", ["back", "out"])
+def test_a_page_number_that_leads_astray_ends(sound, tmp_path, child, leads):
+    astray = bytearray(sound[0])
+    number = root_of(astray) // PAGE if leads == "back" else len(astray) // PAGE + 10
+    struct.pack_into("<IH", astray, nodes_of(astray, root_of(astray))[child], number, 0)
+    assert "one too many" in outcome(tmp_path, bytes(astray))
+
+
+@pytest.mark.parametrize("number", [0, 1, 10**9, 2**63, 2**64 - 1])
+def test_a_value_outside_the_file_is_named_before_it_is_read(sound, tmp_path, number):
+    outside = bytearray(sound[0])
+    node = nodes_of(outside, first_leaf(outside))[3]
+    assert outside[node + 4] == 1  # its value has pages of its own
+    struct.pack_into("<Q", outside, node + 8 + outside[node + 6], number)
+    assert "a value of page" in outcome(tmp_path, bytes(outside))
+
+
+def test_exchanged_pages_and_a_wrong_count_are_named(sound, tmp_path):
+    raw, _, structural = sound
+    exchanged = bytearray(raw)
+    one, two = first_leaf(raw), next(n * PAGE for n in structural if n * PAGE > first_leaf(raw))
+    exchanged[one : one + PAGE], exchanged[two : two + PAGE] = (
+        raw[two : two + PAGE],
+        raw[one : one + PAGE],
+    )
+    assert f"says {two // PAGE}" in outcome(tmp_path, bytes(exchanged))
+    counted = bytearray(raw)
+    for page in (0, 1):
+        struct.pack_into("<Q", counted, page * PAGE + 120, 299)
+    assert "300 records, not the 299" in outcome(tmp_path, bytes(counted))
 
 
 def test_other_formats_are_told_apart(tmp_path, sound):
