@@ -26,6 +26,14 @@ FASHION = (
     "Xiao, Rasul, Vollgraf. Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine "
     "Learning Algorithms. 2017. arXiv:1708.07747"
 )
+LSUN = (
+    "Yu, Seff, Zhang, Song, Funkhouser, Xiao. LSUN: Construction of a Large-scale Image Dataset "
+    "using Deep Learning with Humans in the Loop. 2015. arXiv:1506.03365"
+)
+IMAGENET64 = (
+    "Chrabaszcz, Loshchilov, Hutter. A Downsampled Variant of ImageNet as an Alternative to the "
+    "CIFAR datasets. 2017. arXiv:1707.08819"
+)
 FIDELITY = (
     "Obukhov, Seitzer, Wu, Zhydenko, Kyl, Lin. High-fidelity performance metrics for "
     "generative models in PyTorch. 2020"
@@ -110,6 +118,20 @@ def cmkit_register() -> list[Plugin]:
             "image_folder",
             "cmkit_std.datasets.image_folder:ImageFolder",
             "Your own pictures, one folder or one folder a class",
+        ),
+        Plugin(
+            "dataset",
+            "imagenet64",
+            "cmkit_std.datasets.imagenet64:ImageNet64",
+            "1,281,167 photographs, 64x64, 1,000 classes, from downsampled ImageNet or folders",
+            cite=IMAGENET64,
+        ),
+        Plugin(
+            "dataset",
+            "lsun",
+            "cmkit_std.datasets.lsun:LSUN",
+            "Bedrooms, cats or churches, from an LMDB of LSUN or a folder of its pictures",
+            cite=LSUN,
         ),
         Plugin(
             "metric",

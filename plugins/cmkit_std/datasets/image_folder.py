@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,6 +31,38 @@ class File:
     label: int
     size: int
     mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The pictures of a folder, as `pictures` takes them."""
+
+    root: Path
+    files: tuple[File, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        """The path of picture `index`."""
+        return str(self.open_picture(index))
+
+    def open_picture(self, index: int) -> Path:
+        """The file of picture `index`."""
+        return self.root / self.files[index].name
+
+    def fingerprint(self) -> str:
+        """SHA-256 of names and contents."""
+        digest = hashlib.sha256()
+        with ThreadPoolExecutor() as threads:
+            contents = threads.map(self._sha256, range(len(self)))
+            for file, content in zip(self.files, contents, strict=True):
+                digest.update(os.fsencode(f"{file.name}\0{file.size}\0{content}\n"))
+        return digest.hexdigest()
+
+    def _sha256(self, index: int) -> str:
+        with self.open_picture(index).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class ImageFolder(Dataset):
@@ -60,8 +94,8 @@ class ImageFolder(Dataset):
         """Shape and classes; opens every file, DataError names the first that is no picture."""
         from cmkit_std.datasets.pictures import check
 
-        root, files, classes = self._files()
-        check(root, files)
+        folder, classes = self._folder()
+        check(folder, range(len(folder)))
         if self.reference_npz:
             from cmkit_std.datasets import reference_npz
 
@@ -72,11 +106,14 @@ class ImageFolder(Dataset):
         self, size: int, seed: int, device: torch.device, start: int = 0
     ) -> Iterator[tuple[Tensor, Cond]]:
         """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
+        import numpy as np
+
         from cmkit_std.datasets.pictures import batches
 
-        root, files, _ = self._files()
+        folder, _ = self._folder()
+        labels = np.array([file.label for file in folder.files]) if self.labels else None
         shape = (self.channels, self.resolution)
-        return batches(root, files, shape, self.labels, self.flip, size, seed, device, start)
+        return batches(folder, shape, labels, self.flip, size, seed, device, start)
 
     def reference(self) -> Reference:
         """The published statistics, or all pictures, resized and cropped, none mirrored."""
@@ -86,21 +123,20 @@ class ImageFolder(Dataset):
             return reference_npz.read(Path(self.reference_npz).expanduser(), self.channels)
         from cmkit_std.datasets.pictures import reference
 
-        root, files, _ = self._files()
-        return reference(root, files, (self.channels, self.resolution))
+        return reference(self._folder()[0], (self.channels, self.resolution))
 
-    def _files(self) -> tuple[Path, tuple[File, ...], int]:
-        """(folder, files in the order of their names, number of classes)."""
+    def _folder(self) -> tuple[Folder, int]:
+        """(pictures in the order of their names, number of classes)."""
         root = Path(self.path).expanduser()
         if not root.is_dir():
             raise DataError(f"dataset.path = {self.path!r}: no such folder")
         if not self.labels:
-            return root, _below(root, root, 0), 0
+            return Folder(root, _below(root, root, 0)), 0
         loose = [entry.name for entry in _visible(root) if not entry.is_dir()]
         if loose:
             raise DataError(
-                f"{root / loose[0]}: not in a folder of its class; move it, or set"
-                " dataset.labels = false"
+                f"{root / loose[0]}: not in a folder of its class; move it, or read it with"
+                " image_folder and dataset.labels = false"
             )
         names = sorted(entry.name for entry in _visible(root))
         if not names:
@@ -108,7 +144,7 @@ class ImageFolder(Dataset):
         files = [
             file for label, name in enumerate(names) for file in _below(root, root / name, label)
         ]
-        return root, tuple(files), len(names)
+        return Folder(root, tuple(files)), len(names)
 
 
 def _below(root: Path, folder: Path, label: int) -> tuple[File, ...]:

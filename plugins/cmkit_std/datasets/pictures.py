@@ -1,16 +1,13 @@
-"""Decoding pictures in threads, ahead of training; the torch half of `image_folder`."""
+"""Decoding pictures in threads, ahead of training; the torch half of `image_folder` and `lsun`."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -19,34 +16,43 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from cmkit import Cond, DataError, Reference
-from cmkit_std.datasets.epochs import batch_indices
-from cmkit_std.datasets.pixels import flipped, resident_batches, to_device, to_x0
-
-if TYPE_CHECKING:
-    from cmkit_std.datasets.image_folder import File
+from cmkit_std.datasets.pixels import pool, resident_batches, streamed_batches
 
 MAX_PIXELS = 2**26
 RESIDENT_BYTES = 2**31
-BATCHES_AHEAD = 4
 MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 
 Shape = tuple[int, int]
 """Channels, and height = width."""
 
 
-def check(root: Path, files: Sequence[File]) -> None:
-    """DataError for the first file whose header is not that of a picture that can be used."""
-    with _pool() as pool, warnings.catch_warnings():
+class Source(Protocol):
+    """Encoded pictures by number; two are equal, and hash so, while no picture changed."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """How errors call picture `index`."""
+
+    def open_picture(self, index: int) -> Path | BinaryIO:
+        """What Pillow is to read picture `index` from."""
+
+    def fingerprint(self) -> str:
+        """What changes whenever a picture does."""
+
+
+def check(source: Source, indices: Iterable[int]) -> None:
+    """DataError for the first whose header is not that of a picture that can be used."""
+    with pool() as threads, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow only warns of what `_open` refuses
-        for _ in pool.map(lambda file: _open(root / file.name).close(), files):
+        for _ in threads.map(lambda index: _open(source, index).close(), indices):
             pass
 
 
 def batches(
-    root: Path,
-    files: tuple[File, ...],
+    source: Source,
     shape: Shape,
-    labels: bool,
+    labels: np.ndarray | None,
     flip: bool,
     size: int,
     seed: int,
@@ -54,41 +60,27 @@ def batches(
     start: int,
 ) -> Iterator[tuple[Tensor, Cond]]:
     """Endless (x0, cond): gathered on the device if all pixels fit, else decoded ahead of time."""
-    classes = np.array([file.label for file in files], np.int64) if labels else None
-    if _fits(files, shape):
-        pixels = _decoded(root, files, shape)
-        yield from resident_batches(pixels, classes, size, seed, device, start, flip)
-        return
-    indices = batch_indices(len(files), size, seed, start)
-    stream = _ahead(Decoder(root, files, shape), indices)
-    for batch, (chosen, images) in enumerate(stream, start):
-        x0 = to_x0(to_device(images, device))
-        if flip:
-            x0 = flipped(x0, seed, batch)
-        label = None
-        if classes is not None:
-            label = to_device(torch.from_numpy(classes[chosen]), device)
-        yield x0, Cond(label=label)
+    if _fits(source, shape):
+        pixels = _decoded(source, shape)
+        return resident_batches(pixels, labels, size, seed, device, start, flip)
+    decoder = Decoder(source, shape)
+    return streamed_batches(decoder.decode, len(source), labels, size, seed, device, start, flip)
 
 
-def reference(root: Path, files: tuple[File, ...], shape: Shape) -> Reference:
-    """All pictures as they are decoded, with the SHA-256 of names, contents and shape."""
-    digest = hashlib.sha256(repr(shape).encode())
-    with _pool() as pool:
-        contents = pool.map(lambda file: _sha256(root / file.name), files)
-        for file, content in zip(files, contents, strict=True):
-            digest.update(os.fsencode(f"{file.name}\0{file.size}\0{content}\n"))
-    return Reference(Decoder(root, files, shape), digest.hexdigest())
+def reference(source: Source, shape: Shape) -> Reference:
+    """All pictures as they are decoded, with the SHA-256 of their fingerprint and shape."""
+    digest = hashlib.sha256(f"{source.fingerprint()} {shape}".encode())
+    return Reference(Decoder(source, shape), digest.hexdigest())
 
 
 class Decoder(TorchDataset[Tensor]):
     """Pictures as uint8 (C, R, R), decoded when asked for, or once if they all fit in memory."""
 
-    def __init__(self, root: Path, files: tuple[File, ...], shape: Shape):
-        self.root, self.files, self.shape = root, files, shape
+    def __init__(self, source: Source, shape: Shape):
+        self.source, self.shape = source, shape
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
         kept = self._kept
@@ -98,28 +90,27 @@ class Decoder(TorchDataset[Tensor]):
         """The same, many at once: torch's DataLoader asks for it."""
         if self._kept is not None:
             return [self[index] for index in indices]
-        with _pool() as pool:
-            return [torch.from_numpy(image) for image in pool.map(self.decode, indices)]
+        with pool() as threads:
+            return [torch.from_numpy(image) for image in threads.map(self.decode, indices)]
 
     def decode(self, index: int) -> np.ndarray:
-        """Picture `index` from its file, (C, R, R) uint8."""
-        return decode(self.root / self.files[index].name, self.shape)
+        """Picture `index`, (C, R, R) uint8."""
+        return decode(self.source, index, self.shape)
 
     @functools.cached_property
     def _kept(self) -> np.ndarray | None:
-        fits = _fits(self.files, self.shape)
-        return _decoded(self.root, self.files, self.shape) if fits else None
+        return _decoded(self.source, self.shape) if _fits(self.source, self.shape) else None
 
 
-def decode(file: Path, shape: Shape) -> np.ndarray:
-    """The picture resized and cropped, (C, R, R) uint8; DataError when it is damaged."""
+def decode(source: Source, index: int, shape: Shape) -> np.ndarray:
+    """Picture `index` resized and cropped, (C, R, R) uint8; DataError when it is damaged."""
     channels, resolution = shape
-    with _open(file) as image:
+    with _open(source, index) as image:
         try:
             image.load()
             picture = cropped(_flat(image, "RGB" if channels == 3 else "L"), resolution)
         except Exception as error:  # Pillow's decoders raise almost anything
-            raise _damaged(file, error) from error
+            raise _damaged(source.name(index), error) from error
     return np.asarray(picture).reshape(resolution, resolution, channels).transpose(2, 0, 1).copy()
 
 
@@ -139,16 +130,20 @@ def cropped(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def _open(file: Path) -> Image.Image:
+def _open(source: Source, index: int) -> Image.Image:
     """The picture's header only; DataError for no picture, too many pixels, or a strange mode."""
+    stream = source.open_picture(index)
     try:
-        image = Image.open(file)
+        image = Image.open(stream)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{file}: {error}; at most {MAX_PIXELS} pixels: shrink it") from error
+        raise DataError(
+            f"{source.name(index)}: {error}; at most {MAX_PIXELS} pixels: shrink it"
+        ) from error
     except Exception as error:  # Pillow's readers raise almost anything
+        name = source.name(index)
         if isinstance(error, UnidentifiedImageError):
-            raise DataError(f"{file}: not a picture that Pillow knows; move it away") from error
-        raise _damaged(file, error) from error
+            raise DataError(f"{name}: not a picture that Pillow knows; move it away") from error
+        raise _damaged(name, error) from error
     fault = ""
     if image.width * image.height > MAX_PIXELS:
         fault = f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} in all; shrink it"
@@ -156,13 +151,13 @@ def _open(file: Path) -> Image.Image:
         fault = f"mode {image.mode!r}, not 8 bits a channel; convert it to 8-bit RGB"
     if fault:
         image.close()
-        raise DataError(f"{file}: {fault}")
+        raise DataError(f"{source.name(index)}: {fault}")
     return image
 
 
-def _damaged(file: Path, error: Exception) -> DataError:
+def _damaged(name: str, error: Exception) -> DataError:
     reason = str(error) or type(error).__name__
-    return DataError(f"{file}: cannot be decoded ({reason}); replace it or move it away")
+    return DataError(f"{name}: cannot be decoded ({reason}); replace it or move it away")
 
 
 def _flat(image: Image.Image, mode: str) -> Image.Image:
@@ -174,37 +169,14 @@ def _flat(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _ahead(decoder: Decoder, indices: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """(indices, uint8 images (B, C, R, R)), while the next batches are decoded in threads."""
-    pool = _pool()
-    waiting: deque[tuple[np.ndarray, list[Future[np.ndarray]]]] = deque()
-    try:
-        for chosen in indices:
-            waiting.append((chosen, [pool.submit(decoder.decode, int(i)) for i in chosen]))
-            if len(waiting) > BATCHES_AHEAD:
-                due, futures = waiting.popleft()
-                yield due, torch.from_numpy(np.stack([future.result() for future in futures]))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _fits(files: Sequence[File], shape: Shape) -> bool:
+def _fits(source: Source, shape: Shape) -> bool:
     channels, resolution = shape
-    return len(files) * channels * resolution**2 <= RESIDENT_BYTES
+    return len(source) * channels * resolution**2 <= RESIDENT_BYTES
 
 
 @functools.lru_cache(maxsize=1)
-def _decoded(root: Path, files: tuple[File, ...], shape: Shape) -> np.ndarray:
-    """All pictures, (N, C, R, R) uint8; decoded again when a file's size or time changed."""
-    with _pool() as pool:
-        images = list(pool.map(lambda file: decode(root / file.name, shape), files))
+def _decoded(source: Source, shape: Shape) -> np.ndarray:
+    """All pictures, (N, C, R, R) uint8; decoded again when the source changed."""
+    with pool() as threads:
+        images = list(threads.map(lambda index: decode(source, index, shape), range(len(source))))
     return np.stack(images)
-
-
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

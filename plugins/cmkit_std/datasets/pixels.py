@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from cmkit import Cond, Reference, Rng
+from cmkit import Cond, DataError, Reference, Rng
 from cmkit_std.datasets.epochs import batch_indices
+
+BATCHES_AHEAD = 4
 
 
 class Pixels(TorchDataset[Tensor]):
@@ -29,6 +35,34 @@ class Pixels(TorchDataset[Tensor]):
     def __getitems__(self, indices: list[int]) -> list[Tensor]:
         """The same, many at once: torch's DataLoader asks for it."""
         return list(self.images[indices])
+
+
+class Mapped(TorchDataset[Tensor]):
+    """uint8 images (N, C, H, W) in a `.npy` file, read from the disk when they are asked for.
+
+    DataError for a damaged file. The file may be removed or replaced: the mapped one lives on.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            self.images = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{file}: damaged ({error}); remove it, it is made again") from error
+
+    def __reduce__(self) -> tuple[type[Mapped], tuple[Path]]:
+        """To another process the name of the file travels, not its pixels."""
+        return Mapped, (self.file,)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.row(index))
+
+    def row(self, index: int) -> np.ndarray:
+        """Image `index`, (C, H, W) uint8, in memory."""
+        return np.array(self.images[index])
 
 
 def reference(images: np.ndarray) -> Reference:
@@ -60,6 +94,49 @@ def resident_batches(
         if flip:
             x0 = flipped(x0, seed, batch)
         yield x0, Cond(label=None if classes is None else classes[index])
+
+
+def streamed_batches(
+    image: Callable[[int], np.ndarray],
+    count: int,
+    labels: np.ndarray | None,
+    size: int,
+    seed: int,
+    device: torch.device,
+    start: int = 0,
+    flip: bool = False,
+) -> Iterator[tuple[Tensor, Cond]]:
+    """The same batches of image(0) .. image(count - 1), uint8 (C, H, W), read ahead in threads."""
+    stream = _ahead(image, batch_indices(count, size, seed, start))
+    for batch, (chosen, images) in enumerate(stream, start):
+        x0 = to_x0(to_device(images, device))
+        if flip:
+            x0 = flipped(x0, seed, batch)
+        label = None
+        if labels is not None:
+            label = to_device(torch.from_numpy(labels[chosen].astype(np.int64)), device)
+        yield x0, Cond(label=label)
+
+
+def pool() -> ThreadPoolExecutor:
+    """Threads that decode: Pillow and file reads let go of the interpreter's lock."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
+
+
+def _ahead(
+    image: Callable[[int], np.ndarray], indices: Iterable[np.ndarray]
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """(indices, uint8 images (B, C, H, W)), while the next batches are read in threads."""
+    threads = pool()
+    waiting: deque[tuple[np.ndarray, list[Future[np.ndarray]]]] = deque()
+    try:
+        for chosen in indices:
+            waiting.append((chosen, [threads.submit(image, int(i)) for i in chosen]))
+            if len(waiting) > BATCHES_AHEAD:
+                due, futures = waiting.popleft()
+                yield due, torch.from_numpy(np.stack([future.result() for future in futures]))
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def to_x0(images: Tensor) -> Tensor:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import lzma
-import math
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -17,13 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from cmkit import DataError, Reference
+from cmkit_std.datasets.npz import Header, headers
 
-MAX_BYTES = 2**34
-MAX_RATIO = 100
 ASYMMETRY = 1e-6
 PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))
 """Mean and covariance of the pooled features, and of ADM's spatial ones."""
-_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError)
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
 
 
 class ReferenceImages(TorchDataset[Tensor]):
@@ -49,27 +45,17 @@ def check(path: Path, channels: int) -> dict[str, tuple[int, ...]]:
     `arr_0` (N, H, W, channels) uint8 may. DataError for a file that is missing, no npz, too large,
     or that holds something else.
     """
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                _refuse_bomb(path, member)
-                with archive.open(member) as stream:
-                    shapes[member.filename.removesuffix(".npy")] = _header(stream, member)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; name a reference .npz") from error
-    except _DAMAGE as error:
-        raise DataError(f"{path}: not a whole .npz file ({error}); download it again") from error
+    arrays = headers(path)
     for mu, sigma in PAIRS:
-        if mu == "mu" or mu in shapes or sigma in shapes:
-            _refuse_odd_pair(path, shapes, mu, sigma)
-    images = shapes.get("arr_0")
-    if images and (len(images[0]) != 4 or images[0][3] != channels or images[1] != np.uint8):
+        if mu == "mu" or mu in arrays or sigma in arrays:
+            _refuse_odd_pair(path, arrays, mu, sigma)
+    images = arrays.get("arr_0")
+    if images and (images.shape[3:] != (channels,) or images.dtype != np.uint8):
         raise DataError(
-            f"{path}: arr_0 is {images[1]} {images[0]}, not uint8 (N, H, W, {channels}); name the"
-            " reference of this data set"
+            f"{path}: arr_0 is {images.dtype} {images.shape}, not uint8 (N, H, W, {channels}); name"
+            " the reference of this data set"
         )
-    return {name: shape for name, (shape, _) in shapes.items()}
+    return {name: header.shape for name, header in arrays.items()}
 
 
 def read(path: Path, channels: int) -> Reference:
@@ -103,39 +89,15 @@ def _is_covariance(matrix: np.ndarray) -> bool:
     return bool(variances.min(initial=0) >= 0 and np.abs(matrix - matrix.T).max() <= slack)
 
 
-def _refuse_odd_pair(
-    path: Path, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]], mu: str, sigma: str
-) -> None:
-    (size, kind), (square, other) = (shapes.get(name, ((), np.dtype("V"))) for name in (mu, sigma))
-    if len(size) != 1 or size[0] < 1 or square != size * 2 or {kind.kind, other.kind} != {"f"}:
+def _refuse_odd_pair(path: Path, arrays: Mapping[str, Header], mu: str, sigma: str) -> None:
+    pair = [arrays[name] for name in (mu, sigma) if name in arrays]
+    shapes, kinds = [array.shape for array in pair], {array.dtype.kind for array in pair}
+    size = shapes[0] if shapes else ()
+    if len(size) != 1 or size[0] < 1 or shapes != [size, size * 2] or kinds != {"f"}:
         raise DataError(
-            f"{path}: holds {', '.join(sorted(shapes)) or 'nothing'}, not {mu} (d,) and {sigma}"
+            f"{path}: holds {', '.join(sorted(arrays)) or 'nothing'}, not {mu} (d,) and {sigma}"
             " (d, d) of floats; name a reference file of guided-diffusion or EDM"
         )
-
-
-def _refuse_bomb(path: Path, member: zipfile.ZipInfo) -> None:
-    ratio = member.file_size / max(member.compress_size, 1)
-    if member.file_size > MAX_BYTES or (member.file_size > 2**20 and ratio > MAX_RATIO):
-        raise DataError(
-            f"{path}: {member.filename} would take {member.file_size} bytes from"
-            f" {member.compress_size}; that is no reference file"
-        )
-
-
-def _header(stream: IO[bytes], member: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(stream)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read_header is None:
-        raise ValueError(f"npy version {version}")
-    shape, _, dtype = read_header(stream)
-    claimed, held = math.prod(shape) * dtype.itemsize, member.file_size - stream.tell()
-    if claimed != held and not dtype.hasobject:
-        raise ValueError(f"{member.filename} claims {claimed} bytes and holds {held}")
-    return shape, dtype
 
 
 def _array(path: Path, name: str) -> np.ndarray:
