@@ -108,7 +108,7 @@ class UNet(Network):
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales) -> Tensor:
         """F, (B, C, H, W), of x (B, C, H, W) and c_noise (B,); float32 also under autocast."""
-        with _full_precision(x.device):
+        with full_precision(x.device):
             films = iter(self._films(c_noise, cond, scales))
         h, skips = x, []
         for stage in self.encoder:
@@ -122,7 +122,7 @@ class UNet(Network):
                 # In the wider of the two types: 1.02 is no bfloat16 number.
                 skip = (skip * scale.view(-1, 1, 1, 1)).to(skip.dtype)
             h = stage(torch.cat([h, skip], dim=1), films)
-        with _full_precision(x.device):
+        with full_precision(x.device):
             return self.conv_out(F.silu(self.norm_out(h)))
 
     def _films(self, c_noise: Tensor, cond: Cond, scales: Scales) -> list[Tensor]:
@@ -303,7 +303,7 @@ def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Inside, autocast is off; the `meta` device knows none."""
     if device.type == "meta":
         return contextlib.nullcontext()
