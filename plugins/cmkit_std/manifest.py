@@ -9,6 +9,14 @@ CM = "Song, Dhariwal, Chen, Sutskever. Consistency Models. 2023. arXiv:2303.0146
 IMPROVED = (
     "Song, Dhariwal. Improved Techniques for Training Consistency Models. 2023. arXiv:2310.14189"
 )
+SONG = (
+    "Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole. Score-Based Generative Modeling through "
+    "Stochastic Differential Equations. 2020. arXiv:2011.13456"
+)
+EDM = (
+    "Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative "
+    "Models. 2022. arXiv:2206.00364"
+)
 RESCALING = (
     "Zhu, Lin, Liu, Ning, Blaschko. Rescaling Intermediate Features Makes Trained "
     "Consistency Models Perform Better. ICLR 2024 Tiny Papers"
@@ -38,6 +46,13 @@ def cmkit_register() -> list[Plugin]:
             cite=ADM,
         ),
         Plugin(
+            "backbone",
+            "songunet",
+            "cmkit_std.backbones.songunet:SongUNet",
+            "The U-Nets DDPM++ and NCSN++ of EDM, iCT, ECT and CTM on CIFAR-10",
+            cite=f"{SONG}; {EDM}",
+        ),
+        Plugin(
             "objective",
             "ct",
             "cmkit_std.objectives.ct:CT",
@@ -57,6 +72,13 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.samplers.multistep:Multistep",
             "One step, or several with fresh noise between them",
             cite=CM,
+        ),
+        Plugin(
+            "sampler",
+            "ablation",
+            "cmkit_std.samplers.ablation:Ablation",
+            "EDM's sampler, and those of its ablation: VP, VE, iDDPM; Euler, Heun, midpoint",
+            cite=EDM,
         ),
         Plugin(
             "rescaler",

@@ -71,7 +71,7 @@ def filled(module: torch.nn.Module, case: dict, dtype: torch.dtype, prefix: str 
         for key, tensor in official.items()
         if not key.endswith("resample_filter")
     }
-    figures = CTM if case in CTM.cases.values() else FIGURES
+    figures = CTM if any(case is other for other in CTM.cases.values()) else FIGURES
     weights = figures.weights(shapes, dtype, w_quad=case["inputs"].get("w_quad"))
     module.to(dtype)
     missing, unexpected = module.load_state_dict(read(weights), strict=False)
@@ -92,8 +92,12 @@ def cond_of(case: dict) -> Cond:
 
 
 def augment_of(case: dict, dtype: torch.dtype) -> Tensor | None:
-    spec = case["inputs"].get("augment_labels")
-    return None if spec is None else FIGURES.tensor(spec, dtype)
+    """Augmentation labels of the case; cases of gradients take those of their network's others."""
+    for other in (case, *FIGURES.cases.values()):
+        spec = other["inputs"].get("augment_labels")
+        if spec is not None and case["config"].items() <= other["config"].items():
+            return FIGURES.tensor(spec, dtype)
+    return None
 
 
 class Augmented(Denoiser):
@@ -178,12 +182,8 @@ def forward(case: dict, dtype: torch.dtype) -> dict:
 def gradients(case: dict, dtype: torch.dtype) -> dict:
     network = filled_network(case, dtype)
     x = FIGURES.tensor(case["inputs"]["x"], dtype).requires_grad_()
-    augment = (
-        FIGURES.X([len(x), network.augment.in_features], f=0.9).to(dtype)
-        if network.augment is not None
-        else None
-    )
-    out = network(x, FIGURES.tensor(case["inputs"]["c_noise"], dtype), cond_of(case), {}, augment)
+    c_noise = FIGURES.tensor(case["inputs"]["c_noise"], dtype)
+    out = network(x, c_noise, cond_of(case), {}, augment_of(case, dtype))
     formula = re.fullmatch(r"mean\(F \* (X\(F\.shape, .*\))\)", case["inputs"]["loss"])
     assert formula, f"unknown loss {case['inputs']['loss']}"
     loss = (out * FIGURES.tensor(formula[1], dtype, F=out)).mean()
@@ -372,9 +372,7 @@ OF_BACKBONE_ADM = {
 CASES = {
     name: case for name, case in FIGURES.cases.items() if case["function"] not in OF_BACKBONE_ADM
 } | {
-    name: case
-    for name, case in CTM.cases.items()
-    if case["config"].get("model_type") == "SongUNet"
+    name: case for name, case in CTM.cases.items() if case["config"].get("model_type") == "SongUNet"
 }
 
 

@@ -72,7 +72,7 @@ class Ablation(Sampler):
 
         def slope(x: Tensor, t: Tensor) -> Tensor:
             sigma, dsigma, s, ds = curve.at(t)
-            level = sigma.to(dtype).expand(len(x))
+            level = sigma.to(x.device, dtype).expand(len(x))
             x0 = denoiser((x / s).to(dtype), level, cond)
             return (dsigma / sigma + ds / s) * x - dsigma * s / sigma * x0
 
