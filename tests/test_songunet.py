@@ -17,13 +17,14 @@ from cmkit import Cond, DataSpec, RecipeError
 LABEL = frozenset({"label"})
 SMALL = {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [4]}
 DDPM = SMALL
-NCSN = SMALL | {
+DEEP = SMALL | {"channel_mult": [1, 2, 2]}
+NCSN = DEEP | {
     "embedding_type": "fourier",
     "channel_mult_noise": 2,
     "encoder_type": "residual",
     "resample_filter": [1, 3, 3, 1],
 }
-PICTURES = SMALL | {"encoder_type": "skip", "decoder_type": "skip", "resample_filter": [1, 3, 3, 1]}
+PICTURES = DEEP | {"encoder_type": "skip", "decoder_type": "skip", "resample_filter": [1, 3, 3, 1]}
 KINDS = pytest.mark.parametrize(
     "options", [DDPM, NCSN, PICTURES], ids=["ddpmpp", "ncsnpp", "pictures"]
 )
@@ -112,7 +113,7 @@ def test_emb_scales_act_before_the_activation_and_each_on_its_own_block():
 def test_skip_scales_act_on_the_copy_at_the_concatenation_alone(options):
     network = network_of(options)
     seen = {}
-    coarse = network.decoder["4"]
+    coarse = next(iter(network.decoder.values()))
     coarse.middle[0].register_forward_pre_hook(lambda _, args: seen.update(start=args[0]))
     coarse.middle[1].register_forward_hook(lambda *args: seen.update(middle=args[-1]))
     coarse.blocks[0].register_forward_pre_hook(lambda _, args: seen.update(first=args[0]))
@@ -238,6 +239,16 @@ def test_gradients_reach_every_weight_and_fresh_output_is_small(options):
     out.square().mean().backward()
     unreached = [name for name, p in network.named_parameters() if not p.grad.abs().max() > 0]
     assert not unreached
+
+
+@torch.no_grad()
+def test_fresh_blocks_nearly_pass_their_input_on():
+    """Each of the two sums halves the variance."""
+    network = SongUNet(**DDPM).build(DataSpec(3, 8, 10), LABEL)
+    h = torch.randn(2, 32, 4, 4)
+    block = network.decoder["4"].middle[0]
+    out = block(h, block.project(torch.randn(2, 64)))
+    torch.testing.assert_close(out, h / 2, atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
