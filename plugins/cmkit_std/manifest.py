@@ -14,6 +14,14 @@ PROGRESSIVE = (
     "Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. 2022. "
     "arXiv:2202.00512"
 )
+SONG = (
+    "Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole. Score-Based Generative Modeling through "
+    "Stochastic Differential Equations. 2020. arXiv:2011.13456"
+)
+EDM = (
+    "Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative "
+    "Models. 2022. arXiv:2206.00364"
+)
 RESCALING = (
     "Zhu, Lin, Liu, Ning, Blaschko. Rescaling Intermediate Features Makes Trained "
     "Consistency Models Perform Better. ICLR 2024 Tiny Papers"
@@ -49,6 +57,13 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.backbones.adm:ADM",
             "The U-Net of the consistency-model papers",
             cite=ADM,
+        ),
+        Plugin(
+            "backbone",
+            "songunet",
+            "cmkit_std.backbones.songunet:SongUNet",
+            "The U-Nets DDPM++ and NCSN++ of EDM, iCT, ECT and CTM on CIFAR-10",
+            cite=f"{SONG}; {EDM}",
         ),
         Plugin(
             "backbone",
@@ -91,6 +106,13 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.samplers.multistep:Multistep",
             "One step, or several with fresh noise between them",
             cite=CM,
+        ),
+        Plugin(
+            "sampler",
+            "ablation",
+            "cmkit_std.samplers.ablation:Ablation",
+            "EDM's sampler, and those of its ablation: VP, VE, iDDPM; Euler, Heun, midpoint",
+            cite=EDM,
         ),
         Plugin(
             "rescaler",

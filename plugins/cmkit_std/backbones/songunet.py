@@ -1,0 +1,184 @@
+"""The U-Nets DDPM++ and NCSN++ (Song et al.: Score-Based Generative Modeling through Stochastic
+Differential Equations, 2020) as EDM builds them (Karras, Aittala, Aila, Laine, 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cmkit.errors import RecipeError
+from cmkit.kinds import Backbone, DataSpec
+
+if TYPE_CHECKING:
+    from cmkit_std.backbones.songunet_network import SongUNet as Network
+
+_CIFAR10 = {
+    "channels": 128,
+    "channel_mult": [2, 2, 2],
+    "num_res_blocks": 4,
+    "attention_resolutions": [16],
+    "decoder_type": "standard",
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "ddpmpp": {
+        **_CIFAR10,
+        "embedding_type": "positional",
+        "channel_mult_noise": 1,
+        "encoder_type": "standard",
+        "resample_filter": [1, 1],
+    },
+    "ncsnpp": {
+        **_CIFAR10,
+        "embedding_type": "fourier",
+        "channel_mult_noise": 2,
+        "encoder_type": "residual",
+        "resample_filter": [1, 3, 3, 1],
+    },
+}
+"""Sizes of EDM's networks for CIFAR-10 (EDM, table 7)."""
+
+
+class SongUNet(Backbone):
+    """Convolutional U-Net of EDM on CIFAR-10: DDPM++, on which ECT, CTM and iCT build, and NCSN++.
+
+    Embeds labels, and the target noise level of CTM by a second path beside that of sigma.
+    """
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "sigma_to"})
+
+    preset: Literal["ddpmpp", "ncsnpp"] | None = None
+    """A published architecture with its sizes for CIFAR-10; fields given beside it win."""
+    channels: int = Field(128, ge=4, le=2048)
+    """Width that the others are multiples of."""
+    channel_mult: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(
+        (2, 2, 2), min_length=1, max_length=10, strict=False
+    )
+    """Width of each level in multiples of `channels`; from level to level the picture is halved."""
+    channel_mult_emb: int = Field(4, ge=1, le=64)
+    """Width of the embedding in multiples of `channels`."""
+    channel_mult_noise: int = Field(1, ge=1, le=64)
+    """Number of sinusoids of the noise level, in multiples of `channels`; NCSN++ has 2."""
+    num_res_blocks: int = Field(4, ge=1, le=16)
+    """Residual blocks a level in the encoder; the decoder has one more."""
+    attention_resolutions: tuple[Annotated[int, Field(ge=1, le=8192)], ...] | None = Field(
+        None, max_length=10, strict=False
+    )
+    """Sides, in pixels, of the levels with attention; absent = that of 16 pixels, if there is one.
+    The coarsest level of the decoder begins with attention in any case."""
+    embedding_type: Literal["positional", "fourier"] = "positional"
+    """Sinusoids of the noise level: of fixed frequencies (DDPM++), or of random ones (NCSN++)."""
+    fourier_scale: float = Field(16.0, gt=0, le=1e4)
+    """Standard deviation of the random frequencies; iCT and ECT take 0.02. Loaded weights bring
+    their own frequencies."""
+    encoder_type: Literal["standard", "skip", "residual"] = "standard"
+    """How coarse levels see the input: not, as a smaller picture that is added, or as a chain of
+    such pictures with weights between them (NCSN++)."""
+    decoder_type: Literal["standard", "skip"] = "standard"
+    """Output of the finest level, or the sum of every level's picture."""
+    resample_filter: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field(
+        (1, 1), min_length=2, max_length=16, strict=False
+    )
+    """Taps, of even number, of the filter at changes of resolution; NCSN++ has [1, 3, 3, 1]."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability with which an activation of a residual block is dropped in training; on CIFAR-10
+    EDM takes 0.13, ECT 0.2, iCT 0.3."""
+    label_dropout: float = Field(0.0, ge=0, le=1)
+    """Probability with which an image's label is withheld in training."""
+    augment_dim: int = Field(0, ge=0, le=1024)
+    """Width of EDM's augmentation labels: 9 in its published weights. They embed as zeros here."""
+    gradient_checkpointing: bool = False
+    """Recompute residual blocks in the backward pass: less memory, a third more time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
+            return given
+        return {**PRESETS.get(given["preset"], {}), **given}
+
+    @field_validator("resample_filter")
+    @classmethod
+    def _taps_are_even(cls, taps: tuple[int, ...]) -> tuple[int, ...]:
+        if len(taps) % 2:
+            raise ValueError(f"resample_filter {list(taps)} must have an even number of taps")
+        return taps
+
+    def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
+        """A fresh U-Net; RecipeError when the options do not fit each other or the data."""
+        self._check(data, conditions)
+        from cmkit_std.backbones.songunet_network import SongUNet as Network
+
+        return Network(
+            self,
+            in_channels=data.channels,
+            out_channels=data.channels,
+            resolution=data.resolution,
+            num_classes=data.num_classes if "label" in conditions else None,
+            sigma_to="sigma_to" in conditions,
+        )
+
+    def levels(self, resolution: int) -> list[tuple[int, int]]:
+        """(width in channels, side in pixels) of each level, the finest first."""
+        return [(self.channels * m, resolution >> n) for n, m in enumerate(self.channel_mult)]
+
+    def attends(self, side: int) -> bool:
+        """Whether a level of `side` pixels has attention."""
+        return side in ((16,) if self.attention_resolutions is None else self.attention_resolutions)
+
+    def _check(self, data: DataSpec, conditions: frozenset[str]) -> None:
+        if unknown := conditions - self.accepts:
+            raise RecipeError(
+                f"backbone: songunet cannot embed {', '.join(sorted(unknown))}; it accepts"
+                f" {', '.join(sorted(self.accepts))}; choose another backbone"
+            )
+        if "label" in conditions and not data.num_classes:
+            raise RecipeError(
+                "backbone: cannot embed labels, num_classes of the data set is"
+                f" {data.num_classes}; choose a data set with classes, or leave the labels out"
+            )
+        self._check_resolution(data.resolution)
+        for width in self._normed():
+            if width % norm_groups(width):
+                raise RecipeError(
+                    f"backbone.channels = {self.channels}: {width} channels in a norm do not divide"
+                    f" into {norm_groups(width)} groups; give channels ="
+                    f" {-(-self.channels // 32) * 32}"
+                )
+
+    def _check_resolution(self, resolution: int) -> None:
+        halvings = len(self.channel_mult) - 1
+        sides = [side for _, side in self.levels(resolution)]
+        if resolution % 2**halvings:
+            possible = (resolution & -resolution).bit_length()
+            raise RecipeError(
+                f"backbone.channel_mult = {list(self.channel_mult)}: its {halvings + 1} levels need"
+                f" pictures divisible by {2**halvings}, not of {resolution} pixels; give at most"
+                f" {possible} levels, or another dataset.resolution"
+            )
+        if missing := sorted(set(self.attention_resolutions or ()) - set(sides)):
+            raise RecipeError(
+                f"backbone.attention_resolutions = {list(self.attention_resolutions or ())}: no"
+                f" level has {', '.join(map(str, missing))} pixels; choose among"
+                f" {', '.join(map(str, sides))}"
+            )
+
+    def _normed(self) -> Iterator[int]:
+        """The width of every tensor that a norm sees."""
+        widths = [self.channels * m for m in self.channel_mult]
+        last = self.channels
+        skips = [last]
+        for level, width in enumerate(widths):
+            skips += [last] * bool(level) + [width] * self.num_res_blocks
+            yield from (last, width)
+            last = width
+        for width in reversed(widths):
+            for _ in range(self.num_res_blocks + 1):
+                yield last + skips.pop()
+                last = width
+
+
+def norm_groups(channels: int) -> int:
+    """Groups of a GroupNorm of `channels`: 32, but at least 4 channels a group."""
+    return max(1, min(32, channels // 4))

@@ -1,0 +1,111 @@
+"""Names of `songunet` weights in the checkpoints of EDM, and of ECT and CTM, which keep its names.
+
+CTM adds `map_layer0_s`, `map_layer1_s` and `affine_s`. EDM's query, key and value channels are in
+the order (head width, three); here it is (three, head width), so those weights are permuted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+PREFIX = "model."
+"""The official network is a member of its preconditioning."""
+
+_STAGES = {"encoder": "enc", "decoder": "dec"}
+_PLACES = {
+    "enter": "conv",
+    "middle": "in",
+    "blocks": "block",
+    "picture_down": "aux_down",
+    "picture_in": "aux_skip",
+    "residual": "aux_residual",
+    "picture_up": "aux_up",
+    "norm_out": "aux_norm",
+    "conv_out": "aux_conv",
+}
+"""A layer of a level here -> there. Others (up, down) are the same."""
+_NAMES = {
+    "noise.frequencies": "map_noise.freqs",
+    "label": "map_label",
+    "augment": "map_augment",
+    "time.0": "map_layer0",
+    "time.2": "map_layer1",
+    "time_s.0": "map_layer0_s",
+    "time_s.2": "map_layer1_s",
+    "norm1": "norm0",
+    "conv1": "conv0",
+    "film": "affine",
+    "film_s": "affine_s",
+    "norm2": "norm1",
+    "conv2": "conv1",
+    "shortcut": "skip",
+    "attention.norm": "norm2",
+    "attention.qkv": "qkv",
+    "attention.proj": "proj",
+    "filter": "resample_filter",
+}
+"""Further components of a key here -> there. Others (weight, bias) are the same."""
+_OWN_STAGES, _OWN_PLACES, _OWN_NAMES = (
+    {official: own for own, official in names.items()} for names in (_STAGES, _PLACES, _NAMES)
+)
+
+
+def matches(state: Mapping[str, Tensor]) -> bool:
+    """Whether `state` is a SongUNet of EDM's code, or of its descendants."""
+    return any(re.fullmatch(r"(?:model\.)?dec\.(\d+)x\1_aux_conv\.weight", key) for key in state)
+
+
+def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official weights under the names of a `SongUNet`. Unknown names stay as they are.
+
+    The noise table `u` of EDM's iDDPM preconditioning is no weight of the network and left out.
+    """
+    own = {}
+    for official, tensor in state.items():
+        if official == "u":
+            continue
+        key = _own(official.removeprefix(PREFIX))
+        # Rows (head width, three) -> (three, head width).
+        own[key] = _transposed(tensor, (-1, 3)) if ".attention.qkv." in f".{key}" else tensor
+    return own
+
+
+def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a `SongUNet` under their official names."""
+    return {
+        PREFIX + _official(key): (
+            _transposed(tensor, (3, -1)) if ".attention.qkv." in f".{key}" else tensor
+        )
+        for key, tensor in state.items()
+    }
+
+
+def _official(key: str) -> str:
+    place = re.fullmatch(r"(encoder|decoder)\.(\d+)\.([a-z_]+)((?:\.\d+)?)(\..+)", key)
+    if not place:
+        return _renamed(key, _NAMES)
+    stage, side, layer, number, rest = place.groups()
+    layer = _PLACES.get(layer, layer) + number[1:]
+    return f"{_STAGES[stage]}.{side}x{side}_{layer}{_renamed(rest, _NAMES)}"
+
+
+def _own(key: str) -> str:
+    place = re.fullmatch(r"(enc|dec)\.(\d+)x\2_([a-z_]+)(\d*)(\..+)", key)
+    if not place:
+        return _renamed(key, _OWN_NAMES)
+    stage, side, layer, number, rest = place.groups()
+    layer = _OWN_PLACES.get(layer, layer) + (number and f".{number}")
+    return f"{_OWN_STAGES[stage]}.{side}.{layer}{_renamed(rest, _OWN_NAMES)}"
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    pattern = "|".join(re.escape(name) for name in names)
+    return re.sub(rf"(?<![^.])(?:{pattern})(?![^.])", lambda match: names[match[0]], key)
+
+
+def _transposed(tensor: Tensor, rows: tuple[int, int]) -> Tensor:
+    """`tensor` with its first axis, of order `rows`, in the other order."""
+    return tensor.unflatten(0, rows).transpose(0, 1).flatten(0, 1)

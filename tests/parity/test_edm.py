@@ -1,0 +1,448 @@
+"""Our SongUNet, EDM's formulations and its samplers reproduce the figures of NVlabs/edm, and the
+SongUNet that of sony/ctm, in float32 and float64."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from cmkit_std.backbones.adm_unet import sinusoids
+from cmkit_std.backbones.songunet import PRESETS
+from cmkit_std.backbones.songunet import SongUNet as Options
+from cmkit_std.backbones.songunet_layouts import PREFIX, matches, read, write
+from cmkit_std.backbones.songunet_network import Block, Conv, Fourier, Positional, SongUNet
+from cmkit_std.formulations import IDDPM, VE, VP, FormulatedDenoiser, LogNormal
+from cmkit_std.samplers.ablation import Ablation
+from torch import Tensor
+
+from cmkit import Cond, DataSpec, Denoiser, Noise
+from tests.parity import harness
+
+FIGURES = harness.Figures("edm.json")
+CTM = harness.Figures("ctm.json")
+BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+
+OFFICIAL_NAMES = {
+    "model_channels": "channels",
+    "num_blocks": "num_res_blocks",
+    "attn_resolutions": "attention_resolutions",
+}
+SAME_NAME = {
+    "augment_dim",
+    "channel_mult",
+    "channel_mult_noise",
+    "decoder_type",
+    "dropout",
+    "embedding_type",
+    "encoder_type",
+    "resample_filter",
+}
+OF_THE_DATA = {"img_channels", "img_resolution", "label_dim"}
+OF_THE_DENOISER = {"sigma_data", "sigma_min", "sigma_max"}
+WITHOUT_EFFECT = {"use_fp16", "linear_probing"}
+
+
+def network_of(config: dict) -> SongUNet:
+    """The network of arguments of an official preconditioning."""
+    config = dict(config)
+    assert config.pop("model_type") == "SongUNet"
+    data = DataSpec(*(config.pop(k) for k in ("img_channels", "img_resolution", "label_dim")))
+    conditions = {"label"} if data.num_classes else set()
+    if "arch" in config:  # of sony/ctm
+        config["preset"] = config.pop("arch")
+    if config.pop("training_mode", None) == "ctm":
+        conditions.add("sigma_to")
+    fields = {OFFICIAL_NAMES.get(k, k): v for k, v in config.items() if k not in OF_THE_DENOISER}
+    unknown = set(fields) - SAME_NAME - set(OFFICIAL_NAMES.values()) - WITHOUT_EFFECT - {"preset"}
+    assert not unknown, f"unknown options {unknown}"
+    options = Options(**{k: v for k, v in fields.items() if k not in WITHOUT_EFFECT})
+    return options.build(data, frozenset(conditions))
+
+
+def filled(module: torch.nn.Module, case: dict, dtype: torch.dtype, prefix: str = "") -> None:
+    """Give `module` its formula-filled weights; filters keep their values. `prefix` is that of
+    the official names."""
+    official = write(module.state_dict())
+    shapes = {
+        prefix + key.removeprefix(PREFIX): tuple(tensor.shape)
+        for key, tensor in official.items()
+        if not key.endswith("resample_filter")
+    }
+    figures = CTM if any(case is other for other in CTM.cases.values()) else FIGURES
+    weights = figures.weights(shapes, dtype, w_quad=case["inputs"].get("w_quad"))
+    module.to(dtype)
+    missing, unexpected = module.load_state_dict(read(weights), strict=False)
+    assert not unexpected
+    assert all(key.endswith("filter") for key in missing)
+    module.eval()
+
+
+def filled_network(case: dict, dtype: torch.dtype, config: dict | None = None) -> SongUNet:
+    network = network_of(config or case["config"])
+    filled(network, case, dtype, PREFIX)
+    return network
+
+
+def cond_of(case: dict) -> Cond:
+    label = case["inputs"]["y"]
+    return Cond(label=None if label is None else torch.tensor(label))
+
+
+def augment_of(case: dict, dtype: torch.dtype) -> Tensor | None:
+    """Augmentation labels of the case; cases of gradients take those of their network's others."""
+    for other in (case, *FIGURES.cases.values()):
+        spec = other["inputs"].get("augment_labels")
+        if spec is not None and case["config"].items() <= other["config"].items():
+            return FIGURES.tensor(spec, dtype)
+    return None
+
+
+class Augmented(Denoiser):
+    """A denoiser that gives its network augmentation labels."""
+
+    def __init__(self, network: SongUNet, augment: Tensor | None):
+        super().__init__(network, precond="edm")
+        network.register_forward_pre_hook(
+            lambda _module, args, kwargs: (args, {**kwargs, "augment": augment}), with_kwargs=True
+        )
+
+
+def noisy(case: dict, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """X(shape) + sigma Z(shape, 0), and sigma."""
+    inputs = case["inputs"]
+    assert "X(shape) + sigma*Z(shape, c=0)" in inputs.get("x", inputs.get("D"))
+    sigma = FIGURES.tensor(inputs["sigmas"], dtype)
+    shape = inputs["shape"]
+    x = FIGURES.X(shape).to(dtype) + sigma.view(-1, 1, 1, 1) * FIGURES.Z(shape, 0).to(dtype)
+    return x, sigma
+
+
+def traced(network: SongUNet) -> dict[str, Tensor]:
+    """A dict that the next forward pass fills with activations, under official names."""
+    seen = {}
+
+    def watch(module, name):
+        def hook(_module, _args, out):
+            # There, cosines come first, and are swapped behind the module.
+            seen[name] = out.roll(out.shape[1] // 2, 1) if name == "map_noise" else out.clone()
+
+        module.register_forward_hook(hook)
+
+    watch(network.noise, "map_noise")
+    for i in (0, 1):
+        watch(network.time[2 * i], f"map_layer{i}")
+    for stage in (network.encoder, network.decoder):
+        for side, level in stage.items():
+            layers = {}
+            for name, layer in level.named_children():
+                numbered = isinstance(layer, torch.nn.ModuleList)
+                layers |= (
+                    {f"{name}.{i}": inner for i, inner in enumerate(layer)}
+                    if numbered
+                    else {name: layer}
+                )
+            for name, layer in layers.items():
+                part = "encoder" if stage is network.encoder else "decoder"
+                ((key, _),) = write({f"{part}.{side}.{name}.weight": torch.empty(0)}).items()
+                watch(layer, key.removeprefix(PREFIX).removesuffix(".weight"))
+    return seen
+
+
+def forward(case: dict, dtype: torch.dtype) -> dict:
+    network = filled_network(case, dtype)
+    c_noise = FIGURES.tensor(case["inputs"]["c_noise"], dtype)
+    cond, augment = cond_of(case), augment_of(case, dtype)
+    spec = case["inputs"].get("x")
+    x = FIGURES.tensor(spec, dtype) if spec else FIGURES.X(case["inputs"]["shape"]).to(dtype)
+    actual = {}
+    if "trace" in case["expect"]:
+        assert case["inputs"]["F"] == "network(X(shape), c_noise)"
+        actual["trace"] = seen = traced(network)
+    actual["F"] = network(x, c_noise, cond, {}, augment=augment)
+    if "D" in case["expect"]:
+        actual["trace"] = dict(seen)
+        if network.label is not None:
+            context = network._context(cond, None)
+            actual["trace"]["map_label"] = context
+        denoiser = Augmented(network, augment)
+        actual["D"] = denoiser(*noisy(case, dtype), cond)
+        state = write(network.state_dict())
+        actual["params"] = sum(p.numel() for p in network.parameters())
+        actual["state_dict"] = {key: list(tensor.shape) for key, tensor in state.items()}
+        buffers = write(dict(network.named_buffers()))
+        actual["buffers"] = list(buffers)
+    if "D_no_labels" in case["expect"]:
+        actual["D_no_labels"] = denoiser(*noisy(case, dtype))
+    return actual
+
+
+def gradients(case: dict, dtype: torch.dtype) -> dict:
+    network = filled_network(case, dtype)
+    x = FIGURES.tensor(case["inputs"]["x"], dtype).requires_grad_()
+    c_noise = FIGURES.tensor(case["inputs"]["c_noise"], dtype)
+    out = network(x, c_noise, cond_of(case), {}, augment_of(case, dtype))
+    formula = re.fullmatch(r"mean\(F \* (X\(F\.shape, .*\))\)", case["inputs"]["loss"])
+    assert formula, f"unknown loss {case['inputs']['loss']}"
+    loss = (out * FIGURES.tensor(formula[1], dtype, F=out)).mean()
+    loss.backward()
+    return {"loss": loss, "grad_x": x.grad, "grad_norm": norms(case, network)}
+
+
+def norms(case: dict, network: SongUNet) -> dict:
+    grads = write({name: p.grad for name, p in network.named_parameters() if p.grad is not None})
+    return {name: grads[name].norm() for name in case["expect"]["grad_norm"]}
+
+
+def preconditioned(case: dict, dtype: torch.dtype) -> dict:
+    name = re.fullmatch(r"training\.networks\.(\w+)Precond\.forward", case["function"])[1]
+    column = {"VP": VP(), "VE": VE(), "iDDPM": IDDPM()}[name]
+    denoiser = FormulatedDenoiser(filled_network(case, dtype), column)
+    x, sigma = noisy(case, dtype)
+    return {
+        "D": denoiser(x, sigma, cond_of(case)),
+        "round_sigma": column.rounded(sigma),
+        "sigma_min": torch.tensor(column.sigma_min, dtype=dtype),
+        "sigma_max": torch.tensor(column.sigma_max, dtype=dtype),
+    }
+
+
+def losses(case: dict, dtype: torch.dtype) -> dict:
+    options = dict(case["config"])
+    network = filled_network(case, dtype, options.pop("net"))
+    renamed = {{"P_mean": "mean", "P_std": "std"}[k]: v for k, v in options.items()}
+    name = re.fullmatch(r"training\.loss\.(\w+)Loss\.__call__", case["function"])[1]
+    law = {"EDM": LogNormal, "VP": VP, "VE": VE}[name](**renamed)
+    images = FIGURES.tensor(case["inputs"]["images"], dtype)
+    draw = {"EDM": FIGURES.Z, "VP": FIGURES.U, "VE": FIGURES.U}[name]
+    sigma = law.drawn(draw([len(images)], 0).to(dtype))
+    z = FIGURES.Z(list(images.shape), 1).to(dtype)
+    denoiser = Denoiser(network, precond="edm")
+    x0_hat = denoiser(images + sigma.view(-1, 1, 1, 1) * z, sigma, cond_of(case))
+    loss = law.weight(sigma).view(-1, 1, 1, 1) * (x0_hat - images).square()
+    total = loss.sum() / len(images)
+    total.backward()
+    return {"loss": loss, "sum_over_batch_size": total, "grad_norm": norms(case, network)}
+
+
+class Toy(Denoiser):
+    """D(x, sigma) = 0.45 tanh(x / sqrt(sigma^2 + 0.25))."""
+
+    def __init__(self, noise: Noise):
+        super().__init__(torch.nn.Identity(), noise)
+
+    def forward(self, x, sigma, cond=None):
+        return 0.45 * torch.tanh(x / (sigma**2 + 0.25).sqrt().view(-1, 1, 1, 1))
+
+
+RENAMED = {"num_steps": "steps", "S_churn": "s_churn", "S_min": "s_min", "S_max": "s_max"} | {
+    "S_noise": "s_noise"
+}
+LEVELS = {
+    "edm": Noise(),
+    "vp": Noise(VP(epsilon=1e-3).sigma_min, VP().sigma_max),
+    "ve": Noise(0.02, 100.0),
+    "iddpm": Noise(0.002, 81.0),
+}
+"""Where the official samplers start and end unless told."""
+
+
+def sampled(case: dict, dtype: torch.dtype) -> dict:
+    config = dict(case["config"])
+    net = config.pop("net", None)
+    given = {k: config.pop(k) for k in ("sigma_min", "sigma_max", "rho") if k in config}
+    sampler = Ablation(**{RENAMED.get(name, name): value for name, value in config.items()})
+    noise = Noise(**given) if given else LEVELS[sampler.discretization]
+    if net:
+        denoiser = Denoiser(filled_network(case, dtype, net), noise, precond="edm")
+        assert case["inputs"]["y"] is None
+    else:
+        assert case["inputs"]["denoiser"] in (
+            "D(x, sigma) = 0.45*tanh(x/sqrt(sigma^2+0.25))",
+            "toy D above",
+        )
+        denoiser = Toy(noise)
+    z = FIGURES.tensor(case["inputs"]["latents"], torch.float64)
+    x = (noise.sigma_max * z).to(dtype)
+    sample = sampler.sample(denoiser, x, Cond(), lambda k: FIGURES.Z(list(z.shape), k).to(dtype))
+    actual = {"sample": sample}
+    if "draws" in case["expect"]:
+        # There every step draws, so that the k-th draw is the k-th step's, as it is here.
+        actual["draws"] = 1 + sampler.steps
+    return actual
+
+
+def block(case: dict, dtype: torch.dtype) -> dict:
+    config = dict(case["config"])
+    fixed = {"num_heads": 1, "skip_scale": "sqrt(0.5)", "eps": 1e-6, "resample_proj": True}
+    for name, value in {**fixed, "adaptive_scale": False}.items():
+        assert config.pop(name) == value
+    up, down = config.pop("up", False), config.pop("down", False)
+    layer = Block(
+        config.pop("in_channels"),
+        config.pop("out_channels"),
+        config.pop("emb_channels"),
+        resample="up" if up else "down" if down else None,
+        taps=tuple(config.pop("resample_filter", (1, 1))),
+        attention=config.pop("attention"),
+    )
+    assert not config
+    filled(layer, case, dtype)
+    keys = [key.removeprefix(PREFIX) for key in write(layer.state_dict())]
+    x, emb = (FIGURES.tensor(case["inputs"][name], dtype) for name in ("x", "emb"))
+    return {"keys": keys, "out": layer(x, layer.project(emb))}
+
+
+def convolution(case: dict, dtype: torch.dtype) -> dict:
+    config = dict(case["config"])
+    up, down = config.pop("up", False), config.pop("down", False)
+    layer = Conv(
+        config.pop("in_channels"),
+        config.pop("out_channels"),
+        config.pop("kernel"),
+        "up" if up else "down" if down else None,
+        tuple(config.pop("resample_filter")),
+        fused=config.pop("fused_resample", False),
+    )
+    assert not config
+    filled(layer, case, dtype)
+    x = FIGURES.tensor(case["inputs"]["x"], dtype)
+    return {"resample_filter": layer.filter, "out": layer(x)}
+
+
+def embeddings(case: dict, dtype: torch.dtype) -> dict:
+    dim = case["config"]["num_channels"]
+    x = FIGURES.tensor(case["inputs"]["x"], dtype)
+    fourier = Fourier(dim, scale=16.0).to(dtype)
+    fourier.frequencies.copy_(FIGURES.weights({"freqs": (dim // 2,)}, dtype)["freqs"])
+    return {
+        "positional": sinusoids(x, dim),
+        "positional_endpoint": Positional(dim)(x).roll(dim // 2, 1),
+        "freqs": fourier.frequencies,
+        "fourier": fourier(x[:-1]).roll(dim // 2, 1),
+    }
+
+
+def towards(case: dict, dtype: torch.dtype) -> dict:
+    """The network of CTM, which is told the target noise level s as well."""
+    network = filled_network(case, dtype)
+    inputs = case["inputs"]
+    assert inputs["rescaled_t"] == "250*ln(t), rounded to float32"
+    assert inputs["rescaled_s"] == "250*ln(s)"
+    t, s = (unscaled(inputs[name], dtype) for name in ("t", "s_sigma"))
+    cond = Cond(label=cond_of(case).label, sigma_to=s)
+    state = write(network.state_dict())
+    return {
+        "params": sum(p.numel() for p in network.parameters()),
+        "state_dict": {key: list(tensor.shape) for key, tensor in state.items()},
+        "out": network(CTM.tensor(inputs["x"], dtype), 0.25 * t.log(), cond, {}),
+    }
+
+
+def unscaled(sigmas: list[float], dtype: torch.dtype) -> Tensor:
+    """exp(r / 250), of r = 250 ln(sigma) rounded to float32."""
+    rescaled = torch.tensor([250 * math.log(sigma) for sigma in sigmas]).float()
+    return (rescaled.to(dtype) / 250).exp()
+
+
+FUNCTIONS = {
+    "training.networks.EDMPrecond / SongUNet forward": forward,
+    "training.networks.SongUNet forward": forward,
+    "autograd through SongUNet.forward": gradients,
+    "training.networks.VPPrecond.forward": preconditioned,
+    "training.networks.VEPrecond.forward": preconditioned,
+    "training.networks.iDDPMPrecond.forward": preconditioned,
+    "training.loss.EDMLoss.__call__": losses,
+    "training.loss.VELoss.__call__": losses,
+    "training.loss.VPLoss.__call__": losses,
+    "generate.edm_sampler": sampled,
+    "generate.ablation_sampler": sampled,
+    "training.networks.UNetBlock.forward": block,
+    "training.networks.Conv2d.forward": convolution,
+    "training.networks.PositionalEmbedding / FourierEmbedding": embeddings,
+    "cm.networks.EDMPrecond_CTM.forward(rescaled_x, rescaled_t, s)": towards,
+}
+WITH_GRADIENT = {gradients, losses}
+OF_BACKBONE_ADM = {
+    "training.networks.EDMPrecond / DhariwalUNet forward",
+    "autograd through DhariwalUNet.forward",
+}
+CASES = {
+    name: case for name, case in FIGURES.cases.items() if case["function"] not in OF_BACKBONE_ADM
+} | {
+    name: case for name, case in CTM.cases.items() if case["config"].get("model_type") == "SongUNet"
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", CASES)
+def test_it_computes_the_official_function(name, dtype):
+    case = CASES[name]
+    assert case["function"] in FUNCTIONS, f"nothing here computes {case['function']!r}"
+    function = FUNCTIONS[case["function"]]
+    with torch.set_grad_enabled(function in WITH_GRADIENT):
+        actual = function(case, dtype)
+    assert actual.keys() == case["expect"].keys()
+    for figure, expected in case["expect"].items():
+        harness.compare(actual[figure], expected, dtype)
+
+
+KEY_FILES = sorted(
+    {
+        path
+        for folder in (harness.OWN_FIGURES, harness.FIGURES)
+        for path in (folder / "keys").glob("*_cifar10_*.json")
+    }
+)
+
+
+@pytest.mark.parametrize("path", KEY_FILES, ids=lambda path: path.stem)
+def test_layout_has_the_names_and_shapes_of_the_published_weights(path):
+    content = json.loads(path.read_text("utf-8"))
+    config = {"preset": "ddpmpp"} | content["source"]["config"]
+    with torch.device("meta"):
+        network = network_of(config)
+    official = write(network.state_dict())
+    assert {key: list(tensor.shape) for key, tensor in official.items()} == content["keys"]
+    assert list(official) == list(content["keys"])
+    assert sum(p.numel() for p in network.parameters()) == content["n_parameters"]
+    assert list(write(dict(network.named_buffers()))) == content["buffers"]
+    own = read(official)
+    assert list(own) == list(network.state_dict())
+    assert all(own[key].shape == tensor.shape for key, tensor in network.state_dict().items())
+    assert matches(official)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_is_the_network_of_the_published_weights(preset):
+    path = harness.OWN_FIGURES / "keys" / f"edm_cifar10_{preset}_cond.json"
+    config = json.loads(path.read_text("utf-8"))["source"]["config"]
+    with torch.device("meta"):
+        options = Options(preset=preset, augment_dim=9, dropout=0.13)
+        network = options.build(DataSpec(3, 32, 10), frozenset({"label"}))
+        assert repr(network) == repr(network_of(config))
+
+
+def test_layout_round_trip_is_bit_identical():
+    state = filled_network(FIGURES.cases["net_ncsnpp"], torch.float32).state_dict()
+    back = read(write(state))
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_layout_reads_without_the_prefix_and_drops_the_table_of_iddpm():
+    state = filled_network(FIGURES.cases["net_skip"], torch.float32).state_dict()
+    official = {key.removeprefix(PREFIX): tensor for key, tensor in write(state).items()}
+    assert matches(official)
+    back = read({"u": torch.zeros(1001), **official})
+    assert all(torch.equal(back[key], state[key]) for key in state)
+    assert len(back) == len(state)
+
+
+@pytest.mark.parametrize("name", ["openai_imagenet64", "openai_lsun256"])
+def test_layout_does_not_match_other_networks(name):
+    path = harness.OWN_FIGURES / "keys" / f"{name}.json"
+    keys = json.loads(path.read_text("utf-8"))["keys"]
+    assert not matches({key: torch.empty(shape, device="meta") for key, shape in keys.items()})
