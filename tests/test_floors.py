@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"errors", "kinds", "plugins", "source", "recipe", "stop"},
     1: {"noise", "denoiser", "checkpoint"},
-    2: {"compose", "train", "sample", "search", "measure", "pictures", "figures"},
+    2: {"compose", "train", "sample", "search", "edit", "measure", "pictures", "figures"},
     3: {"run", "report"},
     4: {"ui", "cli", "__init__"},
 }

@@ -6,6 +6,19 @@ from cmkit.plugins import Plugin, hookimpl
 
 ADM = "Dhariwal, Nichol. Diffusion Models Beat GANs on Image Synthesis. 2021. arXiv:2105.05233"
 CM = "Song, Dhariwal, Chen, Sutskever. Consistency Models. 2023. arXiv:2303.01469"
+EDM = (
+    "Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative "
+    "Models. 2022. arXiv:2206.00364"
+)
+PROGRESSIVE = (
+    "Salimans, Ho. Progressive Distillation for Fast Sampling of Diffusion Models. 2022. "
+    "arXiv:2202.00512"
+)
+DPM = (
+    "Lu, Zhou, Bao, Chen, Li, Zhu. DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic "
+    "Model Sampling in Around 10 Steps. 2022. arXiv:2206.00927"
+)
+DDPM = "Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239"
 IMPROVED = (
     "Song, Dhariwal. Improved Techniques for Training Consistency Models. 2023. arXiv:2310.14189"
 )
@@ -52,11 +65,60 @@ def cmkit_register() -> list[Plugin]:
             cite=IMPROVED,
         ),
         Plugin(
+            "objective",
+            "edm",
+            "cmkit_std.objectives.edm:EDM",
+            "Diffusion training, which makes teachers",
+            cite=EDM,
+        ),
+        Plugin(
             "sampler",
             "multistep",
             "cmkit_std.samplers.multistep:Multistep",
             "One step, or several with fresh noise between them",
             cite=CM,
+        ),
+        Plugin(
+            "sampler",
+            "euler",
+            "cmkit_std.samplers.euler:Euler",
+            "Diffusion models: first-order steps, also known as DDIM",
+            cite=EDM,
+        ),
+        Plugin(
+            "sampler",
+            "heun",
+            "cmkit_std.samplers.heun:Heun",
+            "Diffusion models: second-order steps with optional churn",
+            cite=EDM,
+        ),
+        Plugin(
+            "sampler",
+            "edm",
+            "cmkit_std.samplers.edm:EDM",
+            "Diffusion models: the sampler of EDM, unclamped and in float64",
+            cite=EDM,
+        ),
+        Plugin(
+            "sampler",
+            "dpm",
+            "cmkit_std.samplers.dpm:DPM",
+            "Diffusion models: second-order midpoint steps with optional churn",
+            cite=DPM,
+        ),
+        Plugin(
+            "sampler",
+            "ancestral",
+            "cmkit_std.samplers.ancestral:Ancestral",
+            "Diffusion models: Euler steps with fresh noise after each",
+            cite=DDPM,
+        ),
+        Plugin(
+            "sampler",
+            "progdist",
+            "cmkit_std.samplers.progdist:ProgDist",
+            "Progressively distilled models: DDIM steps that end at sigma_min",
+            cite=PROGRESSIVE,
         ),
         Plugin(
             "rescaler",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 import cmkit
 from cmkit.kinds import DataSpec, Objective, Phase
+from cmkit_std.objectives.schedules import growing, rising_ema
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,12 +58,11 @@ class CT(Objective):
             check_lpips(self.lpips_net, self.lpips_weights)
 
     def phase(self, step: int, total: int) -> Phase:
-        """N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 and mu(k), with k < K."""
-        s0, s1 = self.start_scales, self.end_scales
-        scales = math.ceil(math.sqrt(step / total * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1)
-        num_sigmas = max(scales, 1) + 1
+        """N(k) and mu(k), with k < K (Consistency Models, appendix C)."""
+        num_sigmas = growing(step, total, self.start_scales, self.end_scales)
         denominator = num_sigmas - 1 if self.mu_denominator == "n_minus_1" else num_sigmas
-        return Phase(step, num_sigmas, math.exp(s0 * math.log(self.start_ema) / denominator))
+        mu = rising_ema(self.start_ema, self.start_scales, denominator)
+        return Phase(step, num_sigmas, mu)
 
     def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
         """d(f(x0 + sigma_{i+1} z, sigma_{i+1}), f_target(x0 + sigma_i z, sigma_i)), (B,)."""
