@@ -84,6 +84,10 @@ def test_ct_schedule_runs_from_2_to_the_published_end(end_scales, last):
     assert counts == sorted(counts)
 
 
+def test_ct_grid_never_has_fewer_than_2_points():
+    assert CT(start_scales=1).phase(0, 1000).num_sigmas == 2
+
+
 def test_ct_schedule_is_the_official_formula():
     k, total, s0, s1 = 300, 1000, 2, 150
     scales = math.ceil(math.sqrt(k / total * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1)

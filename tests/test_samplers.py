@@ -168,6 +168,17 @@ def test_a_step_takes_its_own_draw_whatever_the_steps_before_took(sampler):
     assert len(inside) == 3
 
 
+def test_ancestral_draws_after_every_step_but_the_last():
+    asked, x = [], torch.zeros(1, 1, 2, 2)
+
+    def noise(k):
+        asked.append(k)
+        return x
+
+    Ancestral(steps=4).sample(GaussianDenoiser(), x, Cond(), noise)
+    assert asked == [1, 2, 3]
+
+
 @pytest.mark.parametrize(("s_churn", "gamma"), [(1.2, 0.2), (100.0, 2**0.5 - 1)])
 def test_churn_raises_sigma_by_gamma_and_at_most_by_sqrt_2(s_churn, gamma):
     x = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
@@ -201,7 +212,11 @@ def test_last_step_to_zero_returns_the_last_estimate(sampler):
     torch.testing.assert_close(out, torch.full_like(x, 0.123), atol=1e-7, rtol=0)
 
 
-@pytest.mark.parametrize("sampler", [Euler, Heun, DPM, Ancestral, ProgDist, Multistep])
+def two_steps(**options):
+    return Multistep(sigmas=(1e-4,), **options)
+
+
+@pytest.mark.parametrize("sampler", [Euler, Heun, DPM, Ancestral, ProgDist, Multistep, two_steps])
 def test_clamp_limits_estimates_and_can_be_put_off(sampler):
     class Bright(GaussianDenoiser):
         def forward(self, x, sigma, cond=None):
@@ -233,6 +248,14 @@ def test_edm_is_heun_without_clamp_kept_in_float64():
     assert set(seen) == {(torch.float32, torch.float32)}
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), edm, atol=1e-5, rtol=1e-5)
+
+
+def test_rounding_of_edm_does_not_grow_with_the_steps():
+    x = 80 * torch.randn(16, 1, 4, 4)
+    sampler = EDM(steps=1000)
+    exact = sampler.sample(GaussianDenoiser(), x.double(), Cond(), no_noise)
+    rounded = sampler.sample(GaussianDenoiser(), x, Cond(), no_noise)
+    assert float((rounded - exact).abs().max()) < 7e-7
 
 
 @pytest.mark.parametrize(
