@@ -14,7 +14,17 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"errors", "kinds", "plugins", "source", "recipe", "stop"},
     1: {"noise", "denoiser", "checkpoint", "foreign", "weights"},
-    2: {"compose", "convert", "train", "sample", "search", "measure", "pictures", "figures"},
+    2: {
+        "compose",
+        "convert",
+        "train",
+        "sample",
+        "search",
+        "edit",
+        "measure",
+        "pictures",
+        "figures",
+    },
     3: {"run", "report", "compare"},
     4: {"ui", "cli", "__init__"},
 }

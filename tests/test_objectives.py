@@ -5,6 +5,7 @@ import torch
 from cmkit_std.objectives import distances
 from cmkit_std.objectives.cd import CD
 from cmkit_std.objectives.ct import CT
+from cmkit_std.objectives.edm import EDM
 from cmkit_std.objectives.ict import ICT, lognormal_mass
 from cmkit_std.objectives.pd import PD
 from cmkit_std.objectives.weightings import weighting
@@ -95,6 +96,10 @@ def test_ct_schedule_runs_from_2_to_the_published_end(end_scales, last):
     assert counts[0] == 2
     assert counts[-1] == last
     assert counts == sorted(counts)
+
+
+def test_ct_grid_never_has_fewer_than_2_points():
+    assert CT(start_scales=1).phase(0, 1000).num_sigmas == 2
 
 
 def test_ct_schedule_is_the_official_formula():
@@ -368,3 +373,45 @@ def test_lpips_pools_by_average_and_takes_small_grey_images(tmp_path):
 def test_scales_that_shrink_are_refused(model):
     with pytest.raises(ValidationError, match="end_scales 5 must not be below"):
         model(start_scales=10, end_scales=5)
+
+
+def test_edm_loss_of_the_exact_denoiser_is_1_at_every_level():
+    """E (D - x0)^2 = s^2 sigma^2 / (s^2 + sigma^2): "karras" weights it to 1 at s = sigma_data."""
+    denoiser = GaussianDenoiser(s=0.5)
+    x0 = 0.5 * torch.randn(20_000, 1, 1, 1, dtype=torch.float64)
+    for p_mean in (-4.0, -1.2, 3.0):
+        objective = EDM(p_mean=p_mean, p_std=0.1)
+        phase = objective.phase(0, 100)
+        loss = objective.loss(Models(denoiser, denoiser), x0, Cond(), phase, Rng(0, "law", 0, CPU))
+        assert loss.shape == (len(x0),)
+        assert float(loss.mean()) == pytest.approx(1, rel=0.05)
+
+
+def test_edm_levels_are_lognormal():
+    seen = []
+
+    class Spy(GaussianDenoiser):
+        def forward(self, x, sigma, cond=None):
+            seen.append(sigma.log())
+            return super().forward(x, sigma, cond)
+
+    objective, spy = EDM(p_mean=-0.5, p_std=0.7), Spy()
+    x0 = torch.randn(20_000, 1, 1, 1)
+    objective.loss(Models(spy, spy), x0, Cond(), objective.phase(0, 1), Rng(0, "law", 0, CPU))
+    assert float(seen[0].mean()) == pytest.approx(-0.5, abs=0.02)
+    assert float(seen[0].std()) == pytest.approx(0.7, rel=0.02)
+
+
+def test_edm_dropout_comes_from_the_step_alone():
+    from cmkit import Denoiser
+
+    denoiser = Denoiser(TinyNetwork(), precond="edm").train()
+    x0, objective = torch.randn(4, 1, 8, 8), EDM()
+    losses = []
+    for stray in (1, 2):
+        torch.manual_seed(stray)
+        rng = Rng(0, "law", 0, CPU)
+        losses.append(
+            objective.loss(Models(denoiser, denoiser), x0, Cond(), objective.phase(0, 1), rng)
+        )
+    assert torch.equal(*losses)

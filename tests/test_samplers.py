@@ -1,10 +1,34 @@
 import pytest
 import torch
+from cmkit_std.samplers.ancestral import Ancestral, ancestral_step
+from cmkit_std.samplers.dpm import DPM
+from cmkit_std.samplers.edm import EDM
+from cmkit_std.samplers.euler import Euler
+from cmkit_std.samplers.heun import Heun
 from cmkit_std.samplers.multistep import Multistep
+from cmkit_std.samplers.progdist import ProgDist
 from pydantic import ValidationError
 
-from cmkit import Cond, Noise, RecipeError
-from tests.toys import Counting, GaussianFlow
+from cmkit import Cond, DataSpec, Noise, RecipeError
+from cmkit.sample import Draws, sample
+from tests.toys import Counting, GaussianDenoiser, GaussianFlow
+
+CHURN = {"s_churn": 8.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.0}
+WALKS = [
+    Euler(steps=5),
+    Heun(steps=5),
+    Heun(steps=5, **CHURN),
+    DPM(steps=5),
+    DPM(steps=5, **CHURN),
+    Ancestral(steps=5),
+    ProgDist(steps=5),
+    EDM(steps=5),
+    EDM(steps=5, **CHURN),
+]
+
+
+def no_noise(k):
+    raise AssertionError("a deterministic sampler drew noise")
 
 
 @pytest.mark.parametrize("sigmas", [(), (0.8,), (10.0, 1.0, 0.1)])
@@ -58,3 +82,195 @@ def test_estimates_are_clamped_before_noise_is_added():
     out = Multistep(sigmas=(0.5,)).sample(Bright(), x, Cond(), lambda k: torch.zeros_like(x))
     assert torch.equal(seen[1], torch.ones_like(x))
     assert torch.equal(out, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("sampler", WALKS, ids=repr)
+def test_nfe_of_a_walk_is_what_is_counted(sampler):
+    denoiser, x = Counting(GaussianDenoiser()), 80 * torch.randn(2, 1, 4, 4)
+    sampler.sample(denoiser, x, Cond(), lambda k: torch.randn_like(x))
+    assert sampler.nfe == len(denoiser.seen)
+    assert denoiser.seen[0] == pytest.approx(80)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"),
+    [
+        (Euler, 1),
+        (ProgDist, 1),
+        (Heun, 2),
+        (EDM, 2),
+        (DPM, 2),
+        (lambda **options: DPM(mid_rho=2.0, **options), 2),
+    ],
+)
+def test_error_falls_at_the_order_of_the_method(sampler, order):
+    """The flow of x0 ~ N(0, s^2) is known: x(sigma) = x(sigma_max) sqrt of a ratio of variances."""
+    noise, s = Noise(1e-3, 80.0), 0.5
+    denoiser, x = GaussianDenoiser(s, noise), torch.full((1, 1, 1, 1), 80.0, dtype=torch.float64)
+    last = noise.sigma_min if sampler is ProgDist else 0.0
+    exact = 80 * ((s**2 + last**2) / (s**2 + 80**2)) ** 0.5
+    clamp = {} if sampler is EDM else {"clamp": False}
+
+    def error(steps):
+        found = sampler(steps=steps, **clamp).sample(denoiser, x, Cond(), no_noise)
+        return abs(float(found) - exact)
+
+    assert error(40) / error(80) == pytest.approx(2**order, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Ancestral(steps=400, clamp=False),
+        Heun(steps=40, s_churn=40.0, clamp=False),
+        DPM(steps=40, s_churn=40.0, clamp=False),
+        EDM(steps=40, s_churn=40.0),
+    ],
+    ids=repr,
+)
+def test_fresh_noise_keeps_the_law_of_gaussian_data(sampler):
+    """With little noise in x_T, most of the samples' spread comes from fresh noise."""
+    denoiser, s = GaussianDenoiser(s=0.7), 0.7
+    x = 80 * torch.randn(20_000, 1, 1, 1, dtype=torch.float64)
+    out = sampler.sample(denoiser, x, Cond(), lambda k: torch.randn_like(x))
+    assert out.std() == pytest.approx(s, rel=0.03)
+    still = sampler.sample(denoiser, 0 * x, Cond(), lambda k: torch.randn_like(x))
+    assert still.std() > 0.5 * s
+
+
+@pytest.mark.parametrize("sampler", WALKS, ids=repr)
+def test_samples_of_a_walk_do_not_depend_on_batch_size(sampler):
+    draws, indices = Draws(DataSpec(1, 4), seed=1), range(5)
+
+    def images(batch):
+        found = sample(
+            GaussianDenoiser(), sampler, draws, indices, batch, torch.device("cpu"), "fp32"
+        )
+        return torch.cat([part.images for part in found])
+
+    assert torch.equal(images(5), images(2))
+
+
+@pytest.mark.parametrize("sampler", [Heun, DPM, EDM])
+def test_a_step_takes_its_own_draw_whatever_the_steps_before_took(sampler):
+    asked = []
+    x = torch.zeros(1, 1, 2, 2)
+
+    def noise(k):
+        asked.append(k)
+        return x
+
+    levels = Noise().sigmas(6).flip(0)
+    options = sampler(steps=6, s_churn=1.0, s_tmin=float(levels[3]) - 1e-3, s_tmax=30.0)
+    options.sample(GaussianDenoiser(), x, Cond(), noise)
+    inside = [k for k, sigma in enumerate(levels, 1) if float(levels[3]) - 1e-3 <= sigma <= 30]
+    assert asked == inside
+    assert len(inside) == 3
+
+
+def test_ancestral_draws_after_every_step_but_the_last():
+    asked, x = [], torch.zeros(1, 1, 2, 2)
+
+    def noise(k):
+        asked.append(k)
+        return x
+
+    Ancestral(steps=4).sample(GaussianDenoiser(), x, Cond(), noise)
+    assert asked == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("s_churn", "gamma"), [(1.2, 0.2), (100.0, 2**0.5 - 1)])
+def test_churn_raises_sigma_by_gamma_and_at_most_by_sqrt_2(s_churn, gamma):
+    x = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    sampler = Heun(steps=6, s_churn=s_churn, s_noise=2.0)
+    noised, sigma = sampler.churned(x, 10.0, 1, lambda k: torch.ones_like(x))
+    assert sigma == pytest.approx(10 * (1 + gamma))
+    assert float(noised[0, 0, 0, 0]) == pytest.approx(2 * (sigma**2 - 100) ** 0.5)
+    denoiser = Counting(GaussianDenoiser())
+    sampler.sample(denoiser, x, Cond(), lambda k: x)
+    assert denoiser.seen[0] == pytest.approx(80 * (1 + gamma))
+
+
+def test_ancestral_step_splits_the_next_variance_as_the_posterior_does():
+    """x' given x = x' + fresh noise and x0 varies by sigma'^2 (sigma^2 - sigma'^2) / sigma^2."""
+    down, up = ancestral_step(2.0, 0.5)
+    assert down**2 + up**2 == pytest.approx(0.25)
+    assert up**2 == pytest.approx(0.25 * (4 - 0.25) / 4)
+    assert ancestral_step(2.0, 0.0) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("sampler", [Euler(), Heun(), Ancestral()], ids=repr)
+def test_last_step_to_zero_returns_the_last_estimate(sampler):
+    """Also where x is so large that x - (x - x0_hat) would lose digits."""
+
+    class Constant(GaussianDenoiser):
+        def forward(self, x, sigma, cond=None):
+            return torch.full_like(x, 0.123)
+
+    x = torch.randn(1, 1, 2, 2)
+    out = sampler.sample(Constant(), 80 * x, Cond(), lambda k: torch.ones_like(x))
+    torch.testing.assert_close(out, torch.full_like(x, 0.123), atol=1e-7, rtol=0)
+
+
+def two_steps(**options):
+    return Multistep(sigmas=(1e-4,), **options)
+
+
+@pytest.mark.parametrize("sampler", [Euler, Heun, DPM, Ancestral, ProgDist, Multistep, two_steps])
+def test_clamp_limits_estimates_and_can_be_put_off(sampler):
+    class Bright(GaussianDenoiser):
+        def forward(self, x, sigma, cond=None):
+            return torch.full_like(x, 3.0)
+
+    # With one noise level only, as good as, every step lands on the estimate.
+    x = torch.full((1, 1, 2, 2), 3.0)
+    for clamp, value in ((True, 1.0), (False, 3.0)):
+        denoiser = Bright(noise=Noise(1e-6, 1e-3))
+        out = sampler(clamp=clamp).sample(denoiser, x, Cond(), lambda k: torch.zeros_like(x))
+        assert float(out.mean()) == pytest.approx(value, abs=0.01)
+
+
+def test_edm_is_heun_without_clamp_kept_in_float64():
+    x = 80 * torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    z = torch.randn(9, 2, 1, 4, 4, dtype=torch.float64)
+    denoiser = GaussianDenoiser()
+    edm = EDM(steps=7, **CHURN).sample(denoiser, x, Cond(), lambda k: z[k])
+    heun = Heun(steps=7, clamp=False, **CHURN).sample(denoiser, x, Cond(), lambda k: z[k])
+    assert torch.equal(edm, heun)
+    seen = []
+
+    class Spy(GaussianDenoiser):
+        def forward(self, x, sigma, cond=None):
+            seen.append((x.dtype, sigma.dtype))
+            return super().forward(x, sigma, cond)
+
+    out = EDM(steps=7, **CHURN).sample(Spy(), x.float(), Cond(), lambda k: z[k].float())
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), edm, atol=1e-5, rtol=1e-5)
+
+
+def test_rounding_of_edm_does_not_grow_with_the_steps():
+    x = 80 * torch.randn(16, 1, 4, 4)
+    sampler = EDM(steps=1000)
+    exact = sampler.sample(GaussianDenoiser(), x.double(), Cond(), no_noise)
+    rounded = sampler.sample(GaussianDenoiser(), x, Cond(), no_noise)
+    assert float((rounded - exact).abs().max()) < 7e-7
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options", "message"),
+    [
+        *(
+            (sampler, {"steps": 1}, "greater than or equal to 2")
+            for sampler in (Euler, Heun, DPM, Ancestral, EDM)
+        ),
+        (ProgDist, {"steps": 0}, "greater than or equal to 1"),
+        (Heun, {"s_churn": -1.0}, "greater than or equal to 0"),
+        (DPM, {"s_noise": -1.0}, "greater than or equal to 0"),
+        (EDM, {"s_tmin": 2.0, "s_tmax": 1.0}, r"s_tmin 2\.0 must not be above s_tmax 1\.0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(sampler, options, message):
+    with pytest.raises(ValidationError, match=message):
+        sampler(**options)

@@ -7,6 +7,11 @@ from cmkit.plugins import Plugin, hookimpl
 ADM = "Dhariwal, Nichol. Diffusion Models Beat GANs on Image Synthesis. 2021. arXiv:2105.05233"
 CM = "Song, Dhariwal, Chen, Sutskever. Consistency Models. 2023. arXiv:2303.01469"
 DIT = "Peebles, Xie. Scalable Diffusion Models with Transformers. 2022. arXiv:2212.09748"
+DPM = (
+    "Lu, Zhou, Bao, Chen, Li, Zhu. DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic "
+    "Model Sampling in Around 10 Steps. 2022. arXiv:2206.00927"
+)
+DDPM = "Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239"
 IMPROVED = (
     "Song, Dhariwal. Improved Techniques for Training Consistency Models. 2023. arXiv:2310.14189"
 )
@@ -101,6 +106,13 @@ def cmkit_register() -> list[Plugin]:
             cite=PROGRESSIVE,
         ),
         Plugin(
+            "objective",
+            "edm",
+            "cmkit_std.objectives.edm:EDM",
+            "Diffusion training, which makes teachers",
+            cite=EDM,
+        ),
+        Plugin(
             "sampler",
             "multistep",
             "cmkit_std.samplers.multistep:Multistep",
@@ -113,6 +125,48 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.samplers.ablation:Ablation",
             "EDM's sampler, and those of its ablation: VP, VE, iDDPM; Euler, Heun, midpoint",
             cite=EDM,
+        ),
+        Plugin(
+            "sampler",
+            "euler",
+            "cmkit_std.samplers.euler:Euler",
+            "Diffusion models: first-order steps, also known as DDIM",
+            cite=EDM,
+        ),
+        Plugin(
+            "sampler",
+            "heun",
+            "cmkit_std.samplers.heun:Heun",
+            "Diffusion models: second-order steps with optional churn",
+            cite=EDM,
+        ),
+        Plugin(
+            "sampler",
+            "edm",
+            "cmkit_std.samplers.edm:EDM",
+            "Diffusion models: the sampler of EDM, unclamped and in float64",
+            cite=EDM,
+        ),
+        Plugin(
+            "sampler",
+            "dpm",
+            "cmkit_std.samplers.dpm:DPM",
+            "Diffusion models: second-order midpoint steps with optional churn",
+            cite=DPM,
+        ),
+        Plugin(
+            "sampler",
+            "ancestral",
+            "cmkit_std.samplers.ancestral:Ancestral",
+            "Diffusion models: Euler steps with fresh noise after each",
+            cite=DDPM,
+        ),
+        Plugin(
+            "sampler",
+            "progdist",
+            "cmkit_std.samplers.progdist:ProgDist",
+            "Progressively distilled models: DDIM steps that end at sigma_min",
+            cite=PROGRESSIVE,
         ),
         Plugin(
             "rescaler",

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Sampler
+from cmkit_std.samplers.steps import estimate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 class Multistep(Sampler):
     """One step from sigma_max, then one for each further noise level, with fresh noise before it.
 
-    An empty list is one-step sampling. Estimates are clamped to [-1, 1] as in the official code.
+    An empty list is one-step sampling.
     """
 
     sigmas: tuple[Annotated[float, Field(gt=0, le=10_000)], ...] = Field((), max_length=1000)
     """Noise levels after the first step, falling; [0.821] makes two steps."""
+    clamp: bool = True
+    """Clamp each estimate to [-1, 1]; false for latents."""
 
     @model_validator(mode="after")
     def _sigmas_fall(self) -> Multistep:
@@ -46,8 +49,8 @@ class Multistep(Sampler):
                 f"sampler.sigmas = {list(self.sigmas)}: must lie between sigma_min {low} and"
                 f" sigma_max {high}"
             )
-        x0 = denoiser(x, x.new_full((len(x),), high), cond).clamp(-1, 1)
+        x0 = estimate(denoiser, x, high, cond, self.clamp)
         for k, sigma in enumerate(self.sigmas, 1):
             x = x0 + math.sqrt(sigma**2 - low**2) * noise(k)
-            x0 = denoiser(x, x.new_full((len(x),), sigma), cond).clamp(-1, 1)
+            x0 = estimate(denoiser, x, sigma, cond, self.clamp)
         return x0

@@ -1,0 +1,44 @@
+"""Denoising score matching (Karras, Aittala, Aila, Laine: Elucidating the Design Space of
+Diffusion-Based Generative Models, 2022, equations 2 and 8)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+import cmkit
+from cmkit.kinds import Objective, Phase
+from cmkit_std.objectives.weightings import Weighting, weighting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cmkit import Cond, Models, Rng
+
+
+class EDM(Objective):
+    """Diffusion training: the network denoises at noise levels drawn from a lognormal law. It makes
+    teachers; denoiser.precond = "edm" belongs to it."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    p_mean: float = Field(-1.2, ge=-20, le=20)
+    """Mean of ln(sigma)."""
+    p_std: float = Field(1.2, gt=0, le=20)
+    """Standard deviation of ln(sigma)."""
+    weighting: Weighting = "karras"
+    """Weight of the squared error at each noise level; "karras" makes the effective weight 1."""
+
+    def phase(self, step: int, total: int) -> Phase:
+        return Phase(step)
+
+    def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
+        """w(sigma) mean (D(x0 + sigma z, sigma) - x0)^2, ln(sigma) ~ N(p_mean, p_std^2), (B,)."""
+        from cmkit_std.objectives.distances import l2
+
+        sigma = (self.p_mean + self.p_std * rng.normal_like(x0.new_empty(len(x0)))).exp()
+        z = rng.normal_like(x0)
+        with cmkit.shared_dropout(rng):
+            x0_hat = models.online(x0 + sigma.view(-1, 1, 1, 1) * z, sigma, cond)
+        return weighting(self.weighting, sigma, models.online.sigma_data) * l2(x0_hat, x0)

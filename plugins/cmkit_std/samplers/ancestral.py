@@ -1,0 +1,52 @@
+"""Ancestral sampling with Euler steps, of openai/consistency_models and k-diffusion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from cmkit.kinds import Sampler
+from cmkit_std.samplers.steps import estimate, falling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cmkit import Cond, Denoiser
+
+
+class Ancestral(Sampler):
+    """Each Euler step goes below the next noise level, and fresh noise leads back up to it.
+    For diffusion models: denoiser.precond = "edm"."""
+
+    steps: int = Field(40, ge=2, le=10_000)
+    """Points of the sigma grid; the last step goes from sigma_min to 0."""
+    clamp: bool = True
+    """Clamp each estimate to [-1, 1]; false for latents."""
+
+    @property
+    def nfe(self) -> int:
+        return self.steps
+
+    def sample(
+        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
+    ) -> Tensor:
+        """x0_hat + sigma_down / sigma (x - x0_hat) + sigma_up z; no noise after the last step."""
+        levels = [*falling(denoiser.noise, self.steps), 0.0]
+        for k, (sigma, sigma_next) in enumerate(pairwise(levels), 1):
+            x0 = estimate(denoiser, x, sigma, cond, self.clamp)
+            down, up = ancestral_step(sigma, sigma_next)
+            x = x0 + down / sigma * (x - x0)
+            if up > 0:
+                x = x + up * noise(k)
+        return x
+
+
+def ancestral_step(sigma: float, sigma_next: float) -> tuple[float, float]:
+    """(sigma_down, sigma_up): sigma_down^2 + sigma_up^2 = sigma_next^2, and sigma_up is the
+    posterior deviation of x at sigma_next given x0 and x at sigma (DDPM, eq. 7)."""
+    ratio = sigma_next / sigma
+    return sigma_next * ratio, sigma_next * math.sqrt(1 - ratio**2)

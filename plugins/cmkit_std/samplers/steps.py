@@ -1,0 +1,61 @@
+"""What the samplers that walk down the sigma grid share: the grid, an estimate, churn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from cmkit.kinds import Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cmkit import Cond, Denoiser, Noise
+
+
+def falling(noise: Noise, n: int) -> list[float]:
+    """The Karras grid of n points from sigma_max down to sigma_min, in float64."""
+    import torch
+
+    return noise.sigmas(n, dtype=torch.float64).flip(0).tolist()
+
+
+def estimate(denoiser: Denoiser, x: Tensor, sigma: float, cond: Cond, clamp: bool) -> Tensor:
+    """x0_hat, (B, C, H, W), of images x (B, C, H, W) that are all at noise level sigma."""
+    x0 = denoiser(x, x.new_full((len(x),), sigma), cond)
+    return x0.clamp(-1, 1) if clamp else x0
+
+
+class Churn(Part):
+    """Options of a walk that first steps back up to sigma (1 + gamma) with fresh noise."""
+
+    steps: int = Field(40, ge=2, le=10_000)
+    """Points of the sigma grid; the last step goes from sigma_min to 0."""
+    s_churn: float = Field(0.0, ge=0, le=1e6)
+    """Noise to add over the whole walk: gamma = min(s_churn / steps, sqrt(2) - 1); 0 = none."""
+    s_tmin: float = Field(0.0, ge=0, le=1e6)
+    """Lowest sigma at which noise is added."""
+    s_tmax: float | None = Field(None, ge=0, le=1e6)
+    """Highest sigma at which noise is added; absent = no bound."""
+    s_noise: float = Field(1.0, ge=0, le=100)
+    """Standard deviation of the added noise, over what sigma asks for."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Churn:
+        if self.s_tmax is not None and self.s_tmin > self.s_tmax:
+            raise ValueError(f"s_tmin {self.s_tmin} must not be above s_tmax {self.s_tmax}")
+        return self
+
+    def churned(
+        self, x: Tensor, sigma: float, k: int, noise: Callable[[int], Tensor]
+    ) -> tuple[Tensor, float]:
+        """(x, sigma) after the k-th draw of noise (EDM, algorithm 2, lines 4 to 6)."""
+        top = math.inf if self.s_tmax is None else self.s_tmax
+        if self.s_churn == 0 or not self.s_tmin <= sigma <= top:
+            return x, sigma
+        gamma = min(self.s_churn / self.steps, math.sqrt(2) - 1)
+        missing = sigma * math.sqrt(gamma * (2 + gamma))  # sqrt(sigma_hat^2 - sigma^2)
+        return x + missing * self.s_noise * noise(k), sigma * (1 + gamma)
