@@ -180,7 +180,7 @@ def precision(name: str, device: torch.device) -> str:
     gains = (
         torch.cuda.is_bf16_supported(including_emulation=False)
         if device.type == "cuda"
-        else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+        else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     )
     return "bf16" if gains else "fp32"
 

@@ -63,6 +63,12 @@ class Network(nn.Module):
         """F, (B, C, H, W), of preconditioned images x (B, C, H, W) and c_noise (B,)."""
         raise NotImplementedError
 
+    def lower(self, dtype: torch.dtype) -> None:
+        """Round for good the weights that autocast to `dtype` would round at every call.
+
+        Outputs under that autocast stay the same, bit for bit. Not for training.
+        """
+
     def encode(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales) -> Any:
         """What `decode` needs, whatever the scales of `late` sites; arguments as of `forward`."""
         raise NotImplementedError

@@ -179,7 +179,7 @@ class Run:
         table = recipe.search
         assert table is not None
         folder.mkdir(exist_ok=True)
-        denoiser, reference = self._denoiser(), recipe.dataset.reference()
+        denoiser, reference = self._denoiser(table.precision), recipe.dataset.reference()
         cells, reranked, duels = (folder / f"{n}.jsonl" for n in ("cells", "rerank", "confirm"))
         for log in (cells, reranked, duels):
             files.truncate_jsonl(log, lambda record: True)  # a torn last line
@@ -258,7 +258,7 @@ class Run:
         assert table is not None
         assert sampler is not None
         folder.mkdir(exist_ok=True)
-        denoiser, rescaler = self._denoiser(), self._rescaler()
+        denoiser, rescaler = self._denoiser(table.precision), self._rescaler()
         draws = Draws(self.plan.data, recipe.seed)
         scaled = denoiser.rescaled(rescaler) if rescaler else denoiser
 
@@ -299,11 +299,14 @@ class Run:
         values, provenance = measure(recipe.metric, images, reference, self.device)
         result |= {"values": values, "provenance": provenance}
 
-    def _denoiser(self) -> Denoiser:
+    def _denoiser(self, name: str) -> Denoiser:
+        """What the run samples from, its weights rounded to the `precision` key `name`."""
         denoiser = build(self.plan, self.device)
         if self.plan.recipe.train:
             path = self.folder / "model.safetensors"
             files.load_weights(denoiser.network, files.read_weights(path), str(path))
+        if precision(name, self.device) == "bf16":
+            denoiser.network.lower(torch.bfloat16)
         return denoiser.eval()
 
     def _rescaler(self) -> Rescaler | None:

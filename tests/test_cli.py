@@ -187,7 +187,7 @@ def test_a_read_only_folder_is_refused_without_a_trace():
 
 
 def test_a_broken_plugin_stops_only_who_names_it(cmkit, recipe):
-    refused(cmkit("run", recipe, "--set", "objective={use='nothing'}"), 9, "known: ct, ict")
+    refused(cmkit("run", recipe, "--set", "objective={use='nothing'}"), 9, "known: cd, ct, ")
 
 
 def test_usage_errors_are_one_line(cmkit):

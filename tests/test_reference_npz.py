@@ -75,7 +75,7 @@ def test_statistics_of_another_network_are_refused(tmp_path):
         ),
         ({"mu": np.zeros(4), "sigma": np.eye(4), "arr_0": np.zeros((2, 8, 8, 1))}, "arr_0"),
         ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "NaN or infinity"),
-        ({"mu": np.array([None] * 4), "sigma": np.eye(4)}, "not mu"),
+        ({"mu": np.array([None] * 4), "sigma": np.eye(4)}, "announces object"),
         ({"mu": np.array(["a"] * 4), "sigma": np.eye(4)}, "not mu"),
         ({"mu": np.zeros(4), "sigma": np.eye(4, dtype=complex)}, "not mu"),
         ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "not mu"),

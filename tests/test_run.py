@@ -333,7 +333,9 @@ def test_the_verdict_falls_whichever_way_it_must():
 
 
 def command(*arguments, cwd, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    here = os.getcwd()
+    path = os.pathsep.join([here, os.path.join(here, "plugins")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(
         [*CMKIT, *map(str, arguments)], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,

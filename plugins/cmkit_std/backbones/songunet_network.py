@@ -13,7 +13,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cmkit.denoiser import Cond, Network, Scales
-from cmkit_std.backbones.adm_unet import MAX_PERIOD, Norm, attend, full_precision
+from cmkit_std.backbones.adm_unet import (
+    MAX_PERIOD,
+    Norm,
+    attend,
+    full_precision,
+    scaled,
+    silu,
+    widened,
+)
 from cmkit_std.backbones.songunet import norm_groups
 
 if TYPE_CHECKING:
@@ -163,8 +171,8 @@ class SongUNet(Network):
         for j, block in enumerate(self._blocks):
             scale = scales.get(f"emb.{j}")
             if scale is not last:
-                scaled = emb if scale is None else emb * scale.to(emb.dtype).view(-1, 1)
-                last, active = scale, F.silu(scaled)
+                own = emb if scale is None else emb * scale.to(emb.dtype).view(-1, 1)
+                last, active = scale, F.silu(own)
             films.append(block.project(active, active_s))
         return films
 
@@ -247,12 +255,11 @@ class DecoderLevel(nn.Module):
             scale = scales.get(f"skip.{len(skips) - 1}")
             skip = skips.pop()
             if scale is not None:
-                # In the wider of the two types: 1.02 is no bfloat16 number.
-                skip = (skip * scale.view(-1, 1, 1, 1)).to(skip.dtype)
+                skip = scaled(skip, scale)
             h = block(torch.cat([h, skip], dim=1), next(films))
         if self.conv_out is not None:
             with full_precision(h.device):
-                picture = self.conv_out(F.silu(self.norm_out(h)))
+                picture = self.conv_out(silu(self.norm_out(widened(h))))
                 out = picture if self.picture_up is None else self.picture_up(out) + picture
         return h, out
 
@@ -302,8 +309,8 @@ class Block(nn.Module):
         return self._forward(x, film)
 
     def _forward(self, x: Tensor, film: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)).to(x.dtype))
-        h = F.silu(self.norm2(h + film[:, :, None, None]))
+        h = self.conv1(silu(self.norm1(x)))
+        h = silu(self.norm2(h + film[:, :, None, None].to(h.dtype)))
         return self.attention((self.shortcut(x) + self.conv2(self.dropout(h))) * HALF)
 
 
@@ -398,7 +405,7 @@ class Positional(nn.Module):
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """[sin | cos], (B, dim), of c_noise (B,); in float32 at least."""
-        t = c_noise.to(torch.promote_types(c_noise.dtype, torch.float32))
+        t = widened(c_noise)
         steps = torch.linspace(0, 1, self.dim // 2, dtype=t.dtype, device=t.device)
         return _waves(t, torch.exp(-math.log(MAX_PERIOD) * steps))
 
@@ -414,7 +421,7 @@ class Fourier(nn.Module):
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """[sin | cos], (B, dim), of c_noise (B,); in float32 at least."""
-        t = c_noise.to(torch.promote_types(c_noise.dtype, torch.float32))
+        t = widened(c_noise)
         return _waves(t, 2 * math.pi * self.frequencies.to(t.dtype))
 
 

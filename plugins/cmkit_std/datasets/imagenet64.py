@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import model_validator
+
 from cmkit import DataError
 from cmkit.kinds import Dataset, DataSpec, Reference
 from cmkit_std.datasets.image_folder import ImageFolder
@@ -31,8 +33,8 @@ class ImageNet64(Dataset):
     first run waits for that, a run after a file changed does so again. Nothing is downloaded.
     """
 
-    path: str
-    """The folder."""
+    path: str | None = None
+    """The folder; without it nothing can be trained, only compared with `reference_npz`."""
     split: Literal["train", "val"] = "train"
     """1,281,167 or 50,000 pictures of downsampled ImageNet; a folder of classes has no splits."""
     flip: bool = False
@@ -41,23 +43,31 @@ class ImageNet64(Dataset):
     """A published reference file (guided-diffusion's or EDM's .npz) that metrics compare with,
     instead of the pictures."""
 
+    @model_validator(mode="after")
+    def _something(self) -> ImageNet64:
+        if self.path is None and self.reference_npz is None:
+            raise ValueError("name the folder by path, or a file by reference_npz")
+        return self
+
     def spec(self) -> DataSpec:
         """Shape and classes; DataError when files are missing or not right, ResourceError when the
         unpacked pixels will not fit on the disk.
 
         Of .npz files it reads headers and labels; of pictures in folders the header of each.
         """
-        files = self._files()
-        if not files:
-            return self._folder().spec()
         from cmkit_std.datasets.downsampled import CLASSES, check_disk, labels
 
-        labels(files)
         if self.reference_npz:
             from cmkit_std.datasets import reference_npz
 
             reference_npz.check(Path(self.reference_npz).expanduser(), 3)
-        else:
+        if self.path is None:
+            return DataSpec(channels=3, resolution=64, num_classes=CLASSES)
+        files = self._files(self.path)
+        if not files:
+            return self._folder(self.path).spec()
+        labels(files)
+        if not self.reference_npz:
             check_disk(files)
         return DataSpec(channels=3, resolution=64, num_classes=CLASSES)
 
@@ -65,9 +75,11 @@ class ImageNet64(Dataset):
         self, size: int, seed: int, device: torch.device, start: int = 0
     ) -> Iterator[tuple[Tensor, Cond]]:
         """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
-        files = self._files()
+        if self.path is None:
+            raise DataError("dataset.path: missing; name the folder of the pictures to train on")
+        files = self._files(self.path)
         if not files:
-            return self._folder().batches(size, seed, device, start)
+            return self._folder(self.path).batches(size, seed, device, start)
         from cmkit_std.datasets.downsampled import labels, pixels
         from cmkit_std.datasets.pixels import Mapped, streamed_batches
 
@@ -78,31 +90,35 @@ class ImageNet64(Dataset):
 
     def reference(self) -> Reference:
         """The published statistics, or all pictures, none mirrored."""
-        files = self._files()
-        if not files or self.reference_npz:
-            return self._folder().reference()
+        if self.reference_npz:
+            from cmkit_std.datasets import reference_npz
+
+            return reference_npz.read(Path(self.reference_npz).expanduser(), 3)
+        assert self.path is not None
+        files = self._files(self.path)
+        if not files:
+            return self._folder(self.path).reference()
         from cmkit_std.datasets.downsampled import fingerprint, pixels
         from cmkit_std.datasets.pixels import Mapped
 
         return Reference(Mapped(pixels(files)), fingerprint(files))
 
-    def _folder(self) -> ImageFolder:
+    def _folder(self, path: str) -> ImageFolder:
         return ImageFolder(
-            path=self.path,
+            path=path,
             resolution=64,
             labels=True,
             flip=self.flip,
-            reference_npz=self.reference_npz,
         )
 
-    def _files(self) -> tuple[downsampled.File, ...]:
+    def _files(self, path: str) -> tuple[downsampled.File, ...]:
         """The .npz files of the split; none when `path` is a folder of classes."""
         from cmkit_std.datasets.downsampled import find
 
-        files = find(Path(self.path).expanduser(), self.split)
+        files = find(Path(path).expanduser(), self.split)
         if not files and self.split != "train":
             raise DataError(
-                f"dataset.path = {self.path!r}: no val_data.npz in it; for a folder of classes"
+                f"dataset.path = {path!r}: no val_data.npz in it; for a folder of classes"
                 " remove dataset.split and name the folder of that split"
             )
         return files

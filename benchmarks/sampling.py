@@ -1,0 +1,244 @@
+"""One-step sampling beside other implementations: the same weights, one process, in turns.
+
+python benchmarks/sampling.py --config m64 --batch 4 --openai CHECKOUT
+needs `pip install 'cmkit[bench]'` for diffusers; CHECKOUT is one of openai/consistency_models.
+Each contender draws a batch in every round; times are medians of the rounds, ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from cmkit_std.backbones.adm import ADM
+from cmkit_std.samplers.multistep import Multistep
+from torch import Tensor, nn
+
+from cmkit import Cond, DataSpec, Denoiser
+from cmkit.compose import autocast, pick_device, precision
+
+HEADS = {"num_head_channels": 32, "resblock_updown": True}
+CONFIGS = {
+    "t32": (32, ADM(channels=32, channel_mult=(1, 2, 2), attention_resolutions=(16, 8), **HEADS)),
+    "s32": (32, ADM(channels=64, channel_mult=(1, 2, 2), attention_resolutions=(16, 8), **HEADS)),
+    "m64": (64, ADM(channels=96, channel_mult=(1, 2, 3, 4), **HEADS)),
+    "lsun256": (256, ADM(preset="openai-lsun256")),
+}
+"""Side in pixels and network; all without classes."""
+Draw = Callable[[Tensor], Tensor]
+
+
+def main() -> None:
+    """Print images/s of each contender, its ratio to the others', and how far outputs differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument("--config", choices=CONFIGS, default="m64")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--openai", type=Path, help="a checkout of openai/consistency_models")
+    parser.add_argument("--no-diffusers", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="also our network, compiled")
+    parser.add_argument("--only-ours", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for busy machines")
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    side, backbone = CONFIGS[options.config]
+    data = DataSpec(3, side)
+    network = filled(backbone.build(data, frozenset())).eval().requires_grad_(False)
+
+    default = precision("auto", device)
+    contenders: dict[str, Draw] = {
+        f"ours {name}{' (default)' if name == default else ''}": ours(network, device, name)
+        for name in ("fp32", "bf16")
+    }
+    if options.compile:
+        contenders["ours default, compiled"] = ours(network, device, default, compiled=True)
+    if not options.only_ours and not options.no_diffusers:
+        contenders["diffusers fp32"] = diffusers(network, backbone, data, device)
+        contenders["diffusers bf16 channels_last"] = diffusers(
+            network, backbone, data, device, tuned=True
+        )
+    if not options.only_ours and options.openai:
+        for attention in ("QKVAttention", "QKVAttentionLegacy"):
+            name = f"openai fp32, {attention}"
+            contenders[name] = openai(network, backbone, data, device, options.openai, attention)
+
+    x = 80 * torch.randn(options.batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    reference = next(iter(contenders.values()))(x).float()
+    print(
+        f"{options.config}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters,"
+        f" batch {options.batch}, {options.rounds} rounds, {torch.get_num_threads()} threads,"
+        f" {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'},"
+        f" torch {torch.__version__}, {'CPU' if options.cpu_time else 'wall'} seconds"
+    )
+    for name, draw in contenders.items():
+        out = draw(x).float().cpu()
+        error = ((out - reference.cpu()).square().mean() / reference.square().mean().cpu()).sqrt()
+        print(f"  {name}: differs by {error:.1e} rms")
+    for _ in range(options.rounds):
+        for name, draw in contenders.items():
+            began = clock()
+            draw(x)
+            times[name].append(clock() - began)
+    rates = {name: options.batch / statistics.median(spent) for name, spent in times.items()}
+    mine = [name for name in rates if name.startswith("ours")]
+    print(f"{'contender':34} images/s  " + "  ".join(f"{name:>20}" for name in mine))
+    for name, rate in rates.items():
+        ratios = "  ".join(f"{rates[own] / rate:19.2f}x" for own in mine)
+        print(f"{name:34} {rate:8.3f}  {ratios}")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description."""
+
+
+def filled(network: nn.Module) -> nn.Module:
+    """`network` with seeded weights of unit gain and no zeros, so that all of it works."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            std = parameter[0].numel() ** -0.5
+            parameter.data.normal_(std=std, generator=generator)
+    return network
+
+
+def ours(network: nn.Module, device: torch.device, name: str, compiled: bool = False) -> Draw:
+    """Sampling as `cmkit run` does it."""
+    import copy
+
+    network = copy.deepcopy(network).to(device).to(memory_format=torch.channels_last)
+    cast = autocast(name, device)
+    if name == "bf16":
+        network.lower(torch.bfloat16)
+    if compiled:
+        network.compile()
+    denoiser, sampler = Denoiser(network).eval(), Multistep()
+
+    @torch.inference_mode()
+    def draw(x: Tensor) -> Tensor:
+        x = x.to(device, memory_format=torch.channels_last)
+        with cast:
+            out = sampler.sample(denoiser, x, Cond(), lambda k: torch.randn_like(x))
+        return finished(out, device)
+
+    return draw
+
+
+def diffusers(
+    network: nn.Module,
+    backbone: ADM,
+    data: DataSpec,
+    device: torch.device,
+    tuned: bool = False,
+) -> Draw:
+    """`ConsistencyModelPipeline` as shipped, or with bf16 weights in channels_last."""
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
+
+    (layout,) = (each for each in backbone.layouts(data) if each.name == "diffusers")
+    own = network.state_dict()
+    config = {k: v for k, v in layout.config(own).items() if not k.startswith("_")}
+    unet = UNet2DModel(**config)
+    unet.load_state_dict(layout.write(own))
+    unet = unet.to(device).eval()
+    if tuned:
+        unet = unet.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=40)
+    pipeline = ConsistencyModelPipeline(unet=unet, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+
+    @torch.inference_mode()
+    def draw(x: Tensor) -> Tensor:
+        latents = (x / 80).to(device, unet.dtype)
+        if tuned:
+            latents = latents.to(memory_format=torch.channels_last)
+        out = pipeline(
+            batch_size=len(x), num_inference_steps=1, latents=latents, output_type="pt"
+        ).images
+        return finished(out * 2 - 1, device)
+
+    return draw
+
+
+def openai(
+    network: nn.Module,
+    backbone: ADM,
+    data: DataSpec,
+    device: torch.device,
+    checkout: Path,
+    attention: str,
+) -> Draw:
+    """The official U-Net and one-step sampler; flash attention, which needs a GPU and a package
+    that is not here, replaced by the checkout's own `attention`."""
+    sys.path.insert(0, str(checkout))
+    for absent in ("flash_attn", "flash_attn.flash_attention"):
+        sys.modules.setdefault(absent, types.ModuleType(absent))
+    from cm import unet
+    from cm.nn import append_dims
+
+    class Block(unet.AttentionBlock):
+        def __init__(self, *args: object, **options: object):
+            super().__init__(*args, **{**options, "attention_type": "other"})
+
+    kind = getattr(unet, attention)
+    patched = unet.AttentionBlock
+    unet.AttentionBlock = Block
+    original = unet.QKVAttention, unet.QKVAttentionLegacy
+    unet.QKVAttention = unet.QKVAttentionLegacy = kind
+    try:
+        model = unet.UNetModel(
+            image_size=data.resolution,
+            in_channels=3,
+            model_channels=backbone.channels,
+            out_channels=3,
+            num_res_blocks=backbone.num_res_blocks,
+            attention_resolutions=tuple(
+                data.resolution // side
+                for _, side in backbone.levels(data.resolution)
+                if backbone.attends(side)
+            ),
+            channel_mult=backbone.channel_mult,
+            num_head_channels=backbone.num_head_channels,
+            use_scale_shift_norm=backbone.use_scale_shift_norm,
+            resblock_updown=True,
+        )
+    finally:
+        unet.AttentionBlock = patched
+        unet.QKVAttention, unet.QKVAttentionLegacy = original
+    (layout,) = (each for each in backbone.layouts(data) if each.name == "openai")
+    model.load_state_dict(layout.write(network.state_dict()))
+    model = model.to(device).eval()
+
+    @torch.inference_mode()
+    def draw(x: Tensor) -> Tensor:
+        x = x.to(device)
+        sigma = x.new_full((len(x),), 80.0)
+        c_skip = 0.25 / ((sigma - 0.002) ** 2 + 0.25)
+        c_out = (sigma - 0.002) * 0.5 / (sigma**2 + 0.25) ** 0.5
+        c_in = 1 / (sigma**2 + 0.25) ** 0.5
+        t = 1000 * 0.25 * torch.log(sigma + 1e-44)
+        out = model(append_dims(c_in, 4) * x, t)
+        out = append_dims(c_out, 4) * out + append_dims(c_skip, 4) * x
+        return finished(out.clamp(-1, 1), device)
+
+    return draw
+
+
+def finished(out: Tensor, device: torch.device) -> Tensor:
+    """`out` once the device has really computed it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return out
+
+
+if __name__ == "__main__":
+    main()
