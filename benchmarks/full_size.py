@@ -137,7 +137,7 @@ def inception_weights() -> dict[str, Tensor]:
             """Nothing to load."""
 
     generator = torch.Generator().manual_seed(0)
-    with mock.patch.object(theirs, "load_state_dict_from_url", lambda *_, **__: {}):
+    with mock.patch.object(theirs, "load_state_dict_from_url", return_value={}):
         network = Unloaded("inception-v3-compat", ["2048"])
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):

@@ -147,6 +147,28 @@ def test_bfloat16_autocast_stays_close_and_returns_float32(options):
     assert (rounded - out).std() < 0.01 * out.std()
 
 
+@KINDS
+@torch.no_grad()
+def test_weights_rounded_once_give_the_images_of_weights_rounded_at_each_call(options):
+    network = network_of(options)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = network(*inputs(), {})
+        network.lower(torch.bfloat16)
+        torch.testing.assert_close(network(*inputs(), {}), out, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_attention_by_bfloat16_products_is_the_fused_one_up_to_rounding():
+    from cmkit_std.backbones.adm_unet import weighted
+
+    q, k, v = torch.randn(3, 2, 4, 96, 32)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    rounded = weighted(
+        *(t.transpose(1, 2).contiguous().transpose(1, 2).bfloat16() for t in (q, k, v))
+    )
+    assert (rounded.float() - exact).std() < 0.01 * exact.std()
+
+
 @torch.no_grad()
 def test_embedding_is_not_rounded_under_autocast():
     """Neighbouring noise levels are 0.001 apart; bfloat16 has three digits."""

@@ -1,10 +1,13 @@
 """What the documentation shows is true: generated pages are current, examples run."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from cmkit_std.metrics.fidelity import Fidelity
 
 from cmkit import RecipeError, discover
 from cmkit.compose import plan
@@ -31,6 +34,46 @@ def test_a_shipped_recipe_opens_with_its_command_and_can_be_read(recipe):
     first = recipe.read_text("utf-8").splitlines()[0]
     assert first == f"# cmkit run recipes/{recipe.name}"
     assert load(recipe, [], discover()).name == recipe.stem
+
+
+PAPER = {
+    "cd_imagenet64": (0.96, 1.02, 5.21),
+    "cd_cat": (0.94, 1.0, 9.52),
+    "cd_bedroom": (0.96, 0.9, 7.57),
+    "ct_imagenet64": (1.0, 1.36, 11.07),
+    "ct_cat": (0.84, 1.1, 19.99),
+    "ct_bedroom": (0.8, 1.0, 13.62),
+}
+"""skip, emb and FID of the rescaling paper, tables 2 and 1."""
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_recipes_of_the_paper_hold_its_numbers_and_fit_their_network(
+    name, tmp_path, monkeypatch
+):
+    """Planned without the weights, which would be downloaded, and with an invented reference."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Fidelity, "check", lambda *_: None)
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(4), sigma=np.eye(4))
+    sets = [f"dataset.reference_npz={tmp_path / 'reference.npz'}"]
+    skip, emb, fid = PAPER[name]
+    made = plan(load(ROOT / "recipes" / f"rescaled_{name}.toml", sets, discover()))
+    assert (made.recipe.rescaler.skip, made.recipe.rescaler.emb) == (skip, emb)
+    assert made.recipe.expected.scores["fid"] == fid
+    assert made.recipe.sample.images == 50_000
+    network = "imagenet64" if name.endswith("64") else "lsun256"
+    keys = ROOT / "tests" / "parity" / "figures" / "keys" / f"openai_{network}.json"
+    assert made.parameters == json.loads(keys.read_text())["n_parameters"]
+    (download,) = made.downloads
+    assert download.name.startswith(f"openai:{name}")
+    searched = load(ROOT / "recipes" / f"search_{name}.toml", sets, discover())
+    skips, embs = searched.search.grid["skip"], searched.search.grid["emb"]
+    assert len(skips) == len(embs) == 11
+    assert {skip, 1.0} <= set(skips)
+    assert {emb, 1.0} <= set(embs)
+    assert searched.search.images == (500 if name.endswith("64") else 200)
+    if name.startswith("cd"):
+        assert (min(skips), max(skips), min(embs), max(embs)) == (0.9, 1.1, 0.9, 1.1)
 
 
 def test_the_recipe_without_downloads_can_be_planned():

@@ -1,0 +1,80 @@
+"""Runs beside each other and beside the literature."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmkit.cli import main
+from cmkit.compare import caveats, entries
+from cmkit.errors import CheckpointError
+
+
+def folder(path: Path, name: str, fid: float, expected: bool = True, **provenance) -> Path:
+    path.mkdir()
+    report = {
+        "name": name,
+        "hash": "0123abcd",
+        "recipe": {"name": name},
+        "stages": {
+            "sample": {"images": 50_000, "nfe": 1, "scales": {"skip": 0.8, "emb": 1.0}},
+            "metric": {
+                "values": {"fid": fid, "precision": 0.7},
+                "provenance": [
+                    {"numbers": ["fid", "precision"], "extractor": "inception", **provenance}
+                ],
+            },
+        },
+    }
+    if expected:
+        report["recipe"]["expected"] = {"source": "Zhu 2024", "scores": {"fid": 13.62}}
+    (path / "report.json").write_text(json.dumps(report))
+    return path
+
+
+def test_a_difference_is_ours_minus_theirs(tmp_path):
+    (entry,) = entries([folder(tmp_path / "a", "a", 14.0)])
+    assert entry.differences == {"fid": pytest.approx(0.38)}
+    assert entry.facts == {"images": 50_000, "nfe": 1, "skip": 0.8}
+
+
+def test_scores_that_were_measured_unlike_are_not_comparable(tmp_path):
+    alike = [folder(tmp_path / n, n, 1.0, images=500) for n in "ab"]
+    assert list(caveats(entries(alike))) == []
+    other = folder(tmp_path / "c", "c", 1.0, images=50_000)
+    notes = list(caveats(entries([*alike, other])))
+    assert notes == [
+        f"{key}: not comparable, images differs: 500, 50000" for key in ("fid", "precision")
+    ]
+
+
+def printed(monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr(sys, "argv", ["cmkit", "compare", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_table_shows_ours_theirs_and_the_difference(tmp_path, monkeypatch, capsys):
+    a = folder(tmp_path / "a", "ours", 14.0)
+    b = folder(tmp_path / "b", "other", 15.0, expected=False)
+    head, first, theirs, difference, last = printed(monkeypatch, capsys, a, b).splitlines()
+    assert head.split() == ["run", "images", "nfe", "skip", "fid", "precision"]
+    assert first.split() == ["ours-0123abcd", "50,000", "1", "0.8", "14.0", "0.700"]
+    assert theirs.split()[:3] == ["Zhu", "2024", "13.6"]
+    assert difference.split() == ["difference", "+0.38"]
+    assert last.split()[0] == "other-0123abcd"
+    found = json.loads(printed(monkeypatch, capsys, a, "--json"))
+    assert found["runs"][0]["differences"]["fid"] == pytest.approx(0.38)
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", "[1]"])
+def test_a_folder_without_a_report_is_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"report\.json"):
+        entries([tmp_path])

@@ -1,0 +1,127 @@
+"""Weights keep every bit on their way through other projects' layouts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cmkit_std.backbones.adm import ADM
+from safetensors.torch import load_file
+
+from cmkit import CheckpointError, DataSpec, RecipeError, discover
+from cmkit.checkpoint import save_weights
+from cmkit.convert import convert
+from cmkit.recipe import load
+
+RECIPE = """
+name = "small"
+dataset = { use = "digits" }
+objective = { use = "ict" }
+[backbone]
+use = "adm"
+channels = 32
+channel_mult = [1, 2]
+num_res_blocks = 1
+attention_resolutions = [4]
+num_head_channels = 16
+resblock_updown = true
+[train]
+steps = 1
+batch = 8
+lr = 1e-3
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A folder with a recipe and weights of its network, in our own names."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.toml").write_text(RECIPE)
+    recipe = load("small.toml", [], discover())
+    network = recipe.backbone.build(DataSpec(1, 8, 10), frozenset({"label"}))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data.normal_(generator=generator)
+    save_weights(Path("own.safetensors"), network.state_dict())
+    return tmp_path
+
+
+def converted(source: str, target: str, to: str, *, known: bool = True) -> None:
+    recipe = load("small.toml", [], discover()) if known else None
+    list(convert(source, Path(target), to, discover(), recipe))
+
+
+@pytest.mark.parametrize("layout", ["openai", "guided-diffusion", "diffusers"])
+def test_a_round_trip_through_a_layout_changes_no_byte(home, layout):
+    converted("own.safetensors", "theirs", layout)
+    names = load_file(
+        next(Path("theirs").glob("*.safetensors")) if layout == "diffusers" else "theirs"
+    )
+    assert names.keys() != load_file("own.safetensors").keys()
+    converted("theirs", "back.safetensors", "cmkit")
+    assert Path("back.safetensors").read_bytes() == Path("own.safetensors").read_bytes()
+
+
+def test_every_layout_leads_to_every_other(home):
+    converted("own.safetensors", "a", "openai")
+    converted("a", "b", "diffusers")
+    converted("b", "c", "guided-diffusion")
+    converted("c", "d.safetensors", "openai")
+    assert Path("d.safetensors").read_bytes() == Path("a").read_bytes()
+
+
+def test_a_pickle_of_theirs_is_recognized(home, tmp_path, monkeypatch):
+    converted("own.safetensors", "theirs", "openai")
+    torch.save(load_file("theirs"), "theirs.pt")
+    converted("theirs.pt", "back.safetensors", "cmkit")
+    assert Path("back.safetensors").read_bytes() == Path("own.safetensors").read_bytes()
+
+
+def test_a_diffusers_folder_says_what_it_is(home):
+    converted("own.safetensors", "theirs", "diffusers")
+    config = json.loads(Path("theirs/config.json").read_text())
+    assert config["_class_name"] == "UNet2DModel"
+    assert (config["sample_size"], config["in_channels"]) == (8, 1)
+    assert config["num_class_embeds"] == 10
+
+
+def test_a_run_folder_knows_its_own_network(home):
+    Path("runs/x").mkdir(parents=True)
+    shutil.copy("small.toml", "runs/x/recipe.toml")
+    shutil.copy("own.safetensors", "runs/x/model.safetensors")
+    converted("runs/x", "theirs", "openai", known=False)
+    assert "input_blocks.0.0.weight" in load_file("theirs")
+
+
+def test_published_networks_are_recognized_by_their_tensors(home, monkeypatch):
+    """Without a recipe; small networks stand for the published ones here."""
+    small = load("small.toml", [], discover()).backbone
+    monkeypatch.setattr(
+        ADM, "known", classmethod(lambda cls: iter([(small, DataSpec(1, 8, 10), {"label"})]))
+    )
+    converted("own.safetensors", "theirs", "openai", known=False)
+    assert "out.2.bias" in load_file("theirs")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "to", "error", "said"),
+    [
+        ("own.safetensors", "own.safetensors", "openai", RecipeError, "exists already"),
+        ("own.safetensors", "new", "opnai", RecipeError, "did you mean 'openai'"),
+        ("other.safetensors", "new", "openai", CheckpointError, "fit"),
+        ("none.safetensors", "new", "openai", CheckpointError, "no such file"),
+        ("own.safetensors", "new", "edm", RecipeError, "--to edm"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
+    home, source, target, to, error, said
+):
+    save_weights(Path("other.safetensors"), {"a": torch.ones(2)})
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(error) as caught:
+        converted(source, target, to)
+    assert said in str(caught.value)
+    assert sorted(Path().rglob("*")) == before
