@@ -52,25 +52,25 @@ def plan(recipe: Recipe) -> Plan:
     _stages_are_complete(recipe)
     data = recipe.dataset.spec()
     conditions = conditions_of(recipe, data)
-    with _at(recipe, "backbone"), torch.device("meta"):
+    with at(recipe, "backbone"), torch.device("meta"):
         denoiser = _denoiser(recipe, recipe.backbone.build(data, conditions))
     sites = denoiser.network.sites
     if recipe.rescaler:
-        with _at(recipe, "rescaler"):
+        with at(recipe, "rescaler"):
             denoiser.rescaled(recipe.rescaler)
     for cell in cells(recipe):
         cell.bind(sites)
     if recipe.objective:
-        with _at(recipe, "objective"):
+        with at(recipe, "objective"):
             recipe.objective.check(data)
     for index, metric in enumerate(recipe.metric):
-        with _at(recipe, "metric", index):
+        with at(recipe, "metric", index):
             metric.check(data, recipe.sample.images if recipe.sample else 0)
     if recipe.search:
-        with _at(recipe, "search", "images"):
+        with at(recipe, "search", "images"):
             minimized(recipe).check(data, recipe.search.images)
     if recipe.denoiser.weights:
-        with _at(recipe, "denoiser", "weights"):
+        with at(recipe, "denoiser", "weights"):
             _load_start(recipe, denoiser.network, data, conditions)
     if recipe.teacher:
         _check_teacher(recipe, denoiser, data, conditions)
@@ -301,9 +301,9 @@ def _check_teacher(
     can start from it where it shall."""
     table = recipe.teacher
     assert table is not None
-    with _at(recipe, "teacher"), torch.device("meta"):
+    with at(recipe, "teacher"), torch.device("meta"):
         teacher = _teacher(recipe, data)
-    with _at(recipe, "teacher", "weights"):
+    with at(recipe, "teacher", "weights"):
         _fill(teacher.network, table.weights, _teacher_backbone(recipe), data)
     own, other = denoiser.noise, teacher.noise
     if not other.sigma_min <= own.sigma_min < own.sigma_max <= other.sigma_max:
@@ -313,10 +313,10 @@ def _check_teacher(
             f" {own.sigma_min:g} to {own.sigma_max:g}; set denoiser.sigma_min and sigma_max within",
         )
     if recipe.denoiser.init == "teacher":
-        with _at(recipe, "denoiser", "init"):
+        with at(recipe, "denoiser", "init"):
             _load_start(recipe, denoiser.network, data, conditions)
     x, cond = _dry_input(data, conditions)
-    with _at(recipe, "teacher"), _trying("teacher's backbone"):
+    with at(recipe, "teacher"), _trying("teacher's backbone"):
         teacher(x, x.new_empty(1), cond)
 
 
@@ -362,10 +362,10 @@ def _teacher_backbone(recipe: Recipe) -> Backbone:
 def _dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:
     """FLOPs of a forward pass of one image; the sampler, if any, is run through on the way."""
     x, cond = _dry_input(data, conditions)
-    with _at(recipe, "backbone"), _trying("backbone"), FlopCounterMode(display=False) as counter:
+    with at(recipe, "backbone"), _trying("backbone"), FlopCounterMode(display=False) as counter:
         denoiser(x, x.new_empty(1), cond)
     if recipe.sampler:
-        with _at(recipe, "sampler"), _trying("sampler"):
+        with at(recipe, "sampler"), _trying("sampler"):
             _check_sampler(recipe.sampler, denoiser, x, cond)
     return int(counter.get_total_flops())
 
@@ -412,7 +412,7 @@ def _disk(recipe: Recipe, data: DataSpec, memory: int) -> int:
 
 
 @contextlib.contextmanager
-def _at(recipe: Recipe, *path: str | int) -> Iterator[None]:
+def at(recipe: Recipe, *path: str | int) -> Iterator[None]:
     """Errors raised inside name the recipe's line of this table."""
     try:
         yield

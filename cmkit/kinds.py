@@ -201,6 +201,9 @@ class Metric(Part, ABC):
         """Raise now what would stop `measure` later on `images` samples like `data`: missing
         weights, an unfit image size, too few images."""
 
+    def check_reference(self, data: DataSpec, reference: Reference, device: torch.device) -> None:
+        """Raise, before the first stage of a run, if `measure` cannot compare with `reference`."""
+
     @abstractmethod
     def measure(
         self, images: Images[Tensor], reference: Reference, device: torch.device

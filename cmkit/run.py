@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import platform
 import resource
@@ -18,10 +19,10 @@ import torch
 
 import cmkit
 from cmkit import checkpoint as files
-from cmkit.compose import Plan, build, check_disk, precision, with_values
+from cmkit.compose import Plan, at, build, check_disk, precision, with_values
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError, ResourceError
-from cmkit.kinds import Rescaler
+from cmkit.kinds import Reference, Rescaler
 from cmkit.measure import measure
 from cmkit.pictures import grid_png
 from cmkit.plugins import Registry
@@ -109,6 +110,11 @@ class Run:
     stop: StopSignal
     status: dict[str, Any]
 
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """The real images of the recipe's data set."""
+        return self.plan.recipe.dataset.reference()
+
     def stages(self) -> Iterator[Event]:
         """The recipe's stages that are not finished yet."""
         recipe = self.plan.recipe
@@ -118,6 +124,10 @@ class Run:
             "sample": self._sample,
             "metric": self._metric,
         }
+        if any(getattr(recipe, s) and s not in self.status for s in ("search", "metric")):
+            for index, metric in enumerate(recipe.metric):
+                with at(recipe, "metric", index):
+                    metric.check_reference(self.plan.data, self.reference, self.device)
         for stage in STAGES:
             if not getattr(recipe, stage):
                 continue
@@ -179,7 +189,7 @@ class Run:
         table = recipe.search
         assert table is not None
         folder.mkdir(exist_ok=True)
-        denoiser, reference = self._denoiser(table.precision), recipe.dataset.reference()
+        denoiser, reference = self._denoiser(table.precision), self.reference
         cells, reranked, duels = (folder / f"{n}.jsonl" for n in ("cells", "rerank", "confirm"))
         for log in (cells, reranked, duels):
             files.truncate_jsonl(log, lambda record: True)  # a torn last line
@@ -295,8 +305,7 @@ class Run:
         recipe = self.plan.recipe
         images = SavedImages(sorted((self.folder / "samples").glob("*.npz")))
         yield StageStarted("metric", 0, len(recipe.metric))
-        reference = recipe.dataset.reference()
-        values, provenance = measure(recipe.metric, images, reference, self.device)
+        values, provenance = measure(recipe.metric, images, self.reference, self.device)
         result |= {"values": values, "provenance": provenance}
 
     def _denoiser(self, name: str) -> Denoiser:

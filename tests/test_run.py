@@ -1,5 +1,6 @@
 """Runs: the whole job small, killed and resumed, stopped by signals, in bad surroundings."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,10 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from cmkit import BusyError, CheckpointError, Interrupted, NonFiniteError, discover
+from cmkit import (
+    BusyError,
+    CheckpointError,
+    DataError,
+    Interrupted,
+    NonFiniteError,
+    discover,
+)
 from cmkit.checkpoint import latest_checkpoint, load_weights, lock, read_jsonl, read_weights
 from cmkit.compose import build, plan, with_values
 from cmkit.recipe import load
@@ -381,3 +390,16 @@ def wait_for(home: Path, pattern: str, process) -> Path:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     raise AssertionError(f"{pattern} did not appear")
+
+
+def test_a_reference_that_metrics_cannot_use_stops_the_run_before_training(recipe, tmp_path):
+    statistics = {"mu": np.zeros(7), "sigma": np.eye(7)}
+    registry = discover()
+    made = plan(load(recipe, [], registry))
+    real = made.recipe.dataset.reference()
+    other = dataclasses.replace(real, statistics=statistics)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(made.recipe.dataset), "reference", lambda self: other)
+        with pytest.raises(DataError, match="7 features"):
+            list(run(made, registry, tmp_path / "runs", CPU, StopSignal()))
+    assert not list(tmp_path.glob("runs/*/checkpoints"))

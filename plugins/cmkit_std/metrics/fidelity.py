@@ -138,6 +138,12 @@ class Fidelity(Metric):
         self._enough(images, "samples", self._wanted())
         self._extractor(data.channels, data.resolution)
 
+    def check_reference(self, data: DataSpec, reference: Reference, device: torch.device) -> None:
+        """DataError for too few reference images, or statistics of other features."""
+        import torch
+
+        self._prepare(reference, torch.zeros(data.channels, *[data.resolution] * 2).byte(), device)
+
     def measure(
         self, images: Images[Tensor], reference: Reference, device: torch.device
     ) -> dict[str, float]:
@@ -149,16 +155,9 @@ class Fidelity(Metric):
         from cmkit_std.metrics.extract import features, reference_features
 
         flags = self._wanted()
-        given = _published(reference)
-        seen = [flag for flag in flags if flag != "isc" and flag not in given]
         self._enough(len(images), "samples", flags)  # type: ignore[arg-type]
-        self._enough(len(reference.images), "reference images", seen)  # type: ignore[arg-type]
-        first = images[0]
-        channels, _, resolution = first.shape
-        extractor = self._extractor(channels, resolution)
+        extractor, given, seen = self._prepare(reference, images[0], device)
         wants = {flag: self._want(extractor, flag) for flag in flags}
-        for flag in set(given) & set(flags):
-            _fits(flag, given[flag], extractor, wants[flag].layer, first, device)
         ours = features(extractor, set(wants.values()), images, device, self.batch)
         theirs: Features = {}
         if seen:
@@ -201,6 +200,21 @@ class Fidelity(Metric):
             **({"kid_subset_size": self.kid_subset_size} if self.kid else {}),
             **({"neighbours": NEIGHBOURS} if self.precision_recall else {}),
         }
+
+    def _prepare(
+        self, reference: Reference, image: Tensor, device: torch.device
+    ) -> tuple[Extractor, dict[str, dict[str, Any]], list[str]]:
+        """The extractor for such images, published statistics by flag, and the flags that need the
+        reference's images; errors as of `check_reference`."""
+        flags = self._wanted()
+        given = _published(reference)
+        seen = [flag for flag in flags if flag != "isc" and flag not in given]
+        self._enough(len(reference.images), "reference images", seen)  # type: ignore[arg-type]
+        channels, _, resolution = image.shape
+        extractor = self._extractor(channels, resolution)
+        for flag in set(given) & set(flags):
+            _fits(flag, given[flag], extractor, self._want(extractor, flag).layer, image, device)
+        return extractor, given, seen
 
     def _wanted(self) -> list[str]:
         return [flag for flag in NUMBERS if getattr(self, flag)]
