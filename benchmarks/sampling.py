@@ -8,12 +8,15 @@ Each contender draws a batch in every round; times are medians of the rounds, ra
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import sys
 import time
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from cmkit_std.backbones.adm import ADM
@@ -177,24 +180,38 @@ def openai(
     checkout: Path,
     attention: str,
 ) -> Draw:
-    """The official U-Net and one-step sampler; flash attention, which needs a GPU and a package
-    that is not here, replaced by the checkout's own `attention`."""
-    sys.path.insert(0, str(checkout))
-    for absent in ("flash_attn", "flash_attn.flash_attention"):
-        sys.modules.setdefault(absent, types.ModuleType(absent))
-    from cm import unet
-    from cm.nn import append_dims
+    """The official U-Net in a one-step sampler."""
+    model = official_unet(network, backbone, data, checkout, attention).to(device).eval()
 
-    class Block(unet.AttentionBlock):
+    @torch.inference_mode()
+    def draw(x: Tensor) -> Tensor:
+        x = x.to(device)
+        sigma = x.new_full((len(x), 1, 1, 1), 80.0)
+        c_skip = 0.25 / ((sigma - 0.002) ** 2 + 0.25)
+        c_out = (sigma - 0.002) * 0.5 / (sigma**2 + 0.25) ** 0.5
+        c_in = 1 / (sigma**2 + 0.25) ** 0.5
+        out = model(c_in * x, 1000 * 0.25 * torch.log(sigma.flatten() + 1e-44))
+        return finished((c_out * out + c_skip * x).clamp(-1, 1), device)
+
+    return draw
+
+
+def official_unet(
+    network: nn.Module, backbone: ADM, data: DataSpec, checkout: Path, attention: str
+) -> nn.Module:
+    """The U-Net of a checkout of openai/consistency_models, with the weights of `network`.
+
+    Its flash attention needs a GPU and a package that is not here, so the checkout's own class
+    `attention` stands in.
+    """
+    unet = official(checkout, "cm.unet")
+
+    class Block(unet.AttentionBlock):  # type: ignore[misc, name-defined]
         def __init__(self, *args: object, **options: object):
             super().__init__(*args, **{**options, "attention_type": "other"})
 
     kind = getattr(unet, attention)
-    patched = unet.AttentionBlock
-    unet.AttentionBlock = Block
-    original = unet.QKVAttention, unet.QKVAttentionLegacy
-    unet.QKVAttention = unet.QKVAttentionLegacy = kind
-    try:
+    with mock.patch.multiple(unet, AttentionBlock=Block, QKVAttentionLegacy=kind):
         model = unet.UNetModel(
             image_size=data.resolution,
             in_channels=3,
@@ -211,26 +228,25 @@ def openai(
             use_scale_shift_norm=backbone.use_scale_shift_norm,
             resblock_updown=True,
         )
-    finally:
-        unet.AttentionBlock = patched
-        unet.QKVAttention, unet.QKVAttentionLegacy = original
     (layout,) = (each for each in backbone.layouts(data) if each.name == "openai")
     model.load_state_dict(layout.write(network.state_dict()))
-    model = model.to(device).eval()
+    return model
 
-    @torch.inference_mode()
-    def draw(x: Tensor) -> Tensor:
-        x = x.to(device)
-        sigma = x.new_full((len(x),), 80.0)
-        c_skip = 0.25 / ((sigma - 0.002) ** 2 + 0.25)
-        c_out = (sigma - 0.002) * 0.5 / (sigma**2 + 0.25) ** 0.5
-        c_in = 1 / (sigma**2 + 0.25) ** 0.5
-        t = 1000 * 0.25 * torch.log(sigma + 1e-44)
-        out = model(append_dims(c_in, 4) * x, t)
-        out = append_dims(c_out, 4) * out + append_dims(c_skip, 4) * x
-        return finished(out.clamp(-1, 1), device)
 
-    return draw
+def official(checkout: Path, module: str) -> Any:
+    """A module of the checkout; packages that it imports and never needs here are left empty."""
+    sys.path.insert(0, str(checkout))
+    for absent, names in {
+        "flash_attn": (),
+        "flash_attn.flash_attention": (),
+        "piq": ("LPIPS",),
+        "blobfile": (),
+        "mpi4py": ("MPI",),
+    }.items():
+        empty = types.ModuleType(absent)
+        vars(empty).update(dict.fromkeys(names))
+        sys.modules.setdefault(absent, empty)
+    return importlib.import_module(module)
 
 
 def finished(out: Tensor, device: torch.device) -> Tensor:

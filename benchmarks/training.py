@@ -1,0 +1,280 @@
+"""Steps of consistency training and distillation beside the official ones, one process, in turns.
+
+python benchmarks/training.py --config m64 --batch 2 --openai CHECKOUT
+Ours is the real training loop (`cmkit.train.train`) on a folder of noise; theirs is
+`KarrasDenoiser.consistency_losses` with l2, RAdam and their EMAs, in float32. A step is forward,
+backward, optimizer, target and three EMAs. "plain" is ours in NCHW, with loops over parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from sampling import CONFIGS, Formatter, filled, official, official_unet
+from torch import Tensor, nn
+
+from cmkit import DataSpec, discover
+from cmkit.checkpoint import save_weights
+from cmkit.compose import autocast, pick_device, plan
+from cmkit.denoiser import Models
+from cmkit.noise import Rng, shared_dropout
+from cmkit.recipe import load
+from cmkit.train import Training, start, train
+
+EMAS = (0.999, 0.9999, 0.99994322)
+RECIPE = """
+name = "bench"
+[dataset]
+use = "image_folder"
+path = "{pictures}"
+resolution = {side}
+labels = false
+[backbone]
+use = "adm"
+{backbone}
+[objective]
+use = "{objective}"
+{options}
+[denoiser]
+weights = "{weights}"
+{teacher}
+[train]
+steps = 1000
+batch = {batch}
+lr = 1e-5
+optimizer = "radam"
+ema = [0.999, 0.9999, 0.99994322]
+log_every = 1000
+save_every = 1000
+precision = "{precision}"
+"""
+TEACHER = """
+[teacher]
+weights = "{weights}"
+"""
+OPTIONS = {
+    "ct": 'distance = "l2"\nnum_sigmas = 18\ntarget_ema = 0.95',
+    "cd": 'distance = "l2"\nnum_sigmas = 18\ntarget_ema = 0.95',
+    "ict": "",
+}
+Step = Callable[[], object]
+
+
+def main() -> None:
+    """Print seconds a step of each contender, ratios, and the memory kept for the backward pass."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
+    parser.add_argument("--config", choices=CONFIGS, default="m64")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--openai", type=Path, help="a checkout of openai/consistency_models")
+    parser.add_argument("--objectives", nargs="+", choices=OPTIONS, default=["ct", "cd"])
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for busy machines")
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(
+        f"{options.config}, batch {options.batch}, {options.rounds} rounds,"
+        f" {torch.get_num_threads()} threads, {name}, torch {torch.__version__}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for objective in options.objectives:
+            steps, kept = contenders(objective, options, Path(folder), device)
+            times: dict[str, list[float]] = {each: [] for each in steps}
+            for each in steps.values():
+                each()
+            for _ in range(options.rounds):
+                for each, step in steps.items():
+                    began = clock()
+                    step()
+                    times[each].append(clock() - began)
+            medians = {each: statistics.median(spent) for each, spent in times.items()}
+            base = medians.get("openai fp32", medians["ours fp32, plain"])
+            whole = kept.get("openai fp32", kept["ours fp32"])
+            for each, seconds in medians.items():
+                memory = kept.get(each)
+                shown = f"  keeps {memory / 2**20:8.1f} MiB, {memory / whole:.2f}" if memory else ""
+                print(f"{objective:4} {each:22} {seconds:7.3f} s  {base / seconds:5.2f}x{shown}")
+            for each in kept.keys() - medians.keys():
+                print(f"{objective:4} {each:22} keeps {kept[each] / 2**20:8.1f} MiB,", end="")
+                print(f" {kept[each] / whole:.2f}")
+
+
+def contenders(
+    objective: str, options: Any, folder: Path, device: torch.device
+) -> tuple[dict[str, Step], dict[str, int]]:
+    """Steps by name, and the bytes that a forward pass keeps by name."""
+    side, backbone = CONFIGS[options.config]
+    data = DataSpec(3, side)
+    network = filled(backbone.build(data, frozenset()))
+    weights = folder / "weights.safetensors"
+    save_weights(weights, network.state_dict())
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(8):
+        pixels = torch.randint(256, (side, side, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(pictures / f"{index}.png")
+
+    def training(name: str, **changed: Any) -> Training:
+        recipe = folder / "bench.toml"
+        fields = backbone.model_copy(update=changed).model_dump(exclude_defaults=True, mode="json")
+        recipe.write_text(
+            RECIPE.format(
+                pictures=pictures,
+                side=side,
+                backbone="\n".join(f"{k} = {str(v).lower()}" for k, v in fields.items()),
+                objective=objective,
+                options=OPTIONS[objective],
+                weights=weights,
+                teacher=TEACHER.format(weights=weights) if objective == "cd" else "",
+                batch=options.batch,
+                precision=name,
+            )
+        )
+        return start(plan(load(recipe, [], discover())), device)
+
+    def stepper(made: Training) -> Step:
+        steps: Iterator[Any] = train(made)
+
+        def step() -> None:
+            next(steps)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return step
+
+    steps: dict[str, Step] = {}
+    kept: dict[str, int] = {}
+    for label, name, changed in (
+        ("ours fp32", "fp32", {}),
+        ("ours bf16", "bf16", {}),
+        ("ours bf16, recomputed", "bf16", {"gradient_checkpointing": True}),
+    ):
+        made = training(name, **changed)
+        kept[label] = kept_bytes(lambda made=made, name=name: our_loss(made, name, device), made)
+        if label != "ours bf16, recomputed":
+            steps[label] = stepper(made)
+    plain = training("fp32")
+    steps["ours fp32, plain"] = stepper(made_plain(plain))
+    if options.openai and objective in ("ct", "cd"):
+        loss, update, parameters = official_step(
+            objective, network, backbone, data, options, device
+        )
+        kept["openai fp32"] = kept_bytes(loss, parameters)
+
+        def step() -> None:
+            loss().backward()
+            update()
+
+        steps["openai fp32"] = step
+    return steps, kept
+
+
+def our_loss(made: Training, name: str, device: torch.device) -> Tensor:
+    """The loss of one batch, as the loop computes it."""
+    recipe = made.plan.recipe
+    assert recipe.objective is not None
+    x0, cond = next(recipe.dataset.batches(made.table.batch, 0, device))
+    rng = Rng(0, "train", 0, device)
+    made.models.online.train()
+    with shared_dropout(rng), autocast(name, device):
+        phase = recipe.objective.phase(0, 1000)
+        return recipe.objective.loss(made.models, x0, cond, phase, rng).mean()
+
+
+def made_plain(made: Training) -> Training:
+    """The same training without what makes it fast."""
+    models = made.models
+    for model in {id(m): m for m in (models.online, models.target, *models.ema.values())}.values():
+        model.network.to(memory_format=torch.contiguous_format)
+    made.optimizer = torch.optim.RAdam(models.online.parameters(), lr=1e-5, foreach=False)
+
+    class Plain(Models):
+        @torch.no_grad()
+        def update(self, phase: Any) -> None:
+            copies = [(phase.target_ema, self.target), *self.ema.items()]
+            for decay, copied in copies:
+                if copied is self.online:
+                    continue
+                for old, new in zip(copied.parameters(), self.online.parameters(), strict=True):
+                    old.mul_(decay).add_(new, alpha=1 - decay)
+
+    models.__class__ = Plain
+    return made
+
+
+def official_step(
+    objective: str, network: nn.Module, backbone: Any, data: DataSpec, options: Any, device: Any
+) -> tuple[Callable[[], Tensor], Callable[[], None], list[Tensor]]:
+    """(loss, update, parameters) of the official modules, in float32 with exact attention."""
+    karras = official(options.openai, "cm.karras_diffusion")
+    update_ema = official(options.openai, "cm.nn").update_ema
+
+    def model() -> nn.Module:
+        made = official_unet(network, backbone, data, options.openai, "QKVAttention")
+        return made.to(device).train()
+
+    online, target = model(), model().requires_grad_(False)
+    averages = [copy.deepcopy(target) for _ in EMAS]
+    settings = {"loss_norm": "l2", "weight_schedule": "uniform"}
+    diffusion = karras.KarrasDenoiser(distillation=True, **settings)
+    teacher: dict[str, Any] = {}
+    if objective == "cd":
+        teacher = {
+            "teacher_model": model().eval().requires_grad_(False),
+            "teacher_diffusion": karras.KarrasDenoiser(distillation=False, **settings),
+        }
+    optimizer = torch.optim.RAdam(online.parameters(), lr=1e-5)
+    generator = torch.Generator().manual_seed(0)
+    shape = options.batch, 3, data.resolution, data.resolution
+    x0 = torch.rand(shape, generator=generator).mul(2).sub(1).to(device)
+
+    def loss() -> Tensor:
+        found = diffusion.consistency_losses(online, x0, 18, target_model=target, **teacher)
+        return found["loss"].mean()
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for copied, rate in zip((target, *averages), (0.95, *EMAS), strict=True):
+                update_ema(list(copied.parameters()), list(online.parameters()), rate)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return loss, update, list(online.parameters())
+
+
+def kept_bytes(loss: Callable[[], Tensor], owner: Training | list[Tensor]) -> int:
+    """Bytes of what autograd keeps for the backward pass, parameters aside, each storage once."""
+    if isinstance(owner, Training):
+        owner = list(owner.models.online.parameters())
+    own = {parameter.untyped_storage().data_ptr() for parameter in owner}
+    seen: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # an address must not be used twice while we count
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss()
+    return sum(seen.values())
+
+
+if __name__ == "__main__":
+    main()
