@@ -103,10 +103,16 @@ def main() -> None:
             whole = kept.get("openai fp32", kept["ours fp32"])
             for each, seconds in medians.items():
                 memory = kept.get(each)
-                shown = f"  keeps {memory / 2**20:8.1f} MiB, {memory / whole:.2f}" if memory else ""
+                shown = (
+                    f"  keeps {memory / 2**20:6.1f} MiB an image, {memory / whole:.2f}"
+                    if memory
+                    else ""
+                )
                 print(f"{objective:4} {each:22} {seconds:7.3f} s  {base / seconds:5.2f}x{shown}")
             for each in kept.keys() - medians.keys():
-                print(f"{objective:4} {each:22} keeps {kept[each] / 2**20:8.1f} MiB,", end="")
+                print(
+                    f"{objective:4} {each:22} keeps {kept[each] / 2**20:6.1f} MiB an image,", end=""
+                )
                 print(f" {kept[each] / whole:.2f}")
 
 
@@ -162,7 +168,11 @@ def contenders(
         ("ours bf16, recomputed", "bf16", {"gradient_checkpointing": True}),
     ):
         made = training(name, **changed)
-        kept[label] = kept_bytes(lambda made=made, name=name: our_loss(made, name, device), made)
+        kept[label] = kept_an_image(
+            lambda batch, made=made, name=name: our_loss(made, name, batch, device),
+            options.batch,
+            list(made.models.online.parameters()),
+        )
         if label != "ours bf16, recomputed":
             steps[label] = stepper(made)
     plain = training("fp32")
@@ -171,21 +181,21 @@ def contenders(
         loss, update, parameters = official_step(
             objective, network, backbone, data, options, device
         )
-        kept["openai fp32"] = kept_bytes(loss, parameters)
+        kept["openai fp32"] = kept_an_image(loss, options.batch, parameters)
 
         def step() -> None:
-            loss().backward()
+            loss(options.batch).backward()
             update()
 
         steps["openai fp32"] = step
     return steps, kept
 
 
-def our_loss(made: Training, name: str, device: torch.device) -> Tensor:
-    """The loss of one batch, as the loop computes it."""
+def our_loss(made: Training, name: str, batch: int, device: torch.device) -> Tensor:
+    """The loss of a batch, as the loop computes it."""
     recipe = made.plan.recipe
     assert recipe.objective is not None
-    x0, cond = next(recipe.dataset.batches(made.table.batch, 0, device))
+    x0, cond = next(recipe.dataset.batches(batch, 0, device))
     rng = Rng(0, "train", 0, device)
     made.models.online.train()
     with shared_dropout(rng), autocast(name, device):
@@ -216,7 +226,7 @@ def made_plain(made: Training) -> Training:
 
 def official_step(
     objective: str, network: nn.Module, backbone: Any, data: DataSpec, options: Any, device: Any
-) -> tuple[Callable[[], Tensor], Callable[[], None], list[Tensor]]:
+) -> tuple[Callable[[int], Tensor], Callable[[], None], list[Tensor]]:
     """(loss, update, parameters) of the official modules, in float32 with exact attention."""
     karras = official(options.openai, "cm.karras_diffusion")
     update_ema = official(options.openai, "cm.nn").update_ema
@@ -237,11 +247,11 @@ def official_step(
         }
     optimizer = torch.optim.RAdam(online.parameters(), lr=1e-5)
     generator = torch.Generator().manual_seed(0)
-    shape = options.batch, 3, data.resolution, data.resolution
+    shape = 2 * options.batch, 3, data.resolution, data.resolution
     x0 = torch.rand(shape, generator=generator).mul(2).sub(1).to(device)
 
-    def loss() -> Tensor:
-        found = diffusion.consistency_losses(online, x0, 18, target_model=target, **teacher)
+    def loss(batch: int) -> Tensor:
+        found = diffusion.consistency_losses(online, x0[:batch], 18, target_model=target, **teacher)
         return found["loss"].mean()
 
     def update() -> None:
@@ -256,11 +266,18 @@ def official_step(
     return loss, update, list(online.parameters())
 
 
-def kept_bytes(loss: Callable[[], Tensor], owner: Training | list[Tensor]) -> int:
-    """Bytes of what autograd keeps for the backward pass, parameters aside, each storage once."""
-    if isinstance(owner, Training):
-        owner = list(owner.models.online.parameters())
-    own = {parameter.untyped_storage().data_ptr() for parameter in owner}
+def kept_an_image(loss: Callable[[int], Tensor], batch: int, parameters: list[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of one more image.
+
+    Rounded copies of the weights, which autocast keeps once a step, cancel in the difference.
+    """
+    twice, once = (kept_bytes(lambda n=n: loss(n), parameters) for n in (2 * batch, batch))
+    return (twice - once) // batch
+
+
+def kept_bytes(loss: Callable[[], Tensor], parameters: list[Tensor]) -> int:
+    """Bytes of what autograd keeps, parameters aside, each storage once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     seen: dict[int, int] = {}
     alive: list[Tensor] = []
 
