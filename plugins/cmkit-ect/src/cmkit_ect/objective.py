@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from cmkit import Objective, Phase, shared_dropout
+import cmkit
+from cmkit import Objective, Phase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ class ECT(Objective):
     """c of the distance sqrt(||a - b||^2 + c^2) - c; 0 = the norm itself."""
 
     def phase(self, step: int, total: int) -> Phase:
-        """The stage, and the part ||1 - r / sigma|| that it leaves at high noise."""
+        """The stage, and the part 1 - r / sigma of the gap at high noise."""
         stage = step // (self.stage_steps or max(total // 8, 1))
         return Phase(step, log={"stage": stage, "gap": self.q ** -(stage + 1)})
 
@@ -54,9 +55,9 @@ class ECT(Objective):
         sigma = (self.p_mean + self.p_std * rng.normal_like(x0.new_empty(len(x0)))).exp()
         r = self.lower(sigma, phase)
         z = rng.normal_like(x0)
-        with shared_dropout(rng):
+        with cmkit.shared_dropout(rng):
             online = models.online(x0 + sigma.view(-1, 1, 1, 1) * z, sigma, cond)
-        with torch.no_grad(), shared_dropout(rng):
+        with torch.no_grad(), cmkit.shared_dropout(rng):
             target = models.online(x0 + r.view(-1, 1, 1, 1) * z, r, cond)
         target = torch.where((r > 0).view(-1, 1, 1, 1), target, x0)
         return self.distance(online, target) / (sigma - r)
