@@ -27,9 +27,9 @@ def images(n: int, dtype=torch.float64) -> torch.Tensor:
 class Recorded(Denoiser):
     """A denoiser that keeps the images, noise levels and estimates of each call."""
 
-    def __init__(self, dtype=torch.float64):
+    def __init__(self, dtype=torch.float64, precond="edm"):
         torch.manual_seed(1)
-        super().__init__(TinyNetwork().to(dtype), precond="edm")
+        super().__init__(TinyNetwork().to(dtype), precond=precond)
         self.calls = []
 
     def forward(self, x, sigma, cond=None):
@@ -83,8 +83,10 @@ def test_training_starts_as_denoising_up_to_ln_7_with_the_papers_constants():
     assert torch.equal(clean, math.log(7) >= SIGMAS)
 
 
-def test_where_r_is_0_the_loss_is_the_distance_to_the_clean_image_over_sigma():
-    objective, denoiser, x0 = ECT(k=1e6, c=0.0), Recorded().eval(), images(6)
+@pytest.mark.parametrize("precond", ["edm", "consistency"])
+def test_where_r_is_0_the_loss_is_the_distance_to_the_clean_image_over_sigma(precond):
+    """Even for a model that is no identity there."""
+    objective, denoiser, x0 = ECT(k=1e6), Recorded(precond=precond).eval(), images(6)
     value = loss(objective, denoiser, x0)
     (_, sigma, x0_hat), (_, r, _) = denoiser.calls
     assert (r == 0).all()
