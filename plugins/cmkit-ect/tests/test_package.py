@@ -137,8 +137,8 @@ def test_tuning_starts_from_the_diffusion_model_and_trains(registry, tmp_path):
     trained = teacher.models.online.network.state_dict()
     before = {name: tensor.clone().contiguous() for name, tensor in trained.items()}
     save_file(before, tmp_path / "teacher.safetensors")
-    given = f'denoiser.weights="{tmp_path}/teacher.safetensors"'
-    student = start(plan(load(RECIPES / "digits_ect.toml", [*steps, given], registry)), CPU)
+    steps += [f'denoiser.weights="{tmp_path}/teacher.safetensors"', "objective.stage_steps=1"]
+    student = start(plan(load(RECIPES / "digits_ect.toml", steps, registry)), CPU)
     for name, tensor in student.models.online.network.state_dict().items():
         assert torch.equal(tensor, before[name])
     logs = [step.log for step in train(student)]
