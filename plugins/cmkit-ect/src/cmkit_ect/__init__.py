@@ -1,0 +1,1 @@
+"""Easy consistency tuning (Geng et al.: Consistency Models Made Easy, 2024) for cmkit."""
