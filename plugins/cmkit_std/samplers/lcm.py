@@ -52,5 +52,6 @@ class LCM(Sampler):
 
 
 def skipped(grid: int, steps: int) -> list[int]:
-    """Which of a falling list of `grid` levels `steps` steps visit: floor(k grid / steps)."""
-    return [k * grid // steps for k in range(steps)]
+    """Which of a falling list of `grid` levels `steps` steps visit: floor(k (grid / steps)), whose
+    rounding, as in diffusers, now and then takes 14 for 15."""
+    return [int(k * (grid / steps)) for k in range(steps)]
