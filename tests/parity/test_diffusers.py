@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from cmkit_std.backbones.adm_unet import guidance_waves
@@ -244,8 +245,30 @@ def cm_init(case: dict, dtype: torch.dtype) -> dict:
     }
 
 
+def in_float32(of: Callable[[np.float32], np.float32], sigma: float) -> float:
+    """A coefficient as the scheduler has it: its levels are float32 scalars, also for a float64
+    picture, and so is all that it computes of them."""
+    return float(of(np.float32(sigma)))
+
+
+class RoundedDenoiser(Denoiser):
+    """Our denoiser with coefficients in float32, which must be almost the same."""
+
+    def forward(self, x, sigma, cond=None):
+        exact = super().forward(x, sigma, Cond())
+        level, data, low = sigma[0].item(), self.sigma_data, self.noise.sigma_min
+        root = in_float32(lambda s: np.sqrt(s**2 + data**2), level)
+        c_skip = in_float32(lambda s: data**2 / ((s - low) ** 2 + data**2), level)
+        c_out = in_float32(lambda s: (s - low) * data / np.sqrt(s**2 + data**2), level)
+        t = 0.25 * torch.log(sigma + 1e-44)
+        self.network.seen.pop()
+        rounded = c_skip * x + c_out * self.network(x / root, t, Cond(), {})
+        torch.testing.assert_close(rounded, exact, rtol=1e-6, atol=1e-6)
+        return rounded
+
+
 def cm_steps(case: dict, dtype: torch.dtype) -> dict:
-    """Indices are of the falling grid; the levels of a walk are float32, as are other inputs."""
+    """Sampler `multistep` from the levels that the indices name on the falling grid."""
     config, inputs = case["config"], case["inputs"]
     known_keys(config, *CM, "num_inference_steps", "timesteps", "clip_denoised")
     assert inputs["noise"] == DRAWS
@@ -257,24 +280,31 @@ def cm_steps(case: dict, dtype: torch.dtype) -> dict:
     else:
         n = config["num_inference_steps"]
         indices = [k * (len(grid) // n) for k in range(n)]
-    levels = grid[indices].float().double()
+    low, levels = (
+        noise.sigma_min,
+        [*grid[indices].float().tolist(), in_float32(abs, noise.sigma_min)],
+    )
     network = Formula(inputs["model"], time_scale=1000.0)
-    denoiser = Denoiser(network, noise, "consistency", config.get("sigma_data", 0.5))
-    spied = Seen(denoiser)
+    spied = Seen(RoundedDenoiser(network, noise, "consistency", config.get("sigma_data", 0.5)))
+
+    def added(level: float) -> float:
+        return in_float32(lambda s: np.sqrt(np.maximum(s**2 - low**2, 0)), level)
 
     def draw(k: int) -> Tensor:
-        return FIGURES.Z(inputs["shape"], k).to(dtype)
+        """The k-th draw, as much longer as the scheduler's coefficient of it is by rounding."""
+        z = FIGURES.Z(inputs["shape"], k).to(dtype)
+        return z * (added(levels[k]) / (levels[k] ** 2 - low**2) ** 0.5)
 
-    sampler = Multistep(sigmas=tuple(levels[1:].tolist()), clamp=config.get("clip_denoised", True))
-    out = sampler.sample(spied, float(scale[1]) * draw(0), Cond(), draw)
+    clamp = config.get("clip_denoised", True)
+    sampler = Multistep(sigmas=tuple(levels[1:-1]), clamp=clamp)
+    x_T = (float(scale[1]) * FIGURES.Z(inputs["shape"], 0)).to(dtype)
+    out = sampler.sample(spied, x_T, Cond(), draw)
     assert len(network.seen) == sampler.nfe
-    end = torch.tensor([noise.sigma_min], dtype=torch.float32).double()
-    if len(levels) > 1:
-        # Theirs draws also for the last level, sigma_min rounded to float32, which lies above it.
-        left = (end.item() ** 2 - noise.sigma_min**2) ** 0.5 if end > noise.sigma_min else 0.0
-        out = out + left * draw(len(levels))
+    if sampler.nfe > 1:
+        # Theirs draws also for the last level, where rounding may leave a little to add.
+        out = out + added(levels[-1]) * FIGURES.Z(inputs["shape"], sampler.nfe).to(dtype)
     actual = {
-        "sigmas": torch.cat([levels, end]).to(dtype),
+        "sigmas": torch.tensor(levels, dtype=dtype),
         "timesteps": torch.stack([t[0] for _, t in network.seen]),
     }
     following = [x for x, _ in spied.seen[1:]] + [out]
