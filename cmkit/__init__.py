@@ -17,7 +17,7 @@ _HOMES = {
         "Backbone DataSpec Dataset Layout Metric Objective Part Phase Reference Rescaler Sampler"
     ),
     "cmkit.noise": "Noise Rng image_labels image_noise permutation shared_dropout",
-    "cmkit.denoiser": "Cond Denoiser Models Network Scales",
+    "cmkit.denoiser": "Cond Denoiser Guided Models Network Scales",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME_OF)

@@ -113,7 +113,7 @@ def check(
         "disk_mib": plan.disk / 2**20,
         "images": [plan.data.channels, plan.data.resolution, plan.data.resolution],
         "classes": plan.data.num_classes,
-        "nfe": plan.recipe.sampler.nfe if plan.recipe.sampler else None,
+        "nfe": plan.nfe,
         "sites": len(plan.sites),
         "weights": plan.recipe.denoiser.weights,
         "to_download": [weights.url for weights in plan.downloads],

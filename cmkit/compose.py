@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit.checkpoint import load_weights
-from cmkit.denoiser import Cond, Denoiser, Network
+from cmkit.denoiser import Cond, Denoiser, Guided, Network
 from cmkit.errors import CmkitError, PluginError, ResourceError
 from cmkit.kinds import Backbone, DataSpec, Metric, Rescaler, Sampler
 from cmkit.noise import Noise
@@ -41,6 +41,8 @@ class Plan:
     """Bytes of weights, their copies and the optimizer's state."""
     downloads: tuple[Weights, ...] = ()
     """Published weights that are not here yet."""
+    nfe: int | None = None
+    """Network evaluations a sample, if any are drawn."""
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -74,6 +76,9 @@ def plan(recipe: Recipe) -> Plan:
             _load_start(recipe, denoiser.network, data, conditions)
     if recipe.teacher:
         _check_teacher(recipe, denoiser, data, conditions)
+    elif recipe.objective:
+        with at(recipe, "objective"):
+            recipe.objective.check_networks(denoiser.network, None)
     flops = _dry_run(recipe, denoiser, data, conditions)
     parameters = sum(p.numel() for p in denoiser.parameters())
     memory = 4 * parameters * _copies(recipe)
@@ -87,6 +92,7 @@ def plan(recipe: Recipe) -> Plan:
         disk=_disk(recipe, data, memory),
         memory=memory,
         downloads=tuple(_downloads(recipe)),
+        nfe=recipe.sampler.nfe * _steered(recipe, denoiser).passes if recipe.sampler else None,
     )
 
 
@@ -100,11 +106,18 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
     return _denoiser(plan.recipe, network)
 
 
+def steered(plan: Plan, denoiser: Denoiser) -> Denoiser:
+    """`denoiser` as the recipe samples from it: guided, if it says so. Training never sees it."""
+    return _steered(plan.recipe, denoiser)
+
+
 def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
     """What the network of a recipe must embed; RecipeError when its backbone cannot."""
     wanted = {"label"} if data.num_classes else set()
     if recipe.objective:
         wanted |= recipe.objective.needs & CONDITIONS
+    if recipe.denoiser.embeds_guidance:
+        wanted.add("guidance")
     missing = wanted - recipe.backbone.accepts
     if missing:
         accepts = ", ".join(sorted(recipe.backbone.accepts)) or "nothing"
@@ -276,6 +289,28 @@ def _denoiser(recipe: Recipe, network: Network) -> Denoiser:
     return Denoiser(network, noise, table.precond, table.sigma_data)
 
 
+def _steered(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
+    """See `steered`; RecipeError where the network cannot be guided as the recipe says."""
+    w = recipe.denoiser.guidance
+    needs = recipe.objective.needs if recipe.objective else frozenset()
+    embedded = recipe.denoiser.embeds_guidance or "guidance" in needs
+    if w is None:
+        if embedded and (recipe.search or recipe.sample):
+            raise recipe.source.error(
+                ("denoiser",), "the network embeds a guidance weight: say with which guidance to"
+                " sample, such as guidance = 1.0"
+            )  # fmt: skip
+        return denoiser
+    if not embedded and denoiser.network.null_label is None:
+        raise recipe.source.error(
+            ("denoiser", "guidance"),
+            "guidance compares with no label, and the backbone has no null class; set its"
+            " null_class = true, with weights that were trained so, or drop guidance",
+            f" = {w}",
+        )
+    return Guided(denoiser, w, embedded)
+
+
 def _teacher(recipe: Recipe, data: DataSpec) -> Denoiser:
     """The recipe's teacher with fresh weights."""
     table, student = recipe.teacher, recipe.denoiser
@@ -315,6 +350,9 @@ def _check_teacher(
     if recipe.denoiser.init == "teacher":
         with at(recipe, "denoiser", "init"):
             _load_start(recipe, denoiser.network, data, conditions)
+    if recipe.objective:
+        with at(recipe, "objective"):
+            recipe.objective.check_networks(denoiser.network, teacher.network)
     x, cond = _dry_input(data, conditions)
     with at(recipe, "teacher"), _trying("teacher's backbone"):
         teacher(x, x.new_empty(1), cond)
@@ -366,7 +404,7 @@ def _dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: fro
         denoiser(x, x.new_empty(1), cond)
     if recipe.sampler:
         with at(recipe, "sampler"), _trying("sampler"):
-            _check_sampler(recipe.sampler, denoiser, x, cond)
+            _check_sampler(recipe.sampler, _steered(recipe, denoiser), x, cond)
     return int(counter.get_total_flops())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,8 +54,12 @@ class Network(nn.Module):
 
     A network whose first part does not depend on the scales of some sites may name them in `late`
     and offer `decode(encode(..), scales)` for `forward`: a search then encodes once for all.
+
+    `null_label` is the label that stands for no class, where the network was built with one; an
+    absent label then means it as well.
     """
 
+    null_label: int | None = None
     sites: tuple[str, ...] = ()
     late: frozenset[str] = frozenset()
 
@@ -123,8 +127,11 @@ SCALINGS = {"edm": edm_scalings, "consistency": consistency_scalings}
 class Denoiser(nn.Module):
     """x0_hat = c_skip x + c_out F(c_in x, ln(sigma) / 4), c_in = 1 / sqrt(sigma^2 + sigma_data^2).
 
-    With precond "consistency" it is x itself, bit for bit, at sigma_min.
+    With precond "consistency" it is x itself, bit for bit, at sigma_min. `passes` is what a call
+    costs in network evaluations.
     """
+
+    passes: int = 1
 
     def __init__(
         self,
@@ -163,6 +170,34 @@ class Denoiser(nn.Module):
         other._scales = rescaler.bind(self.network.sites)
         other._encodings = encodings
         return other
+
+
+class Guided(Denoiser):
+    """A denoiser under classifier-free guidance (Ho, Salimans, 2022, eq. 6):
+    x0_hat + w (x0_hat - x0_hat without a label), which takes two evaluations.
+
+    w is `cond.guidance` unless given. A network that embeds w is told it instead: one evaluation.
+    """
+
+    def __init__(self, inner: Denoiser, w: float | None = None, embedded: bool = False):
+        super().__init__(inner.network, inner.noise, inner.precond, inner.sigma_data)
+        self.inner, self.w, self.embedded = inner, w, embedded
+        self.passes = inner.passes * (1 if embedded else 2)
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Cond = NO_COND) -> Tensor:
+        """The guided x0_hat, (B, C, H, W); arguments as of `Denoiser`."""
+        w = cond.guidance if self.w is None else torch.full_like(sigma, self.w)
+        if w is None:
+            raise ValueError("a guided denoiser needs cond.guidance, or a w of its own")
+        if self.embedded:
+            x0_hat: Tensor = self.inner(x, sigma, replace(cond, guidance=w))
+            return x0_hat
+        with_label: Tensor = self.inner(x, sigma, replace(cond, guidance=None))
+        without: Tensor = self.inner(x, sigma, replace(cond, guidance=None, label=None))
+        return with_label + _per_image(w, x) * (with_label - without)
+
+    def rescaled(self, rescaler: Rescaler, encodings: Encodings | None = None) -> Denoiser:
+        return Guided(self.inner.rescaled(rescaler, encodings), self.w, self.embedded)
 
 
 def _per_image(c: Tensor, x: Tensor) -> Tensor:

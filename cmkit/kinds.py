@@ -135,6 +135,9 @@ class Objective(Part, ABC):
     def check(self, data: DataSpec) -> None:
         """Raise now what would stop `loss` later, such as missing weights of a distance."""
 
+    def check_networks(self, online: Network, teacher: Network | None) -> None:
+        """Raise now what would stop `loss` later on these networks, maybe on the meta device."""
+
     @abstractmethod
     def phase(self, step: int, total: int) -> Phase:
         """Schedules at `step` of `total`, in pure Python."""

@@ -43,6 +43,11 @@ class DenoiserTable(Part):
     """Weights to start from: a .safetensors file, a checkpoint folder, or a run folder."""
     init: Literal["teacher", "random"] | None = None
     """What training starts from without `weights`: beside a [teacher] it must be said."""
+    guidance: float | None = Field(None, ge=-1, le=1000)
+    """Classifier-free guidance while sampling: w of x0_hat + w (x0_hat - x0_hat without label), the
+    usual scale less 1. It doubles the evaluations unless the network embeds w."""
+    embeds_guidance: bool = False
+    """Whether the network of `weights` embeds w; known where the recipe has its objective."""
 
     @model_validator(mode="after")
     def _levels_rise(self) -> DenoiserTable:

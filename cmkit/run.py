@@ -19,7 +19,7 @@ import torch
 
 import cmkit
 from cmkit import checkpoint as files
-from cmkit.compose import Plan, at, build, check_disk, precision, with_values
+from cmkit.compose import Plan, at, build, check_disk, precision, steered, with_values
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError, ResourceError
 from cmkit.kinds import Reference, Rescaler
@@ -296,7 +296,7 @@ class Run:
             files.atomic_write(self.folder / f"samples_{name}.png", grid_png(images))
         result |= {
             "images": table.images,
-            "nfe": sampler.nfe,
+            "nfe": self.plan.nfe,
             "scales": rescaler.model_dump(mode="json") if rescaler else {},
             **{name: f"samples_{name}.png" for name in pictures},
         }
@@ -316,7 +316,7 @@ class Run:
             files.load_weights(denoiser.network, files.read_weights(path), str(path))
         if precision(name, self.device) == "bf16":
             denoiser.network.lower(torch.bfloat16)
-        return denoiser.eval()
+        return steered(self.plan, denoiser.eval())
 
     def _rescaler(self) -> Rescaler | None:
         """The search's winner, or the recipe's own numbers."""

@@ -330,7 +330,12 @@ def test_default_options_fit_common_pictures(resolution):
             r" 28, 14, 7",
         ),
         ({}, DataSpec(1, 8), ("label",), r"cannot embed labels, num_classes .* is None; choose"),
-        ({}, DataSpec(1, 8, 10), ("text",), r"cannot embed text; it accepts label, sigma_to"),
+        (
+            {},
+            DataSpec(1, 8, 10),
+            ("text",),
+            r"cannot embed text; it accepts guidance, label, sigma_to",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused_with_a_cure(options, data, conditions, message):

@@ -180,8 +180,9 @@ class LogNormal:
 class FormulatedDenoiser(Denoiser):
     """The denoiser of a network that was trained under another column than EDM's."""
 
-    def __init__(self, network: Network, column: Column):
-        super().__init__(network, Noise(column.sigma_min, column.sigma_max), precond="edm")
+    def __init__(self, network: Network, column: Column, noise: Noise | None = None):
+        own = Noise(column.sigma_min, column.sigma_max)
+        super().__init__(network, noise or own, precond="edm")
         self.column = column
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond = NO_COND) -> Tensor:

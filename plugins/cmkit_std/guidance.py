@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from cmkit import Cond, Rng
 
 
 def guided(with_label: Tensor, without: Tensor, w: Tensor, channels: int | None = None) -> Tensor:
@@ -21,3 +24,13 @@ def guided(with_label: Tensor, without: Tensor, w: Tensor, channels: int | None 
     near, far = with_label[:, :channels], without[:, :channels]
     guided = near + w.to(near.dtype).view(-1, 1, 1, 1) * (near - far)
     return torch.cat([guided, with_label[:, channels:]], dim=1)
+
+
+def dropped(cond: Cond, probability: float, null_label: int | None, rng: Rng) -> Cond:
+    """`cond` with the label of each image replaced by the null label with this probability."""
+    import torch
+
+    assert cond.label is not None
+    assert null_label is not None
+    drop = rng.uniform(len(cond.label)) < probability
+    return replace(cond, label=torch.where(drop, null_label, cond.label))

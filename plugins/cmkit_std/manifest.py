@@ -7,6 +7,7 @@ from cmkit.plugins import Plugin, hookimpl
 ADM = "Dhariwal, Nichol. Diffusion Models Beat GANs on Image Synthesis. 2021. arXiv:2105.05233"
 CM = "Song, Dhariwal, Chen, Sutskever. Consistency Models. 2023. arXiv:2303.01469"
 DIT = "Peebles, Xie. Scalable Diffusion Models with Transformers. 2022. arXiv:2212.09748"
+LATENT = "Luo, Tan, Huang, Li, Zhao. Latent Consistency Models. 2023. arXiv:2310.04378"
 DPM = (
     "Lu, Zhou, Bao, Chen, Li, Zhu. DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic "
     "Model Sampling in Around 10 Steps. 2022. arXiv:2206.00927"
@@ -107,6 +108,13 @@ def cmkit_register() -> list[Plugin]:
         ),
         Plugin(
             "objective",
+            "lcm",
+            "cmkit_std.objectives.lcm:LCM",
+            "Latent consistency distillation: a guided teacher, an embedded guidance weight",
+            cite=LATENT,
+        ),
+        Plugin(
+            "objective",
             "edm",
             "cmkit_std.objectives.edm:EDM",
             "Diffusion training, which makes teachers",
@@ -118,6 +126,13 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.samplers.multistep:Multistep",
             "One step, or several with fresh noise between them",
             cite=CM,
+        ),
+        Plugin(
+            "sampler",
+            "lcm",
+            "cmkit_std.samplers.lcm:LCM",
+            "Latent consistency models: several steps at evenly skipped noise levels",
+            cite=LATENT,
         ),
         Plugin(
             "sampler",

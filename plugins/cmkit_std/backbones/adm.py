@@ -45,10 +45,12 @@ _OPENAI_FILES = (
 class ADM(Backbone):
     """Convolutional U-Net with attention at coarse levels, the network of CD, CT, iCT and CTM.
 
-    Embeds labels, and the target noise level of CTM by a second path beside that of sigma.
+    Embeds labels, the guidance weight of LCM, and the target noise level of CTM by a second path
+    beside that of sigma. The weight starts without effect, so that it can be added to trained
+    weights.
     """
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"label", "sigma_to"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
     published: ClassVar[dict[str, str]] = {
         f"openai:{name}": f"{_OPENAI_ADDRESS}/{name}.pt" for name in _OPENAI_FILES
     }
@@ -87,6 +89,9 @@ class ADM(Backbone):
     """Channels a group at least, 4 in EDM's networks; narrower levels then have fewer groups."""
     time_scale: float = Field(1000.0, gt=0, le=1e6)
     """Factor of ln(sigma) / 4 before its sinusoids; weights trained by EDM's code need 1."""
+    null_class: bool = False
+    """One row more in the table of labels, for no class; an absent label then means it. Guidance
+    needs it, and objective.label_dropout trains it."""
     gradient_checkpointing: bool = False
     """Recompute residual blocks in the backward pass: less memory, a third more time."""
 
@@ -114,6 +119,7 @@ class ADM(Backbone):
             out_channels=data.channels,
             resolution=data.resolution,
             num_classes=data.num_classes if "label" in conditions else None,
+            guidance="guidance" in conditions,
             sigma_to="sigma_to" in conditions,
         )
 

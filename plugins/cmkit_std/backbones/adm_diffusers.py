@@ -95,9 +95,13 @@ def unet2d_config(options: ADM, data: DataSpec, conditional: bool) -> dict[str, 
         "norm_num_groups": options.norm_groups,
         "attn_norm_num_groups": options.norm_groups,
         "resnet_time_scale_shift": "scale_shift" if options.use_scale_shift_norm else "default",
-        "num_class_embeds": data.num_classes if conditional else None,
+        "num_class_embeds": _classes(options, data) if conditional else None,
         "dropout": options.dropout,
     }
+
+
+def _classes(options: ADM, data: DataSpec) -> int | None:
+    return data.num_classes and data.num_classes + options.null_class
 
 
 def _check(options: ADM, data: DataSpec) -> None:

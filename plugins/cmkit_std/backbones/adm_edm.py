@@ -23,7 +23,13 @@ _BLOCK = {
     "shortcut": "skip",
 }
 _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
-_FIXED = {"use_scale_shift_norm": True, "resblock_updown": True, "norm_groups": 32, "time_scale": 1}
+_FIXED = {
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+    "norm_groups": 32,
+    "time_scale": 1,
+    "null_class": False,
+}
 _HEAD = 64
 _FILTER = 0.25
 """Each of the 2 x 2 taps of the resampling filters, buffers that are the same everywhere."""

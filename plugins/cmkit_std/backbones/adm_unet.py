@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cmkit_std.backbones.adm import ADM
 
 MAX_PERIOD = 10_000
+GUIDANCE_WAVES = 256
+"""Sinusoids of a guidance weight."""
 MAX_SHIFT = 1e-5
 """Relative change of a feature that sharing the decoder's work on skips may bring."""
 
@@ -37,6 +39,7 @@ class UNet(Network):
         out_channels: int,
         resolution: int,
         num_classes: int | None = None,
+        guidance: bool = False,
         sigma_to: bool = False,
     ):
         super().__init__()
@@ -45,7 +48,14 @@ class UNet(Network):
         emb_channels = 4 * options.channels
         self.time = _mlp(options.channels, emb_channels)
         self.time_s = _mlp(options.channels, emb_channels) if sigma_to else None
-        self.label = nn.Embedding(num_classes, emb_channels) if num_classes else None
+        self.label = None
+        if num_classes:
+            self.null_label = num_classes if options.null_class else None
+            self.label = nn.Embedding(num_classes + options.null_class, emb_channels)
+        self.guidance = None
+        if guidance:
+            # A condition that is added to trained weights changes nothing at first.
+            self.guidance = _silent(nn.Linear(GUIDANCE_WAVES, options.channels, bias=False))
 
         def block(before: int, after: int, resample: Resampling = None) -> ResBlock:
             return ResBlock(
@@ -176,11 +186,17 @@ class UNet(Network):
 
     def _films(self, c_noise: Tensor, cond: Cond, scales: Scales) -> list[Tensor]:
         """What the embedding says to each residual block, (B, k) each, in forward order."""
-        emb = self.time(self._sinusoids(c_noise))  # (B, 4 channels)
+        waves = self._sinusoids(c_noise)
+        if self.guidance is not None and cond.guidance is not None:
+            waves = waves + self.guidance(guidance_waves(cond.guidance).to(waves.dtype))
+        emb = self.time(waves)  # (B, 4 channels)
         if self.label is not None:
-            if cond.label is None:
-                raise ValueError("this network embeds labels: cond.label must not be None")
-            emb = emb + self.label(cond.label)
+            label = cond.label
+            if label is None:
+                if self.null_label is None:
+                    raise ValueError("this network embeds labels: cond.label must not be None")
+                label = torch.full_like(c_noise, self.null_label, dtype=torch.int64)
+            emb = emb + self.label(label)
         active_s = None
         if self.time_s is not None and cond.sigma_to is not None:
             c_noise_s = 0.25 * torch.log(cond.sigma_to + 1e-44)
@@ -465,6 +481,19 @@ def sinusoids(t: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 
+def guidance_waves(w: Tensor, dim: int = GUIDANCE_WAVES) -> Tensor:
+    """[sin | cos] of 1000 w (B,) at dim // 2 frequencies from 1 down to 1 / MAX_PERIOD, (B, dim)
+    (Latent Consistency Models; luosiallen/latent-consistency-model).
+
+    An odd `dim` ends in a zero. Computed in float64 for such w, in float32 for any other.
+    """
+    w = w.to(torch.promote_types(w.dtype, torch.float32))
+    half = dim // 2
+    steps = torch.arange(half, dtype=w.dtype, device=w.device) / (half - 1)
+    angles = 1000 * w[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps)
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
 def _mlp(channels: int, emb_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
@@ -475,6 +504,12 @@ def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     """`layer` with zero weights, so that a fresh block is the identity."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+    return layer
+
+
+def _silent(layer: nn.Linear) -> nn.Linear:
+    """`layer`, without a bias, with zero weights."""
+    nn.init.zeros_(layer.weight)
     return layer
 
 

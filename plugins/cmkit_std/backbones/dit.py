@@ -71,6 +71,9 @@ class DiT(Backbone):
     class_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability with which a label is replaced by the null class in training; above 0 there is
     such a class, and an absent label means it."""
+    null_class: bool = False
+    """With the null class even if `class_dropout` is 0: for a student that drops no labels of a
+    teacher that did."""
     time_scale: float = Field(1000.0, gt=0, le=1e6)
     """Factor of ln(sigma) / 4 before its sinusoids; official weights saw 0 to 999."""
     gradient_checkpointing: bool = False

@@ -14,13 +14,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cmkit.denoiser import Cond, Network, Scales
-from cmkit_std.backbones.adm_unet import MAX_PERIOD, full_precision, sinusoids
+from cmkit_std.backbones.adm_unet import (
+    GUIDANCE_WAVES,
+    MAX_PERIOD,
+    full_precision,
+    guidance_waves,
+    sinusoids,
+)
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.dit import DiT
 
 WAVES = 256
-"""Sinusoids of a noise level, and of a guidance weight."""
+"""Sinusoids of a noise level."""
 
 
 class Transformer(Network):
@@ -48,15 +54,16 @@ class Transformer(Network):
         self.channels, self.patch_size = channels, patch_size
         self.time_scale = options.time_scale
         self.class_dropout = options.class_dropout
-        self.null_label = num_classes if options.class_dropout else None
+        has_null = options.null_class or options.class_dropout > 0
+        self.null_label = num_classes if has_null else None
         out_channels = (2 if options.learn_sigma else 1) * channels
 
         self.register_buffer("pos_embed", positions(width, resolution // patch_size)[None])
         self.patch = PatchEmbed(resolution, patch_size, channels, width)
         self.time = embedder(width)
-        rows = (num_classes or 0) + (options.class_dropout > 0)
+        rows = (num_classes or 0) + has_null
         self.label = nn.Embedding(rows, width) if num_classes else None
-        self.guidance = nn.Linear(WAVES, WAVES, bias=False) if guidance else None
+        self.guidance = nn.Linear(GUIDANCE_WAVES, WAVES, bias=False) if guidance else None
         self.time_s = embedder(width) if sigma_to else None
         self.blocks = nn.ModuleList(
             Block(width, options.num_heads, options.mlp_ratio, options.gradient_checkpointing)
@@ -203,18 +210,6 @@ class Final(nn.Module):
 def embedder(width: int) -> nn.Sequential:
     """The perceptron that turns sinusoids (B, WAVES) into an embedding (B, width)."""
     return nn.Sequential(nn.Linear(WAVES, width), nn.SiLU(), nn.Linear(width, width))
-
-
-def guidance_waves(w: Tensor) -> Tensor:
-    """[sin | cos] of 1000 w (B,) at WAVES / 2 frequencies from 1 down to 1 / MAX_PERIOD,
-    (B, WAVES) (Latent Consistency Models; luosiallen/latent-consistency-model).
-
-    Computed in float64 for such w, in float32 for any other.
-    """
-    w = w.to(torch.promote_types(w.dtype, torch.float32))
-    steps = torch.arange(WAVES // 2, dtype=w.dtype, device=w.device) / (WAVES // 2 - 1)
-    angles = 1000 * w[:, None] * torch.exp(-math.log(MAX_PERIOD) * steps)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def positions(width: int, side: int) -> Tensor:

@@ -71,6 +71,12 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     return (difference.square().sum(1) + c * c).sqrt() - c
 
 
+def huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """Mean of sqrt((a - b)^2 + c^2) - c of each number of an image by itself, (B,), as the code of
+    Latent Consistency Models has it."""
+    return (((a - b).square() + c * c).sqrt() - c).flatten(1).mean(1)
+
+
 def huber_c(d: int) -> float:
     """0.00054 sqrt(d) for images of d numbers (iCT, section 3.3)."""
     return 0.00054 * math.sqrt(d)

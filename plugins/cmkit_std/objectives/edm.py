@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 import cmkit
+from cmkit.errors import RecipeError
 from cmkit.kinds import Objective, Phase
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmkit import Cond, Models, Rng
+    from cmkit import Cond, Models, Network, Rng
 
 
 class EDM(Objective):
@@ -29,14 +30,28 @@ class EDM(Objective):
     """Standard deviation of ln(sigma)."""
     weighting: Weighting = "karras"
     """Weight of the squared error at each noise level; "karras" makes the effective weight 1."""
+    label_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability with which a label gives way to the null class of the backbone (null_class =
+    true), so that samples and students can be guided; 0.1 is usual."""
+
+    def check_networks(self, online: Network, teacher: Network | None) -> None:
+        if self.label_dropout and online.null_label is None:
+            raise RecipeError(
+                f"label_dropout = {self.label_dropout}: the backbone embeds no null class; set its"
+                " null_class = true, on data with classes"
+            )
 
     def phase(self, step: int, total: int) -> Phase:
         return Phase(step)
 
     def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
         """w(sigma) mean (D(x0 + sigma z, sigma) - x0)^2, ln(sigma) ~ N(p_mean, p_std^2), (B,)."""
+        from cmkit_std.guidance import dropped
         from cmkit_std.objectives.distances import l2
 
+        if self.label_dropout:
+            null = models.online.network.null_label
+            cond = dropped(cond, self.label_dropout, null, rng)
         sigma = (self.p_mean + self.p_std * rng.normal_like(x0.new_empty(len(x0)))).exp()
         z = rng.normal_like(x0)
         with cmkit.shared_dropout(rng):
