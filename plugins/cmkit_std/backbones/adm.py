@@ -87,6 +87,8 @@ class ADM(Backbone):
     """Channels a group at least, 4 in EDM's networks; narrower levels then have fewer groups."""
     time_scale: float = Field(1000.0, gt=0, le=1e6)
     """Factor of ln(sigma) / 4 before its sinusoids; weights trained by EDM's code need 1."""
+    label_sigma_to: bool = False
+    """Add a label's embedding to that of CTM's target noise level too, as CTM on EDM's network."""
     gradient_checkpointing: bool = False
     """Recompute residual blocks in the backward pass: less memory, a third more time."""
 

@@ -1,4 +1,4 @@
-"""Weights of `adm` as NVlabs/edm keeps those of its DhariwalUNet, below EDMPrecond."""
+"""Weights of `adm` as NVlabs/edm, and sony/ctm after it, keep those of DhariwalUNet."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _BLOCK = {
     "norm1": "norm0",
     "conv1": "conv0",
     "film": "affine",
+    "film_s": "affine_s",
     "norm2": "norm1",
     "conv2": "conv1",
     "shortcut": "skip",
@@ -108,6 +109,8 @@ def _modules(options: ADM, data: DataSpec) -> dict[str, str]:
     names = {
         "time.0": "map_layer0",
         "time.2": "map_layer1",
+        "time_s.0": "map_layer0_s",
+        "time_s.2": "map_layer1_s",
         "label": "map_label",
         "encoder.0.0": f"enc.{side[0]}_conv",
         "norm_out": "out_norm",

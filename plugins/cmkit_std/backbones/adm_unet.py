@@ -46,6 +46,7 @@ class UNet(Network):
         self.time = _mlp(options.channels, emb_channels)
         self.time_s = _mlp(options.channels, emb_channels) if sigma_to else None
         self.label = nn.Embedding(num_classes, emb_channels) if num_classes else None
+        self.label_sigma_to = options.label_sigma_to
 
         def block(before: int, after: int, resample: Resampling = None) -> ResBlock:
             return ResBlock(
@@ -172,14 +173,18 @@ class UNet(Network):
     def _films(self, c_noise: Tensor, cond: Cond, scales: Scales) -> list[Tensor]:
         """What the embedding says to each residual block, (B, k) each, in forward order."""
         emb = self.time(self._sinusoids(c_noise))  # (B, 4 channels)
+        label = None
         if self.label is not None:
             if cond.label is None:
                 raise ValueError("this network embeds labels: cond.label must not be None")
-            emb = emb + self.label(cond.label)
+            label = self.label(cond.label)
+            emb = emb + label
         active_s = None
         if self.time_s is not None and cond.sigma_to is not None:
-            c_noise_s = 0.25 * torch.log(cond.sigma_to + 1e-44)
-            active_s = F.silu(self.time_s(self._sinusoids(c_noise_s)))
+            emb_s = self.time_s(self._sinusoids(0.25 * torch.log(cond.sigma_to + 1e-44)))
+            if self.label_sigma_to and label is not None:
+                emb_s = emb_s + label
+            active_s = F.silu(emb_s)
         last, active = None, F.silu(emb)
         films = []
         for j, block in enumerate(self._blocks):
