@@ -19,12 +19,12 @@ from cmkit_std.backbones.adm_unet import UNet
 from cmkit_std.formulations import IDDPM, VP
 from cmkit_std.objectives import distances
 from cmkit_std.objectives.ctm import CTM, gradient_ratio
-from cmkit_std.objectives.solvers import SOLVERS
 from cmkit_std.objectives.weightings import weighting
 from cmkit_std.samplers.euler import Euler
 from cmkit_std.samplers.gamma import Gamma
 from cmkit_std.samplers.heun import Heun
 from cmkit_std.samplers.multistep import Multistep
+from cmkit_std.samplers.steps import falling
 from cmkit_std.trajectory import denoised, jump, kept_share
 from torch import Tensor
 
@@ -126,7 +126,7 @@ def dhariwal_forward(case: dict, dtype: torch.dtype) -> dict:
     cond = replace(labels(case), sigma_to=s)
     return {
         "params": sum(p.numel() for p in network.parameters()),
-        "state_dict": {key: list(shape) for key, shape in shapes.items()},
+        "state_dict": {key: list(t.shape) for key, t in state.items()},
         "out": network(tensor(case, "x", dtype), 0.25 * t.log(), cond, {}),
     }
 
@@ -196,7 +196,7 @@ class Corrected(Network):
 
 
 def trajectory(case: dict, dtype: torch.dtype) -> dict:
-    config, weights = dict(case["config"]), case["inputs"].get("weights")
+    config = dict(case["config"])
     net = config.pop("net", NET)
     outer = config.pop("outer_parametrization", "euler")
     inner = config.pop("inner_parametrization", "edm")
@@ -207,7 +207,7 @@ def trajectory(case: dict, dtype: torch.dtype) -> dict:
     else:
         network = unet(net, dtype)
     if "target_subtract=True" in case["function"]:
-        assert weights == "student '', teacher 'teacher/'"
+        assert config.pop("weights") == "student '', teacher 'teacher/'"
         teacher = unet(net, dtype, "teacher/", sigma_to=False)
         network = Corrected(network, teacher, config.pop("rescaling"))
     known(config)
@@ -229,8 +229,8 @@ def consistency(case: dict, dtype: torch.dtype) -> dict:
 
 
 def teacher(case: dict, dtype: torch.dtype) -> dict:
-    known(case["config"], "net", "training_mode")
-    prefix = re.fullmatch(r"prefix '(.*)'", case["inputs"].get("weights", case["config"].get("weights")))
+    known(case["config"], "net", "training_mode", "weights")
+    prefix = re.fullmatch(r"prefix '(.*)'", case["config"]["weights"])
     x, t = noisy(case, dtype)
     network = unet(case["config"].get("net", NET), dtype, prefix[1], sigma_to=False)
     return {"denoised": Denoiser(network, precond="edm")(x, t, labels(case))}
@@ -390,7 +390,9 @@ def targets(case: dict, dtype: torch.dtype, patch: pytest.MonkeyPatch) -> dict:
 
         getattr(training.models, name).register_forward_hook(note)
     compared = []
-    patch.setattr(distances, "lpips", lambda a, b, *_: compared.extend((a, b)) or distances.l1(a, b))
+    patch.setattr(
+        distances, "lpips", lambda a, b, *_: compared.extend((a, b)) or distances.l1(a, b)
+    )
     phase = Phase(0, training.num_sigmas)
     training.objective.consistency(
         training.models, training.x0, training.cond, phase, training.draws()
@@ -489,7 +491,7 @@ def sampled(case: dict, dtype: torch.dtype) -> dict:
     assert inputs["noise"] == "c-th normal draw (x_T/80 is c=0) = Z(shape, c)"
     name, steps, shape = config.pop("sampler"), config.pop("steps"), inputs["shape"]
     cond, ts = labels(case), config.pop("ts", None)
-    grid = noise.sigmas(steps, dtype=torch.float64).flip(0).tolist()
+    grid = falling(noise, max(steps, 2))  # of a single step, no point is asked for
     if ts is not None:
         levels = [grid[i] for i in ts]
         assert levels[0] == noise.sigma_max

@@ -42,6 +42,7 @@ def layout(options: ADM, data: DataSpec) -> Layout:
         return len(qkv) // (3 * _HEAD)
 
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        _check_sigma_to(options, "model.map_layer0_s.weight" in state)
         own_names = {theirs: own for own, theirs in _modules(options, data).items()}
         own: dict[str, Tensor] = {}
         for key, tensor in state.items():
@@ -57,6 +58,7 @@ def layout(options: ADM, data: DataSpec) -> Layout:
         return own
 
     def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        _check_sigma_to(options, "time_s.0.weight" in state)
         names = _modules(options, data)
         resampling = {p.key for p in places(options, data.resolution) if p.kind == "resample"}
         theirs: dict[str, Tensor] = {}
@@ -100,6 +102,14 @@ def _check(options: ADM, data: DataSpec) -> None:
                 f" {min(32, width // 4)} groups in levels of {width} channels; give"
                 " norm_channels = 4"
             )
+
+
+def _check_sigma_to(options: ADM, embedded: bool) -> None:
+    if embedded and not options.label_sigma_to:
+        raise CheckpointError(
+            "backbone.label_sigma_to = false: sony/ctm's DhariwalUNet computes with true; give"
+            " that, or weights of another project"
+        )
 
 
 def _modules(options: ADM, data: DataSpec) -> dict[str, str]:
