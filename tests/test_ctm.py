@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cmkit_std.backbones.adm import ADM
 from cmkit_std.objectives.ctm import CTM, gradient_ratio, last_weight
 from cmkit_std.samplers.gamma import Gamma
 from cmkit_std.samplers.heun import Heun
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from cmkit import Cond, Denoiser, Models, Network, Noise, Phase, RecipeError, Rng, discover
 from cmkit.compose import plan
 from cmkit.recipe import load
+from cmkit.train import start, train
 from tests.test_teacher import RECIPE, save_weights
 from tests.toys import Counting, GaussianDenoiser, GaussianFlow, TinyNetwork
 
@@ -162,9 +164,9 @@ def test_levels_are_ordered_and_lie_on_the_grid():
         objective.consistency(models, x0, Cond(), Phase(0, n), rng)
         (_, t, at_t), (_, u, at_u) = calls["online"]
         assert torch.equal(at_t.sigma_to, at_u.sigma_to)
-        for (_, start, end), inner in zip(calls["target"], (at_t, at_u), strict=True):
-            assert torch.equal(start, inner.sigma_to)
-            assert torch.equal(end.sigma_to, grid[:1].expand(64))
+        for (_, here, cond), inner in zip(calls["target"], (at_t, at_u), strict=True):
+            assert torch.equal(here, inner.sigma_to)
+            assert torch.equal(cond.sigma_to, grid[:1].expand(64))
         t, u, s = ([index[float(v)] for v in sigma] for sigma in (t, u, at_t.sigma_to))
         gaps = {a - b for a, b in zip(t, u, strict=True)}
         (gap,) = gaps
@@ -350,9 +352,9 @@ def test_levels_outside_the_noise_axis_are_refused():
         Gamma(sigmas=(90.0,)).sample(GaussianJumps(), x, Cond(), never)
 
 
-CTM_RECIPE = RECIPE.replace('use = "cd", num_sigmas = 5', 'use = "ctm", num_sigmas = 5').replace(
-    'init = "teacher"', 'init = "teacher"\nprecond = "edm"'
-)
+CTM_RECIPE = RECIPE.replace(
+    'objective = { use = "cd"', 'sampler = { use = "gamma", steps = 2 }\nobjective = { use = "ctm"'
+).replace('init = "teacher"', 'init = "teacher"\nprecond = "edm"')
 
 
 @pytest.fixture
@@ -373,7 +375,21 @@ def planned(tmp_path):
 
 
 def test_a_recipe_trains_a_student_that_embeds_what_its_teacher_does_not(planned):
-    assert planned().conditions == {"label", "sigma_to"}
+    training = start(planned(), CPU)
+    online, teacher = training.models.online.network, training.models.teacher.network
+    assert online.time_s is not None
+    assert teacher.time_s is None
+    assert torch.equal(online.time[0].weight, teacher.time[0].weight)
+    before = online.time_s[0].weight.clone()
+    losses = [step.log["loss"] for step in train(training)]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert not torch.equal(online.time_s[0].weight, before)
+
+
+def test_a_backbone_that_cannot_embed_the_target_level_is_refused(planned, monkeypatch):
+    monkeypatch.setattr(ADM, "accepts", frozenset({"label"}))
+    with pytest.raises(RecipeError, match="backbone: cannot embed sigma_to; it accepts label"):
+        planned()
 
 
 @pytest.mark.parametrize(
@@ -384,7 +400,6 @@ def test_a_recipe_trains_a_student_that_embeds_what_its_teacher_does_not(planned
             [('[teacher]\nweights = "WEIGHTS"\n', ""), ('init = "teacher"', 'init = "random"')],
             r"it distils a teacher: add a \[teacher\] table",
         ),
-        ([('[backbone]\nuse = "adm"', '[backbone]\nuse = "blind"')], "cannot embed sigma_to"),
     ],
 )
 def test_a_recipe_without_what_it_needs_is_refused(planned, changes, message):

@@ -390,9 +390,12 @@ def targets(case: dict, dtype: torch.dtype, patch: pytest.MonkeyPatch) -> dict:
 
         getattr(training.models, name).register_forward_hook(note)
     compared = []
-    patch.setattr(
-        distances, "lpips", lambda a, b, *_: compared.extend((a, b)) or distances.l1(a, b)
-    )
+
+    def lpips(a, b, *_options):
+        compared.extend((a, b))
+        return distances.l1(a, b)
+
+    patch.setattr(distances, "lpips", lpips)
     phase = Phase(0, training.num_sigmas)
     training.objective.consistency(
         training.models, training.x0, training.cond, phase, training.draws()
