@@ -12,7 +12,19 @@ from cmkit_std.samplers.multistep import Multistep
 from cmkit_std.trajectory import denoised, jump
 from pydantic import ValidationError
 
-from cmkit import Cond, Denoiser, Models, Network, Noise, Phase, RecipeError, Rng, discover
+from cmkit import (
+    CheckpointError,
+    Cond,
+    DataSpec,
+    Denoiser,
+    Models,
+    Network,
+    Noise,
+    Phase,
+    RecipeError,
+    Rng,
+    discover,
+)
 from cmkit.compose import plan
 from cmkit.recipe import load
 from cmkit.train import start, train
@@ -310,6 +322,20 @@ def test_every_gamma_reproduces_gaussian_data(gamma):
     assert out.std() == pytest.approx(s, rel=0.02)
 
 
+def test_gamma_says_how_far_below_the_next_level_a_jump_ends():
+    """s - sigma_min = sqrt(1 - gamma^2) (sigma' - sigma_min)."""
+    ends = []
+
+    class Spy(GaussianJumps):
+        def forward(self, x, sigma, cond=None):
+            ends.append(float(cond.sigma_to[0]))
+            return super().forward(x, sigma, cond)
+
+    x = torch.zeros(1, 1, 2, 2).double()
+    Gamma(gamma=0.6, sigmas=(1.002,)).sample(Spy(), x, Cond(), lambda k: x)
+    assert ends == pytest.approx([0.802, 0.002])
+
+
 def test_jumps_are_clamped_only_where_they_end_at_sigma_min():
     class Bright(GaussianJumps):
         def forward(self, x, sigma, cond=None):
@@ -384,6 +410,18 @@ def test_a_recipe_trains_a_student_that_embeds_what_its_teacher_does_not(planned
     losses = [step.log["loss"] for step in train(training)]
     assert all(math.isfinite(loss) for loss in losses)
     assert not torch.equal(online.time_s[0].weight, before)
+
+
+def test_weights_of_edms_network_that_embeds_the_target_level_want_its_labels_there():
+    options = {"norm_channels": 4, "time_scale": 1.0, "resblock_updown": True}
+    backbone = ADM(channels=64, channel_mult=[1], num_head_channels=64, **options)
+    data = DataSpec(1, 8, 10)
+    (layout,) = (layout for layout in backbone.layouts(data) if layout.name == "edm")
+    state = backbone.build(data, frozenset({"label", "sigma_to"})).state_dict()
+    with pytest.raises(CheckpointError, match="label_sigma_to = false"):
+        layout.write(state)
+    with pytest.raises(CheckpointError, match="label_sigma_to = false"):
+        layout.read({"model.map_layer0_s.weight": torch.zeros(1)})
 
 
 def test_a_backbone_that_cannot_embed_the_target_level_is_refused(planned, monkeypatch):
