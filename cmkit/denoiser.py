@@ -100,10 +100,14 @@ class Encodings:
 
 
 def _same(held: tuple[Tensor, Cond, Scales, Any], now: tuple[Tensor, Cond, Scales]) -> bool:
-    if held[1] is not now[1] or held[2].keys() != now[2].keys():
+    if held[2].keys() != now[2].keys():
         return False
-    pairs = {(id(a), id(b)): (a, b) for a, b in zip(held[2].values(), now[2].values(), strict=True)}
-    return all(a is b or torch.equal(a, b) for a, b in [(held[0], now[0]), *pairs.values()])
+    values = (
+        (c_noise, *vars(cond).values(), *scales.values())
+        for c_noise, cond, scales in (held[:3], now)
+    )
+    pairs = {(id(a), id(b)): (a, b) for a, b in zip(*values, strict=True) if a is not b}
+    return all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs.values())
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor]:

@@ -103,10 +103,11 @@ def test_one_encoding_serves_a_row_and_no_other():
     assert draw(Multistep(), emb=1.1, skip=0.9) == 0
     # The second step starts from another image in each cell.
     assert draw(Multistep(sigmas=(1.0,)), emb=1.1, skip=0.8) == 1
-    other = Cond()
-    assert other is not cond
-    cond = other
-    assert draw(Multistep(), emb=1.1) == 1
+    cond = Cond()
+    assert draw(Multistep(), emb=1.1) == 0
+    for level, encoded in ((1.0, 1), (1.0, 0), (2.0, 1)):
+        cond = Cond(sigma_to=torch.full((len(x),), level))
+        assert draw(Multistep(), emb=1.1) == encoded
 
 
 def test_rows_hold_the_cells_of_one_embedding_and_fit_into_memory():

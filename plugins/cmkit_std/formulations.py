@@ -145,6 +145,12 @@ class IDDPM:
     def rounded(self, sigma: Tensor) -> Tensor:
         return self.levels(sigma.device)[self._nearest(sigma)].to(sigma.dtype)
 
+    def time(self, sigma: Tensor) -> Tensor:
+        """Times in [0, 1] at which the cosine schedule, unclipped, has the noise levels sigma:
+        1 / (1 + sigma^2) = cos^2(a (t + c_2)) / cos^2(a c_2), a = pi / (2 (1 + c_2))."""
+        a = 0.5 * math.pi / (1 + self.c_2)
+        return torch.arccos(math.cos(a * self.c_2) * (1 + sigma**2).rsqrt()) / a - self.c_2
+
     def _nearest(self, sigma: Tensor) -> Tensor:
         return (sigma[:, None] - self.levels(sigma.device)).abs().argmin(1)
 

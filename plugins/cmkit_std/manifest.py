@@ -13,6 +13,10 @@ DPM = (
     "Model Sampling in Around 10 Steps. 2022. arXiv:2206.00927"
 )
 DDPM = "Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239"
+CTM = (
+    "Kim, Lai, Liao, Murata, Takida, Uesaka, He, Mitsufuji, Ermon. Consistency Trajectory Models: "
+    "Learning Probability Flow ODE Trajectory of Diffusion. 2023. arXiv:2310.02279"
+)
 IMPROVED = (
     "Song, Dhariwal. Improved Techniques for Training Consistency Models. 2023. arXiv:2310.14189"
 )
@@ -101,6 +105,13 @@ def cmkit_register() -> list[Plugin]:
         ),
         Plugin(
             "objective",
+            "ctm",
+            "cmkit_std.objectives.ctm:CTM",
+            "Consistency trajectory training: jumps between any two noise levels",
+            cite=CTM,
+        ),
+        Plugin(
+            "objective",
             "pd",
             "cmkit_std.objectives.pd:PD",
             "Progressive distillation",
@@ -133,6 +144,13 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.samplers.lcm:LCM",
             "Latent consistency models: several steps at evenly skipped noise levels",
             cite=LATENT,
+        ),
+        Plugin(
+            "sampler",
+            "gamma",
+            "cmkit_std.samplers.gamma:Gamma",
+            "Consistency trajectory models: long jumps with as much fresh noise as wanted",
+            cite=CTM,
         ),
         Plugin(
             "sampler",

@@ -92,6 +92,8 @@ class ADM(Backbone):
     null_class: bool = False
     """One row more in the table of labels, for no class; an absent label then means it. Guidance
     needs it, and objective.label_dropout trains it."""
+    label_sigma_to: bool = False
+    """Add a label's embedding to that of CTM's target noise level too, as CTM on EDM's network."""
     gradient_checkpointing: bool = False
     """Recompute residual blocks in the backward pass: less memory, a third more time."""
 

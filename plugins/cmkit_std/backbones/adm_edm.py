@@ -1,4 +1,4 @@
-"""Weights of `adm` as NVlabs/edm keeps those of its DhariwalUNet, below EDMPrecond."""
+"""Weights of `adm` as NVlabs/edm, and sony/ctm after it, keep those of DhariwalUNet."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _BLOCK = {
     "norm1": "norm0",
     "conv1": "conv0",
     "film": "affine",
+    "film_s": "affine_s",
     "norm2": "norm1",
     "conv2": "conv1",
     "shortcut": "skip",
@@ -47,6 +48,7 @@ def layout(options: ADM, data: DataSpec) -> Layout:
         return len(qkv) // (3 * _HEAD)
 
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        _check_sigma_to(options, "model.map_layer0_s.weight" in state)
         own_names = {theirs: own for own, theirs in _modules(options, data).items()}
         own: dict[str, Tensor] = {}
         for key, tensor in state.items():
@@ -62,6 +64,7 @@ def layout(options: ADM, data: DataSpec) -> Layout:
         return own
 
     def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        _check_sigma_to(options, "time_s.0.weight" in state)
         names = _modules(options, data)
         resampling = {p.key for p in places(options, data.resolution) if p.kind == "resample"}
         theirs: dict[str, Tensor] = {}
@@ -107,6 +110,14 @@ def _check(options: ADM, data: DataSpec) -> None:
             )
 
 
+def _check_sigma_to(options: ADM, embedded: bool) -> None:
+    if embedded and not options.label_sigma_to:
+        raise CheckpointError(
+            "backbone.label_sigma_to = false: sony/ctm's DhariwalUNet computes with true; give"
+            " that, or weights of another project"
+        )
+
+
 def _modules(options: ADM, data: DataSpec) -> dict[str, str]:
     """Module of ours -> of DhariwalUNet, whose names hold the side of the pictures in pixels."""
     _check(options, data)
@@ -114,6 +125,8 @@ def _modules(options: ADM, data: DataSpec) -> dict[str, str]:
     names = {
         "time.0": "map_layer0",
         "time.2": "map_layer1",
+        "time_s.0": "map_layer0_s",
+        "time_s.2": "map_layer1_s",
         "label": "map_label",
         "encoder.0.0": f"enc.{side[0]}_conv",
         "norm_out": "out_norm",

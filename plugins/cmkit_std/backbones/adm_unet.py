@@ -56,6 +56,7 @@ class UNet(Network):
         if guidance:
             # A condition that is added to trained weights changes nothing at first.
             self.guidance = _silent(nn.Linear(GUIDANCE_WAVES, options.channels, bias=False))
+        self.label_sigma_to = options.label_sigma_to
 
         def block(before: int, after: int, resample: Resampling = None) -> ResBlock:
             return ResBlock(
@@ -190,17 +191,21 @@ class UNet(Network):
         if self.guidance is not None and cond.guidance is not None:
             waves = waves + self.guidance(guidance_waves(cond.guidance).to(waves.dtype))
         emb = self.time(waves)  # (B, 4 channels)
+        label = None
         if self.label is not None:
-            label = cond.label
-            if label is None:
+            chosen = cond.label
+            if chosen is None:
                 if self.null_label is None:
                     raise ValueError("this network embeds labels: cond.label must not be None")
-                label = torch.full_like(c_noise, self.null_label, dtype=torch.int64)
-            emb = emb + self.label(label)
+                chosen = torch.full_like(c_noise, self.null_label, dtype=torch.int64)
+            label = self.label(chosen)
+            emb = emb + label
         active_s = None
         if self.time_s is not None and cond.sigma_to is not None:
-            c_noise_s = 0.25 * torch.log(cond.sigma_to + 1e-44)
-            active_s = F.silu(self.time_s(self._sinusoids(c_noise_s)))
+            emb_s = self.time_s(self._sinusoids(0.25 * torch.log(cond.sigma_to + 1e-44)))
+            if self.label_sigma_to and label is not None:
+                emb_s = emb_s + label
+            active_s = F.silu(emb_s)
         last, active = None, F.silu(emb)
         films = []
         for j, block in enumerate(self._blocks):

@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Sampler
-from cmkit_std.samplers.steps import estimate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 class Multistep(Sampler):
     """One step from sigma_max, then one for each further noise level, with fresh noise before it.
 
-    An empty list is one-step sampling.
+    An empty list is one-step sampling. Models of objective `ctm` have sampler `gamma` for this.
     """
 
     sigmas: tuple[Annotated[float, Field(gt=0, le=10_000)], ...] = Field((), max_length=1000)
@@ -49,8 +48,13 @@ class Multistep(Sampler):
                 f"sampler.sigmas = {list(self.sigmas)}: must lie between sigma_min {low} and"
                 f" sigma_max {high}"
             )
-        x0 = estimate(denoiser, x, high, cond, self.clamp)
+        x0 = self.estimate(denoiser, x, high, cond)
         for k, sigma in enumerate(self.sigmas, 1):
             x = x0 + math.sqrt(sigma**2 - low**2) * noise(k)
-            x0 = estimate(denoiser, x, sigma, cond, self.clamp)
+            x0 = self.estimate(denoiser, x, sigma, cond)
         return x0
+
+    def estimate(self, denoiser: Denoiser, x: Tensor, sigma: float, cond: Cond) -> Tensor:
+        """f, (B, C, H, W), of images x (B, C, H, W) that are all at noise level sigma."""
+        x0 = denoiser(x, x.new_full((len(x),), sigma), cond)
+        return x0.clamp(-1, 1) if self.clamp else x0

@@ -24,8 +24,13 @@ def falling(noise: Noise, n: int) -> list[float]:
 
 
 def estimate(denoiser: Denoiser, x: Tensor, sigma: float, cond: Cond, clamp: bool) -> Tensor:
-    """x0_hat, (B, C, H, W), of images x (B, C, H, W) that are all at noise level sigma."""
-    x0 = denoiser(x, x.new_full((len(x),), sigma), cond)
+    """x0_hat, (B, C, H, W), of images x (B, C, H, W) that are all at noise level sigma.
+
+    A trajectory model is told to jump to where it stands: its estimate as a diffusion model.
+    """
+    from cmkit_std.trajectory import denoised
+
+    x0 = denoised(denoiser, x, x.new_full((len(x),), sigma), cond)
     return x0.clamp(-1, 1) if clamp else x0
 
 
