@@ -169,10 +169,12 @@ def train(training: Training) -> Iterator[Step]:
         if training.step % table.log_every == 0 or training.step == table.steps:
             mean = training.window.item() / training.counted
             if not math.isfinite(mean):
+                name = recipe.resolved["objective"]["use"]
                 raise NonFiniteError(
-                    f"train: the loss is {mean} between steps {training.step - training.counted}"
-                    f" and {training.step}; lower train.lr or set train.clip_norm, then run again:"
-                    " the last checkpoint is finite"
+                    f"train: the loss of objective {name!r} is {mean} between steps"
+                    f" {training.step - training.counted} and {training.step};{_first_bad(models)}"
+                    " lower train.lr or set train.clip_norm, then run again: the last checkpoint is"
+                    " finite"
                 )
             seconds = time.perf_counter() - clock
             rate = (training.step - clocked) / seconds
@@ -198,6 +200,15 @@ def learning_rate(table: TrainTable, step: int) -> float:
         return table.lr
     done = (step - table.warmup) / max(table.steps - table.warmup, 1)
     return table.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _first_bad(models: Models) -> str:
+    """Which weights are not finite any more, if any: a bad teacher is never the rate's fault."""
+    for name, denoiser in (("teacher", models.teacher), ("online", models.online)):
+        for key, value in denoiser.network.named_parameters() if denoiser else ():
+            if not value.isfinite().all():
+                return f" the {name} weight {key} is not finite;"
+    return ""
 
 
 def _frozen(denoiser: Denoiser) -> Denoiser:

@@ -131,6 +131,32 @@ def test_a_bad_override_names_itself(write, override, said):
     assert said in refusal(write(TEXT), override)
 
 
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ('use = "cd"\nnum_sigmas = 1', "objective.num_sigmas = 1: should be greater than or equal"),
+        ('use = "ct"\nnum_sigmas = 1', "objective.num_sigmas = 1: should be greater than or equal"),
+        ('use = "ct"\nstart_scales = 9\nend_scales = 5', "end_scales 5 must not be below start"),
+        ('use = "ict"\nstart_scales = 9\nend_scales = 5', "end_scales 5 must not be below start"),
+        ('use = "cd"\nend_scales = 5', "end_scales 5 must not be below num_sigmas 40"),
+        ('use = "ict"\np_std = 0.0', "objective.p_std = 0.0: should be greater than 0"),
+        ('use = "edm"\np_std = -1.0', "objective.p_std = -1.0: should be greater than 0"),
+        ('use = "cd"\ntarget_ema = 1.5', "objective.target_ema = 1.5: should be less than 1"),
+        ('use = "ct"\ntarget_ema = -0.1', "objective.target_ema = -0.1: should be greater than"),
+        ('use = "ct"\nstart_ema = 1.5', "objective.start_ema = 1.5: should be less than 1"),
+        ('use = "ccd"\ndistance = "l3"', "objective.distance"),
+        ('use = "cct"\ngap = "karras"', "objective.gap"),
+        ('use = "ccd"\ndistance = "lpips"\nstop_gradient = false', "needs stop_gradient = true"),
+        (
+            'use = "ict"\n[denoiser]\nsigma_min = 1.0\nsigma_max = 0.5',
+            "sigma_min 1.0 must be below",
+        ),
+    ],
+)
+def test_impossible_objectives_are_refused_in_one_line(write, objective, said):
+    assert said in refusal(write(TEXT.replace('use = "ict"\nend_scales = 80', objective)))
+
+
 def test_overrides_are_toml_values_and_reach_lists(write):
     recipe = load(
         write(TEXT),

@@ -1,10 +1,12 @@
 """One step at a time: what a step does to the weights, and the laws of its schedule."""
 
+import copy
+
 import pytest
 import torch
 from cmkit_std.objectives.ct import CT
 
-from cmkit import discover
+from cmkit import NonFiniteError, discover
 from cmkit.compose import plan
 from cmkit.recipe import TrainTable, load
 from cmkit.train import learning_rate, start, train
@@ -73,3 +75,25 @@ def test_the_rate_rises_linearly_then_falls_along_a_half_cosine():
     assert learning_rate(table, 109) < 1e-3
     constant = TrainTable(steps=110, batch=8, lr=2.0)
     assert {learning_rate(constant, step) for step in range(110)} == {2.0}
+
+
+@pytest.mark.parametrize("role", ["loss", "teacher", "online"])
+def test_what_was_not_finite_is_named(tmp_path, monkeypatch, role):
+    """The objective always; a weight, and whose it is, where that is the cause."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE)
+    training = start(plan(load(path, ["train.steps=1"], discover())), CPU)
+    models = training.models
+    models.teacher = copy.deepcopy(models.online)
+    if role != "loss":
+        getattr(models, role).network.conv_out.bias.data[0] = torch.nan
+    monkeypatch.setattr(CT, "loss", lambda self, models, x0, *_: x0.flatten(1).sum(1) * torch.nan)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
+    with pytest.raises(NonFiniteError) as caught:
+        list(train(training))
+    message = str(caught.value)
+    assert "the loss of objective 'ct' is nan between steps 0 and 1;" in message
+    for other in ("teacher", "online"):
+        named = f"the {other} weight conv_out.bias is not finite" in message
+        assert named == (role == other)
+    assert "the last checkpoint is finite" in message

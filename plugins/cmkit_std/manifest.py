@@ -44,6 +44,7 @@ FASHION = (
     "Xiao, Rasul, Vollgraf. Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine "
     "Learning Algorithms. 2017. arXiv:1708.07747"
 )
+CIFAR = "Krizhevsky. Learning Multiple Layers of Features from Tiny Images. 2009"
 LSUN = (
     "Yu, Seff, Zhang, Song, Funkhouser, Xiao. LSUN: Construction of a Large-scale Image Dataset "
     "using Deep Learning with Humans in the Loop. 2015. arXiv:1506.03365"
@@ -94,6 +95,20 @@ def cmkit_register() -> list[Plugin]:
             "ct",
             "cmkit_std.objectives.ct:CT",
             "Consistency training",
+            cite=CM,
+        ),
+        Plugin(
+            "objective",
+            "ccd",
+            "cmkit_std.objectives.ccd:CCD",
+            "Continuous-time consistency distillation",
+            cite=CM,
+        ),
+        Plugin(
+            "objective",
+            "cct",
+            "cmkit_std.objectives.cct:CCT",
+            "Continuous-time consistency training",
             cite=CM,
         ),
         Plugin(
@@ -207,6 +222,13 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.rescalers.global_:Global",
             "Two numbers: one for all skips, one for all embeddings",
             cite=RESCALING,
+        ),
+        Plugin(
+            "dataset",
+            "cifar10",
+            "cmkit_std.datasets.cifar10:CIFAR10",
+            "60,000 photographs of 10 classes, 32x32, from the binary archive",
+            cite=CIFAR,
         ),
         Plugin(
             "dataset",

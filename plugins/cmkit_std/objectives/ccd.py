@@ -1,0 +1,85 @@
+"""Continuous-time consistency distillation (Song, Dhariwal, Chen, Sutskever: Consistency Models,
+2023, appendix B.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import model_validator
+
+import cmkit
+from cmkit.kinds import DataSpec, Objective, Phase
+from cmkit_std.objectives.weightings import Weighting, weighting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cmkit import Cond, Models, Rng
+
+
+class CCD(Objective):
+    """Consistency distillation without a grid: f must not change along the teacher's ODE.
+
+    The derivative along it is taken by forward-mode differentiation, in float32. The published runs
+    on CIFAR-10 start from the teacher (denoiser.init = "teacher") with a learning rate of 5e-6, and
+    1e-3 without stop_gradient; the official code then takes the root of "l2", the paper does not.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
+
+    distance: Literal["l1", "l2", "lpips"] = "l2"
+    """How two nearby estimates are compared."""
+    stop_gradient: bool = True
+    """The gradient is the limit of the discrete loss's, whose target is held fixed; otherwise the
+    derivative along the ODE is itself made small ("l1" and "l2" only; twice the memory)."""
+    gap: Literal["none", "grid"] = "none"
+    """Multiply the derivative by that of the Karras grid: then the loss is the limit of the
+    discrete one. The published runs do not."""
+    weighting: Weighting = "uniform"
+    """Weight of the loss by sigma."""
+    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Backbone of LPIPS."""
+    lpips_weights: str | None = None
+    """A .safetensors file of that backbone's weights; absent = torch.hub's folder."""
+
+    @model_validator(mode="after")
+    def _lpips_needs_stop_gradient(self) -> CCD:
+        if self.distance == "lpips" and not self.stop_gradient:
+            raise ValueError('distance "lpips" needs stop_gradient = true; or choose "l2"')
+        return self
+
+    def check(self, data: DataSpec) -> None:
+        if self.distance == "lpips":
+            from cmkit_std.objectives.distances import check_lpips
+
+            check_lpips(self.lpips_net, self.lpips_weights)
+
+    def phase(self, step: int, total: int) -> Phase:
+        return Phase(step)
+
+    def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
+        """Limit of d(f(x, sigma), f(x - slope dsigma, sigma - dsigma)), (B,), with x = x0 + sigma z
+        and the teacher's slope (x - D(x, sigma)) / sigma (theorems 3 to 5)."""
+        import torch
+
+        from cmkit_std.objectives.distances import distance
+        from cmkit_std.objectives.limits import levels, limit, tangent
+        from cmkit_std.objectives.solvers import slope
+
+        assert models.teacher is not None
+        online = models.online
+        sigma, gap = levels(online.noise, rng.uniform(len(x0)).to(x0.dtype))
+        x = x0 + sigma.view(-1, 1, 1, 1) * rng.normal_like(x0)
+        with torch.no_grad():
+            dx = slope(models.teacher, x, sigma, cond)
+        with torch.set_grad_enabled(not self.stop_gradient):
+            v = tangent(online, x, sigma, dx, cond, rng)
+        if self.gap == "grid":
+            v = v * gap.view(-1, 1, 1, 1)
+        if self.stop_gradient:
+            with cmkit.shared_dropout(rng):
+                f = online(x, sigma, cond)
+            d = limit(self.distance, f, v, self.lpips_net, self.lpips_weights)
+        else:
+            d = distance(self.distance, v, torch.zeros_like(v))
+        return d * weighting(self.weighting, sigma, online.sigma_data)

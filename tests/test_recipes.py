@@ -1,0 +1,65 @@
+"""Every shipped recipe says what it is, and its parts fit, without its data or weights."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cmkit import discover
+from cmkit.recipe import load
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+
+
+@pytest.fixture(scope="module")
+def registry():
+    return discover()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_valid_and_opens_with_its_own_command(path, registry):
+    head, _, _ = path.read_text("utf-8").partition("\nname = ")
+    recipe = load(path, [], registry)
+    assert recipe.name == path.stem
+    assert head.splitlines()[:2] == [f"# cmkit run recipes/{path.name}", "#"]
+    assert not [line for line in head.splitlines() if line and not line.startswith("#")]
+    if recipe.train and recipe.expected:
+        assert f"FID {recipe.expected.scores['fid']}" in head
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in RECIPES if not p.stem.startswith(("digits", "re", "sea"))],
+    ids=lambda p: p.stem,
+)
+def test_training_recipe_is_whole_and_counts_its_images(path, registry):
+    from cmkit.compose import _stages_are_complete
+
+    recipe = load(path, [], registry)
+    _stages_are_complete(recipe)
+    images = recipe.train.steps * recipe.train.batch
+    (said,) = re.findall(r"^# Cost: ([\d,]+) training images", path.read_text("utf-8"), re.M)
+    assert int(said.replace(",", "")) == images
+
+
+@pytest.mark.parametrize(
+    ("stem", "batch", "lr", "steps", "ema"),
+    [
+        ("edm_imagenet64", 4096, 1e-4, None, 0.999),
+        ("edm_bedroom", 256, 1e-4, None, 0.999),
+        ("cd_imagenet64_l2", 2048, 8e-6, 600_000, 0.999),
+        ("cd_cat_lpips", 256, 1e-5, 600_000, 0.9999),
+        ("ct_imagenet64", 2048, 1e-4, 800_000, 0.999),
+        ("ct_bedroom", 256, 5e-5, 1_000_000, 0.9999),
+        ("cd_cifar10_l1", 512, 2e-4, 800_000, 0.9999),
+        ("ct_cifar10", 512, 4e-4, 800_000, 0.9999),
+        ("ict_cifar10", 1024, 1e-4, 400_000, 0.99993),
+    ],
+)
+def test_settings_are_those_that_were_published(stem, batch, lr, steps, ema, registry):
+    (path,) = [p for p in RECIPES if p.stem == stem]
+    train = load(path, [], registry).train
+    assert (train.batch, train.lr, train.ema[0]) == (batch, lr, ema)
+    assert steps in (None, train.steps)
+    assert train.optimizer == "radam"
+    assert not train.ema_warmup
