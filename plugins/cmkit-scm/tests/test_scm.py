@@ -3,13 +3,14 @@
 import math
 import sys
 
-import cmkit
 import pytest
 import torch
-from cmkit import Cond, Denoiser, Models, Network, Noise, Rng
-from cmkit.errors import RecipeError
 from cmkit_scm import trigflow
 from cmkit_scm.scm import SCM
+
+import cmkit
+from cmkit import Cond, Denoiser, Models, Network, Noise, Rng
+from cmkit.errors import RecipeError
 
 CPU = torch.device("cpu")
 S = 0.7
@@ -56,8 +57,12 @@ class Exact(Network):
     def forward(self, x, c_noise, cond, scales):
         sigma = (4 * c_noise).exp().view(-1, 1, 1, 1)
         total = sigma**2 + 0.25
-        return self.one * x * total.sqrt() * (self.gain(sigma) - 0.25 / total) / (
-            0.5 * sigma / total.sqrt()
+        return (
+            self.one
+            * x
+            * total.sqrt()
+            * (self.gain(sigma) - 0.25 / total)
+            / (0.5 * sigma / total.sqrt())
         )
 
 
@@ -91,8 +96,12 @@ def noisy(n=64):
     return batch(n) + sigma.view(-1, 1, 1, 1) * z, sigma, z
 
 
+def rng():
+    return Rng(3, "t", 0, CPU)
+
+
 def loss(objective, made, x0, step=10**6):
-    return objective.loss(made, x0, Cond(), objective.phase(step, 10**6), Rng(3, "t", 0, CPU))
+    return objective.loss(made, x0, Cond(), objective.phase(step, 10**6), rng())
 
 
 def rate(f, x, sigma, slope, h=1e-5):
@@ -112,18 +121,18 @@ def test_f_of_trigflow_is_the_edm_denoiser():
 def test_tangent_is_cos_t_times_the_rate_of_f_along_t():
     made = denoiser(Tiny()).eval()
     x, sigma, z = noisy()
-    g = trigflow.tangent(made, x, sigma, z, Cond(), 1.0, "forward")
+    g = trigflow.tangent(made, x, sigma, z, Cond(), 1.0, "forward", rng())
     cos = torch.atan(sigma / 0.5).cos().view(-1, 1, 1, 1)
     by_t = rate(made, x, sigma, z) * 0.5 / cos**2  # dsigma/dt = sigma_data / cos^2
     torch.testing.assert_close(g, cos * by_t, rtol=1e-6, atol=1e-8)
 
 
 def test_tangent_of_the_exact_flow_along_the_exact_teacher_is_zero():
-    x, sigma, z = noisy()
+    x, sigma, _ = noisy()
     flow, teacher = denoiser(Exact(jumps)), denoiser(Exact(denoises))
     slope = (x - teacher(x, sigma)) / sigma.view(-1, 1, 1, 1)
-    zero = trigflow.tangent(flow, x, sigma, slope, Cond(), 1.0, "forward")
-    other = trigflow.tangent(teacher, x, sigma, slope, Cond(), 1.0, "forward")
+    zero = trigflow.tangent(flow, x, sigma, slope, Cond(), 1.0, "forward", rng())
+    other = trigflow.tangent(teacher, x, sigma, slope, Cond(), 1.0, "forward", rng())
     assert zero.abs().max() < 1e-10 < 0.01 < other.abs().max()
 
 
@@ -140,7 +149,7 @@ def test_training_on_images_leaves_the_exact_flow_alone_on_average():
     x0, z = S * torch.randn(2, 400_000, 1, 1, 1, generator=g, dtype=torch.float64)
     z = z / S
     x = x0 + 0.8 * z
-    tangent = trigflow.tangent(made, x, sigma, z, Cond(), 1.0, "forward")
+    tangent = trigflow.tangent(made, x, sigma, z, Cond(), 1.0, "forward", rng())
     near = ((x - 1).abs() < 0.1).flatten()
     assert near.sum() > 10_000
     assert tangent[near].mean().abs() < 4 * tangent[near].std() / near.sum() ** 0.5 + 1e-3
@@ -153,9 +162,9 @@ def test_gradient_is_that_of_the_consistency_objective(prior):
     net, x0 = Tiny().eval(), batch(8)
     made = denoiser(net)
     loss(SCM(prior=prior), models(made), x0).sum().backward()
-    rng = Rng(3, "t", 0, CPU)
-    sigma = (-1 + 1.4 * rng.normal_like(x0.new_empty(8))).exp()
-    z = rng.normal_like(x0)
+    same = rng()
+    sigma = (-1 + 1.4 * same.normal_like(x0.new_empty(8))).exp()
+    z = same.normal_like(x0)
     x, column = x0 + sigma.view(-1, 1, 1, 1) * z, sigma.view(-1, 1, 1, 1)
     cos = torch.atan(column / 0.5).cos()
     with torch.no_grad():
@@ -172,9 +181,9 @@ def test_without_the_unstable_term_the_gradient_is_that_of_flow_matching():
     net, x0 = Tiny().eval(), batch(8)
     made, objective = denoiser(net), SCM(warmup=10, c=1e6)
     (1e6 * loss(objective, models(made), x0, step=0)).sum().backward()
-    rng = Rng(3, "t", 0, CPU)
-    sigma = (-1 + 1.4 * rng.normal_like(x0.new_empty(8))).exp()
-    z = 0.5 * rng.normal_like(x0)
+    same = rng()
+    sigma = (-1 + 1.4 * same.normal_like(x0.new_empty(8))).exp()
+    z = 0.5 * same.normal_like(x0)
     t = torch.atan(sigma / 0.5).view(-1, 1, 1, 1)
     error = 0.5 * trigflow.network(made, x0 + 2 * sigma.view(-1, 1, 1, 1) * z, sigma, Cond())
     error = error - (t.cos() * z - t.sin() * x0)
@@ -191,7 +200,7 @@ def test_unstable_term_comes_in_linearly():
     x, sigma, z = noisy()
     made = denoiser(Tiny()).eval()
     none, half, full = (
-        trigflow.tangent(made, x, sigma, z, Cond(), r, "forward") for r in (0.0, 0.5, 1.0)
+        trigflow.tangent(made, x, sigma, z, Cond(), r, "forward", rng()) for r in (0.0, 0.5, 1.0)
     )
     torch.testing.assert_close(half, (none + full) / 2)
     assert (full - none).abs().max() > 0.01
@@ -202,7 +211,8 @@ def test_forward_derivative_is_the_central_difference(network):
     made = denoiser(network()).eval()
     x, sigma, z = noisy()
     forward, difference = (
-        trigflow.tangent(made, x, sigma, z, Cond(), 1.0, name) for name in trigflow.DERIVATIVES
+        trigflow.tangent(made, x, sigma, z, Cond(), 1.0, name, rng())
+        for name in trigflow.DERIVATIVES
     )
     torch.testing.assert_close(forward, difference, rtol=1e-4, atol=1e-6)
 
@@ -221,7 +231,8 @@ def test_forward_derivative_goes_through_the_unet_of_cmkit():
     cond = Cond(label=torch.arange(4))
     with torch.no_grad():
         forward, difference = (
-            trigflow.tangent(made, x, sigma, z, cond, 1.0, name) for name in trigflow.DERIVATIVES
+            trigflow.tangent(made, x, sigma, z, cond, 1.0, name, rng())
+            for name in trigflow.DERIVATIVES
         )
     torch.testing.assert_close(forward, difference, rtol=1e-4, atol=1e-4)
 
@@ -325,7 +336,7 @@ def test_listing_the_part_imports_no_torch():
         "import sys, cmkit_scm.manifest as m, cmkit_scm.scm as s\n"
         "m.cmkit_register(); s.SCM.model_json_schema(); print('torch' in sys.modules)"
     )
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{code}"],
         capture_output=True,
         text=True,

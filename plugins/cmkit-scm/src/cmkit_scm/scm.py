@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from cmkit import Objective, Phase, shared_dropout
 from pydantic import Field
 
+import cmkit
+from cmkit import Objective, Phase
+
 if TYPE_CHECKING:
-    from cmkit import Cond, Models, Rng
     from torch import Tensor
+
+    from cmkit import Cond, Models, Rng
 
 
 class SCM(Objective):
@@ -75,13 +78,11 @@ class SCM(Objective):
             if self.distil:
                 assert models.teacher is not None
                 slope = (x - models.teacher(x, sigma, cond)) / sigma.view(-1, 1, 1, 1)
-            with shared_dropout(rng):
-                g = trigflow.tangent(
-                    online, x, sigma, slope, cond, self.tangent_share(phase.step), self.derivative
-                )
+            share = self.tangent_share(phase.step)
+            g = trigflow.tangent(online, x, sigma, slope, cond, share, self.derivative, rng)
             size = g.square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1)
             g = g / (size + self.c)
-        with shared_dropout(rng):
+        with cmkit.shared_dropout(rng):
             f = trigflow.network(online, x, sigma, cond)
         loss = (f - f.detach() - g).square().flatten(1).mean(1)
         return loss / sigma if self.prior == "inverse_sigma" else loss

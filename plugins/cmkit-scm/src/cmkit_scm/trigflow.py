@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from cmkit import Cond, Denoiser
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import cmkit
+from cmkit import Cond, Denoiser, Rng
 
 Derivative = Literal["forward", "difference"]
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -33,6 +35,7 @@ def tangent(
     cond: Cond,
     share: float,
     derivative: Derivative,
+    rng: Rng,
 ) -> Tensor:
     """g, (B, C, H, W), where images x move by `slope` = dx/dsigma.
 
@@ -40,7 +43,8 @@ def tangent(
     (algorithm 1), which is cos(t) df/dt at r = 1.
 
     cos sin d/dt is sigma d/dsigma: the network's second argument ln(sigma) / 4 then moves by 1/4 at
-    every noise level, and its first, x_t / sigma_data, by no more than itself.
+    every noise level, and its first, x_t / sigma_data, by no more than itself. Dropout masks are
+    those of `cmkit.shared_dropout(rng)` in every call of the network.
     """
     angle = torch.atan2(sigma, torch.full_like(sigma, denoiser.sigma_data)).view(-1, 1, 1, 1)
     cos, sin = angle.cos(), angle.sin()
@@ -51,7 +55,8 @@ def tangent(
     du = cos * sin * dx_t / denoiser.sigma_data
 
     def call(u: Tensor, c_noise: Tensor) -> Tensor:
-        return -denoiser.network(u, c_noise, cond, {}).to(x.dtype)
+        with cmkit.shared_dropout(rng):
+            return -denoiser.network(u, c_noise, cond, {}).to(x.dtype)
 
     with torch.autocast(x.device.type, enabled=False):
         f, df = DERIVATIVES[derivative](call, (u, c_noise), (du, torch.full_like(c_noise, 0.25)))
