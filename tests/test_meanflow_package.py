@@ -1,4 +1,4 @@
-"""The package plugins/cmkit-meanflow, a distribution of its own, keeps its laws beside this cmkit."""
+"""plugins/cmkit-meanflow, a distribution of its own, keeps its laws beside this cmkit."""
 
 import os
 import subprocess

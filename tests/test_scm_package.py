@@ -1,4 +1,4 @@
-"""The package plugins/cmkit-scm, a distribution of its own, keeps its laws beside this cmkit."""
+"""plugins/cmkit-scm, a distribution of its own, keeps its laws beside this cmkit."""
 
 import os
 import subprocess

@@ -285,7 +285,6 @@ def test_recipe_trains_and_samples(tmp_path, registry):
     ("override", "message"),
     [
         ('denoiser.precond="consistency"', 'denoiser.precond = "edm"'),
-        ('backbone={use="dit"}', "cannot embed sigma_to"),
         ("objective.equal=2.0", "objective.equal"),
         ("sampler.steps=0", "sampler.steps"),
     ],
