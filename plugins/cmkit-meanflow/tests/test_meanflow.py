@@ -159,6 +159,15 @@ def test_forward_derivative_is_the_central_difference(scale):
     torch.testing.assert_close(forward, difference, rtol=1e-4, atol=1e-6 * (1 + scale))
 
 
+def test_central_difference_stays_on_the_path_at_high_noise_in_float32():
+    g = torch.Generator().manual_seed(4)
+    sigma, s = torch.full((64,), 60.0), torch.full((64,), 0.1)
+    x, made = 60 * torch.randn(64, 1, 4, 4, generator=g), exact()
+    slope = (x - made(x, sigma, Cond(sigma_to=sigma))) / 60
+    forward, difference = (target(made, x, sigma, s, slope, k) for k in velocity.DERIVATIVES)
+    torch.testing.assert_close(forward, difference, rtol=1e-2, atol=1e-2)
+
+
 def test_forward_derivative_goes_through_the_unet_of_cmkit():
     adm = cmkit.discover().load("backbone", "adm")(
         channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), time_scale=4

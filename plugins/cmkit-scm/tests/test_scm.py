@@ -316,6 +316,26 @@ def test_recipe_trains_and_says_how_far_the_warm_up_is(tmp_path, registry):
     assert all(math.isfinite(step.log["loss"]) for step in steps)
 
 
+def test_student_starts_as_its_diffusion_teacher_exactly_and_follows_it(tmp_path, registry):
+    from safetensors.torch import save_file
+
+    from cmkit.train import start, train
+
+    network = start(plan(tmp_path, registry, "seed=9"), CPU).models.online.network
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    save_file(network.state_dict(), tmp_path / "teacher.safetensors")
+    weights = f'teacher.weights="{tmp_path / "teacher.safetensors"}"'
+    given = (weights, 'denoiser.init="teacher"', "objective.distil=true")
+    training = start(plan(tmp_path, registry, *given), CPU)
+    x, cond = torch.randn(2, 1, 8, 8), Cond(label=torch.arange(2))
+    sigma = torch.tensor([0.01, 5.0])
+    online, teacher = training.models.online, training.models.teacher
+    assert torch.equal(online(x, sigma, cond), teacher(x, sigma, cond))
+    assert all(math.isfinite(step.log["loss"]) for step in train(training))
+    assert not torch.equal(online(x, sigma, cond), teacher(x, sigma, cond))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
