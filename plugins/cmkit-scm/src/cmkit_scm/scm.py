@@ -62,7 +62,7 @@ class SCM(Objective):
         """w |F' - sg(F' + g / (|g| + c))|^2 / D, (B,), with g of algorithm 1.
 
         ln(sigma) ~ N(p_mean, p_std^2). The learned weight exp(w_phi(t)) is left out: `Models` holds
-        networks alone, and where tangents are normalised that weight is nearly a constant.
+        networks alone, and normalised tangents bound the loss by 1 at every noise level.
         """
         import torch
 
