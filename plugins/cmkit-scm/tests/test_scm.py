@@ -324,7 +324,8 @@ def test_student_starts_as_its_diffusion_teacher_exactly_and_follows_it(tmp_path
     network = start(plan(tmp_path, registry, "seed=9"), CPU).models.online.network
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    save_file(network.state_dict(), tmp_path / "teacher.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    save_file(tensors, tmp_path / "teacher.safetensors")
     weights = f'teacher.weights="{tmp_path / "teacher.safetensors"}"'
     given = (weights, 'denoiser.init="teacher"', "objective.distil=true")
     training = start(plan(tmp_path, registry, *given), CPU)
