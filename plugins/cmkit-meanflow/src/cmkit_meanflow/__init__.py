@@ -1,0 +1,1 @@
+"""Mean flows as parts for cmkit."""

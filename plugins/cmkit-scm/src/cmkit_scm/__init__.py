@@ -1,0 +1,1 @@
+"""sCM, continuous-time consistency models, as a part for cmkit."""

@@ -1,0 +1,88 @@
+"""Continuous-time consistency models (Lu, Song: Simplifying, Stabilizing and Scaling
+Continuous-Time Consistency Models, 2024)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+import cmkit
+from cmkit import Objective, Phase
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cmkit import Cond, Models, Rng
+
+
+class SCM(Objective):
+    """Continuous-time consistency training (sCT), or distillation (sCD) with `distil`: the network
+    moves along the tangent of its own consistency function, found by a Jacobian-vector product.
+
+    TrigFlow sees x_t = cos(t) x0 + sin(t) sigma_data z and f = cos(t) x_t - sigma_data sin(t) F'.
+    With tan(t) = sigma / sigma_data its x_t is cos(t) (x0 + sigma z), and cos(t)^2 and
+    sigma_data sin(t) are c_skip and c_out of EDM, so that f is the denoiser of
+    denoiser.precond = "edm" with F' = -F: a diffusion model's weights are an exact start
+    (denoiser.init = "teacher"), and samplers of consistency models take the result as it is.
+
+    The tangent is taken through ln(sigma) / 4, which backbone `adm` multiplies by its `time_scale`
+    before it takes sinusoids: choose a small one, such as 4.
+    """
+
+    distil: bool = False
+    """Follow the recipe's [teacher] (sCD) instead of single noisy images (sCT)."""
+    p_mean: float = Field(-1.0, ge=-20, le=20)
+    """Mean of ln(sigma)."""
+    p_std: float = Field(1.4, gt=0, le=20)
+    """Standard deviation of ln(sigma)."""
+    warmup: int = Field(10_000, ge=0, le=10**9)
+    """H, steps over which the unstable term of the tangent comes in; 0 = it is there at once."""
+    c: float = Field(0.1, ge=0, le=1e6)
+    """Of the normalised tangent g / (|g| + c), with |g| the root mean square of an image."""
+    prior: Literal["uniform", "inverse_sigma"] = "uniform"
+    """Weight of a noise level beside 1 / sigma, which g = cos(t) df/dt holds already."""
+    derivative: Literal["forward", "difference"] = "forward"
+    """The Jacobian-vector product: forward-mode differentiation, or central differences for a
+    backbone that lacks it."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"edm", "teacher"} if self.distil else {"edm"})
+
+    def phase(self, step: int, total: int) -> Phase:
+        """r = min(1, k / H) in the log."""
+        return Phase(step, log={"tangent": self.tangent_share(step)})
+
+    def tangent_share(self, step: int) -> float:
+        """r, the share of the unstable term at `step`."""
+        return min(1.0, step / self.warmup) if self.warmup else 1.0
+
+    def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
+        """w |F' - sg(F' + g / (|g| + c))|^2 / D, (B,), with g of algorithm 1.
+
+        ln(sigma) ~ N(p_mean, p_std^2). The learned weight exp(w_phi(t)) is left out: `Models` holds
+        networks alone, and normalised tangents bound the loss by 1 at every noise level.
+        """
+        import torch
+
+        from cmkit_scm import trigflow
+
+        online = models.online
+        sigma = (self.p_mean + self.p_std * rng.normal_like(x0.new_empty(len(x0)))).exp()
+        sigma = sigma.clamp(online.noise.sigma_min, online.noise.sigma_max)
+        z = rng.normal_like(x0)
+        x = x0 + sigma.view(-1, 1, 1, 1) * z
+        with torch.no_grad():
+            slope = z
+            if self.distil:
+                assert models.teacher is not None
+                slope = (x - models.teacher(x, sigma, cond)) / sigma.view(-1, 1, 1, 1)
+            share = self.tangent_share(phase.step)
+            g = trigflow.tangent(online, x, sigma, slope, cond, share, self.derivative, rng)
+            size = g.square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1)
+            g = g / (size + self.c)
+        with cmkit.shared_dropout(rng):
+            f = trigflow.network(online, x, sigma, cond)
+        loss = (f - f.detach() - g).square().flatten(1).mean(1)
+        return loss / sigma if self.prior == "inverse_sigma" else loss
