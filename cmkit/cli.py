@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmkit.errors import CmkitError, RecipeError, ResourceError
+from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -186,6 +186,38 @@ def plugins_show(
     _print_table(heads, [[entry[head] for head in heads] for entry in described["fields"]])
     if row.plugin.cite:
         print(f"cite: {row.plugin.cite}")
+
+
+@plugins_app.command("check")
+def plugins_check(
+    package: Annotated[str, typer.Argument(help="An installed package, as `plugins` lists it.")],
+    json: JsonOption = False,
+) -> None:
+    """Hold a package's manifest and parts to the laws of their kinds; exit code 9 if one fails."""
+    from cmkit.testing import check_package
+
+    verdicts = list(check_package(package))
+    if json:
+        _print_json({"schema": 1, "package": package, "parts": [vars(v) for v in verdicts]})
+    else:
+        heads = ("kind", "name", "outcome", "why")
+        _print_table(heads, [(v.kind, v.name, v.outcome, v.detail) for v in verdicts])
+    failed = [f"{v.kind} {v.name}" for v in verdicts if v.outcome == "fail"]
+    if failed:
+        raise PluginError(f"{package}: {', '.join(failed)} failed; see the table")
+
+
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(help="backbone, objective, sampler, ...")],
+    name: Annotated[str, typer.Argument(help="The part's name in recipes, such as cauchy.")],
+    out: Annotated[Path, typer.Option(help="Parent of the new folder.")] = Path("."),
+) -> None:
+    """Write a package with one part of your own, which passes its own tests: start from there."""
+    from cmkit.new import new
+
+    folder = new(kind, name, out)
+    print(f"{folder}: written; now `pip install -e {folder}` and `pytest {folder}`")
 
 
 @app.command()

@@ -391,7 +391,7 @@ def schema(registry: Registry) -> dict[str, Any]:
         for name in registry.names(kind):
             try:
                 options.append(refer(registry.load(kind, name), name, f"{kind}.{name}"))
-            except PluginError:
+            except Exception:  # noqa: S112 - a stranger's class may raise anything
                 continue  # `cmkit plugins` shows it as broken; an editor cannot complete it
         return {"oneOf": options} if options else {"type": "object"}
 

@@ -1,25 +1,32 @@
-"""Write docs/reference.md from the code; with --check, fail when it is not current."""
+"""Write docs/reference.md and docs/api.json from the code; with --check, fail when they are not
+current."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 
+import cmkit
+import cmkit.testing
 from cmkit.cli import app
 from cmkit.errors import CmkitError
 from cmkit.plugins import KINDS, Hooks, discover
 from cmkit.recipe import CORE_TABLES, fields
 
 PAGE = Path(__file__).parent / "reference.md"
+API = Path(__file__).parent / "api.json"
 HEAD = """\
 # Reference
 
-Written from the code by `make docs`; do not edit. Every built-in part, recipe table, command, hook
-and exit code is here.
+Written from the code by `make docs`; do not edit. Every built-in part, recipe table, command, hook,
+exit code and public Python name is here.
 """
 
 
@@ -104,13 +111,56 @@ def exit_codes() -> str:
     )
 
 
+def api() -> dict[str, str]:
+    """Every public Python name with its signature; those of classes with their public members."""
+    checks = [name for name in vars(cmkit.testing) if name.startswith("check_")]
+    homes = {"cmkit": cmkit.__all__, "cmkit.testing": [*checks, "ProtocolError", "Verdict"]}
+    return {
+        path: signature
+        for home, names in homes.items()
+        for name in sorted(names)
+        for path, signature in _signatures(f"{home}.{name}", getattr(sys.modules[home], name))
+    }
+
+
+def _signatures(path: str, thing: Any) -> Iterator[tuple[str, str]]:
+    if not inspect.isclass(thing) and not inspect.isroutine(thing):
+        yield path, f" = {thing}" if isinstance(thing, int) else ""
+        return
+    if not inspect.isclass(thing):
+        yield path, str(inspect.signature(thing))
+        return
+    yield path, f"({', '.join(base.__name__ for base in thing.__bases__)})"
+    if thing.__module__.startswith("cmkit"):
+        yield f"{path}.__init__", str(inspect.signature(thing))
+    for member, value in sorted(vars(thing).items()):
+        inner = getattr(value, "__func__", value)
+        if member.startswith(("_", "model_")):
+            continue
+        if isinstance(inner, property):
+            yield f"{path}.{member}", "property"
+        elif inspect.isfunction(inner):
+            yield f"{path}.{member}", str(inspect.signature(inner))
+
+
+def public() -> str:
+    """The public Python names as a section."""
+    rows = [f"- `{path}{signature}`" for path, signature in api().items()]
+    return "\n".join(["## Public Python names\n", *rows, ""])
+
+
+def api_text() -> str:
+    """`api()` as the text of its file."""
+    return json.dumps(api(), indent=1) + "\n"
+
+
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def page() -> str:
     """The whole page."""
-    sections = (HEAD, parts(), tables(), commands(), hooks(), exit_codes())
+    sections = (HEAD, parts(), tables(), commands(), hooks(), exit_codes(), public())
     return "\n".join(section.strip() + "\n" for section in sections)
 
 
@@ -118,10 +168,12 @@ def main() -> None:
     """Write the page, or compare it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    if not parser.parse_args().check:
-        PAGE.write_text(page(), encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
-        sys.exit(f"{PAGE} is not current: run `make docs` and commit it")
+    check = parser.parse_args().check
+    for file, text in ((PAGE, page()), (API, api_text())):
+        if not check:
+            file.write_text(text, encoding="utf-8")
+        elif not file.exists() or file.read_text(encoding="utf-8") != text:
+            sys.exit(f"{file} is not current: run `make docs` and commit it")
 
 
 if __name__ == "__main__":

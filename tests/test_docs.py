@@ -22,11 +22,40 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
-def test_the_reference_is_what_the_code_says():
+@pytest.fixture(scope="module")
+def generate():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
+    return generate
+
+
+def test_the_reference_is_what_the_code_says(generate):
     assert (ROOT / "docs" / "reference.md").read_text("utf-8") == generate.page()
+
+
+def test_a_public_signature_changes_only_with_a_line_in_the_changelog(generate):
+    written = json.loads((ROOT / "docs" / "api.json").read_text("utf-8"))
+    now = generate.api()
+    changed = [name for name in {**written, **now} if written.get(name) != now.get(name)]
+    assert not changed, (
+        f"public names changed: {', '.join(changed)}; run `make docs`, and add a CHANGELOG entry"
+        " under Unreleased that names them"
+    )
+
+
+def test_a_changed_signature_is_noticed(generate):
+    class Before:
+        def sample(self, x, noise):
+            """A method."""
+
+    class After:
+        def sample(self, x, cond, noise):
+            """With one more argument."""
+
+    before, after = (dict(generate._signatures("it", thing)) for thing in (Before, After))
+    assert before != after
+    assert dict(generate._signatures("it", Before)) == before
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
@@ -135,3 +164,30 @@ def test_the_authors_example_is_a_part_that_works():
 def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_authors_example_keeps_the_laws_as_the_page_checks_them(tmp_path, monkeypatch):
+    """The blocks of docs/plugins.md in the files that it names, and its own test."""
+    page = (ROOT / "docs" / "plugins.md").read_text("utf-8")
+    manifest, part, check, examples = blocks(page, "python")
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "manifest.py").write_text(f"{manifest}\n{examples}")
+    (package / "cauchy.py").write_text(part)
+    monkeypatch.syspath_prepend(tmp_path)
+    space: dict = {}
+    exec(check, space)
+    space["test_cauchy_keeps_the_laws"]()
+
+
+def test_the_commands_that_authors_are_shown_exist():
+    from typer.main import get_command
+
+    from cmkit.cli import app
+
+    (shown,) = blocks((ROOT / "docs" / "plugins.md").read_text("utf-8"), "bash")
+    for line in re.findall(r"^cmkit (.*)$", shown, re.M):
+        command = get_command(app)
+        for word in line.split():
+            command = getattr(command, "commands", {}).get(word, command)
+        assert not getattr(command, "commands", {}), line

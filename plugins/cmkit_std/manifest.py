@@ -58,6 +58,20 @@ FIDELITY = (
     "generative models in PyTorch. 2020"
 )
 
+examples = {
+    "backbone.adm": {"channels": 16, "norm_groups": 8, "channel_mult": [1, 2], "num_res_blocks": 1},
+    "backbone.songunet": {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1},
+    "backbone.dit": {"patch_size": 4, "width": 32, "depth": 2, "num_heads": 2},
+    "objective.cd": {"distance": "l2"},
+    "objective.ct": {"distance": "l2"},
+    "sampler.multistep": {"sigmas": [10.0, 0.8]},
+    "sampler.heun": {"s_churn": 40.0},
+    "sampler.dpm": {"s_churn": 40.0},
+    "rescaler.global": {"skip": 0.8, "emb": 1.1},
+    "metric.fidelity": {"isc": True, "kid": True, "precision_recall": True, "kid_subset_size": 20},
+}
+"""Small options for `cmkit plugins check`, where defaults are large or need a file."""
+
 
 @hookimpl
 def cmkit_register() -> list[Plugin]:

@@ -1,0 +1,150 @@
+"""Writes a package with one part of its own, which passes its own tests: where authors start."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cmkit.errors import RecipeError
+from cmkit.plugins import KINDS
+from cmkit.source import meant
+
+TEMPLATES = Path(__file__).parent / "templates"
+"""One working part of each kind, called `mine`."""
+
+PYPROJECT = """\
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "cmkit-mine"
+version = "0.1.0"
+description = "mine, a KIND for cmkit"
+readme = "README.md"
+requires-python = ">=3.11"
+dependencies = ["cmkit"]
+
+[project.optional-dependencies]
+test = ["pytest"]
+
+[project.entry-points.cmkit]
+mine = "cmkit_mine.manifest"
+"""
+
+MANIFEST = '''\
+"""What this package offers. Imported by every cmkit command: it imports no torch."""
+
+import cmkit
+
+examples = {"KIND.mine": {}}
+"""Options, as in a recipe, with which `cmkit plugins check` makes each part."""
+
+
+@cmkit.hookimpl
+def cmkit_register():
+    return [
+        cmkit.Plugin(
+            "KIND",
+            "mine",
+            "cmkit_mine.mine:Mine",
+            "Say in a few words what it is",
+            cite=None,  # or "Who. What. Year. arXiv:..."
+        )
+    ]
+'''
+
+TEST = '''\
+"""The laws that cmkit holds every KIND to; add those of your own paper."""
+
+from cmkit.testing import check_KIND, check_manifest
+from cmkit_mine.mine import Mine
+
+
+def test_the_manifest_keeps_the_laws():
+    check_manifest("cmkit_mine.manifest")
+
+
+def test_mine_keeps_the_laws_of_a_KIND():
+    check_KIND(Mine())
+'''
+
+README = """\
+# cmkit-mine
+
+The KIND `mine` for cmkit. Fields: `cmkit plugins show KIND mine`.
+
+```
+pip install -e '.[test]'
+pytest
+cmkit plugins check cmkit-mine
+cmkit run recipe.toml
+```
+"""
+
+RECIPE = {
+    "dataset": '[dataset]\nuse = "digits"\n',
+    "backbone": (
+        '[backbone]\nuse = "adm"\nchannels = 16\nchannel_mult = [1, 2]\nnum_res_blocks = 1\n'
+        "norm_groups = 8\n"
+    ),
+    "objective": '[objective]\nuse = "ict"\nstart_scales = 10\nend_scales = 80\n',
+    "train": '[train]\nsteps = 200\nbatch = 32\nlr = 1e-3\nprecision = "fp32"\n',
+    "sampler": '[sampler]\nuse = "multistep"\n',
+    "sample": '[sample]\nimages = 64\nprecision = "fp32"\n',
+    "metric": '[[metric]]\nuse = "digits_judge"\n',
+}
+
+
+def new(kind: str, name: str, out: Path) -> Path:
+    """The folder of a new package `cmkit-NAME` below `out`.
+
+    RecipeError for a kind that there is not, a name that cannot be a module's, or a folder that
+    is there already.
+    """
+    if kind not in KINDS:
+        raise RecipeError(f"new {kind}: no such kind{meant(kind, KINDS)}")
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
+        raise RecipeError(
+            f"new {kind} {name}: a name begins with a lower-case letter, and has lower-case"
+            " letters, digits and '_'; take the acronym of its paper"
+        )
+    folder = out / _named(kind, name, "cmkit-mine")
+    if folder.exists():
+        raise RecipeError(f"{folder}: it is there already; choose another name or --out")
+    for path, text in _files(kind).items():
+        file = folder / _named(kind, name, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(_named(kind, name, text), encoding="utf-8")
+    return folder
+
+
+def _files(kind: str) -> dict[str, str]:
+    """Path -> text of a package whose part is called `mine`."""
+    home = "src/cmkit_mine"
+    files = {
+        "pyproject.toml": PYPROJECT,
+        "README.md": README,
+        "recipe.toml": _recipe(kind),
+        f"{home}/__init__.py": "",
+        f"{home}/manifest.py": MANIFEST,
+        "tests/test_mine.py": TEST,
+    }
+    for template in sorted(TEMPLATES.glob(f"{kind}*.py")):
+        module = template.name.replace(kind, "mine", 1)
+        files[f"{home}/{module}"] = template.read_text(encoding="utf-8")
+    return files
+
+
+def _recipe(kind: str) -> str:
+    table = '[[metric]]\nuse = "mine"\n' if kind == "metric" else f'[{kind}]\nuse = "mine"\n'
+    tables = "\n".join({**RECIPE, kind: table}.values())
+    return f'# cmkit run recipe.toml\nname = "mine"\nseed = 0\n\n{tables}'
+
+
+def _named(kind: str, name: str, text: str) -> str:
+    """`text` with the placeholders `mine`, `Mine` and KIND filled in."""
+    camel = "".join(word.capitalize() for word in name.split("_"))
+    text = text.replace("cmkit-mine", f"cmkit-{name.replace('_', '-')}").replace("KIND", kind)
+    text = re.sub(r"(?<![a-z])mine(?![a-z])", name, text)
+    return re.sub(r"(?<![a-z])Mine(?![a-z])", camel, text)

@@ -1,0 +1,525 @@
+"""Every built-in part keeps the laws that strangers' parts are held to, and each law has teeth."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cmkit_std.manifest import examples
+from torch import nn
+
+import cmkit
+from cmkit import Cond, DataSpec, Network, Phase, Plugin, PluginError, Reference, discover, testing
+from tests.test_datasets import idx, picture
+from tests.test_imagenet64 import batch
+
+PLAIN = (
+    "objective.edm",
+    "objective.ict",
+    "objective.pd",
+    "sampler.ablation",
+    "sampler.ancestral",
+    "sampler.edm",
+    "sampler.euler",
+    "sampler.progdist",
+    "dataset.digits",
+    "metric.digits_judge",
+)
+"""Parts whose defaults are small."""
+
+
+def folder_of_pictures(path: Path) -> Path:
+    for n in range(6):
+        picture(path / f"class_{n % 2}" / f"{n}.png", n)
+    return path
+
+
+def folder_of_idx(path: Path) -> Path:
+    path.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 28, 28))
+    (path / "train-images-idx3-ubyte").write_bytes(idx(pixels))
+    (path / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(12) % 10))
+    return path
+
+
+def folder_of_arrays(path: Path) -> Path:
+    path.mkdir()
+    for number in range(1, 11):
+        np.savez(path / f"train_data_batch_{number}.npz", **batch(number, 3))
+    return path
+
+
+FILES = {
+    "dataset.image_folder": (folder_of_pictures, {"resolution": 8, "labels": True, "flip": True}),
+    "dataset.lsun": (folder_of_pictures, {"resolution": 8, "flip": True}),
+    "dataset.imagenet64": (folder_of_arrays, {"flip": True}),
+    "dataset.fashion_mnist": (folder_of_idx, {}),
+}
+"""What the parts that need files are made from, beside `path`."""
+TABLE = {**{part: {} for part in PLAIN}, **examples, **FILES}
+BUILT_IN = [f"{r.kind}.{r.name}" for r in discover().rows if r.dist == "cmkit"]
+
+
+def test_every_built_in_part_is_in_the_table():
+    assert sorted(TABLE) == sorted(BUILT_IN), "add the new part to `examples`, PLAIN or FILES"
+
+
+@pytest.mark.parametrize("part", BUILT_IN)
+def test_a_built_in_part_keeps_the_laws_of_its_kind(part, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kind, _, name = part.partition(".")
+    options = TABLE[part]
+    if part in FILES:
+        write, options = FILES[part]
+        options = {**options, "path": str(write(tmp_path / "files"))}
+    model = discover().load(kind, name)
+    testing.check_part(model.model_validate_json(json.dumps(options)))
+
+
+def test_the_built_in_manifest_keeps_the_laws():
+    testing.check_manifest("cmkit_std.manifest", seconds=10)
+
+
+class Net(Network):
+    """An honest network; `fault` names one law that it breaks."""
+
+    sites = ("skip.0", "emb.0")
+
+    def __init__(self, fault, channels=1, classes=10):
+        super().__init__()
+        self.fault = fault
+        self.first = nn.Conv2d(channels, 4, 3, padding=1)
+        self.label = nn.Embedding(classes, 4)
+        self.batch = nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(8, channels, 3, padding=1)
+        self.loose = torch.zeros(1)
+        self.spare = nn.Parameter(torch.zeros(1)) if fault == "gradient" else None
+        if fault != "batch":
+            del self.batch
+        if fault == "sites":
+            self.sites = ("skip",)
+        if fault == "late":
+            self.late = frozenset({"skip.0"})
+        if fault == "site":
+            self.sites = ("skip.0", "emb.0", "emb.1")
+        if fault == "seed":
+            self.first.bias.data.fill_(random.random())
+
+    def forward(self, x, c_noise, cond, scales):
+        emb = c_noise.sin()[:, None]
+        if self.fault != "deaf":
+            emb = emb + self.label(cond.label)
+        emb = emb * scales.get("emb.0", torch.ones(())).view(-1, 1)
+        skip = self.first(x)
+        h = torch.tanh(skip + emb[..., None, None])
+        if self.fault == "batch":
+            h = self.batch(h)
+        if self.fault == "buffer":
+            self.loose = self.loose + 1
+            h = h + self.loose
+        if self.fault == "meta":
+            h = h + torch.ones(4, 1, 1, device="cpu")
+        if self.fault == "global":
+            h = h + 0 * torch.rand(1)
+        if self.fault == "compile":
+            print("", end="") if h.sum().item() else None
+        scale = scales.get("skip.0")
+        scale = torch.ones(()) if scale is None else scale * (1.01 if self.fault == "one" else 1)
+        if self.fault == "scalar":
+            scale = scale.mean()
+        out = self.last(torch.cat([h, skip * scale.view(-1, 1, 1, 1)], 1))
+        if self.fault == "shape":
+            return out[:, :, 1:]
+        return out if self.fault == "bf16" else out.float()
+
+    def encode(self, x, c_noise, cond, scales):
+        return x, c_noise, cond, scales
+
+    def decode(self, encoded, scales):
+        return self(*encoded)
+
+
+class Tiny(cmkit.Backbone):
+    """A backbone with a chosen fault."""
+
+    accepts = frozenset({"label"})
+    fault: str = "none"
+    """The fault."""
+
+    def build(self, data, conditions):
+        if self.fault == "network":
+            return nn.Conv2d(1, 1, 1)
+        return Net(self.fault, data.channels, data.num_classes)
+
+
+def fails(check, part, *told, **options):
+    with pytest.raises(testing.ProtocolError) as caught:
+        check(part, **options)
+    message = str(caught.value)
+    for words in (type(part).__name__, "; seen: ", "; cure: ", *told):
+        assert words in message
+
+
+def test_an_honest_backbone_passes():
+    testing.check_backbone(Tiny())
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("network", "returns a cmkit.Network"),
+        ("seed", "fresh weights follow from the global seed"),
+        ("sites", "names such as 'skip.0'"),
+        ("shape", "shape and the device of x"),
+        ("bf16", "under autocast as well"),
+        ("deaf", "deaf to cond.label"),
+        ("global", "`forward` leaves the global generators alone"),
+        ("buffer", "in eval mode F follows from its arguments"),
+        ("batch", "does not depend on the others of its batch"),
+        ("meta", "on the device `meta`"),
+        ("gradient", "none reaches spare"),
+        ("one", "scale 1 at every site is the identity"),
+        ("scalar", "acts on each image by its own value"),
+        ("site", "scale 0.5 at emb.1 changes nothing"),
+        ("late", "decode(encode(..), scales) is forward"),
+    ],
+)
+def test_a_backbone_that_breaks_a_law_is_told_so(fault, law):
+    fails(testing.check_backbone, Tiny(fault=fault), law, compile=False)
+
+
+def test_a_network_that_cannot_be_compiled_is_told_so():
+    # `meta` cannot read values either: only the compiler is asked here.
+    network = testing._built(testing._Says("x"), Tiny(fault="compile"), testing.DIGITS, frozenset())
+    given = testing._network_input(testing.DIGITS, frozenset({"label"}))
+    with pytest.raises(testing.ProtocolError, match=r"torch\.compile takes the network whole"):
+        testing._check_compile(testing._Says("x"), network, given)
+
+
+class Loss(cmkit.Objective):
+    """An objective with a chosen fault."""
+
+    fault: str = "none"
+    """The fault."""
+
+    def phase(self, step, total):
+        if self.fault == "torch":
+            return Phase(step, int(torch.tensor(4)))
+        if self.fault == "state":
+            return Phase(step, 2 + random.getrandbits(20))
+        return Phase(step, 1 if self.fault == "grid" else 4)
+
+    def loss(self, models, x0, cond, phase, rng):
+        sigmas = models.online.noise.sigmas(4)[rng.integers(4, len(x0))]
+        z = torch.randn_like(x0) if self.fault == "global" else rng.normal_like(x0)
+        if self.fault == "deaf":
+            sigmas, z = torch.ones(len(x0)), torch.ones_like(x0)
+        if self.fault == "writes":
+            x0 += z
+        given = Cond() if self.fault == "label" else cond
+        with cmkit.shared_dropout(rng):
+            x0_hat = models.online(x0 + sigmas.view(-1, 1, 1, 1) * z, sigmas, given)
+        if self.fault == "dropout":
+            x0_hat = models.online(x0 + z, sigmas, given)
+        if self.fault == "detached":
+            x0_hat = x0_hat.detach()
+        d = (x0_hat - x0).square().flatten(1).mean(1)
+        if self.fault == "infinite":
+            return d / 0
+        return d.mean() if self.fault == "reduced" else d
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("torch", "`phase` is pure Python"),
+        ("state", "`phase` leaves the global generators alone"),
+        ("grid", "a grid has at least two points"),
+        ("global", "`loss` leaves the global generators alone"),
+        ("dropout", "cmkit.shared_dropout(rng)"),
+        ("deaf", "draws other noise"),
+        ("writes", "x0 is left alone"),
+        ("label", "called without the label"),
+        ("detached", "a loss has a gradient"),
+        ("infinite", "a loss is finite"),
+        ("reduced", "one float32 number an image"),
+    ],
+)
+def test_an_objective_that_breaks_a_law_is_told_so(fault, law):
+    testing.check_objective(Loss())
+    if fault == "deaf":  # dropout draws from rng as well, so the network must have none
+        testing_small = testing._Small.__init__
+
+        def without(self, data):
+            testing_small(self, data)
+            self.dropout = nn.Identity()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(testing._Small, "__init__", without)
+            fails(testing.check_objective, Loss(fault=fault), law)
+        return
+    fails(testing.check_objective, Loss(fault=fault), law)
+
+
+class Walk(cmkit.Sampler):
+    """A sampler with a chosen fault."""
+
+    fault: str = "none"
+    """The fault."""
+
+    @property
+    def nfe(self):
+        return 3 if self.fault == "nfe" else 2
+
+    def sample(self, denoiser, x, cond, noise):
+        if self.fault == "writes":
+            x.mul_(0.5)
+        sigma = x.new_full((len(x),), 80.0)
+        if self.fault == "device":
+            sigma = torch.full((len(x),), 80.0)
+        if self.fault == "scalar":
+            sigma = sigma[0]
+        given = Cond() if self.fault == "label" else cond
+        x0 = denoiser(x, sigma, given)
+        draws = noise(0 if self.fault == "draw" else 1)
+        if self.fault == "global":
+            draws = torch.randn_like(x)
+        if self.fault == "batch":
+            x0 = x0 - x0.mean()
+        return denoiser(x0 + 0.5 * draws, sigma * (0 if self.fault == "zero" else 0.01), given)
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("nfe", "nfe = 3, and it was called 2 times"),
+        ("writes", "x is left alone"),
+        ("device", "sigma (B,) on x.device"),
+        ("scalar", "sigma (B,) on x.device"),
+        ("label", "called without the label"),
+        ("draw", "noise(0) after []"),
+        ("global", "`sample` leaves the global generators alone"),
+        ("batch", "does not depend on the others of its batch"),
+        ("zero", "noise levels above 0"),
+    ],
+)
+def test_a_sampler_that_breaks_a_law_is_told_so(fault, law):
+    testing.check_sampler(Walk())
+    fails(testing.check_sampler, Walk(fault=fault), law)
+
+
+class Scale(cmkit.Rescaler):
+    """A rescaler with a chosen fault."""
+
+    fault: str = "none"
+    """The fault."""
+
+    def bind(self, sites):
+        if self.fault != "accepts" and not sites:
+            raise cmkit.RecipeError("nothing to scale")
+        values = {
+            "float": lambda sigma: 0.9,
+            "device": lambda sigma: torch.tensor(0.9),
+            "state": lambda sigma: torch.tensor(random.random(), device=sigma.device),
+        }
+        value = values.get(self.fault, lambda sigma: sigma.new_tensor(0.9))
+        name = "skip.99" if self.fault == "stranger" else "skip.0"
+        return lambda sigma: {name: value(sigma)}
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("float", "a scale is a tensor of shape () or (B,)"),
+        ("device", "on sigma.device"),
+        ("state", "scales follow from sigma alone"),
+        ("stranger", "['skip.99'] are none"),
+        ("accepts", "is refused by `bind`"),
+    ],
+)
+def test_a_rescaler_that_breaks_a_law_is_told_so(fault, law):
+    testing.check_rescaler(Scale())
+    fails(testing.check_rescaler, Scale(fault=fault), law)
+
+
+class Dots(cmkit.Dataset):
+    """A data set with a chosen fault."""
+
+    fault: str = "none"
+    """The fault."""
+
+    def spec(self):
+        return DataSpec(1, 2, None if self.fault == "unlabelled" else 3)
+
+    def batches(self, size, seed, device, start=0):
+        at = 0 if self.fault == "start" else start
+        if self.fault == "short":
+            yield torch.zeros(size - 1, 1, 2, 2), Cond(torch.zeros(size - 1, dtype=torch.int64))
+        while True:
+            seen = 0 if self.fault == "seed" else seed
+            x0 = cmkit.image_noise(seen, "dots", range(at * size, (at + 1) * size), 0, (1, 2, 2))
+            if self.fault == "global":
+                x0 = torch.randn(size, 1, 2, 2)
+            x0 = x0 if self.fault == "range" else x0.clamp(-1, 1)
+            label = torch.arange(size) % 3 + (self.fault == "label")
+            yield x0, Cond(label=label)
+            at += 1
+
+    def reference(self):
+        kind = torch.float32 if self.fault == "pixels" else torch.uint8
+        print_ = str(random.random()) if self.fault == "fingerprint" else "dots"
+        return Reference([torch.zeros(1, 2, 2, dtype=kind)] * 100, print_)
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("start", "batch 1 of a stream from start = 1 is another"),
+        ("short", "every batch full"),
+        ("seed", "another seed is another order"),
+        ("global", "`batches` leaves the global generators alone"),
+        ("range", "x0 lies in [-1, 1]"),
+        ("label", "labels are int64 (B,), from 0 to 2"),
+        ("unlabelled", "labels are absent"),
+        ("pixels", "reference images are uint8"),
+        ("fingerprint", "a fingerprint is a string that follows"),
+    ],
+)
+def test_a_data_set_that_breaks_a_law_is_told_so(fault, law):
+    testing.check_dataset(Dots())
+    fails(testing.check_dataset, Dots(fault=fault), law)
+
+
+class Mean(cmkit.Metric):
+    """A metric with a chosen fault."""
+
+    fault: str = "none"
+    """The fault."""
+
+    def keys(self):
+        return ("mean", "mean") if self.fault == "twice" else ("mean", "top")
+
+    def only(self, key):
+        return type(self)(fault="lone") if self.fault == "only" else self
+
+    def measure(self, images, reference, device):
+        pixels = torch.stack([images[i] for i in range(len(images))]).float()
+        mean = pixels.mean() + (random.random() if self.fault == "global" else 0)
+        found = {"mean": mean.item() + (self.fault == "lone"), "top": pixels.max().item()}
+        if self.fault == "tensor":
+            found["mean"] = mean
+        if self.fault == "missing":
+            del found["top"]
+        return found
+
+    def provenance(self):
+        return {"weights": {1, 2}} if self.fault == "provenance" else {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("twice", "a tuple of different names"),
+        ("missing", "the numbers that `keys` names"),
+        ("tensor", "finite Python floats"),
+        ("global", "`measure` leaves the global generators alone"),
+        ("only", "only(key) returns the same number"),
+        ("provenance", "can be written as JSON"),
+    ],
+)
+def test_a_metric_that_breaks_a_law_is_told_so(fault, law):
+    testing.check_metric(Mean())
+    fails(testing.check_metric, Mean(fault=fault), law)
+
+
+class Mute(cmkit.Sampler):
+    """Its field has no docstring."""
+
+    steps: int = 1
+
+    @property
+    def nfe(self):
+        return 1
+
+    def sample(self, denoiser, x, cond, noise):
+        return denoiser(x, x.new_full((len(x),), 80.0), cond)
+
+
+class Thawed(Mute):
+    """It can be changed."""
+
+    model_config = {"frozen": False}
+
+
+class Silent(Walk):
+    fault: str = "none"
+    """The fault."""
+
+
+@pytest.mark.parametrize(
+    ("part", "law"),
+    [
+        (Mute(), "steps has none"),
+        (Thawed(), "a part has frozen = True"),
+        (Silent(), "a part's docstring is its help"),
+    ],
+)
+def test_fields_that_break_a_law_are_told_so(part, law):
+    fails(testing.check_fields, part, law)
+
+
+@pytest.mark.parametrize(
+    ("source", "law"),
+    [
+        ("x = 1", "has a function cmkit_register"),
+        ("import torch\n{hook}", "importing {module} imports it"),
+        ("sum(range(10**8))\n{hook}", "within 0.1 s"),
+        ("{hook}", "passes"),
+    ],
+)
+def test_a_manifest_that_breaks_a_law_is_told_so(source, law, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = f"manifest_{abs(hash(law))}"
+    hook = (
+        "import cmkit\n@cmkit.hookimpl\ndef cmkit_register():\n    return [cmkit.Plugin('sampler',"
+        " 'x', 'cmkit_std.samplers.multistep:Multistep', 'a test')]\n"
+    )
+    (tmp_path / f"{module}.py").write_text(source.format(hook=hook))
+    if law == "passes":
+        testing.check_manifest(module, seconds=10)
+        return
+    with pytest.raises(testing.ProtocolError, match=law.format(module=module).replace("(", r"\(")):
+        testing.check_manifest(module, seconds=0.1 if "sum" in source else 60)
+    sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "law"),
+    [
+        (("sampler", "Bad", "a:b", "x"), "a name is of lower-case letters"),
+        (("sampler", "x", "cmkit_std.samplers.multistep:Multistep", ""), "a summary is one line"),
+        (("sampler", "x", "no_such_module:X", "x"), "can be imported"),
+        (("metric", "x", "cmkit_std.samplers.multistep:Multistep", "x"), "is a cmkit.Metric"),
+        (("sampler", "x", "cmkit.kinds:Sampler", "x"), "without nfe, sample"),
+        (("widget", "x", "a:b", "x"), "of a known kind"),
+    ],
+)
+def test_a_plugin_that_breaks_a_law_is_told_so(plugin, law):
+    with pytest.raises(testing.ProtocolError, match=law):
+        testing.check_manifest([Plugin(*plugin)])
+
+
+def test_one_name_twice_is_told():
+    plugin = Plugin("sampler", "x", "cmkit_std.samplers.multistep:Multistep", "x")
+    with pytest.raises(testing.ProtocolError, match="'x' twice"):
+        testing.check_manifest([plugin, plugin])
+
+
+def test_an_unknown_package_is_told_which_there_are():
+    with pytest.raises(PluginError, match=r"no installed package 'cmkit-nothing'.*known: .*cmkit"):
+        list(testing.check_package("cmkit-nothing"))
