@@ -19,8 +19,11 @@ from tests.test_datasets import idx, picture
 from tests.test_imagenet64 import batch
 
 PLAIN = (
+    "objective.ccd",
+    "objective.cct",
     "objective.edm",
     "objective.ict",
+    "objective.lcm",
     "objective.pd",
     "sampler.ablation",
     "sampler.ancestral",
@@ -47,6 +50,16 @@ def folder_of_idx(path: Path) -> Path:
     return path
 
 
+def folder_of_records(path: Path) -> Path:
+    path.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(1, 6):
+        records = rng.integers(0, 256, (10_000, 3073), np.uint8)
+        records[:, 0] %= 10
+        (path / f"data_batch_{number}.bin").write_bytes(records.tobytes())
+    return path
+
+
 def folder_of_arrays(path: Path) -> Path:
     path.mkdir()
     for number in range(1, 11):
@@ -59,6 +72,7 @@ FILES = {
     "dataset.lsun": (folder_of_pictures, {"resolution": 8, "flip": True}),
     "dataset.imagenet64": (folder_of_arrays, {"flip": True}),
     "dataset.fashion_mnist": (folder_of_idx, {}),
+    "dataset.cifar10": (folder_of_records, {}),
 }
 """What the parts that need files are made from, beside `path`."""
 TABLE = {**{part: {} for part in PLAIN}, **examples, **FILES}
