@@ -230,6 +230,8 @@ class Half:
 
     kept: int
     """Channels of the concatenation, from the first on, that each scale computes anew."""
+    weight: Tensor
+    """conv1's weight for those channels, in its own memory: a slice would be copied each time."""
     conv1: Tensor
     shortcut: Tensor
     """Terms of conv1 and of the shortcut, the latter for scale 1."""
@@ -326,6 +328,7 @@ class ResBlock(nn.Module):
         spread = alone.float().unflatten(1, (-1, group)).var(dim=(2, 3, 4), correction=0)
         return Half(
             kept,
+            self.conv1.weight[:, :kept].contiguous(memory_format=torch.channels_last),
             F.conv2d(silu(normed), self.conv1.weight[:, kept:], padding=1),
             mixed(skip, self.shortcut.weight[:, width:]),
             (0.5 * self.norm1.eps / (spread + self.norm1.eps)).amax(),
@@ -337,7 +340,7 @@ class ResBlock(nn.Module):
         x = torch.cat([h, scaled(skip[:, : half.kept - width], scale)], dim=1)
         active = silu(self.norm1.part(x, slice(half.kept)))
         conv1, shortcut = self.conv1, self.shortcut
-        y = F.conv2d(active, conv1.weight[:, : half.kept], conv1.bias, padding=1)
+        y = F.conv2d(active, half.weight, conv1.bias, padding=1)
         across = mixed(h, shortcut.weight[:, :width], shortcut.bias)
         out = added(self._second(added(y, half.conv1), film), across)
         return added(out, scaled(half.shortcut, scale))
