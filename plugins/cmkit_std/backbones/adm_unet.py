@@ -337,12 +337,16 @@ class ResBlock(nn.Module):
     def joined(self, h: Tensor, skip: Tensor, half: Half, scale: Tensor, film: Tensor) -> Tensor:
         """`forward` of h and the scaled skip, with the terms of `half` taken from there."""
         width = h.shape[1]
-        x = torch.cat([h, scaled(skip[:, : half.kept - width], scale)], dim=1)
+        x = h
+        if half.kept > width:  # a group holds channels of both
+            x = torch.cat([h, scaled(skip[:, : half.kept - width], scale)], dim=1)
         active = silu(self.norm1.part(x, slice(half.kept)))
         conv1, shortcut = self.conv1, self.shortcut
         y = F.conv2d(active, half.weight, conv1.bias, padding=1)
         across = mixed(h, shortcut.weight[:, :width], shortcut.bias)
         out = added(self._second(added(y, half.conv1), film), across)
+        if out.dtype == scale.dtype:
+            return out.addcmul_(half.shortcut, scale.view(-1, 1, 1, 1))
         return added(out, scaled(half.shortcut, scale))
 
     def _forward(self, x: Tensor, film: Tensor) -> Tensor:
