@@ -187,7 +187,7 @@ def test_a_read_only_folder_is_refused_without_a_trace():
 
 
 def test_a_broken_plugin_stops_only_who_names_it(cmkit, recipe):
-    refused(cmkit("run", recipe, "--set", "objective={use='nothing'}"), 9, "known: cd, ct, ")
+    refused(cmkit("run", recipe, "--set", "objective={use='nothing'}"), 9, "known: ccd, cct, ")
 
 
 def test_usage_errors_are_one_line(cmkit):
@@ -195,7 +195,7 @@ def test_usage_errors_are_one_line(cmkit):
     refused(cmkit("run"), 2, "Missing argument")
     refused(cmkit("run", "none.toml"), 2, "none.toml")
     refused(cmkit("plugins", "show", "objektive", "ct"), 2, "did you mean 'objective'")
-    refused(cmkit("plugins", "show", "objective", "cct"), 9, "did you mean 'ct'")
+    refused(cmkit("plugins", "show", "objective", "icct"), 9, "did you mean 'ict'")
 
 
 def test_check_says_what_a_run_would_cost(cmkit, recipe):
