@@ -197,6 +197,8 @@ def _search(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "edges": [name for name in names if _on_edge(stage["best"][name], axes[name])],
         "minimize": stage["minimize"],
         "images": stage.get("images"),
+        "reranked": len(stage.get("rerank", {}).get("cells", [])),
+        "rerank_images": stage.get("rerank", {}).get("images"),
         "norm": norm,
         "log": type(norm).__name__ == "LogNorm",
     }

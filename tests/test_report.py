@@ -614,3 +614,14 @@ def test_no_payload_runs_in_a_real_browser(browser, tmp_path, small, payload):
     browser.click(".plain")
     assert chosen(browser)["count"] == 1
     require_quiet(browser, tmp_path)
+
+
+def test_the_page_says_when_a_second_scoring_chose_the_winner(tmp_path, report):
+    def told() -> str:
+        store(tmp_path, report)
+        return " ".join(write_report(tmp_path).read_text("utf-8").split())
+
+    assert "scored again" not in told()
+    stage = report["stages"]["search"]
+    stage["rerank"] = {"images": 2000, "cells": stage["cells"][:3]}
+    assert "The best 3 were scored again on 2,000 images" in told()
