@@ -7,6 +7,7 @@ import argparse
 import inspect
 import json
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ API = Path(__file__).parent / "api.json"
 HEAD = """\
 # Reference
 
-Written from the code by `make docs`; do not edit. Every built-in part, recipe table, command, hook,
-exit code and public Python name is here.
+Written from the code by `make docs`; do not edit. Every recipe, built-in part, recipe table,
+command, hook, exit code and public Python name is here.
 """
 
 
@@ -64,6 +65,20 @@ def tables() -> str:
     for name, model in CORE_TABLES.items():
         text.append(f"### `[{name}]`\n\n{inspect.getdoc(model)}\n\n{table(model)}")
     return "\n".join(text)
+
+
+def recipes() -> str:
+    """Every recipe that comes with cmkit: what it does, and published scores of its setting."""
+    rows = []
+    for file in sorted((Path(__file__).parent.parent / "recipes").glob("*.toml")):
+        text = file.read_text("utf-8")
+        comment = " ".join(line[2:] for line in text.split("\n\n")[0].splitlines()[2:])
+        about = comment.split(". ")[0].split(" Needs:")[0].rstrip(".")
+        scores = tomllib.loads(text).get("expected", {}).get("scores", {})
+        shown = ", ".join(f"{name} {value:g}" for name, value in scores.items())
+        rows.append(f"| `{file.stem}` | {_cell(about)} | {shown} |")
+    heads = ["| recipe | what it does | published scores |", "|---|---|---|"]
+    return "\n".join(["## Recipes\n", *heads, *rows, ""])
 
 
 def commands() -> str:
@@ -160,7 +175,7 @@ def _cell(text: str) -> str:
 
 def page() -> str:
     """The whole page."""
-    sections = (HEAD, parts(), tables(), commands(), hooks(), exit_codes(), public())
+    sections = (HEAD, recipes(), parts(), tables(), commands(), hooks(), exit_codes(), public())
     return "\n".join(section.strip() + "\n" for section in sections)
 
 
