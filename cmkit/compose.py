@@ -200,7 +200,7 @@ def _keep_freed_memory() -> None:
 
 
 def precision(name: str, device: torch.device) -> str:
-    """ "fp32" or "bf16" for a `precision` key; "auto" is bf16 where the device gains by it."""
+    """What a `precision` key means: "fp32" or "bf16"; "auto" is bf16 where the device gains."""
     if name != "auto":
         return name
     gains = (
@@ -279,7 +279,7 @@ def _teacher_is_said(recipe: Recipe) -> None:
     if "edm" in needs and table.precond != "edm":
         raise recipe.source.error(
             ("denoiser", "precond"),
-            'the objective trains a diffusion model: set denoiser.precond = "edm"',
+            'the objective needs the scalings of a diffusion model: set denoiser.precond = "edm"',
             f" = {table.precond!r}",
         )
     if table.init == "teacher" and not recipe.teacher:

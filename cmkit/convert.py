@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cmkit.checkpoint import atomic_write, same_shapes, save_weights
+from cmkit.checkpoint import TEMPORARY, atomic_write, load_weights, same_shapes, save_weights
 from cmkit.compose import conditions_of
 from cmkit.errors import CheckpointError, CmkitError, PluginError, RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
@@ -18,6 +21,9 @@ from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
 from cmkit.source import meant
 from cmkit.weights import DIFFUSERS, Downloaded, Weights, adapt, download, find, read
+
+if TYPE_CHECKING:
+    from cmkit.denoiser import Network
 
 OWN = "cmkit"
 
@@ -30,12 +36,14 @@ class Known:
     data: DataSpec
     conditions: frozenset[str]
 
-    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """`tensors` under our names if they are this network's, whatever their layout."""
+    def network(self) -> Network:
+        """The network, without memory."""
         with torch.device("meta"):
-            network = self.backbone.build(self.data, self.conditions)
-        own = adapt(tensors, network, self.backbone.layouts(self.data))
-        return own if same_shapes(own, network.state_dict()) else None
+            return self.backbone.build(self.data, self.conditions)
+
+    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` under our names, if they are in a layout that this network can have."""
+        return adapt(tensors, self.network(), self.backbone.layouts(self.data))
 
 
 def convert(
@@ -58,13 +66,14 @@ def convert(
     tensors = read(weights)
     for known in candidates:
         own = known.named(tensors)
-        if own is not None:
+        if same_shapes(own, known.network().state_dict()):
             _write(own, target, to, known)
             return
-    what = "the recipe's network" if recipe else "no published network"
+    if recipe:  # name the first differences
+        load_weights(known.network(), own, source)
     raise CheckpointError(
-        f"{source}: its {len(tensors)} tensors ({', '.join(list(tensors)[:2])}, ..) fit {what};"
-        " name the recipe with their backbone by --recipe"
+        f"{source}: its {len(tensors)} tensors ({', '.join(list(tensors)[:2])}, ..) fit no"
+        " published network; name the recipe with their backbone by --recipe"
     )
 
 
@@ -105,6 +114,9 @@ def _write(own: Mapping[str, Tensor], target: Path, to: str, known: Known) -> No
     if config is None:
         save_weights(target, tensors)
         return
-    target.mkdir(parents=True)
-    atomic_write(target / "config.json", json.dumps(config, indent=2) + "\n")
-    save_weights(target / f"{DIFFUSERS}.safetensors", tensors)
+    stage = target.with_name(f"{TEMPORARY}{target.name}")
+    shutil.rmtree(stage, ignore_errors=True)  # of an attempt that was killed
+    stage.mkdir(parents=True)
+    atomic_write(stage / "config.json", json.dumps(config, indent=2) + "\n")
+    save_weights(stage / f"{DIFFUSERS}.safetensors", tensors)
+    os.replace(stage, target)

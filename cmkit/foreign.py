@@ -87,13 +87,13 @@ def main(source: str, target: str, seconds: str) -> int:
 
 
 def _limit(size: int, seconds: int) -> None:
-    """Bound what this process may still allocate, and how long it may compute."""
-    used = 0
-    for line in Path("/proc/self/status").read_text().splitlines():
+    """Bound what this process may still allocate (on Linux: others know no such limit), and how
+    long it may compute."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("VmData:"):
-            used = int(line.split()[1]) << 10
-    most = used + 3 * size + _MARGIN
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+            most = (int(line.split()[1]) << 10) + 3 * size + _MARGIN
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

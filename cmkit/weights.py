@@ -76,11 +76,13 @@ def find(name: str, backbone: Backbone) -> Weights:
         return Weights(name, path)
     if not name.startswith("path:") and re.fullmatch(r"[a-z][a-z0-9-]+:\w[\w.-]*", name):
         raise CheckpointError(
-            f"{name}: no published weights of this backbone{meant(name, list(backbone.published))};"
-            f" known: {', '.join(backbone.published) or 'none'}; a file is written path:FILE"
+            f"{name}: no published weights of this backbone{meant(name, backbone.published)};"
+            " a file is written path:FILE"
         )
-    raise CheckpointError(f"{path}: no such file; give a checkpoint, a run folder, or a name such"
-                          " as openai:ct_bedroom256")  # fmt: skip
+    raise CheckpointError(
+        f"{path}: no such file; give a checkpoint, a run folder, or a published name such as"
+        " openai:ct_bedroom256"
+    )
 
 
 def read(weights: Weights) -> dict[str, Tensor]:
@@ -92,12 +94,11 @@ def read(weights: Weights) -> dict[str, Tensor]:
     path = weights.path
     if path.is_dir():
         path = _within(path)
+    if weights.url:
+        _pin(path, _sha256(path, *_identity(path)))
     if path.is_dir() or not is_pickle(path):
         return read_weights(path)
-    digest = _sha256(path, *_identity(path))
-    if weights.url:
-        _pin(path, digest)
-    return read_weights(_converted(path, digest))
+    return read_weights(_converted(path, _sha256(path, *_identity(path))))
 
 
 def adapt(

@@ -158,6 +158,15 @@ def test_weights_rounded_once_give_the_images_of_weights_rounded_at_each_call(op
 
 
 @torch.no_grad()
+def test_sampling_in_bfloat16_compiles_to_one_graph():
+    network = network_of(FILM)
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, out = compiled(*inputs(), {}), network(*inputs(), {})
+    assert (rounded - out).std() < 0.01 * out.std()
+
+
+@torch.no_grad()
 def test_attention_by_bfloat16_products_is_the_fused_one_up_to_rounding():
     from cmkit_std.backbones.adm_unet import weighted
 

@@ -106,12 +106,17 @@ def test_published_networks_are_recognized_by_their_tensors(home, monkeypatch):
     assert "out.2.bias" in load_file("theirs")
 
 
+def test_tensors_that_fit_no_published_network_ask_for_a_recipe(home):
+    with pytest.raises(CheckpointError, match="fit no published network; name the recipe"):
+        converted("own.safetensors", "new", "openai", known=False)
+
+
 @pytest.mark.parametrize(
     ("source", "target", "to", "error", "said"),
     [
         ("own.safetensors", "own.safetensors", "openai", RecipeError, "exists already"),
         ("own.safetensors", "new", "opnai", RecipeError, "did you mean 'openai'"),
-        ("other.safetensors", "new", "openai", CheckpointError, "fit"),
+        ("other.safetensors", "new", "openai", CheckpointError, "time.0.weight is absent"),
         ("none.safetensors", "new", "openai", CheckpointError, "no such file"),
         ("own.safetensors", "new", "edm", RecipeError, "--to edm"),
     ],

@@ -21,6 +21,7 @@ from cmkit_std.backbones.adm import ADM
 from torch import Tensor, nn
 
 from cmkit import CheckpointError, DownloadError
+from cmkit.checkpoint import save_weights
 from cmkit.foreign import pickle_to_safetensors
 from cmkit.weights import Weights, download, find, read
 from tests.toys import TinyNetwork
@@ -283,6 +284,16 @@ def test_published_weights_that_differ_from_their_first_use_are_refused(publishe
     with pytest.raises(CheckpointError, match="SHA-256") as error:
         read(published())
     assert "w.pt.sha256" in str(error.value)
+
+
+def test_published_safetensors_are_pinned_as_well(published):
+    weights = published()
+    weights.path.parent.mkdir(parents=True)
+    save_weights(weights.path, state())
+    read(weights)
+    save_weights(weights.path, {"a": torch.ones(3)})
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        read(weights)
 
 
 def test_without_a_network_the_file_its_address_and_its_folder_are_named(tmp_path):

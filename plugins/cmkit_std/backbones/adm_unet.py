@@ -384,7 +384,8 @@ def attend(qkv: Tensor, heads: int) -> Tensor:
     tokens = qkv.movedim(1, -1).flatten(1, -2)  # (B, N, 3 C), a view of channels_last
     q, k, v = tokens.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d) each
     on_cpu = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    weigh = weighted if on_cpu and not q.requires_grad else F.scaled_dot_product_attention
+    eager = not (q.requires_grad or torch.compiler.is_compiling())
+    weigh = weighted if on_cpu and eager else F.scaled_dot_product_attention
     out = weigh(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
     return out.unflatten(1, qkv.shape[2:]).movedim(-1, 1)
 
