@@ -11,11 +11,14 @@ import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.adm_layouts import places
 from cmkit_std.backbones.adm_unet import Attention, Downsample, ResBlock, Upsample
+from cmkit_std.backbones.dit import DiT
+from cmkit_std.backbones.songunet import SongUNet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Identity
 
 from cmkit import CheckpointError, Cond, DataSpec, Layout
+from cmkit.weights import adapt
 from tests.parity import harness, test_diffusers_unet, test_openai_unet
 
 LABEL, LABEL_AND_TARGET = frozenset({"label"}), frozenset({"label", "sigma_to"})
@@ -386,3 +389,24 @@ def test_options_that_a_project_lacks_are_refused_with_a_cure(layout, tiny, chan
     for action in actions:
         with pytest.raises(CheckpointError, match=rf"^backbone\.{message}"):
             action({})
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layout"),
+    [
+        (SongUNet(channels=16, channel_mult=(1, 2), num_res_blocks=1), "edm"),
+        (DiT(patch_size=4, width=32, depth=2, num_heads=2), "dit"),
+    ],
+    ids=["songunet", "dit"],
+)
+def test_other_backbones_read_their_projects_weights_by_the_same_door(backbone, layout):
+    data = DataSpec(3, 16, 10)
+    network = backbone.build(data, frozenset({"label"}))
+    own = {key: torch.randn(t.shape).to(t.dtype) for key, t in network.state_dict().items()}
+    (only,) = backbone.layouts(data)
+    theirs = only.write(own)
+    assert only.name == layout
+    assert theirs.keys() != own.keys()
+    found = adapt(theirs, network, backbone.layouts(data))
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[key], own[key]) for key in own)

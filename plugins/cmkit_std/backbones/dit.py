@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, DataSpec
+from cmkit.kinds import Backbone, DataSpec, Layout
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.dit_network import Transformer
@@ -85,6 +85,12 @@ class DiT(Backbone):
         if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
             return given
         return {**PRESETS.get(given["preset"], {}), **given}
+
+    def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
+        """The layout of facebookresearch/DiT."""
+        from cmkit_std.backbones.dit_layouts import matches, read, write
+
+        return (Layout("dit", matches, read, write),)
 
     def build(self, data: DataSpec, conditions: frozenset[str]) -> Transformer:
         """A fresh transformer; RecipeError when the options do not fit each other or the data."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, DataSpec
+from cmkit.kinds import Backbone, DataSpec, Layout
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.songunet_network import SongUNet as Network
@@ -104,6 +104,12 @@ class SongUNet(Backbone):
         if len(taps) % 2:
             raise ValueError(f"resample_filter {list(taps)} must have an even number of taps")
         return taps
+
+    def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
+        """The layout of NVlabs/edm, which locuslab/ect and sony/ctm share."""
+        from cmkit_std.backbones.songunet_layouts import matches, read, write
+
+        return (Layout("edm", matches, read, write),)
 
     def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
         """A fresh U-Net; RecipeError when the options do not fit each other or the data."""
