@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -189,6 +189,16 @@ class Dataset(Part, ABC):
         """The real images that metrics compare with."""
 
 
+class Meter(Protocol):
+    """Takes images as they are drawn, and then says what they come to."""
+
+    def add(self, images: Tensor) -> None:
+        """Take the next images, uint8 (B, C, H, W) on any device."""
+
+    def values(self) -> dict[str, float]:
+        """The numbers of all images taken, once the last of them is."""
+
+
 class Metric(Part, ABC):
     """Numbers about images."""
 
@@ -212,6 +222,11 @@ class Metric(Part, ABC):
         self, images: Images[Tensor], reference: Reference, device: torch.device
     ) -> dict[str, float]:
         """`keys()` with their values, for images[i] (C, H, W) uint8."""
+
+    def meter(self, images: int, reference: Reference, device: torch.device) -> Meter | None:
+        """What measures as many `images` while they are drawn, so that none is kept; None where the
+        metric has to see them all at once. It gives what `measure` gives, up to rounding."""
+        return None
 
     def provenance(self) -> dict[str, Any]:
         """What must stand beside the numbers so that they can be compared: extractor, weights."""

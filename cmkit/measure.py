@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from cmkit.errors import NonFiniteError
-from cmkit.kinds import Metric, Reference
+from cmkit.kinds import Meter, Metric, Reference
 from cmkit.sample import SavedImages
 
 
@@ -26,6 +26,27 @@ class Images(TorchDataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.images[index]
+
+
+class Kept:
+    """The meter of a metric that has none: it keeps every image on the CPU, and then measures."""
+
+    def __init__(self, metric: Metric, reference: Reference, device: torch.device):
+        self.metric, self.reference, self.device = metric, reference, device
+        self.parts: list[Tensor] = []
+
+    def add(self, images: Tensor) -> None:
+        """Keep images, uint8 (B, C, H, W)."""
+        self.parts.append(images.cpu())
+
+    def values(self) -> dict[str, float]:
+        """What the metric gives of all of them."""
+        return self.metric.measure(Images(torch.cat(self.parts)), self.reference, self.device)
+
+
+def meter(metric: Metric, images: int, reference: Reference, device: torch.device) -> Meter:
+    """What measures as many `images` as they are drawn."""
+    return metric.meter(images, reference, device) or Kept(metric, reference, device)
 
 
 def measure(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -15,12 +14,9 @@ from torch import Tensor
 from cmkit.compose import Plan, autocast, cells, minimized, with_values
 from cmkit.denoiser import Denoiser, Encodings
 from cmkit.errors import NonFiniteError
-from cmkit.kinds import Reference, Rescaler
-from cmkit.measure import Images, measure
+from cmkit.kinds import Meter, Reference, Rescaler
+from cmkit.measure import meter
 from cmkit.sample import Draws, RepeatedDraws, starts, to_uint8
-
-ROW_BYTES = 1 << 30
-"""Images of cells that are drawn together are held in memory up to here."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +63,17 @@ def search(
     """
     recipe = plan.recipe
     assert recipe.search is not None
-    every = list(cells(recipe))
+    table, every = recipe.search, list(cells(recipe))
     draws = RepeatedDraws(plan.data, recipe.seed, "search")
-    for row in _rows(denoiser, every, recipe.search.images * math.prod(draws.shape)):
+    for row in _rows(denoiser, every):
         left = [index for index in row if index not in done]
         if not left:
             continue
-        drawn = yield from _drawn(
-            plan, denoiser, [every[index] for index in left], draws, recipe.search.images, device
+        found = yield from _scored(
+            plan, denoiser, [every[index] for index in left], draws, table.images, reference, device
         )
-        for index, images in zip(left, drawn, strict=True):
-            values = {axis: getattr(every[index], axis) for axis in recipe.search.grid}
-            score = None
-            thumbnails = torch.zeros(1, *draws.shape, dtype=torch.uint8)
-            if images is not None:
-                thumbnails = images[: recipe.search.thumbnails].clone()
-                with contextlib.suppress(NonFiniteError):  # the cell stays, without a score
-                    score = _score(plan, images, reference, device)
+        for index, (score, thumbnails) in zip(left, found, strict=True):
+            values = {axis: getattr(every[index], axis) for axis in table.grid}
             yield Cell(index, len(every), values, score, thumbnails)
 
 
@@ -103,12 +93,10 @@ def rerank(
     for record in chosen:
         values = {axis: record[axis] for axis in table.grid}
         rescaler = with_values(recipe, values)
-        (images,) = yield from _drawn(plan, denoiser, [rescaler], draws, count, device)
-        score = None
-        if images is not None:
-            with contextlib.suppress(NonFiniteError):
-                score = _score(plan, images, reference, device)
-        yield Cell(record["index"], len(chosen), values, score, torch.empty(0))
+        ((score, thumbnails),) = yield from _scored(
+            plan, denoiser, [rescaler], draws, count, reference, device
+        )
+        yield Cell(record["index"], len(chosen), values, score, thumbnails)
 
 
 def confirm(
@@ -125,15 +113,15 @@ def confirm(
     count = table.confirm_images or table.images
     for k in range(done, table.confirm_seeds):
         draws = RepeatedDraws(plan.data, plan.recipe.seed, f"confirm-{k}")
-        pair = yield from _drawn(plan, denoiser, (None, winner), draws, count, device)
-        whole = [images for images in pair if images is not None]
-        if len(whole) < len(pair):
+        ((plain, _), (rescaled, _)) = yield from _scored(
+            plan, denoiser, (None, winner), draws, count, reference, device
+        )
+        if plain is None or rescaled is None:
             raise NonFiniteError(
-                f"search: images of seed confirm-{k} hold NaN or infinity; try search.precision ="
+                f"search: seed confirm-{k} has no finite {table.minimize}; try search.precision ="
                 ' "fp32" and scales nearer to 1'
             )
-        scores = [_score(plan, images, reference, device) for images in whole]
-        yield Duel(k, table.confirm_seeds, *scores)
+        yield Duel(k, table.confirm_seeds, plain, rescaled)
 
 
 def best(scored: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
@@ -168,60 +156,63 @@ def verdict(key: str, plain: Sequence[float], rescaled: Sequence[float]) -> str:
     return f"No difference that these seeds can show: {numbers}."
 
 
-def _rows(denoiser: Denoiser, every: Sequence[Rescaler], image_bytes: int) -> list[list[int]]:
-    """Cells by equal early scales at sigma_max, in rows whose images fit into `ROW_BYTES`."""
+def _rows(denoiser: Denoiser, every: Sequence[Rescaler]) -> list[list[int]]:
+    """Cells by equal early scales at sigma_max; without late sites each cell is a row."""
     sigma = torch.full((1,), denoiser.noise.sigma_max)
     network = denoiser.network
     rows: dict[tuple[Any, ...], list[int]] = {}
     for index, rescaler in enumerate(every):
         scales = rescaler.bind(network.sites)(sigma)
         early = {site: s for site, s in scales.items() if site not in network.late}
-        # Without late sites nothing is shared: each cell is a row.
         key = tuple(
             (site, *s.tolist()) if s.ndim else (site, s.item()) for site, s in early.items()
         )
         rows.setdefault(key if network.late else (index,), []).append(index)
-    most = max(1, ROW_BYTES // image_bytes)
-    return [row[i : i + most] for row in rows.values() for i in range(0, len(row), most)]
+    return list(rows.values())
 
 
 @torch.inference_mode()
-def _drawn(
+def _scored(
     plan: Plan,
     denoiser: Denoiser,
     rescalers: Sequence[Rescaler | None],
     draws: Draws,
     count: int,
+    reference: Reference,
     device: torch.device,
-) -> Generator[Drawn, None, list[Tensor | None]]:
-    """Images uint8 (count, C, H, W) of each rescaler, None where one is not finite."""
+) -> Generator[Drawn, None, list[tuple[float | None, Tensor]]]:
+    """Score of `count` images of each rescaler, None where it is not finite, and its first images,
+    uint8 (n, C, H, W). Images go to the metric as they are drawn, and only the first are kept."""
     table, sampler = plan.recipe.search, plan.recipe.sampler
     assert table is not None
     assert sampler is not None
     cast = autocast(table.precision, device)
-    found: list[Tensor | None] = [
-        torch.empty(count, *draws.shape, dtype=torch.uint8) for _ in rescalers
-    ]
-    high = denoiser.noise.sigma_max
-    for start in starts(draws, high, range(count), table.batch, device):
+    metric = minimized(plan.recipe)
+    meters = [meter(metric, count, reference, device) for _ in rescalers]
+    finite = torch.ones(len(rescalers), dtype=torch.bool, device=device)
+    thumbnails: list[list[Tensor]] = [[] for _ in rescalers]
+    for start in starts(draws, denoiser.noise.sigma_max, range(count), table.batch, device):
         encodings = Encodings(start.x)
         for k, rescaler in enumerate(rescalers):
-            images = found[k]
-            if images is None:
-                continue
             model = denoiser.rescaled(rescaler, encodings) if rescaler else denoiser
             with cast:
                 x0 = sampler.sample(model, start.x, start.cond, start.noise)
-            if x0.isfinite().all():
-                images[start.rows.start : start.rows.stop] = to_uint8(x0)
-            else:
-                found[k] = None
+            finite[k] &= x0.isfinite().all()
+            images = to_uint8(x0)
+            meters[k].add(images)
+            if start.rows.start < table.thumbnails:
+                thumbnails[k].append(images[: table.thumbnails - start.rows.start].cpu())
         yield Drawn(start.rows.stop * len(rescalers), count * len(rescalers))
-    return found
+    return [
+        (_value(taken, table.minimize) if whole else None, torch.cat(first))
+        for taken, whole, first in zip(meters, finite.tolist(), thumbnails, strict=True)
+    ]
 
 
-def _score(plan: Plan, images: Tensor, reference: Reference, device: torch.device) -> float:
-    metric = minimized(plan.recipe)
-    values, _ = measure([metric], Images(images), reference, device)
-    assert plan.recipe.search is not None
-    return values[plan.recipe.search.minimize]
+def _value(taken: Meter, key: str) -> float | None:
+    """The number `key`, None where it is not finite."""
+    try:
+        value = taken.values()[key]
+    except NonFiniteError:
+        return None
+    return value if math.isfinite(value) else None

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cmkit_std.metrics.fidelity import Fidelity, FidelityMeter
 
 from cmkit import (
     BusyError,
@@ -27,7 +28,7 @@ from cmkit.compose import build, plan, with_values
 from cmkit.recipe import load
 from cmkit.run import RunFinished, Saved, run
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
-from cmkit.search import best, interval, verdict
+from cmkit.search import Cell, best, interval, search, verdict
 from cmkit.stop import StopSignal
 from cmkit.train import Step
 
@@ -181,6 +182,18 @@ def test_the_samples_are_of_the_winner(whole):
     assert (folder / "samples_before.png").read_bytes() != (
         folder / "samples_after.png"
     ).read_bytes()
+
+
+def test_a_search_hands_images_to_the_metric_as_they_are_drawn(recipe, monkeypatch):
+    """35 at a time, as search.batch says; never all 70 of a cell at once."""
+    sizes = set()
+    add = FidelityMeter.add
+    monkeypatch.setattr(FidelityMeter, "add", lambda self, x: sizes.add(len(x)) or add(self, x))
+    monkeypatch.setattr(Fidelity, "measure", None)
+    made = plan(load(recipe, [], discover()))
+    found = list(search(made, build(made, CPU), made.recipe.dataset.reference(), CPU))
+    assert len([event for event in found if isinstance(event, Cell)]) == 4
+    assert sizes == {35}
 
 
 def test_the_winner_is_judged_on_noise_that_the_search_never_saw(whole):

@@ -76,6 +76,36 @@ def batches(
         raise DataError(f"{place}: no images; sample or read at least two")
 
 
+class Streams:
+    """What `wanted` asks for of the features of images, fed batch by batch and in order; a single
+    grey channel is repeated for RGB networks."""
+
+    def __init__(
+        self, extractor: Extractor, wanted: Collection[Want], count: int, device: torch.device
+    ):
+        self.extractor, self.device = extractor, device
+        self.network = _network(extractor, frozenset(want.layer for want in wanted), device)
+        self.streams = {want: STREAMS[want.stream](count) for want in sorted(wanted)}
+
+    @torch.inference_mode()
+    def add(self, images: Tensor) -> None:
+        """Take the next images, uint8 (B, C, H, W)."""
+        found = self.network(_fit(images.to(self.device, non_blocking=True), self.extractor.name))
+        for want, stream in self.streams.items():
+            stream.add(found[want.layer])
+
+    def tensors(self) -> Features:
+        """What the streams came to; NonFiniteError when a feature is NaN or infinite."""
+        joined = {want: stream.tensors() for want, stream in self.streams.items()}
+        for want, tensors in joined.items():
+            if not all(values.isfinite().all() for values in tensors.values()):
+                raise NonFiniteError(
+                    f"extractor {self.extractor.name}: features {want.layer!r} hold NaN or"
+                    f" infinity; are {self.extractor.weights or 'its weights'} whole?"
+                )
+        return joined
+
+
 def features(
     extractor: Extractor,
     wanted: Collection[Want],
@@ -83,25 +113,12 @@ def features(
     device: torch.device,
     size: int,
 ) -> Features:
-    """What `wanted` asks for of every image, in one pass and in order; a single grey channel is
-    repeated for RGB networks."""
-    network = _network(extractor, frozenset(want.layer for want in wanted), device)
-    count = len(images)  # type: ignore[arg-type]
-    streams = {want: STREAMS[want.stream](count) for want in sorted(wanted)}
+    """What `wanted` asks for of every image, in one pass and in order."""
+    streams = Streams(extractor, wanted, len(images), device)  # type: ignore[arg-type]
     place = f"metric extractor {extractor.name}"
-    with torch.inference_mode():
-        for batch in batches(images, size, place, pin=device.type == "cuda"):
-            found = network(_fit(batch.to(device, non_blocking=True), extractor.name))
-            for want, stream in streams.items():
-                stream.add(found[want.layer])
-    joined = {want: stream.tensors() for want, stream in streams.items()}
-    for want, tensors in joined.items():
-        if not all(values.isfinite().all() for values in tensors.values()):
-            raise NonFiniteError(
-                f"extractor {extractor.name}: features {want.layer!r} hold NaN or infinity; are"
-                f" {extractor.weights or 'its weights'} whole?"
-            )
-    return joined
+    for batch in batches(images, size, place, pin=device.type == "cuda"):
+        streams.add(batch)
+    return streams.tensors()
 
 
 def width(extractor: Extractor, layer: str, image: Tensor, device: torch.device) -> int:

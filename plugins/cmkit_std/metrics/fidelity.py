@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset as Images
 
-    from cmkit_std.metrics.extract import Extractor, Features, Want
+    from cmkit_std.metrics.extract import Extractor, Features, Streams, Want
 
 
 class Weights(NamedTuple):
@@ -152,35 +152,19 @@ class Fidelity(Metric):
         Raises DataError for too few images or statistics of other features, and NonFiniteError for
         a number that is none.
         """
-        from cmkit_std.metrics.extract import features, reference_features
+        from cmkit_std.metrics.extract import batches
 
-        flags = self._wanted()
-        self._enough(len(images), "samples", flags)  # type: ignore[arg-type]
-        extractor, given, seen = self._prepare(reference, images[0], device)
-        wants = {flag: self._want(extractor, flag) for flag in flags}
-        ours = features(extractor, set(wants.values()), images, device, self.batch)
-        theirs: Features = {}
-        if seen:
-            wanted = {wants[flag] for flag in seen}
-            theirs = reference_features(extractor, wanted, reference, device, self.batch)
-        numbers: dict[str, float] = {}
-        for flag, want in wants.items():
-            real = given.get(flag) or theirs.get(want, {})
-            values = self._values(flag, ours[want], real, device)
-            numbers |= dict(zip(NUMBERS[flag], values, strict=True))
-        for key, value in numbers.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(f"metric {key} = {value}; look at the samples and the weights")
-        published = [flag for flag in flags if flag in given]
-        self._compared = "; ".join(
-            f"{', '.join(names)}: {what}"
-            for names, what in (
-                (published, "published statistics"),
-                (seen, f"{len(reference.images)} images"),  # type: ignore[arg-type]
-            )
-            if names
-        )
-        return numbers
+        count = len(images)  # type: ignore[arg-type]
+        self._enough(count, "samples", self._wanted())
+        meter = self.meter(count, reference, device)
+        place = f"metric extractor {self._used.name if self._used else self.extractor}"
+        for batch in batches(images, self.batch, place, pin=device.type == "cuda"):
+            meter.add(batch)
+        return meter.values()
+
+    def meter(self, images: int, reference: Reference, device: torch.device) -> FidelityMeter:
+        """The same numbers of `images` samples as they come; errors as of `measure`."""
+        return FidelityMeter(self, images, reference, device)
 
     def provenance(self) -> dict[str, Any]:
         """The extractor, its weights, how it resizes, and torch-fidelity's version.
@@ -343,6 +327,61 @@ class Fidelity(Metric):
                 " name a copy in metric.weights, or set metric.download = true"
             )
         return None
+
+
+class FidelityMeter:
+    """The numbers of a `Fidelity` for images that are taken as they are drawn."""
+
+    def __init__(self, metric: Fidelity, images: int, reference: Reference, device: torch.device):
+        self.metric, self.images, self.reference, self.device = metric, images, reference, device
+        self.streams: Streams | None = None
+
+    def add(self, images: Tensor) -> None:
+        """Take the next images, uint8 (B, C, H, W)."""
+        from cmkit_std.metrics.extract import Streams
+
+        if self.streams is None:
+            extractor, self.given, self.seen = self.metric._prepare(
+                self.reference, images[0], self.device
+            )
+            self.wants = {
+                flag: self.metric._want(extractor, flag) for flag in self.metric._wanted()
+            }
+            self.streams = Streams(extractor, set(self.wants.values()), self.images, self.device)
+        for part in images.split(self.metric.batch):
+            self.streams.add(part)
+
+    def values(self) -> dict[str, float]:
+        """The numbers that are switched on; NonFiniteError for one that is none."""
+        from cmkit_std.metrics.extract import reference_features
+
+        metric, reference, streams = self.metric, self.reference, self.streams
+        assert streams is not None, "no image was added"
+        ours = streams.tensors()
+        theirs: Features = {}
+        if self.seen:
+            wanted = {self.wants[flag] for flag in self.seen}
+            theirs = reference_features(
+                streams.extractor, wanted, reference, self.device, metric.batch
+            )
+        numbers: dict[str, float] = {}
+        for flag, want in self.wants.items():
+            real = self.given.get(flag) or theirs.get(want, {})
+            values = metric._values(flag, ours[want], real, self.device)
+            numbers |= dict(zip(NUMBERS[flag], values, strict=True))
+        for key, value in numbers.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"metric {key} = {value}; look at the samples and the weights")
+        published = [flag for flag in self.wants if flag in self.given]
+        metric._compared = "; ".join(
+            f"{', '.join(names)}: {what}"
+            for names, what in (
+                (published, "published statistics"),
+                (self.seen, f"{len(reference.images)} images"),  # type: ignore[arg-type]
+            )
+            if names
+        )
+        return numbers
 
 
 def _published(reference: Reference) -> dict[str, dict[str, Any]]:
