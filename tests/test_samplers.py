@@ -1,6 +1,7 @@
 import pytest
 import torch
 from cmkit_std.samplers.ancestral import Ancestral, ancestral_step
+from cmkit_std.samplers.ddim import DDIM
 from cmkit_std.samplers.dpm import DPM
 from cmkit_std.samplers.edm import EDM
 from cmkit_std.samplers.euler import Euler
@@ -21,6 +22,8 @@ WALKS = [
     DPM(steps=5),
     DPM(steps=5, **CHURN),
     Ancestral(steps=5),
+    DDIM(steps=5),
+    DDIM(steps=5, eta=0.5),
     ProgDist(steps=5),
     EDM(steps=5),
     EDM(steps=5, **CHURN),
@@ -96,6 +99,7 @@ def test_nfe_of_a_walk_is_what_is_counted(sampler):
     ("sampler", "order"),
     [
         (Euler, 1),
+        (DDIM, 1),
         (ProgDist, 1),
         (Heun, 2),
         (EDM, 2),
@@ -122,6 +126,7 @@ def test_error_falls_at_the_order_of_the_method(sampler, order):
     "sampler",
     [
         Ancestral(steps=400, clamp=False),
+        DDIM(steps=400, eta=0.7, clamp=False),
         Heun(steps=40, s_churn=40.0, clamp=False),
         DPM(steps=40, s_churn=40.0, clamp=False),
         EDM(steps=40, s_churn=40.0),
@@ -199,7 +204,37 @@ def test_ancestral_step_splits_the_next_variance_as_the_posterior_does():
     assert ancestral_step(2.0, 0.0) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("sampler", [Euler(), Heun(), Ancestral()], ids=repr)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_ddim_adds_the_noise_of_equation_16(eta):
+    """sigma_t(eta) of x_vp, over sqrt(alpha) of the next level, alpha = 1 / (1 + sigma^2)."""
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    noise = Noise(0.5, 3.0)
+    high, low = 1 / (1 + 3.0**2), 1 / (1 + 0.5**2)
+    up = eta * ((1 - low) / (1 - high)) ** 0.5 * (1 - high / low) ** 0.5 / low**0.5
+    seen = []
+
+    class Spy(GaussianDenoiser):
+        def forward(self, x, sigma, cond=None):
+            seen.append(x)
+            return torch.full_like(x, 0.2)
+
+    DDIM(steps=2, eta=eta).sample(Spy(noise=noise), x + 3.0, Cond(), lambda k: torch.ones_like(x))
+    down = (0.5**2 - up**2) ** 0.5
+    assert float(seen[1]) == pytest.approx(0.2 + down * (3.0 - 0.2) / 3.0 + up, rel=1e-12)
+
+
+@pytest.mark.parametrize(("eta", "other"), [(0.0, Euler(steps=6)), (1.0, Ancestral(steps=6))])
+def test_ends_of_ddim_are_euler_and_ancestral(eta, other):
+    x = 80 * torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    draws = torch.randn(7, *x.shape, dtype=torch.float64)
+    found, expected = (
+        sampler.sample(GaussianDenoiser(), x, Cond(), draws.__getitem__)
+        for sampler in (DDIM(steps=6, eta=eta), other)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sampler", [Euler(), Heun(), Ancestral(), DDIM(eta=0.5)], ids=repr)
 def test_last_step_to_zero_returns_the_last_estimate(sampler):
     """Also where x is so large that x - (x - x0_hat) would lose digits."""
 
@@ -216,7 +251,9 @@ def two_steps(**options):
     return Multistep(sigmas=(1e-4,), **options)
 
 
-@pytest.mark.parametrize("sampler", [Euler, Heun, DPM, Ancestral, ProgDist, Multistep, two_steps])
+@pytest.mark.parametrize(
+    "sampler", [Euler, Heun, DPM, Ancestral, DDIM, ProgDist, Multistep, two_steps]
+)
 def test_clamp_limits_estimates_and_can_be_put_off(sampler):
     class Bright(GaussianDenoiser):
         def forward(self, x, sigma, cond=None):

@@ -28,6 +28,7 @@ PLAIN = (
     "sampler.ablation",
     "sampler.ancestral",
     "sampler.edm",
+    "sampler.ddim",
     "sampler.euler",
     "sampler.progdist",
     "dataset.digits",

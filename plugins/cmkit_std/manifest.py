@@ -13,6 +13,7 @@ DPM = (
     "Model Sampling in Around 10 Steps. 2022. arXiv:2206.00927"
 )
 DDPM = "Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239"
+IMPLICIT = "Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2020. arXiv:2010.02502"
 CTM = (
     "Kim, Lai, Liao, Murata, Takida, Uesaka, He, Mitsufuji, Ermon. Consistency Trajectory Models: "
     "Learning Probability Flow ODE Trajectory of Diffusion. 2023. arXiv:2310.02279"
@@ -195,8 +196,15 @@ def cmkit_register() -> list[Plugin]:
             "sampler",
             "euler",
             "cmkit_std.samplers.euler:Euler",
-            "Diffusion models: first-order steps, also known as DDIM",
+            "Diffusion models: first-order steps, deterministic",
             cite=EDM,
+        ),
+        Plugin(
+            "sampler",
+            "ddim",
+            "cmkit_std.samplers.ddim:DDIM",
+            "Diffusion models: first-order steps with as much fresh noise as wanted",
+            cite=IMPLICIT,
         ),
         Plugin(
             "sampler",
