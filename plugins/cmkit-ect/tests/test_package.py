@@ -124,7 +124,22 @@ def test_the_pair_of_recipes_fits_together_and_takes_the_budget_of_improved_trai
     assert teacher.train.batch == student.train.batch == other.train.batch
 
 
-@pytest.mark.parametrize("name", ["digits_teacher", "digits_ect"])
+@pytest.mark.parametrize(
+    ("name", "steps", "q", "stages", "ema"),
+    [("ect_cifar10", 200_000, 2.0, 8, 0.9999), ("ect_cifar10_1hour", 8_000, 256.0, 1, 0.9993)],
+)
+def test_settings_on_cifar10_are_the_official_ones(name, steps, q, stages, ema, registry):
+    """run_ecm.sh and run_ecm_1hour.sh of locuslab/ect."""
+    recipe = load(RECIPES / f"{name}.toml", [], registry)
+    assert recipe.denoiser.weights in recipe.backbone.published
+    assert (recipe.train.steps, recipe.train.batch, recipe.train.lr) == (steps, 128, 1e-4)
+    assert (recipe.train.ema, recipe.train.optimizer) == ((ema,), "radam")
+    assert (recipe.objective.q, recipe.objective.c) == (q, 0.0)
+    last = recipe.objective.phase(steps - 1, steps)
+    assert (last.log["stage"] + 1, recipe.backbone.dropout) == (stages, 0.2)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
 def test_a_recipe_opens_with_its_command(name):
     first = (RECIPES / f"{name}.toml").read_text("utf-8").splitlines()[0]
     assert first == f"# cmkit run plugins/cmkit-ect/recipes/{name}.toml"

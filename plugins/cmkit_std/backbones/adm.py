@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
+from cmkit_std.backbones.published import published
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.adm_unet import UNet
@@ -35,7 +36,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Sizes of the published checkpoints (openai/consistency_models, scripts/launch.sh)."""
 
-_OPENAI_ADDRESS = "https://openaipublic.blob.core.windows.net/consistency"
 _OPENAI_FILES = (
     *(f"{kind}_imagenet64{end}" for kind, end in OPENAI_KINDS),
     *(f"{kind}_{data}256{end}" for data in ("bedroom", "cat") for kind, end in OPENAI_KINDS),
@@ -52,7 +52,8 @@ class ADM(Backbone):
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
     published: ClassVar[dict[str, str]] = {
-        f"openai:{name}": f"{_OPENAI_ADDRESS}/{name}.pt" for name in _OPENAI_FILES
+        **published("openai", _OPENAI_FILES),
+        **published("edm", ["imagenet-64x64-cond-adm"]),
     }
 
     preset: Literal["openai-imagenet64", "openai-lsun256"] | None = None

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
+from cmkit_std.backbones.published import published
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.dit_network import Transformer
@@ -36,6 +37,7 @@ class DiT(Backbone):
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
+    published: ClassVar[dict[str, str]] = published("dit", ["DiT-XL-2-256x256", "DiT-XL-2-512x512"])
 
     preset: (
         Literal[

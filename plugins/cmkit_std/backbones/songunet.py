@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
+from cmkit_std.backbones.published import published
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.songunet_network import SongUNet as Network
@@ -39,6 +40,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Sizes of EDM's networks for CIFAR-10 (EDM, table 7)."""
 
+_EDM_DATA = (
+    "cifar10-32x32-cond",
+    "cifar10-32x32-uncond",
+    "ffhq-64x64-uncond",
+    "afhqv2-64x64-uncond",
+)
+_EDM_FILES = tuple(f"{data}-{network}" for data in _EDM_DATA for network in ("vp", "ve"))
+"""Files of EDM; those of "vp" are DDPM++, those of "ve" NCSN++. All need augment_dim = 9, those
+of 64 pixels channel_mult = [1, 2, 2, 2]."""
+
 
 class SongUNet(Backbone):
     """Convolutional U-Net of EDM on CIFAR-10: DDPM++, on which ECT, CTM and iCT build, and NCSN++.
@@ -47,6 +58,7 @@ class SongUNet(Backbone):
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "sigma_to"})
+    published: ClassVar[dict[str, str]] = published("edm", _EDM_FILES)
 
     preset: Literal["ddpmpp", "ncsnpp"] | None = None
     """A published architecture with its sizes for CIFAR-10; fields given beside it win."""
