@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from cmkit import Cond, DataSpec, Denoiser, Guided, Models, Noise, RecipeError, Rng, discover
-from cmkit.compose import build, plan, steered
+from cmkit.compose import plan, ready
 from cmkit.recipe import load
 from cmkit.sample import Draws, sample
 from cmkit.train import start, train
@@ -302,7 +302,7 @@ def test_evaluations_are_those_that_the_plan_says(planned, embedded):
     put = () if embedded else [('use = "lcm", num_sigmas = 11, skip = 2, w_min = 0.0, w_max = 3.0',
                                 'use = "edm", label_dropout = 0.1')]  # fmt: skip
     found = planned(put=put)
-    denoiser = steered(found, build(found, CPU).eval())
+    denoiser = ready(found, CPU, "fp32")
     calls = counted(denoiser.network)
     draws = Draws(found.data, 0)
     list(sample(denoiser, found.recipe.sampler, draws, range(2), 2, CPU, "fp32"))

@@ -24,6 +24,7 @@ from cmkit import (
 )
 from cmkit.checkpoint import latest_checkpoint, load_weights, lock, read_jsonl, read_weights
 from cmkit.compose import build, plan, with_values
+from cmkit.draw import draw, drawn_from
 from cmkit.recipe import load
 from cmkit.run import RunFinished, Saved, run
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
@@ -181,6 +182,18 @@ def test_the_samples_are_of_the_winner(whole):
     assert (folder / "samples_before.png").read_bytes() != (
         folder / "samples_after.png"
     ).read_bytes()
+
+
+def test_images_drawn_from_a_run_are_its_samples_and_it_stays_untouched(whole, tmp_path):
+    folder, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    recipe = drawn_from(folder, [], discover(), 5)
+    *_, last = draw(recipe, recipe.seed, [], tmp_path / "five.npz", CPU)
+    saved = SavedImages(sorted((folder / "samples").glob("*.npz")))
+    drawn = SavedImages([tmp_path / "five.npz"])
+    assert torch.equal(torch.stack(list(drawn)), torch.stack([saved[i] for i in range(5)]))
+    assert last.result["scales"] == whole[1]["stages"]["sample"]["scales"]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_the_winner_is_judged_on_noise_that_the_search_never_saw(whole):
