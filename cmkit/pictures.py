@@ -18,8 +18,8 @@ from cmkit.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-"""Pictures that are read. Pillow knows dozens more, some of them programs (PostScript)."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+"""What is read. Pillow knows dozens more; some of them (PostScript) are programs."""
 CELL_PIXELS = 48
 GAP_GREY = 64
 
