@@ -9,6 +9,7 @@ import platform
 import resource
 import sys
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -436,13 +437,20 @@ def peak_memory_mib(device: torch.device) -> float:
 
 def _keep_recipe(plan: Plan, folder: Path) -> None:
     path, text = folder / "recipe.toml", plan.recipe.toml()
-    if path.exists() and path.read_text("utf-8") != text:
+    if path.exists() and _toml(path) != tomllib.loads(text):  # keys may have changed places
         raise CheckpointError(
             f"{path}: is not the recipe that this folder is named after; restore it, or run with"
             " another --out"
         )
     if not path.exists():
         files.atomic_write(path, text)
+
+
+def _toml(path: Path) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except ValueError:
+        return None
 
 
 def _tell_plugins(registry: Registry, folder: Path, report: dict[str, Any]) -> Iterator[str]:

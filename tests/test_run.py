@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomlkit
 import torch
 
 from cmkit import (
@@ -26,7 +28,7 @@ from cmkit.checkpoint import latest_checkpoint, load_weights, lock, read_jsonl, 
 from cmkit.compose import build, plan, with_values
 from cmkit.draw import draw, drawn_from
 from cmkit.recipe import load
-from cmkit.run import RunFinished, Saved, run
+from cmkit.run import RunFinished, Saved, _keep_recipe, run
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
 from cmkit.search import best, interval, verdict
 from cmkit.stop import StopSignal
@@ -182,6 +184,20 @@ def test_the_samples_are_of_the_winner(whole):
     assert (folder / "samples_before.png").read_bytes() != (
         folder / "samples_after.png"
     ).read_bytes()
+
+
+def test_a_folder_keeps_its_recipe_whatever_the_order_of_keys(recipe, tmp_path):
+    made, kept = plan(load(recipe, [], discover())), tmp_path / "recipe.toml"
+    _keep_recipe(made, tmp_path)
+    tables = tomllib.loads(kept.read_text())
+    turned = {key: v for key, v in tables.items() if not isinstance(v, dict)}
+    turned |= {k: dict(reversed(v.items())) for k, v in tables.items() if isinstance(v, dict)}
+    kept.write_text(tomlkit.dumps(turned))
+    _keep_recipe(made, tmp_path)
+    for other in (kept.read_text().replace("end_scales = 5", "end_scales = 6"), "damaged ["):
+        kept.write_text(other)
+        with pytest.raises(CheckpointError, match="restore it"):
+            _keep_recipe(made, tmp_path)
 
 
 def test_images_drawn_from_a_run_are_its_samples_and_it_stays_untouched(whole, tmp_path):
