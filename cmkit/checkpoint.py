@@ -60,6 +60,22 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     _replace(path, [data], len(data))
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which becomes `path` when the block ends well; errors as of
+    `atomic_write`."""
+    stage = path.with_name(f"{TEMPORARY}{path.name}")
+    shutil.rmtree(stage, ignore_errors=True)  # of an attempt that was killed
+    with _writing(path):
+        stage.mkdir(parents=True)
+        try:
+            yield stage
+            os.replace(stage, path)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+
+
 def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Replace the safetensors file `path`, whole or not at all; errors as of `save_checkpoint`."""
     header, ordered, size = _plan(path.name, tensors)

@@ -9,9 +9,9 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,8 +19,12 @@ from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
+    import torch
+
     from cmkit.compose import Plan
     from cmkit.plugins import Registry
+    from cmkit.recipe import Recipe
+    from cmkit.run import Event
 
 app = typer.Typer(
     help="Train, rescale, sample and compare consistency models from swappable parts.",
@@ -35,6 +39,12 @@ app.add_typer(plugins_app, name="plugins")
 
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the bare name of a recipe that comes with cmkit.")
+]
+SourceArgument = Annotated[
+    str, typer.Argument(help="Folder of a finished run, or a recipe with denoiser.weights.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, help="Seed of the noise; absent = the recipe's.")
 ]
 SetOption = Annotated[
     list[str],
@@ -123,6 +133,74 @@ def check(
         return
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):<20} {_human(value)}")
+
+
+@app.command()
+def sample(
+    source: SourceArgument,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images to draw.")] = 16,
+    seed: SeedOption = None,
+    label: Annotated[
+        list[int], typer.Option(help="Class of every image; give several to take them in turns.")
+    ] = [],  # noqa: B006
+    out: Annotated[
+        Path, typer.Option(help="A grid FILE.png, arrays FILE.npz, or a FOLDER of PNG files.")
+    ] = Path("samples.png"),
+    set: SetOption = [],  # noqa: B006
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Draw images from a finished run, with the scales that its search found, or from a recipe
+    with weights. An image depends on the seed and its number alone."""
+    from cmkit.compose import pick_device
+    from cmkit.draw import draw
+
+    recipe, chosen = _drawn_from(source, set, count), pick_device(device)
+    events = draw(recipe, recipe.seed if seed is None else seed, label, out, chosen)
+    _show_until_written(events, chosen, json)
+
+
+@app.command()
+def edit(
+    source: SourceArgument,
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures as large as the model's.")],
+    task: Annotated[
+        Literal["inpaint", "colorize", "superres"],
+        typer.Option(help="Paint what a mask hides, add colours, or add detail."),
+    ],
+    mask: Annotated[
+        Path | None, typer.Option(help="inpaint: a picture, white where to paint anew.")
+    ] = None,
+    patch: Annotated[
+        int, typer.Option(min=1, help="superres: side of the squares whose means are known.")
+    ] = 8,
+    steps: Annotated[
+        int, typer.Option(min=2, help="Points of the Karras grid; one less is evaluated.")
+    ] = 40,
+    sigma: Annotated[
+        list[float], typer.Option(help="A noise level below sigma_max instead; several must fall.")
+    ] = [],  # noqa: B006
+    seed: SeedOption = None,
+    label: Annotated[
+        list[int], typer.Option(help="Class of every picture, or of each in turns.")
+    ] = [],  # noqa: B006
+    out: Annotated[
+        Path, typer.Option(help="A grid FILE.png of pairs, before and after, or a FOLDER.")
+    ] = Path("edited.png"),
+    set: SetOption = [],  # noqa: B006
+    device: DeviceOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Edit pictures with a consistency model that was never trained for it: what is known of a
+    picture stays, and the model makes up the rest."""
+    from cmkit.compose import pick_device
+    from cmkit.draw import Task, redraw
+
+    recipe, chosen = _drawn_from(source, set, len(pictures)), pick_device(device)
+    edited = Task(task, mask, patch, steps, tuple(sigma))
+    seed = recipe.seed if seed is None else seed
+    events = redraw(recipe, pictures, edited, seed, label, out, chosen)
+    _show_until_written(events, chosen, json)
 
 
 @plugins_app.callback()
@@ -384,6 +462,29 @@ def _plan(recipe: str, overrides: list[str]) -> tuple[Plan, Registry]:
     from cmkit.compose import plan  # the recipe is known to be sound before torch is imported
 
     return plan(loaded), registry
+
+
+def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:
+    from cmkit.draw import drawn_from
+    from cmkit.plugins import discover
+
+    return drawn_from(find_recipe(source), overrides, discover(), images)
+
+
+def _show_until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:
+    from cmkit.run import StageFinished
+    from cmkit.ui import Display
+
+    result: dict[str, Any] = {}
+    with Display(device, quiet=json) as display:
+        for event in events:
+            display.show(event)
+            if isinstance(event, StageFinished):
+                result = event.result
+    if json:
+        _print_json({"schema": 1, **result})
+    else:
+        print(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
 
 
 def find_recipe(name: str) -> Path:

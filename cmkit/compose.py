@@ -47,12 +47,17 @@ class Plan:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """The plan of a recipe; raises the error of the first check that fails.
+    """The plan of a recipe to run; raises the error of the first check that fails."""
+    _stages_are_complete(recipe)
+    return fit(recipe)
+
+
+def fit(recipe: Recipe) -> Plan:
+    """The plan of a recipe whose parts fit each other, whatever its stages; errors as of `plan`.
 
     Reads the data set's headers, builds the network without memory (on the `meta` device) and
     runs the sampler once on it, so that shapes, sites and conditions are tried, not assumed.
     """
-    _stages_are_complete(recipe)
     data = recipe.dataset.spec()
     conditions = conditions_of(recipe, data)
     with at(recipe, "backbone"), torch.device("meta"):
@@ -63,7 +68,7 @@ def plan(recipe: Recipe) -> Plan:
             denoiser.rescaled(recipe.rescaler)
     for cell in cells(recipe):
         cell.bind(sites)
-    if recipe.objective:
+    if recipe.train and recipe.objective:
         with at(recipe, "objective"):
             recipe.objective.check(data)
     for index, metric in enumerate(recipe.metric):
@@ -77,7 +82,7 @@ def plan(recipe: Recipe) -> Plan:
             _load_start(recipe, denoiser.network, data, conditions)
     if recipe.teacher:
         _check_teacher(recipe, denoiser, data, conditions)
-    elif recipe.objective:
+    elif recipe.train and recipe.objective:
         with at(recipe, "objective"):
             recipe.objective.check_networks(denoiser.network, None)
     flops = _dry_run(recipe, denoiser, data, conditions)
@@ -107,9 +112,13 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
     return _denoiser(plan.recipe, network)
 
 
-def steered(plan: Plan, denoiser: Denoiser) -> Denoiser:
-    """`denoiser` as the recipe samples from it: guided, if it says so. Training never sees it."""
-    return _steered(plan.recipe, denoiser)
+def ready(plan: Plan, device: torch.device, name: str) -> Denoiser:
+    """What is sampled from on `device`, not rescaled yet: the recipe's weights rounded to the
+    `precision` key `name`, and guided if the recipe says so. Training never sees it."""
+    denoiser = build(plan, device)
+    if precision(name, device) == "bf16":
+        denoiser.network.lower(torch.bfloat16)
+    return _steered(plan.recipe, denoiser.eval())
 
 
 def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
@@ -225,7 +234,7 @@ def check_disk(plan: Plan, out: Path) -> None:
         raise ResourceError(
             f"{existing}: the run needs about {plan.disk / 2**20:,.0f} MiB and"
             f" {free / 2**20:,.0f} MiB are free; name another disk with --out, or lower train.keep"
-            " or sample.images"
+            " or the number of images"
         )
 
 
@@ -303,7 +312,8 @@ def _denoiser(recipe: Recipe, network: Network) -> Denoiser:
 
 
 def _steered(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
-    """See `steered`; RecipeError where the network cannot be guided as the recipe says."""
+    """`denoiser` as the recipe samples from it: guided, if it says so; RecipeError where the
+    network cannot be."""
     w = recipe.denoiser.guidance
     needs = recipe.objective.needs if recipe.objective else frozenset()
     embedded = recipe.denoiser.embeds_guidance or "guidance" in needs

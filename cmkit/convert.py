@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cmkit.checkpoint import TEMPORARY, atomic_write, load_weights, same_shapes, save_weights
+from cmkit.checkpoint import atomic_write, load_weights, new_folder, same_shapes, save_weights
 from cmkit.compose import conditions_of
 from cmkit.errors import CheckpointError, CmkitError, PluginError, RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
@@ -114,9 +112,6 @@ def _write(own: Mapping[str, Tensor], target: Path, to: str, known: Known) -> No
     if config is None:
         save_weights(target, tensors)
         return
-    stage = target.with_name(f"{TEMPORARY}{target.name}")
-    shutil.rmtree(stage, ignore_errors=True)  # of an attempt that was killed
-    stage.mkdir(parents=True)
-    atomic_write(stage / "config.json", json.dumps(config, indent=2) + "\n")
-    save_weights(stage / f"{DIFFUSERS}.safetensors", tensors)
-    os.replace(stage, target)
+    with new_folder(target) as stage:
+        atomic_write(stage / "config.json", json.dumps(config, indent=2) + "\n")
+        save_weights(stage / f"{DIFFUSERS}.safetensors", tensors)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cmkit.denoiser import Cond, Denoiser
 from cmkit.errors import DataError, RecipeError
+from cmkit.noise import Noise
 
 Projection = Callable[[Tensor], Tensor]
 """x0_hat -> the nearest images that have what is known, (B, C, H, W) -> (B, C, H, W)."""
@@ -34,9 +35,8 @@ def edit(
     put back into every estimate; noise(k), k >= 1, is the k-th standard normal draw. RecipeError
     when the levels do not fall between sigma_max and sigma_min.
     """
+    check_levels(denoiser.noise, sigmas)
     low, high = denoiser.noise.sigma_min, denoiser.noise.sigma_max
-    if any(after >= before for before, after in pairwise([high, *sigmas, low])):
-        raise RecipeError(f"sigmas {list(sigmas)} must fall between {high} and {low}")
 
     def estimate(x: Tensor, sigma: float) -> Tensor:
         return project(denoiser(x, x.new_full((len(x),), sigma), cond).clamp(-1, 1))
@@ -47,6 +47,13 @@ def edit(
     return x0
 
 
+def check_levels(noise: Noise, sigmas: Sequence[float]) -> None:
+    """RecipeError when the levels do not fall between sigma_max and sigma_min."""
+    low, high = noise.sigma_min, noise.sigma_max
+    if any(after >= before for before, after in pairwise([high, *sigmas, low])):
+        raise RecipeError(f"sigmas {list(sigmas)} must fall between {high} and {low}")
+
+
 def colorize(known: Tensor) -> Projection:
     """Puts the brightness of `known` (B, 3, H, W) back: a a^T known + (1 - a a^T) x0_hat for each
     pixel, a = LUMINANCE / |LUMINANCE|."""
@@ -55,6 +62,11 @@ def colorize(known: Tensor) -> Projection:
     a = torch.tensor(LUMINANCE, dtype=torch.float64)
     a = (a / a.norm()).to(known).view(3, 1, 1)
     return lambda x0: x0 + a * (a * (known - x0)).sum(1, keepdim=True)
+
+
+def brightness(images: Tensor) -> Tensor:
+    """The brightness (B, 1, H, W) of images (B, 3, H, W)."""
+    return (images * images.new_tensor(LUMINANCE).view(3, 1, 1)).sum(1, keepdim=True)
 
 
 def superres(known: Tensor, patch: int = 8) -> Projection:

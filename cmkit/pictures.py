@@ -1,13 +1,25 @@
-"""Images as PNG files."""
+"""Images as PNG files, and picture files as images."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from einops import rearrange
 from torch import Tensor
 
+from cmkit.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+"""What is read. Pillow knows dozens more; some of them (PostScript) are programs."""
 CELL_PIXELS = 48
 GAP_GREY = 64
 
@@ -18,8 +30,6 @@ def grid_png(images: Tensor, columns: int | None = None) -> bytes:
     Images below 48 pixels are enlarged by a whole factor, without smoothing. A thin grey line keeps
     them apart.
     """
-    from PIL import Image
-
     count, channels, height, _ = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
@@ -31,7 +41,52 @@ def grid_png(images: Tensor, columns: int | None = None) -> bytes:
     )
     framed[:count, :, : large.shape[2], : large.shape[3]] = large
     sheet = rearrange(framed, "(r k) c h w -> (r h) (k w) c", k=columns)[:-gap, :-gap]
-    picture = Image.fromarray(sheet.squeeze(2).numpy() if channels == 1 else sheet.numpy())
+    return png(sheet.movedim(-1, 0))
+
+
+def png(image: Tensor) -> bytes:
+    """A PNG of the uint8 image (C, H, W), C = 1 or 3."""
+    from PIL import Image
+
+    pixels = image[0] if len(image) == 1 else image.movedim(0, -1)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    Image.fromarray(pixels.contiguous().numpy()).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def read_picture(path: Path, channels: int, sides: Collection[int]) -> Tensor:
+    """The picture file `path`, uint8 (channels, side, side) of one of `sides`.
+
+    A grey picture fills three channels. DataError for any other mismatch, and for no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            fault = _misfit(image, channels, sides)
+            mode = "RGB" if channels == 3 else "L"
+            pixels = None if fault else np.asarray(image.convert(mode))
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path}: no picture; give one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow's readers raise almost anything
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: cannot be read ({reason}); give another file") from error
+    if pixels is None:
+        raise DataError(f"{path}: {fault}")
+    return torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], channels).movedim(-1, 0)
+
+
+def _misfit(image: Image, channels: int, sides: Collection[int]) -> str:
+    """Why the model cannot take a picture, "" if it can."""
+    if channels not in (1, 3):
+        return f"a picture, and the model makes {channels} channels; pictures have 1 or 3"
+    if image.width != image.height or image.width not in sides:
+        wanted = " or ".join(f"{side}x{side}" for side in sides)
+        return f"{image.width}x{image.height} pixels, and {wanted} are wanted; resize it"
+    if image.has_transparency_data:
+        return "has transparency; lay it on a background first"
+    if image.mode not in ("1", "L", "P", "RGB"):
+        return f"mode {image.mode!r}, not 8 bits a channel; convert it to 8-bit RGB"
+    if channels == 1 and image.mode in ("P", "RGB"):
+        return "in colour, and grey is wanted; convert it to grey"
+    return ""

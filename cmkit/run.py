@@ -9,8 +9,9 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ import torch
 
 import cmkit
 from cmkit import checkpoint as files
-from cmkit.compose import Plan, at, build, check_disk, precision, steered, with_values
+from cmkit.compose import Plan, at, check_disk, precision, ready, with_values
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError, ResourceError
 from cmkit.kinds import Reference, Rescaler
 from cmkit.measure import measure
 from cmkit.pictures import grid_png
 from cmkit.plugins import Registry
+from cmkit.recipe import Recipe
 from cmkit.sample import Draws, SavedImages, npz, sample
 from cmkit.search import Cell, Drawn, Duel, best, confirm, interval, rerank, search, verdict
 from cmkit.stop import StopSignal
@@ -224,10 +226,10 @@ class Run:
                 self.stop.check(f"{len(finalists)} of {len(top)} best cells are scored again")
             top = best(finalists, 1)
         chosen = top[0]
-        winner = {axis: chosen[axis] for axis in axes}
+        winning = {axis: chosen[axis] for axis in axes}
         fought = files.read_jsonl(duels)
         yield StageStarted("confirm", len(fought), table.confirm_seeds)
-        rescaler = with_values(recipe, winner)
+        rescaler = with_values(recipe, winning)
         for duel in confirm(self.plan, denoiser, rescaler, reference, self.device, len(fought)):
             yield duel
             if isinstance(duel, Drawn):
@@ -250,7 +252,7 @@ class Run:
                 "images": table.rerank_images or 4 * table.images,
                 "cells": [{k: v for k, v in r.items() if k != "index"} for r in finalists],
             },
-            "best": {**winner, "score": chosen["score"]},
+            "best": {**winning, "score": chosen["score"]},
             "confirm": {
                 "images": table.confirm_images or table.images,
                 "seeds": [f"confirm-{record['index']}" for record in fought],
@@ -310,20 +312,13 @@ class Run:
 
     def _denoiser(self, name: str) -> Denoiser:
         """What the run samples from, its weights rounded to the `precision` key `name`."""
-        denoiser = build(self.plan, self.device)
-        if self.plan.recipe.train:
-            path = self.folder / "model.safetensors"
-            files.load_weights(denoiser.network, files.read_weights(path), str(path))
-        if precision(name, self.device) == "bf16":
-            denoiser.network.lower(torch.bfloat16)
-        return steered(self.plan, denoiser.eval())
+        plan = replace(self.plan, recipe=trained(self.plan.recipe, self.folder))
+        return ready(plan, self.device, name)
 
     def _rescaler(self) -> Rescaler | None:
         """The search's winner, or the recipe's own numbers."""
-        found = self.status.get("search")
-        if not found:
-            return self.plan.recipe.rescaler
-        return with_values(self.plan.recipe, {k: found["best"][k] for k in found["axes"]})
+        found = winner(self.status)
+        return with_values(self.plan.recipe, found) if found else self.plan.recipe.rescaler
 
     def _cells(self) -> int:
         assert self.plan.recipe.search is not None
@@ -331,6 +326,32 @@ class Run:
         for values in self.plan.recipe.search.grid.values():
             total *= len(values)
         return total
+
+
+def trained(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe that starts from what its training, if any, left in `folder`."""
+    if not recipe.train:
+        return recipe
+    weights = str(folder / "model.safetensors")
+    table = recipe.denoiser.model_copy(update={"weights": weights, "init": None})
+    return replace(recipe, denoiser=table)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What the finished stages of a run folder left to say, by stage."""
+    path = folder / "status.json"
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete it to redo the stages") from error
+
+
+def winner(status: Mapping[str, Any]) -> dict[str, Any]:
+    """The rescaler's values that the search found best; none before the search is finished."""
+    found = status.get("search")
+    return {axis: found["best"][axis] for axis in found["axes"]} if found else {}
 
 
 def run_folder(plan: Plan, out: Path) -> Path:
@@ -360,7 +381,7 @@ def run(
         _keep_recipe(plan, folder)
         environment = describe_environment(plan, registry, device)
         _write_json(folder / "environment.json", environment)
-        status = _read_json(folder / "status.json")
+        status = read_status(folder)
         job = Run(plan, registry, folder, device, stop, status)
         for weights in plan.downloads:
             for event in download(weights):
@@ -416,13 +437,20 @@ def peak_memory_mib(device: torch.device) -> float:
 
 def _keep_recipe(plan: Plan, folder: Path) -> None:
     path, text = folder / "recipe.toml", plan.recipe.toml()
-    if path.exists() and path.read_text("utf-8") != text:
+    if path.exists() and _toml(path) != tomllib.loads(text):  # keys may have changed places
         raise CheckpointError(
             f"{path}: is not the recipe that this folder is named after; restore it, or run with"
             " another --out"
         )
     if not path.exists():
         files.atomic_write(path, text)
+
+
+def _toml(path: Path) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except ValueError:
+        return None
 
 
 def _tell_plugins(registry: Registry, folder: Path, report: dict[str, Any]) -> Iterator[str]:
@@ -441,15 +469,6 @@ def _tell_plugins(registry: Registry, folder: Path, report: dict[str, Any]) -> I
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     files.atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete it to redo the stages") from error
 
 
 def _version(package: str) -> str:

@@ -36,6 +36,8 @@ class Draws:
     data: DataSpec
     seed: int
     purpose: str = "sample"
+    classes: tuple[int, ...] = ()
+    """Labels to take in turns instead: image k gets the one at k modulo their number."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -47,7 +49,9 @@ class Draws:
         return image_noise(self.seed, self.purpose, indices, k, self.shape)
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
-        """Uniform labels of these images, (B,), or None without classes."""
+        """Uniform labels of these images unless given, (B,), or None without classes."""
+        if self.classes:
+            return torch.tensor([self.classes[index % len(self.classes)] for index in indices])
         if not self.data.num_classes:
             return None
         return image_labels(self.seed, self.purpose, indices, self.data.num_classes)
@@ -84,12 +88,7 @@ def sample(
     for start in starts(draws, denoiser.noise.sigma_max, indices, batch, device):
         with cast:
             x0 = sampler.sample(denoiser, start.x, start.cond, start.noise)
-        if not x0.isfinite().all():
-            raise NonFiniteError(
-                f"sample: images {start.rows.start} to {start.rows.stop - 1} hold NaN or infinity;"
-                ' try precision = "fp32" and scales nearer to 1'
-            )
-        yield Batch(start.rows.start, to_uint8(x0).cpu(), start.labels)
+        yield Batch(start.rows.start, finite_uint8(x0, start.rows), start.labels)
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,16 @@ def starts(
             return drawn.to(device, memory_format=torch.channels_last, non_blocking=True)
 
         yield Start(rows, sigma_max * noise(0), Cond(label=labels).to(device), noise, labels)
+
+
+def finite_uint8(x0: Tensor, rows: range) -> Tensor:
+    """`to_uint8` of the images `rows`, on the CPU; NonFiniteError where they hold no numbers."""
+    if not x0.isfinite().all():
+        raise NonFiniteError(
+            f"sample: images {rows.start} to {rows.stop - 1} hold NaN or infinity;"
+            ' try precision = "fp32" and scales nearer to 1'
+        )
+    return to_uint8(x0).cpu()
 
 
 def to_uint8(x0: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """One thread: on a busy machine more are slower, and bits depend on their number."""
 
 import os
+import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,3 +25,23 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def cmkit(monkeypatch, capsys, tmp_path):
+    """Call the command line in a fresh folder; (exit code, stdout, stderr)."""
+    from cmkit.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cmkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

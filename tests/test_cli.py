@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -11,26 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cmkit.cli import main
 from tests.test_run import RECIPE
-
-
-@pytest.fixture
-def cmkit(monkeypatch, capsys, tmp_path):
-    """Call the command line in a fresh folder; (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cmkit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -346,6 +346,23 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(b"\0" * 99))
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "bmp", "tif", "gif", "ppm"])
+def test_common_formats_are_read(tmp_path, ending):
+    Image.new("RGB", (8, 8), (200, 100, 50)).save(tmp_path / f"one.{ending}")
+    image = ImageFolder(path=str(tmp_path), resolution=8).reference().images[0]
+    assert (image.float().mean((1, 2)) - torch.tensor([200.0, 100.0, 50.0])).abs().max() < 3
+
+
+@pytest.mark.parametrize("format", ["EPS", "PDF", "TGA", "ICO", "PCX", "SGI"])
+def test_formats_that_nobody_trains_on_are_not_even_tried(tmp_path, format, monkeypatch):
+    """PostScript is a program, and rare decoders are rarely looked at."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "one.png", format)
+    monkeypatch.setattr("subprocess.check_call", lambda *_: pytest.fail("ran Ghostscript"))
+    with pytest.raises(DataError) as error:
+        ImageFolder(path=str(tmp_path), resolution=8).spec()
+    one_line(error, tmp_path / "one.png", "not a picture of PNG, JPEG")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -25,7 +25,7 @@ FLOORS = {
         "pictures",
         "figures",
     },
-    3: {"run", "report", "compare", "testing", "new"},
+    3: {"run", "draw", "report", "compare", "testing", "new"},
     4: {"ui", "cli", "__init__"},
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -58,9 +58,10 @@ TINY = {
         "norm_channels": 4,
     },
 }
+OPENAI_TINY = tuple(name for name, fields in TINY.items() if "time_scale" not in fields)
 EXPRESSIBLE = {
-    "openai": tuple(TINY),
-    "guided-diffusion": tuple(TINY),
+    "openai": OPENAI_TINY,
+    "guided-diffusion": OPENAI_TINY,
     "diffusers": ("head width", "one level"),
     "edm": ("wide", "narrow"),
 }
@@ -378,6 +379,9 @@ def test_weights_that_a_project_has_no_place_for_are_refused():
         ("edm", "wide", {"use_scale_shift_norm": False}, r"use_scale_shift_norm = false: "),
         ("edm", "wide", {"norm_groups": 16}, r"norm_groups = 16: .* with 32; give that"),
         ("edm", "wide", {"time_scale": 1000.0}, r"time_scale = 1000\.0: .* with 1; give that"),
+        ("openai", "pooled", {"time_scale": 1.0}, r"time_scale = 1\.0: .* with 1000; give that"),
+        ("guided-diffusion", "pooled", {"time_scale": 4.0}, r"time_scale = 4\.0: .* with 1000"),
+        ("diffusers", "head width", {"time_scale": 1.0}, r"time_scale = 1\.0: .* with 1000"),
         ("edm", "wide", {"num_head_channels": 32}, r"num_heads: .* 32 channels wide.* 64; give"),
         ("edm", "narrow", {"norm_channels": 1}, r"norm_channels = 1: .* 16 groups .* 64 channels"),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.dit import DiT
+from cmkit_std.backbones.songunet import SongUNet
 from cmkit_std.discrete import Discrete, DiscreteNoise, Schedule
 from cmkit_std.objectives.edm import EDM
 from cmkit_std.objectives.lcm import LCM
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from cmkit import Cond, DataSpec, Denoiser, Guided, Models, Noise, RecipeError, Rng, discover
-from cmkit.compose import build, plan, steered
+from cmkit.compose import plan, ready
 from cmkit.recipe import load
 from cmkit.sample import Draws, sample
 from cmkit.train import start, train
@@ -167,9 +168,12 @@ def test_ranges_that_make_no_sense_are_refused(options, said):
         LCM(**options)
 
 
+SONG = SongUNet(channels=16, channel_mult=(1,), num_res_blocks=1, null_class=True)
+
+
+@pytest.mark.parametrize("options", [ADM(**SMALL, null_class=True), SONG], ids=["adm", "songunet"])
 @torch.no_grad()
-def test_fresh_guidance_embedding_changes_no_bit():
-    options = ADM(**SMALL, null_class=True)
+def test_fresh_guidance_embedding_changes_no_bit(options):
     plain, steered_ = (options.build(DATA, LABEL | extra) for extra in (set(), {"guidance"}))
     filled(plain)
     fresh = steered_.state_dict()
@@ -185,8 +189,8 @@ def test_fresh_guidance_embedding_changes_no_bit():
 
 @pytest.mark.parametrize(
     "options",
-    [ADM(**SMALL, null_class=True), DiT(width=32, depth=1, num_heads=2, null_class=True)],
-    ids=["adm", "dit"],
+    [ADM(**SMALL, null_class=True), DiT(width=32, depth=1, num_heads=2, null_class=True), SONG],
+    ids=["adm", "dit", "songunet"],
 )
 @torch.no_grad()
 def test_absent_label_means_the_null_class(options):
@@ -194,7 +198,6 @@ def test_absent_label_means_the_null_class(options):
     x, c_noise = torch.randn(3, 1, 8, 8), torch.zeros(3)
     null = Cond(label=torch.full((3,), network.null_label))
     assert network.null_label == 10
-    assert network.label.num_embeddings == 11
     assert torch.equal(network(x, c_noise, Cond(), {}), network(x, c_noise, null, {}))
     assert type(options)(**{**options.model_dump(), "null_class": False}).build(
         DATA, LABEL
@@ -262,14 +265,22 @@ precision = "fp32"
 
 
 @pytest.fixture
-def planned(tmp_path):
-    """Plans the recipe above with overrides, and without some of its text."""
+def planned(tmp_path, request):
+    """Plans the recipe above with overrides, and without some of its text; its backbone is `adm`
+    unless a test gives another."""
     weights = tmp_path / "teacher.safetensors"
-    teacher = filled(ADM(**SMALL, null_class=True).build(DATA, LABEL))
+    backbone = getattr(request, "param", ADM(**SMALL, null_class=True))
+    teacher = filled(backbone.build(DATA, LABEL))
     save_file(teacher.state_dict(), weights)
 
     def of(*overrides, drop=(), put=()):
         text = RECIPE.replace("WEIGHTS", str(weights))
+        if backbone is SONG:
+            put = [
+                *put,
+                ("num_head_channels = 16\n", ""),
+                ('use = "adm"\nchannels = 32', 'use = "songunet"\nchannels = 16'),
+            ]
         for old in drop:
             assert old in text
             text = text.replace(old, "")
@@ -283,6 +294,9 @@ def planned(tmp_path):
     return of
 
 
+@pytest.mark.parametrize(
+    "planned", [ADM(**SMALL, null_class=True), SONG], indirect=True, ids=["adm", "songunet"]
+)
 def test_student_is_its_teacher_with_a_fresh_guidance_embedding_that_learns(planned):
     found = planned()
     assert found.conditions == {"label", "guidance"}
@@ -302,7 +316,7 @@ def test_evaluations_are_those_that_the_plan_says(planned, embedded):
     put = () if embedded else [('use = "lcm", num_sigmas = 11, skip = 2, w_min = 0.0, w_max = 3.0',
                                 'use = "edm", label_dropout = 0.1')]  # fmt: skip
     found = planned(put=put)
-    denoiser = steered(found, build(found, CPU).eval())
+    denoiser = ready(found, CPU, "fp32")
     calls = counted(denoiser.network)
     draws = Draws(found.data, 0)
     list(sample(denoiser, found.recipe.sampler, draws, range(2), 2, CPU, "fp32"))

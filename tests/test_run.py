@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomlkit
 import torch
 from cmkit_std.metrics.fidelity import Fidelity, FidelityMeter
 
@@ -25,8 +27,9 @@ from cmkit import (
 )
 from cmkit.checkpoint import latest_checkpoint, load_weights, lock, read_jsonl, read_weights
 from cmkit.compose import build, plan, with_values
+from cmkit.draw import draw, drawn_from
 from cmkit.recipe import load
-from cmkit.run import RunFinished, Saved, run
+from cmkit.run import RunFinished, Saved, _keep_recipe, run
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
 from cmkit.search import Cell, best, interval, search, verdict
 from cmkit.stop import StopSignal
@@ -194,6 +197,32 @@ def test_a_search_hands_images_to_the_metric_as_they_are_drawn(recipe, monkeypat
     found = list(search(made, build(made, CPU), made.recipe.dataset.reference(), CPU))
     assert len([event for event in found if isinstance(event, Cell)]) == 4
     assert sizes == {35}
+
+
+def test_a_folder_keeps_its_recipe_whatever_the_order_of_keys(recipe, tmp_path):
+    made, kept = plan(load(recipe, [], discover())), tmp_path / "recipe.toml"
+    _keep_recipe(made, tmp_path)
+    tables = tomllib.loads(kept.read_text())
+    turned = {key: v for key, v in tables.items() if not isinstance(v, dict)}
+    turned |= {k: dict(reversed(v.items())) for k, v in tables.items() if isinstance(v, dict)}
+    kept.write_text(tomlkit.dumps(turned))
+    _keep_recipe(made, tmp_path)
+    for other in (kept.read_text().replace("end_scales = 5", "end_scales = 6"), "damaged ["):
+        kept.write_text(other)
+        with pytest.raises(CheckpointError, match="restore it"):
+            _keep_recipe(made, tmp_path)
+
+
+def test_images_drawn_from_a_run_are_its_samples_and_it_stays_untouched(whole, tmp_path):
+    folder, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    recipe = drawn_from(folder, [], discover(), 5)
+    *_, last = draw(recipe, recipe.seed, [], tmp_path / "five.npz", CPU)
+    saved = SavedImages(sorted((folder / "samples").glob("*.npz")))
+    drawn = SavedImages([tmp_path / "five.npz"])
+    assert torch.equal(torch.stack(list(drawn)), torch.stack([saved[i] for i in range(5)]))
+    assert last.result["scales"] == whole[1]["stages"]["sample"]["scales"]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 def test_the_winner_is_judged_on_noise_that_the_search_never_saw(whole):

@@ -5,29 +5,38 @@ from __future__ import annotations
 import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
+from cmkit_std.backbones.songunet import SongUNet
 from cmkit_std.rescalers.global_ import Global
 from cmkit_std.samplers.multistep import Multistep
 from torch import Tensor
 
 from cmkit import Cond, DataSpec, Denoiser
 from cmkit.denoiser import Encodings
+from cmkit.kinds import Backbone
 from cmkit.search import _rows
 
 SMALL = {"channels": 32, "channel_mult": (1, 2, 3), "num_res_blocks": 1, "num_head_channels": 16}
-OPTIONS = {
-    "as ImageNet-64": {"use_scale_shift_norm": True, "resblock_updown": True},
-    "as LSUN-256": {"use_scale_shift_norm": False, "resblock_updown": True, "norm_groups": 8},
+SONG = {"channels": 32, "channel_mult": (1, 2, 3), "num_res_blocks": 1}
+BACKBONES = {
+    "as ImageNet-64": ADM(**SMALL, use_scale_shift_norm=True, resblock_updown=True),
+    "as LSUN-256": ADM(**SMALL, use_scale_shift_norm=False, resblock_updown=True, norm_groups=8),
     # 96 + 64 and 64 + 32 channels in groups of 10 and 6: some groups hold both halves
-    "straddling groups": {"norm_groups": 16},
+    "straddling groups": ADM(**SMALL, norm_groups=16),
+    "ddpmpp": SongUNet(**SONG),  # 96 + 64 channels in groups of 5
+    "ncsnpp": SongUNet(
+        **SONG, encoder_type="residual", embedding_type="fourier", resample_filter=(1, 3, 3, 1)
+    ),
+    "pictures": SongUNet(**SONG, encoder_type="skip", decoder_type="skip"),
 }
+BACKBONE = ADM(**SMALL)
 GRID = [0.7, 0.9, 1.0, 1.1, 1.4]
 
 
-def denoiser(labels: bool = False, **options) -> Denoiser:
+def denoiser(backbone: Backbone = BACKBONE, labels: bool = False) -> Denoiser:
     """A network that no zero initialisation makes blind."""
     torch.manual_seed(0)
     data = DataSpec(3, 16, 5 if labels else None)
-    network = ADM(**SMALL, **options).build(data, frozenset({"label"} if labels else ()))
+    network = backbone.build(data, frozenset({"label"} if labels else ()))
     for parameter in network.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -43,10 +52,10 @@ def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("backbone", BACKBONES.values(), ids=BACKBONES)
 @torch.inference_mode()
-def test_cells_that_share_the_encoder_have_the_images_of_the_plain_path(options):
-    model = denoiser(labels=True, **options)
+def test_cells_that_share_the_encoder_have_the_images_of_the_plain_path(backbone):
+    model = denoiser(backbone, labels=True)
     x, cond = x_and_cond(model, labels=True)
     sigma = x.new_full((3,), model.noise.sigma_max)
     encodings = Encodings(x)
@@ -58,26 +67,26 @@ def test_cells_that_share_the_encoder_have_the_images_of_the_plain_path(options)
             assert rms(shared - plain) <= 1e-5 * rms(plain), (skip, emb)
 
 
+@pytest.mark.parametrize("name", ["straddling groups", "ncsnpp"])
 @torch.inference_mode()
-def test_groups_of_skip_channels_are_really_shared(monkeypatch):
+def test_groups_of_skip_channels_are_really_shared(monkeypatch, name):
     """Else the test above would compare the plain path with itself."""
-    from cmkit_std.backbones.adm_unet import ResBlock
+    from cmkit_std.backbones import adm_unet, songunet_network
 
-    joined = []
-    original = ResBlock.joined
-    monkeypatch.setattr(
-        ResBlock, "joined", lambda self, *args: joined.append(1) or original(self, *args)
-    )
-    model = denoiser(**OPTIONS["straddling groups"])
+    joined, original = [], adm_unet.joined
+    for module in (adm_unet, songunet_network):
+        monkeypatch.setattr(module, "joined", lambda *args: joined.append(1) or original(*args))
+    model = denoiser(BACKBONES[name])
     x, cond = x_and_cond(model)
     model.rescaled(Global(skip=0.98), Encodings(x))(x, x.new_full((3,), 80.0), cond)
-    assert len(joined) == len(model.network.decoder)
+    assert len(joined) == sum(site.startswith("skip") for site in model.network.sites) > 0
 
 
 @pytest.mark.parametrize("skip", [0.0, -0.5, 1e-3])
+@pytest.mark.parametrize("name", ["as ImageNet-64", "ddpmpp"])
 @torch.inference_mode()
-def test_scales_that_a_norm_does_not_undo_take_the_plain_path(skip):
-    model = denoiser(**OPTIONS["as ImageNet-64"])
+def test_scales_that_a_norm_does_not_undo_take_the_plain_path(skip, name):
+    model = denoiser(BACKBONES[name])
     x, cond = x_and_cond(model)
     sigma = x.new_full((3,), 80.0)
     plain = model.rescaled(Global(skip=skip))(x, sigma, cond)

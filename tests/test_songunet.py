@@ -266,6 +266,26 @@ def test_label_chooses_a_column_and_absent_is_the_zero_vector():
 
 
 @torch.no_grad()
+def test_null_class_is_the_vector_of_zeros_and_takes_no_weights():
+    """What EDM's label_dropout leaves of a label."""
+    network = network_of(DDPM | {"null_class": True})
+    plain = network_of(DDPM)
+    assert (network.null_label, plain.null_label) == (10, None)
+    plain.load_state_dict(network.state_dict())
+    x, c_noise, _ = inputs()
+    cond = Cond(label=torch.tensor([4, 10, 0]))
+    out, absent = network(x, c_noise, cond, {}), plain(x, c_noise, Cond(), {})
+    assert torch.equal(network(x, c_noise, Cond(), {}), absent)
+    torch.testing.assert_close(out[1], absent[1])
+    given = plain(x, c_noise, Cond(label=torch.tensor([4, 4, 0])), {})
+    torch.testing.assert_close(out[::2], given[::2])
+    assert not torch.allclose(given[1], absent[1])
+    with pytest.raises(IndexError):
+        plain(x, c_noise, cond, {})
+    assert network_of(DDPM | {"label_dropout": 0.1}).null_label == 10
+
+
+@torch.no_grad()
 def test_labels_are_withheld_in_training_alone():
     network = network_of(DDPM | {"label_dropout": 0.5})
     x, c_noise, _ = inputs(8)
@@ -391,7 +411,12 @@ def test_default_options_fit_common_pictures(resolution):
             r" 28, 14, 7",
         ),
         ({}, DataSpec(1, 8), ("label",), r"cannot embed labels, num_classes .* is None; choose"),
-        ({}, DataSpec(1, 8, 10), ("text",), r"cannot embed text; it accepts label, sigma_to"),
+        (
+            {},
+            DataSpec(1, 8, 10),
+            ("text",),
+            "cannot embed text; it accepts guidance, label",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused_with_a_cure(options, data, conditions, message):

@@ -43,8 +43,8 @@ def test_converted_network_computes_the_official_function(name, dtype):
     )
     source = OPENAI.cases["unet_A"]["config"]
     data = DataSpec(source["in_channels"], source["image_size"], source["num_classes"])
-    options = options_of(source)
-    layout = diffusers_layout(options, data)
+    options = options_of(source)  # of time steps as they are, which the layout has no name for
+    layout = diffusers_layout(options.model_copy(update={"time_scale": 1000.0}), data)
     network = options.build(data, frozenset({"label"})).to(dtype).eval()
     shapes = {key: tuple(t.shape) for key, t in to_openai(network.state_dict()).items()}
     converted = layout.write(from_openai(OPENAI.weights(shapes, dtype)))

@@ -131,7 +131,7 @@ class ADM(Backbone):
         from cmkit_std.backbones import adm_diffusers, adm_edm, adm_layouts
 
         return (
-            adm_layouts.OPENAI,
+            adm_layouts.openai(self),
             adm_layouts.guided_diffusion(self),
             adm_diffusers.layout(self, data),
             adm_edm.layout(self, data),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cmkit.errors import CheckpointError
 from cmkit.kinds import DataSpec, Layout
-from cmkit_std.backbones.adm_layouts import head_widths, places
+from cmkit_std.backbones.adm_layouts import check_time_scale, head_widths, places
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.adm import ADM
@@ -129,6 +129,7 @@ def _check(options: ADM, data: DataSpec) -> None:
             f" groups to levels of {narrow} channels, and diffusers' UNet2DModel has"
             f" {options.norm_groups} everywhere; only norm_channels = 1 can be expressed"
         )
+    check_time_scale(options, "diffusers' CMStochasticIterativeScheduler")
 
 
 def _modules(options: ADM, data: DataSpec) -> dict[str, str]:

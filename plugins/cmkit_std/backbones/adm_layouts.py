@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
+from cmkit.errors import CheckpointError
 from cmkit.kinds import Layout
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _NAMES = {
     "proj": "proj_out",
 }
 """Component of a key here -> there. Others (qkv, norm, conv, numbers, weight) are the same."""
+TIME_SCALE = 1000
+"""`time_scale` of OpenAI's networks, and of their like in diffusers."""
 _OWN_NAMES = {official: own for own, official in _NAMES.items()}
 
 
@@ -67,8 +70,19 @@ def _has_attention_of_rank(rank: int, state: Mapping[str, Tensor]) -> bool:
     return "input_blocks.0.0.weight" in state and qkv is not None and qkv.ndim == rank
 
 
-OPENAI = Layout("openai", partial(_has_attention_of_rank, 4), from_openai, to_openai)
-"""openai/consistency_models; also sony/ctm, which adds `time_embed_s` and `emb_layers_s`."""
+def openai(options: ADM) -> Layout:
+    """The layout of openai/consistency_models; also of sony/ctm, which adds `time_embed_s` and
+    `emb_layers_s`."""
+
+    def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_time_scale(options, "openai/consistency_models")
+        return from_openai(state)
+
+    def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_time_scale(options, "openai/consistency_models")
+        return to_openai(state)
+
+    return Layout("openai", partial(_has_attention_of_rank, 4), read, write)
 
 
 def guided_diffusion(options: ADM) -> Layout:
@@ -82,12 +96,14 @@ def guided_diffusion(options: ADM) -> Layout:
         return options.heads(len(qkv) // 3, decoder=key.startswith("decoder."))
 
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_time_scale(options, "guided-diffusion")
         return {
             key: regrouped(t, (heads(key, t), 3, -1), (1, 0, 2)) if is_qkv(key) else t
             for key, t in from_openai(state).items()
         }
 
     def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_time_scale(options, "guided-diffusion")
         theirs = {
             key: regrouped(t, (3, heads(key, t), -1), (1, 0, 2)) if is_qkv(key) else t
             for key, t in state.items()
@@ -99,6 +115,16 @@ def guided_diffusion(options: ADM) -> Layout:
         return to_openai(flat)
 
     return Layout("guided-diffusion", partial(_has_attention_of_rank, 3), read, write)
+
+
+def check_time_scale(options: ADM, project: str) -> None:
+    """CheckpointError unless time steps are those of OpenAI's projects, about 0 to 1000: names and
+    shapes do not tell, and other steps draw other pictures."""
+    if options.time_scale != TIME_SCALE:
+        raise CheckpointError(
+            f"backbone.time_scale = {options.time_scale}: {project} computes with"
+            f" {TIME_SCALE}; give that, or weights of another project"
+        )
 
 
 def is_qkv(key: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,7 @@ from cmkit.denoiser import Cond, Network, Scales
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.adm import ADM
+    from cmkit_std.backbones.songunet_network import Block
 
 MAX_PERIOD = 10_000
 GUIDANCE_WAVES = 256
@@ -55,7 +56,7 @@ class UNet(Network):
         self.guidance = None
         if guidance:
             # A condition that is added to trained weights changes nothing at first.
-            self.guidance = _silent(nn.Linear(GUIDANCE_WAVES, options.channels, bias=False))
+            self.guidance = silent(nn.Linear(GUIDANCE_WAVES, options.channels, bias=False))
         self.label_sigma_to = options.label_sigma_to
 
         def block(before: int, after: int, resample: Resampling = None) -> ResBlock:
@@ -137,12 +138,7 @@ class UNet(Network):
         Beside the features it holds what every decoder block can compute of its skip alone.
         """
         h, skips, films = self._encode(x, c_noise, cond, scales)
-        halves, width = [], h.shape[1]
-        for skip, stage in zip(reversed(skips), self.decoder, strict=True):
-            halves.append(stage[0].half(skip, width))
-            width = stage[0].conv1.out_channels
-        shift = torch.stack([half.shift for half in halves]).max().item()
-        return Encoded(h, skips, films, halves, shift)
+        return encoded(h, skips, films, [stage[0] for stage in self.decoder])
 
     def decode(self, encoded: Encoded, scales: Scales) -> Tensor:
         """F as of `forward` for any scales of the skips; the same up to `MAX_SHIFT` of rounding."""
@@ -151,10 +147,10 @@ class UNet(Network):
             return self._decode(h, encoded.skips, films, scales)
         one, following = h.new_ones(()), iter(films)
         sites = reversed(range(len(encoded.skips)))
-        for i, stage, half in zip(sites, self.decoder, encoded.halves, strict=True):
+        for i, stage, own in zip(sites, self.decoder, encoded.halves, strict=True):
             first, *rest = stage
             scale = scales.get(f"skip.{i}", one)
-            h = first.joined(h, encoded.skips[i], half, scale, next(following))
+            h = joined(first, h, encoded.skips[i], own, scale, next(following))
             for layer in rest:
                 h = layer(h, next(following)) if isinstance(layer, ResBlock) else layer(h)
         return self._out(h)
@@ -259,6 +255,54 @@ class Encoded:
         return True
 
 
+def encoded(
+    h: Tensor, skips: list[Tensor], films: list[Tensor], blocks: Sequence[ResBlock | Block]
+) -> Encoded:
+    """The middle's features h, the encoder's `skips`, the decoder's `films`, and the halves of the
+    decoder's `blocks` that join a skip."""
+    halves, width = [], h.shape[1]
+    for skip, block in zip(reversed(skips), blocks, strict=True):
+        halves.append(half(block, skip, width))
+        width = block.conv1.out_channels
+    shift = torch.stack([own.shift for own in halves]).max().item()
+    return Encoded(h, skips, films, halves, shift)
+
+
+def half(block: ResBlock | Block, skip: Tensor, width: int) -> Half:
+    """Terms of `skip`, which follows `width` other channels in the input of `block`."""
+    norm, conv1 = block.norm1, block.conv1
+    group = norm.num_channels // norm.num_groups
+    kept = -(-width // group) * group
+    alone = skip[:, kept - width :]
+    normed = norm.part(alone, slice(kept, None))
+    spread = alone.float().unflatten(1, (-1, group)).var(dim=(2, 3, 4), correction=0)
+    return Half(
+        kept,
+        conv1.weight[:, :kept].contiguous(memory_format=torch.channels_last),
+        F.conv2d(silu(normed), conv1.weight[:, kept:], padding=1),
+        mixed(skip, block.shortcut.weight[:, width:]),
+        (0.5 * norm.eps / (spread + norm.eps)).amax(),
+    )
+
+
+def joined(
+    block: ResBlock | Block, h: Tensor, skip: Tensor, half: Half, scale: Tensor, film: Tensor
+) -> Tensor:
+    """Shortcut and branch of `block` on h and the scaled skip, summed, with the terms of `half`
+    taken from there."""
+    width = h.shape[1]
+    x = h
+    if half.kept > width:  # a group holds channels of both
+        x = torch.cat([h, scaled(skip[:, : half.kept - width], scale)], dim=1)
+    active = silu(block.norm1.part(x, slice(half.kept)))
+    y = F.conv2d(active, half.weight, block.conv1.bias, padding=1)
+    across = mixed(h, block.shortcut.weight[:, :width], block.shortcut.bias)
+    out = added(block.second(added(y, half.conv1), film), across)
+    if out.dtype == scale.dtype:
+        return out.addcmul_(half.shortcut, scale.view(-1, 1, 1, 1))
+    return added(out, scaled(half.shortcut, scale))
+
+
 Resampling = Literal["up", "down"] | None
 
 
@@ -319,41 +363,12 @@ class ResBlock(nn.Module):
             return checkpoint(self._forward, x, film, use_reentrant=False)
         return self._forward(x, film)
 
-    def half(self, skip: Tensor, width: int) -> Half:
-        """Terms of `skip`, which follows `width` other channels in the input of this block."""
-        group = self.norm1.num_channels // self.norm1.num_groups
-        kept = -(-width // group) * group
-        alone = skip[:, kept - width :]
-        normed = self.norm1.part(alone, slice(kept, None))
-        spread = alone.float().unflatten(1, (-1, group)).var(dim=(2, 3, 4), correction=0)
-        return Half(
-            kept,
-            self.conv1.weight[:, :kept].contiguous(memory_format=torch.channels_last),
-            F.conv2d(silu(normed), self.conv1.weight[:, kept:], padding=1),
-            mixed(skip, self.shortcut.weight[:, width:]),
-            (0.5 * self.norm1.eps / (spread + self.norm1.eps)).amax(),
-        )
-
-    def joined(self, h: Tensor, skip: Tensor, half: Half, scale: Tensor, film: Tensor) -> Tensor:
-        """`forward` of h and the scaled skip, with the terms of `half` taken from there."""
-        width = h.shape[1]
-        x = h
-        if half.kept > width:  # a group holds channels of both
-            x = torch.cat([h, scaled(skip[:, : half.kept - width], scale)], dim=1)
-        active = silu(self.norm1.part(x, slice(half.kept)))
-        conv1, shortcut = self.conv1, self.shortcut
-        y = F.conv2d(active, half.weight, conv1.bias, padding=1)
-        across = mixed(h, shortcut.weight[:, :width], shortcut.bias)
-        out = added(self._second(added(y, half.conv1), film), across)
-        if out.dtype == scale.dtype:
-            return out.addcmul_(half.shortcut, scale.view(-1, 1, 1, 1))
-        return added(out, scaled(half.shortcut, scale))
-
     def _forward(self, x: Tensor, film: Tensor) -> Tensor:
         h = self.conv1(self.resample(silu(self.norm1(x))))
-        return added(self._second(h, film), self.shortcut(self.resample(x)))
+        return added(self.second(h, film), self.shortcut(self.resample(x)))
 
-    def _second(self, h: Tensor, film: Tensor) -> Tensor:
+    def second(self, h: Tensor, film: Tensor) -> Tensor:
+        """The branch after conv1, (B, C', H', W'), of its output h."""
         film = film[:, :, None, None]
         if self.scale_shift:
             scale, shift = film.chunk(2, dim=1)
@@ -520,7 +535,7 @@ def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
-def _silent(layer: nn.Linear) -> nn.Linear:
+def silent(layer: nn.Linear) -> nn.Linear:
     """`layer`, without a bias, with zero weights."""
     nn.init.zeros_(layer.weight)
     return layer

@@ -54,10 +54,12 @@ of 64 pixels channel_mult = [1, 2, 2, 2]."""
 class SongUNet(Backbone):
     """Convolutional U-Net of EDM on CIFAR-10: DDPM++, on which ECT, CTM and iCT build, and NCSN++.
 
-    Embeds labels, and the target noise level of CTM by a second path beside that of sigma.
+    Embeds labels, the guidance weight of LCM, and the target noise level of CTM by a second path
+    beside that of sigma. The weight starts without effect, so that it can be added to trained
+    weights.
     """
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"label", "sigma_to"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
     published: ClassVar[dict[str, str]] = published("edm", _EDM_FILES)
 
     preset: Literal["ddpmpp", "ncsnpp"] | None = None
@@ -97,7 +99,12 @@ class SongUNet(Backbone):
     """Probability with which an activation of a residual block is dropped in training; on CIFAR-10
     EDM takes 0.13, ECT 0.2, iCT 0.3."""
     label_dropout: float = Field(0.0, ge=0, le=1)
-    """Probability with which an image's label is withheld in training."""
+    """Probability with which an image's label is withheld in training; above 0 there is a null
+    class."""
+    null_class: bool = False
+    """With a class more, for none: zeros in the place of a label's vector, which are what EDM's
+    label_dropout leaves, so that it takes no weights. Guidance needs it, and label_dropout, here or
+    the objective's, trains it."""
     augment_dim: int = Field(0, ge=0, le=1024)
     """Width of EDM's augmentation labels: 9 in its published weights. They embed as zeros here."""
     gradient_checkpointing: bool = False
@@ -134,6 +141,7 @@ class SongUNet(Backbone):
             out_channels=data.channels,
             resolution=data.resolution,
             num_classes=data.num_classes if "label" in conditions else None,
+            guidance="guidance" in conditions,
             sigma_to="sigma_to" in conditions,
         )
 

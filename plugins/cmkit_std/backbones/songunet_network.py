@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
@@ -14,11 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 from cmkit.denoiser import Cond, Network, Scales
 from cmkit_std.backbones.adm_unet import (
+    GUIDANCE_WAVES,
     MAX_PERIOD,
+    Encoded,
+    Half,
     Norm,
     attend,
+    encoded,
     full_precision,
+    guidance_waves,
+    joined,
     scaled,
+    silent,
     silu,
     widened,
 )
@@ -33,6 +40,8 @@ HALF = math.sqrt(0.5)
 NEARLY_ZERO = 1e-5
 """Gain of the last layer of a branch, so that a fresh block nearly passes its input on."""
 Resampling = Literal["up", "down"] | None
+Join = Callable[["Block", Tensor, Tensor], Tensor]
+"""A block of the decoder on features and the next skip, with its film."""
 
 
 class SongUNet(Network):
@@ -48,10 +57,13 @@ class SongUNet(Network):
         out_channels: int,
         resolution: int,
         num_classes: int | None = None,
+        guidance: bool = False,
         sigma_to: bool = False,
     ):
         super().__init__()
         self.label_dropout = options.label_dropout
+        if options.null_class or options.label_dropout:
+            self.null_label = num_classes
         noise_channels = options.channels * options.channel_mult_noise
         emb_channels = options.channels * options.channel_mult_emb
         self.noise = (
@@ -65,6 +77,10 @@ class SongUNet(Network):
             if options.augment_dim
             else None
         )
+        self.guidance = None
+        if guidance:
+            # A condition that is added to trained weights changes nothing at first.
+            self.guidance = silent(nn.Linear(GUIDANCE_WAVES, noise_channels, bias=False))
         self.time = _mlp(noise_channels, emb_channels)
         self.time_s = _mlp(noise_channels, emb_channels) if sigma_to else None
 
@@ -109,6 +125,7 @@ class SongUNet(Network):
                 skips.append(last)
             self.encoder[str(side)] = level
         self.sites = tuple(f"skip.{i}" for i in range(len(skips)))
+        self.late = frozenset(self.sites)
 
         self.decoder = nn.ModuleDict()
         for n, (width, side) in reversed(list(enumerate(levels))):
@@ -146,14 +163,63 @@ class SongUNet(Network):
 
         Without a label its vector is zero, and so are the augmentation labels, (B, augment_dim).
         """
+        h, skips, films = self._encode(x, c_noise, cond, scales, augment)
+        left = list(enumerate(skips))
+
+        def join(block: Block, h: Tensor, film: Tensor) -> Tensor:
+            i, skip = left.pop()
+            scale = scales.get(f"skip.{i}")
+            skip = skip if scale is None else scaled(skip, scale)
+            return block(torch.cat([h, skip], dim=1), film)
+
+        return self._decode(h, films, join)
+
+    def encode(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales) -> Encoded:
+        """What `decode` needs of x (B, C, H, W), c_noise (B,) and the scales of embeddings.
+
+        Beside the features it holds what every decoder block can compute of its skip alone.
+        """
+        blocks = [block for level in self.decoder.values() for block in level.blocks]
+        return encoded(*self._encode(x, c_noise, cond, scales), blocks)
+
+    def decode(self, encoded: Encoded, scales: Scales) -> Tensor:
+        """F as of `forward` for any scales of the skips; the same up to `MAX_SHIFT` of rounding."""
+        one = encoded.h.new_ones(())
+        shared = encoded.suits({id(s): s for site, s in scales.items() if site in self.late})
+        left = list(enumerate(zip(encoded.skips, reversed(encoded.halves), strict=True)))
+
+        def join(block: Block, h: Tensor, film: Tensor) -> Tensor:
+            i, (skip, half) = left.pop()
+            scale = scales.get(f"skip.{i}", one)
+            if shared:
+                return block.joined(h, skip, half, scale, film)
+            return block(torch.cat([h, scaled(skip, scale)], dim=1), film)
+
+        return self._decode(encoded.h, encoded.films, join)
+
+    def _encode(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        cond: Cond,
+        scales: Scales,
+        augment: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Features of the middle, every skip, and the decoder's further films."""
         with full_precision(x.device):
             films = iter(self._films(c_noise, cond, scales, augment))
         h, picture, skips = x, x, []
         for level in self.encoder.values():
             h, picture = level(h, picture, films, skips)
-        out = None
+        coarsest = next(iter(self.decoder.values()))
+        for block in coarsest.middle:
+            h = block(h, next(films))
+        return h, skips, list(films)
+
+    def _decode(self, h: Tensor, films: list[Tensor], join: Join) -> Tensor:
+        following, out = iter(films), None
         for level in self.decoder.values():
-            h, out = level(h, out, films, skips, scales)
+            h, out = level(h, out, following, join)
         return out
 
     def _films(
@@ -161,7 +227,10 @@ class SongUNet(Network):
     ) -> list[Tensor]:
         """What the embedding says to each residual block, (B, k) each, in forward order."""
         context = self._context(cond, augment)
-        emb = self.time(self._sinusoids(c_noise) + context)  # (B, emb_channels)
+        waves = self._sinusoids(c_noise) + context
+        if self.guidance is not None and cond.guidance is not None:
+            waves = waves + self.guidance(guidance_waves(cond.guidance).to(waves.dtype))
+        emb = self.time(waves)  # (B, emb_channels)
         active_s = None
         if self.time_s is not None and cond.sigma_to is not None:
             c_noise_s = 0.25 * torch.log(cond.sigma_to + 1e-44)
@@ -182,9 +251,12 @@ class SongUNet(Network):
         if self.label is not None:
             context = self.label.bias
             if cond.label is not None:
-                # One-hot vectors of mean square 1 through a linear layer.
-                rows = F.embedding(cond.label, self.label.weight.T)
-                rows = rows * math.sqrt(self.label.in_features)
+                # One-hot vectors of mean square 1 through a linear layer; of the null class zeros.
+                label, null = cond.label, self.null_label
+                inside = label if null is None else label.clamp(max=null - 1)
+                rows = F.embedding(inside, self.label.weight.T) * math.sqrt(self.label.in_features)
+                if null is not None:
+                    rows = rows * (label != null)[:, None]
                 if self.training and self.label_dropout:
                     kept = torch.rand(len(rows), 1, device=rows.device) >= self.label_dropout
                     rows = rows * kept
@@ -228,7 +300,10 @@ class EncoderLevel(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """The layers of one resolution on the way up; absent ones are None."""
+    """The layers of one resolution on the way up; absent ones are None.
+
+    The coarsest has `middle`, through which features pass before they join any skip.
+    """
 
     blocks: nn.ModuleList
 
@@ -245,18 +320,13 @@ class DecoderLevel(nn.Module):
         h: Tensor,
         out: Tensor | None,
         films: Iterator[Tensor],
-        skips: list[Tensor],
-        scales: Scales,
+        join: Join,
     ) -> tuple[Tensor, Tensor | None]:
-        """Features, and the output picture up to this resolution; pops from `skips`."""
-        for block in self.middle if self.middle is not None else [self.up]:
-            h = block(h, next(films))
+        """Features, and the output picture up to this resolution, of what came from below."""
+        if self.up is not None:
+            h = self.up(h, next(films))
         for block in self.blocks:
-            scale = scales.get(f"skip.{len(skips) - 1}")
-            skip = skips.pop()
-            if scale is not None:
-                skip = scaled(skip, scale)
-            h = block(torch.cat([h, skip], dim=1), next(films))
+            h = join(block, h, next(films))
         if self.conv_out is not None:
             with full_precision(h.device):
                 picture = self.conv_out(silu(self.norm_out(widened(h))))
@@ -308,10 +378,18 @@ class Block(nn.Module):
             return checkpoint(self._forward, x, film, use_reentrant=False)
         return self._forward(x, film)
 
+    def joined(self, h: Tensor, skip: Tensor, half: Half, scale: Tensor, film: Tensor) -> Tensor:
+        """`forward` of h and the scaled skip, with the terms of `half` taken from there."""
+        return self.attention(joined(self, h, skip, half, scale, film) * HALF)
+
+    def second(self, h: Tensor, film: Tensor) -> Tensor:
+        """The branch after conv1, (B, C', H', W'), of its output h."""
+        h = silu(self.norm2(h + film[:, :, None, None].to(h.dtype)))
+        return self.conv2(self.dropout(h))
+
     def _forward(self, x: Tensor, film: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
-        h = silu(self.norm2(h + film[:, :, None, None].to(h.dtype)))
-        return self.attention((self.shortcut(x) + self.conv2(self.dropout(h))) * HALF)
+        return self.attention((self.shortcut(x) + self.second(h, film)) * HALF)
 
 
 class Attention(nn.Module):

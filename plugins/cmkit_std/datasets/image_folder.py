@@ -66,7 +66,7 @@ class Folder:
 
 
 class ImageFolder(Dataset):
-    """Pictures that Pillow can read, in a folder, or in one folder a class.
+    """Pictures (PNG, JPEG, WebP, BMP, TIFF, GIF, PPM) in a folder, or in one folder a class.
 
     Every file below `path` must be a picture, hidden ones (.name) aside. Each is halved by box
     averaging while twice too large, resized by bicubic interpolation and cropped in the middle, as

@@ -18,6 +18,8 @@ from torch.utils.data import Dataset as TorchDataset
 from cmkit import Cond, DataError, Reference
 from cmkit_std.datasets.pixels import pool, resident_batches, streamed_batches
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+"""What is read. Pillow knows dozens more; some of them (PostScript) are programs."""
 MAX_PIXELS = 2**26
 RESIDENT_BYTES = 2**31
 MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
@@ -134,7 +136,7 @@ def _open(source: Source, index: int) -> Image.Image:
     """The picture's header only; DataError for no picture, too many pixels, or a strange mode."""
     stream = source.open_picture(index)
     try:
-        image = Image.open(stream)
+        image = Image.open(stream, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"{source.name(index)}: {error}; at most {MAX_PIXELS} pixels: shrink it"
@@ -142,7 +144,9 @@ def _open(source: Source, index: int) -> Image.Image:
     except Exception as error:  # Pillow's readers raise almost anything
         name = source.name(index)
         if isinstance(error, UnidentifiedImageError):
-            raise DataError(f"{name}: not a picture that Pillow knows; move it away") from error
+            raise DataError(
+                f"{name}: not a picture of {', '.join(FORMATS)}; convert it, or move it away"
+            ) from error
         raise _damaged(name, error) from error
     fault = ""
     if image.width * image.height > MAX_PIXELS:

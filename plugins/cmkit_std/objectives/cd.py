@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 import cmkit
-from cmkit.kinds import DataSpec, Objective, Phase
+from cmkit.kinds import Objective, Phase
+from cmkit_std.objectives.comparison import Comparison
 from cmkit_std.objectives.schedules import adaptive_num_sigmas, adaptive_target_ema
-from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cmkit import Cond, Models, Rng
 
 
-class CD(Objective):
+class CD(Comparison, Objective):
     """Consistency distillation: the online network at sigma_{i+1} meets its EMA at the point where
     one step of the teacher's ODE solver arrives at sigma_i.
 
@@ -39,16 +39,6 @@ class CD(Objective):
     """Let the decay follow N(k): mu(k) = exp(s0 ln(target_ema) / (N - 1))."""
     solver: Literal["heun", "euler"] = "heun"
     """How the teacher goes from sigma_{i+1} to sigma_i: two evaluations, or one."""
-    distance: Literal["l1", "l2", "l2-32", "lpips", "pseudo_huber"] = "lpips"
-    """How the two estimates are compared; "l2-32" is l2 at 32 pixels."""
-    weighting: Weighting = "uniform"
-    """Weight of the loss by sigma_{i+1}."""
-    huber_c: float | None = Field(None, ge=0, le=1e6)
-    """c of the pseudo-Huber distance; absent = 0.00054 sqrt(d)."""
-    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """Backbone of LPIPS."""
-    lpips_weights: str | None = None
-    """A .safetensors file of that backbone's weights; absent = torch.hub's folder."""
 
     @model_validator(mode="after")
     def _schedule_is_whole(self) -> CD:
@@ -59,12 +49,6 @@ class CD(Objective):
         if self.adaptive_ema and not self.target_ema:
             raise ValueError("adaptive_ema needs a target_ema above 0")
         return self
-
-    def check(self, data: DataSpec) -> None:
-        if self.distance == "lpips":
-            from cmkit_std.objectives.distances import check_lpips
-
-            check_lpips(self.lpips_net, self.lpips_weights)
 
     def phase(self, step: int, total: int) -> Phase:
         """N and mu, fixed unless told otherwise."""
@@ -80,7 +64,6 @@ class CD(Objective):
         x = x0 + sigma_{i+1} z."""
         import torch
 
-        from cmkit_std.objectives.distances import distance
         from cmkit_std.objectives.solvers import SOLVERS
 
         assert models.teacher is not None
@@ -94,7 +77,4 @@ class CD(Objective):
             x_low = SOLVERS[self.solver](models.teacher, x, high, low, cond)
             with cmkit.shared_dropout(rng):
                 target = models.target(x_low, low, cond)
-        d = distance(
-            self.distance, online, target, self.huber_c, self.lpips_net, self.lpips_weights
-        )
-        return d * weighting(self.weighting, high, models.online.sigma_data)
+        return self.compared(online, target, high, models.online.sigma_data)

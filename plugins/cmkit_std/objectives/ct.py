@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 import cmkit
-from cmkit.kinds import DataSpec, Objective, Phase
+from cmkit.kinds import Objective, Phase
+from cmkit_std.objectives.comparison import Comparison
 from cmkit_std.objectives.schedules import adaptive_num_sigmas, adaptive_target_ema
-from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cmkit import Cond, Models, Rng
 
 
-class CT(Objective):
+class CT(Comparison, Objective):
     """Consistency training: the online network at sigma_{i+1} meets its EMA at sigma_i on the same
     image and noise, on a grid whose number of points grows with the step.
 
@@ -40,16 +40,6 @@ class CT(Objective):
     """mu(k) = exp(s0 ln(mu0) / (N - 1)) as the official code, or / N as the paper."""
     target_ema: float | None = Field(None, ge=0, lt=1)
     """The target's decay throughout; absent = mu(k)."""
-    distance: Literal["l1", "l2", "l2-32", "lpips", "pseudo_huber"] = "lpips"
-    """How the two estimates are compared; "l2-32" is l2 at 32 pixels."""
-    weighting: Weighting = "uniform"
-    """Weight of the loss by sigma_{i+1}."""
-    huber_c: float | None = Field(None, ge=0, le=1e6)
-    """c of the pseudo-Huber distance; absent = 0.00054 sqrt(d)."""
-    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """Backbone of LPIPS."""
-    lpips_weights: str | None = None
-    """A .safetensors file of that backbone's weights; absent = torch.hub's folder."""
 
     @model_validator(mode="after")
     def _scales_grow(self) -> CT:
@@ -58,12 +48,6 @@ class CT(Objective):
                 f"end_scales {self.end_scales} must not be below start_scales {self.start_scales}"
             )
         return self
-
-    def check(self, data: DataSpec) -> None:
-        if self.distance == "lpips":
-            from cmkit_std.objectives.distances import check_lpips
-
-            check_lpips(self.lpips_net, self.lpips_weights)
 
     def phase(self, step: int, total: int) -> Phase:
         """N(k) and mu(k) of the paper's appendix C, unless they are fixed."""
@@ -81,8 +65,6 @@ class CT(Objective):
         """d(f(x0 + sigma_{i+1} z, sigma_{i+1}), f_target(x0 + sigma_i z, sigma_i)), (B,)."""
         import torch
 
-        from cmkit_std.objectives.distances import distance
-
         sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         i = rng.integers(phase.num_sigmas - 1, len(x0))
         low, high = sigmas[i], sigmas[i + 1]
@@ -91,7 +73,4 @@ class CT(Objective):
             online = models.online(x0 + high.view(-1, 1, 1, 1) * z, high, cond)
         with torch.no_grad(), cmkit.shared_dropout(rng):
             target = models.target(x0 + low.view(-1, 1, 1, 1) * z, low, cond)
-        d = distance(
-            self.distance, online, target, self.huber_c, self.lpips_net, self.lpips_weights
-        )
-        return d * weighting(self.weighting, high, models.online.sigma_data)
+        return self.compared(online, target, high, models.online.sigma_data)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 import cmkit
-from cmkit.kinds import DataSpec, Objective, Phase
+from cmkit.kinds import Objective, Phase
+from cmkit_std.objectives.comparison import Comparison
 from cmkit_std.objectives.schedules import halving_num_steps
-from cmkit_std.objectives.weightings import Weighting, weighting
+from cmkit_std.objectives.weightings import Weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from cmkit import Cond, Models, Rng
 
 
-class PD(Objective):
+class PD(Comparison, Objective):
     """Progressive distillation: one Euler step of the student makes two of its teacher. When the
     number of steps is halved the student becomes the teacher.
 
@@ -37,18 +38,6 @@ class PD(Objective):
     """How the two estimates are compared; "l2-32" is l2 at 32 pixels."""
     weighting: Weighting = "truncated-snr"
     """Weight of the loss by the noise level that the student starts from."""
-    huber_c: float | None = Field(None, ge=0, le=1e6)
-    """c of the pseudo-Huber distance; absent = 0.00054 sqrt(d)."""
-    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """Backbone of LPIPS."""
-    lpips_weights: str | None = None
-    """A .safetensors file of that backbone's weights; absent = torch.hub's folder."""
-
-    def check(self, data: DataSpec) -> None:
-        if self.distance == "lpips":
-            from cmkit_std.objectives.distances import check_lpips
-
-            check_lpips(self.lpips_net, self.lpips_weights)
 
     def phase(self, step: int, total: int) -> Phase:
         """2n + 1 noise levels for n Euler steps; a round ends where n falls."""
@@ -62,7 +51,6 @@ class PD(Objective):
         line through the point where two Euler steps of the teacher arrive."""
         import torch
 
-        from cmkit_std.objectives.distances import distance
         from cmkit_std.objectives.solvers import euler
 
         assert models.teacher is not None
@@ -77,7 +65,4 @@ class PD(Objective):
             x_middle = euler(models.teacher, x, high, middle, cond)
             x_low = euler(models.teacher, x_middle, middle, low, cond)
             x0_hat = x - (high / (low - high)).view(-1, 1, 1, 1) * (x_low - x)
-        d = distance(
-            self.distance, student, x0_hat, self.huber_c, self.lpips_net, self.lpips_weights
-        )
-        return d * weighting(self.weighting, high, models.online.sigma_data)
+        return self.compared(student, x0_hat, high, models.online.sigma_data)

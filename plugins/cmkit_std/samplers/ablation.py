@@ -29,7 +29,7 @@ class Ablation(Sampler):
     The defaults are EDM's own sampler. The state is kept in float64, as in the official code.
     """
 
-    steps: int = Field(18, ge=2, le=1000)
+    steps: int = Field(18, ge=2, le=10_000)
     """Noise levels; the last step goes from the lowest to 0."""
     solver: Literal["euler", "heun"] = "heun"
     """Order of a step: 1, or 2 by a second evaluation, which the last step goes without."""
@@ -66,6 +66,8 @@ class Ablation(Sampler):
         """Images after steps along dx/dt = (sigma'/sigma + s'/s) x - (sigma' s / sigma) D(x/s)."""
         import torch
 
+        from cmkit_std.trajectory import denoised
+
         dtype = x.dtype
         sigmas = self.sigmas(denoiser.noise)
         curve = self._curve(denoiser.noise)
@@ -73,7 +75,7 @@ class Ablation(Sampler):
         def slope(x: Tensor, t: Tensor) -> Tensor:
             sigma, dsigma, s, ds = curve.at(t)
             level = sigma.to(x.device, dtype).expand(len(x))
-            x0 = denoiser((x / s).to(dtype), level, cond)
+            x0 = denoised(denoiser, (x / s).to(dtype), level, cond)
             return (dsigma / sigma + ds / s) * x - dsigma * s / sigma * x0
 
         times = [*curve.time(sigmas), torch.zeros((), dtype=torch.float64)]

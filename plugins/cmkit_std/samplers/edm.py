@@ -4,13 +4,13 @@ Diffusion-Based Generative Models, 2022, algorithm 2)."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from cmkit.kinds import Sampler
-from cmkit_std.samplers.steps import Churn, estimate, falling
+from cmkit_std.samplers.ablation import Ablation
+from cmkit_std.samplers.steps import Churn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class EDM(Churn, Sampler):
-    """The sampler of EDM: as `heun`, but estimates are not clamped and x is kept in float64.
-    For diffusion models: denoiser.precond = "edm"."""
+    """The sampler of EDM: as `heun`, but estimates are not clamped and x is kept in float64;
+    `ablation` has its variants. For diffusion models: denoiser.precond = "edm"."""
 
     steps: int = Field(18, ge=2, le=10_000)
     """Points of the sigma grid; the last step goes from sigma_min to 0."""
@@ -32,17 +32,12 @@ class EDM(Churn, Sampler):
     def sample(
         self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
     ) -> Tensor:
-        """Heun's rule in float64; the denoiser sees x in the type that it came in."""
-        dtype = x.dtype
-        levels = [*falling(denoiser.noise, self.steps), 0.0]
-        x = x.double()
-        for k, (sigma, sigma_next) in enumerate(pairwise(levels), 1):
-            x, sigma = self.churned(x, sigma, k, noise)
-            slope = (x - estimate(denoiser, x.to(dtype), sigma, cond, False)) / sigma
-            x_next = x + (sigma_next - sigma) * slope
-            if sigma_next > 0:
-                x0_next = estimate(denoiser, x_next.to(dtype), sigma_next, cond, False)
-                slope_next = (x_next - x0_next) / sigma_next
-                x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
-            x = x_next
-        return x.to(dtype)
+        """The walk of `ablation` with its defaults; the denoiser sees x in the type it came in."""
+        walk = Ablation(
+            steps=self.steps,
+            s_churn=self.s_churn,
+            s_min=self.s_tmin,
+            s_max=self.s_tmax,
+            s_noise=self.s_noise,
+        )
+        return walk.sample(denoiser, x, cond, noise)
