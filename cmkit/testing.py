@@ -853,7 +853,7 @@ def _check_layouts(say: _Says, backbone: Backbone, data: DataSpec, network: Netw
 
 
 class _Small(Network):
-    """A network with dropout that embeds whatever it is given."""
+    """A network with dropout that embeds whatever it is given, and knows whether it saw labels."""
 
     sites = ("skip.0", "emb.0")
 
@@ -864,6 +864,7 @@ class _Small(Network):
         self.label = nn.Embedding(data.num_classes or 1, 8)
         self.dropout = nn.Dropout(0.3)
         self.second = nn.Conv2d(8, data.channels, 3, padding=1)
+        self.labelled = False
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.normal_(std=0.3, generator=generator)
@@ -871,6 +872,7 @@ class _Small(Network):
     def forward(
         self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Mapping[str, Tensor]
     ) -> Tensor:
+        self.labelled |= cond.label is not None
         emb = torch.sin(c_noise)[:, None]
         if cond.label is not None:
             emb = emb + self.label(cond.label)
@@ -879,20 +881,6 @@ class _Small(Network):
                 emb = emb + torch.cos(level.float())[:, None]
         h = self.dropout(torch.tanh(self.first(x) + emb[:, :, None, None]))
         return self.second(h).float()
-
-
-class _Watched(Denoiser):
-    """A denoiser that remembers whether it saw the labels that it was given."""
-
-    def __init__(self, data: DataSpec, precond: str):
-        super().__init__(_Small(data), Noise(), precond)
-        self.calls = 0
-        self.labelled = False
-
-    def forward(self, x: Tensor, sigma: Tensor, cond: Cond = Cond()) -> Tensor:  # noqa: B008
-        self.calls += 1
-        self.labelled |= cond.label is not None
-        return super().forward(x, sigma, cond)
 
 
 class _NoTorch(TorchFunctionMode):
@@ -942,12 +930,12 @@ def _check_phase(say: _Says, objective: Objective) -> None:
 def _models(objective: Objective, data: DataSpec) -> Models:
     """The copies that training would hold, a teacher unlike the student among them."""
     precond = "edm" if "edm" in objective.needs else "consistency"
-    online = _Watched(data, precond).train()
+    online = Denoiser(_Small(data), Noise(), precond).train()
     target, teacher = online, None
     if "target" in objective.needs:
         target = copy.deepcopy(online).requires_grad_(False)
     if "teacher" in objective.needs:
-        teacher = _Watched(data, "edm").eval().requires_grad_(False)
+        teacher = Denoiser(_Small(data), Noise(), "edm").eval().requires_grad_(False)
         for parameter in teacher.parameters():
             parameter.mul_(0.9)
     return Models(online, target, teacher)
@@ -994,7 +982,7 @@ def _check_loss(say: _Says, objective: Objective, x0: Tensor, data: DataSpec, ph
         "draw from rng: rng.normal_like(x0)",
     )
     say.unless(
-        label is None or models.online.labelled,  # type: ignore[attr-defined]
+        label is None or models.online.network.labelled,  # type: ignore[union-attr]
         "the online network sees the conditions",
         "it was called without the label",
         "pass cond on: models.online(x, sigma, cond)",

@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests import wheels
+
 torch.set_num_threads(1)
 
 
@@ -23,3 +25,17 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The wheels of cmkit and of the packages beside it."""
+    return wheels.build(tmp_path_factory.mktemp("wheels"))
+
+
+@pytest.fixture(scope="session")
+def installed(built, tmp_path_factory):
+    """A clean environment in which pip has installed them."""
+    environment = wheels.Environment(tmp_path_factory.mktemp("installed"))
+    environment.install(*built)
+    return environment
