@@ -70,8 +70,8 @@ class Environment:
     cmkit would come in.
     """
 
-    def __init__(self, folder: Path, pip: bool = False):
-        venv.create(folder, symlinks=True, with_pip=pip)
+    def __init__(self, folder: Path):
+        venv.create(folder, symlinks=True)
         self.folder = folder
         self.bin = folder / "bin"
         self.site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
@@ -83,11 +83,18 @@ class Environment:
         pip = [sys.executable, "-m", "pip", "--python", self.bin / "python"]
         succeed([*pip, "install", "--quiet", "--no-deps", "--no-index", *wheels])
 
+    def lend(self, command: str) -> None:
+        """A command of another package, as if that had been installed here."""
+        script = self.bin / command
+        run = f'runpy.run_module("{command}", run_name="__main__", alter_sys=True)'
+        script.write_text(f"#!{self.bin / 'python'}\nimport runpy\n{run}\n")
+        script.chmod(0o755)
+
     def variables(self) -> dict[str, str]:
         """What a shell has after `activate`; no path leads to the checkout."""
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         path = f"{self.bin}{os.pathsep}{kept['PATH']}"
-        return {**kept, "PATH": path, "VIRTUAL_ENV": str(self.folder), "COLUMNS": "200"}
+        return {**kept, "PATH": path, "VIRTUAL_ENV": str(self.folder), "COLUMNS": "100"}
 
     def run(self, *command: str | Path, cwd: Path) -> Done:
         """One of the environment's own commands, `cmkit` or `python`, carried out."""
