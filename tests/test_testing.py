@@ -15,6 +15,7 @@ from torch import nn
 
 import cmkit
 from cmkit import Cond, DataSpec, Network, Phase, Plugin, PluginError, Reference, discover, testing
+from cmkit.testing.subjects import Small
 from tests.test_datasets import idx, picture
 from tests.test_imagenet64 import batch
 
@@ -208,11 +209,7 @@ def test_a_backbone_that_breaks_a_law_is_told_so(fault, law):
 
 
 def test_a_network_that_cannot_be_compiled_is_told_so():
-    # `meta` cannot read values either: only the compiler is asked here.
-    network = testing._built(testing._Says("x"), Tiny(fault="compile"), testing.DIGITS, frozenset())
-    given = testing._network_input(testing.DIGITS, frozenset({"label"}))
-    with pytest.raises(testing.ProtocolError, match=r"torch\.compile takes the network whole"):
-        testing._check_compile(testing._Says("x"), network, given)
+    fails(testing.check_backbone, Tiny(fault="compile"), "torch.compile takes the network whole")
 
 
 class Loss(cmkit.Objective):
@@ -267,14 +264,14 @@ class Loss(cmkit.Objective):
 def test_an_objective_that_breaks_a_law_is_told_so(fault, law):
     testing.check_objective(Loss())
     if fault == "deaf":  # dropout draws from rng as well, so the network must have none
-        testing_small = testing._Small.__init__
+        small = Small.__init__
 
         def without(self, data):
-            testing_small(self, data)
+            small(self, data)
             self.dropout = nn.Identity()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(testing._Small, "__init__", without)
+            patch.setattr(Small, "__init__", without)
             fails(testing.check_objective, Loss(fault=fault), law)
         return
     fails(testing.check_objective, Loss(fault=fault), law)
