@@ -108,6 +108,7 @@ class Net(Network):
     def __init__(self, fault, channels=1, classes=10):
         super().__init__()
         self.fault = fault
+        self.count = 0
         self.first = nn.Conv2d(channels, 4, 3, padding=1)
         self.label = nn.Embedding(classes, 4)
         self.batch = nn.BatchNorm2d(4)
@@ -122,6 +123,8 @@ class Net(Network):
             self.late = frozenset({"skip.0"})
         if fault == "site":
             self.sites = ("skip.0", "emb.0", "emb.1")
+        last = self.last
+        self.end = (lambda h: last(h)) if fault == "shared" else None
         if fault == "seed":
             self.first.bias.data.fill_(random.random())
 
@@ -141,13 +144,20 @@ class Net(Network):
             h = h + torch.ones(4, 1, 1, device="cpu")
         if self.fault == "global":
             h = h + 0 * torch.rand(1)
+        if self.fault == "count":
+            self.count += 1
+            h = h + 0 * self.count
         if self.fault == "compile":
             print("", end="") if h.sum().item() else None
         scale = scales.get("skip.0")
         scale = torch.ones(()) if scale is None else scale * (1.01 if self.fault == "one" else 1)
         if self.fault == "scalar":
             scale = scale.mean()
-        out = self.last(torch.cat([h, skip * scale.view(-1, 1, 1, 1)], 1))
+        if self.fault == "fine" and torch.is_autocast_enabled("cpu"):
+            scale = scale.bfloat16()
+        if self.fault == "format":
+            h = torch.as_strided(h, h.shape, (4 * 64, 64, 8, 1))
+        out = (self.end or self.last)(torch.cat([h, skip * scale.view(-1, 1, 1, 1)], 1))
         if self.fault == "shape":
             return out[:, :, 1:]
         return out if self.fault == "bf16" else out.float()
@@ -202,14 +212,18 @@ def test_an_honest_backbone_passes():
         ("scalar", "acts on each image by its own value"),
         ("site", "scale 0.5 at emb.1 changes nothing"),
         ("late", "decode(encode(..), scales) is forward"),
+        ("fine", "at skip 1.02 is taken for 1.0234375"),
+        ("format", "F does not depend on the memory format"),
+        ("shared", "a deep copy shares nothing"),
     ],
 )
 def test_a_backbone_that_breaks_a_law_is_told_so(fault, law):
     fails(testing.check_backbone, Tiny(fault=fault), law, compile=False)
 
 
-def test_a_network_that_cannot_be_compiled_is_told_so():
-    fails(testing.check_backbone, Tiny(fault="compile"), "torch.compile takes the network whole")
+@pytest.mark.parametrize("fault", ["compile", "count"])
+def test_a_network_that_cannot_be_compiled_is_told_so(fault):
+    fails(testing.check_backbone, Tiny(fault=fault), "torch.compile takes the network whole")
 
 
 class Loss(cmkit.Objective):

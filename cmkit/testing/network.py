@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ def check_network(
     _check_forward(say, network, given, data, conditions)
     _check_gradient(say, network, given)
     _check_scales(say, network.eval(), given)
+    _check_memory_format(say, network, given)
     _check_copies(say, network, twin, given)
     _check_consistency(say, network, given)
     if compile:
@@ -188,29 +190,51 @@ def _check_gradient(say: Says, network: Network, given: Input) -> None:
 @torch.no_grad()
 def _check_scales(say: Says, network: Network, given: Input) -> None:
     out = run(network, given)
-    for one in (torch.tensor(1.0), torch.ones(len(given.x))):
-        say.unless(
-            torch.equal(run(network, given, dict.fromkeys(network.sites, one)), out),
-            "scale 1 at every site is the identity, bit for bit",
-            f"scales of shape {tuple(one.shape)} change the output",
-            "multiply by the scale, and by nothing else",
-        )
+    for rounded, one in itertools.product((False, True), (torch.tensor(1.0), torch.ones(3))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            same = run(network, given, dict.fromkeys(network.sites, one))
+            say.unless(
+                torch.equal(same, run(network, given)),
+                "scale 1 at every site is the identity, bit for bit, under autocast as well",
+                f"scales of shape {tuple(one.shape)} change the output",
+                "multiply by the scale, and by nothing else",
+            )
     for site in network.sites:
+        half = run(network, given, {site: torch.tensor(0.5)})
         say.unless(
-            not torch.equal(run(network, given, {site: torch.tensor(0.5)}), out),
+            not torch.equal(half, out),
             "every site changes the output",
             f"scale 0.5 at {site} changes nothing",
             "multiply by scales[site] where it is present, or drop the site",
         )
         apart = run(network, given, {site: torch.tensor([1.0, 0.5, 0.25])})
         say.unless(
-            close(apart[:1], out[:1], 1e-4) and not close(apart[1:], out[1:], 0),
+            close(apart[:2], torch.cat([out[:1], half[1:2]]), 1e-4)
+            and not torch.equal(apart[2], out[2]),
             "a scale of shape (B,) acts on each image by its own value",
             f"at {site} it does not",
             "view it as (B, 1, 1, 1) before you multiply",
         )
+    _check_fine_scales(say, network, given)
     if network.late:
         _check_late(say, network, given)
+
+
+def _check_fine_scales(say: Says, network: Network, given: Input) -> None:
+    """1.02 is no bfloat16 number: rounded, it would be 1.0234375."""
+    for family in sorted({site.partition(".")[0] for site in network.sites}):
+        sites = [site for site in network.sites if site.partition(".")[0] == family]
+        with torch.autocast("cpu", torch.bfloat16):
+            near, far = (
+                run(network, given, dict.fromkeys(sites, torch.tensor(value)))
+                for value in (1.0234375, 1.02)
+            )
+        say.unless(
+            not torch.equal(near, far),
+            "a scale keeps its value under autocast, so that a search keeps its grid",
+            f"at {family} 1.02 is taken for 1.0234375",
+            "multiply in float32, and round the product",
+        )
 
 
 def _check_late(say: Says, network: Network, given: Input) -> None:
@@ -225,6 +249,20 @@ def _check_late(say: Says, network: Network, given: Input) -> None:
             "decode(encode(..), scales) is forward, up to 1e-5 of its root mean square",
             "it is not, for other scales of the late sites than those that `encode` was given",
             "let `encode` read no late scale, and `decode` change nothing that it is given",
+        )
+
+
+@torch.no_grad()
+def _check_memory_format(say: Says, network: Network, given: Input) -> None:
+    turned = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    for x in (given.x, given.x.to(memory_format=torch.channels_last)):
+        with say.trying("F can be computed in channels_last", "reshape where you view"):
+            out = run(turned, replace(given, x=x))
+        say.unless(
+            close(out, run(network, given), 1e-4),
+            "F does not depend on the memory format",
+            "in channels_last it is another",
+            "reshape where you view, and flatten what was permuted",
         )
 
 
@@ -244,6 +282,16 @@ def _check_copies(say: Says, network: Network, twin: Network, given: Input) -> N
                 f"one {how} has another output",
                 "register every tensor as a parameter or a buffer",
             )
+        for tensor in (*twin.parameters(), *copied.parameters()):
+            tensor.mul_(0.5)
+        say.unless(
+            torch.equal(run(copied, given), run(twin, given))
+            and not torch.equal(run(copied, given), out)
+            and torch.equal(run(network, given), out),
+            "a deep copy shares nothing with the network, as targets and averages need",
+            "one of the two changed with the other's weights, or did not with its own",
+            "keep submodules in attributes, ModuleList or ModuleDict, and no closures over them",
+        )
 
 
 def _check_consistency(say: Says, network: Network, given: Input) -> None:
@@ -263,19 +311,24 @@ def _check_compile(say: Says, network: Network, given: Input) -> None:
     try:
         with (
             say.trying(
-                "torch.compile takes the network whole (fullgraph=True)",
-                "branch on shapes and options, not on values; print nothing",
+                "torch.compile takes the network whole (fullgraph=True), once for all scales",
+                "branch on shapes and options, not on values, and call no .item(); print nothing",
             ),
             torch.no_grad(),
         ):
             compiled = torch.compile(network, fullgraph=True, backend="eager")
-            out = compiled(given.x, given.c_noise, given.cond, {})
+            outs = []
+            for stance, value in (("default", 1.1), ("fail_on_recompile", 0.7)):
+                scales = dict.fromkeys(network.sites, torch.tensor(value))
+                with torch.compiler.set_stance(stance):
+                    out = compiled(given.x, given.c_noise, given.cond, scales)
+                outs.append((out, scales))
     finally:
         torch._dynamo.reset()
     with torch.no_grad():
         say.unless(
-            close(out, run(network, given), 1e-5),
-            "the compiled network computes the same",
+            all(close(out, run(network, given, scales), 1e-5) for out, scales in outs),
+            "the compiled network computes the same, whatever the scales",
             "its output differs",
             "keep no Python state that forward changes",
         )
