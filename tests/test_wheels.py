@@ -1,6 +1,7 @@
 """What people install: wheels of cmkit and of the packages beside it, in a clean environment."""
 
 import json
+import re
 import tomllib
 
 from cmkit_std.manifest import cmkit_register
@@ -72,3 +73,20 @@ def test_the_packages_pass_their_check_and_their_parts_train_and_sample(installe
         (run,) = (tmp_path / "runs").glob(f"{package.removeprefix('cmkit-')}-*")
         assert (run / "model.safetensors").is_file()
         assert list((run / "samples").glob("*.npz"))
+
+
+def test_the_commands_of_their_readmes_are_right(installed, tmp_path):
+    """Each `run` is a `check` here; one that lacks a teacher names that of a command before it."""
+    (tmp_path / "plugins").symlink_to(ROOT / "plugins")
+    pages = [(ROOT / "plugins" / name / "README.md").read_text("utf-8") for name in PACKAGES]
+    blocks = re.findall(r"```sh\n(.*?)```", "".join(pages), re.S)
+    shown = dict.fromkeys(re.findall(r"^cmkit (.*)$", "".join(blocks), re.M))
+    assert {f"plugins check {name}" for name in PACKAGES} < set(shown)  # the test above does them
+    commands = [re.sub("^run", "check", c) for c in shown if not c.startswith("plugins check")]
+    folders = []
+    for command, done in zip(commands, installed.several(*commands, cwd=tmp_path), strict=True):
+        if done.code == 4:
+            assert any(folder in done.err for folder in folders), (command, done.err, folders)
+        else:
+            assert done.code == 0, (command, done.err)
+            folders += re.findall(r"^folder +(.*)$", done.out, re.M)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -110,7 +111,7 @@ class Environment:
 
     def several(self, *commands: str, cwd: Path) -> list[Done]:
         """Commands of cmkit, without that word, one after another where torch is imported once."""
-        words = json.dumps([command.split() for command in commands])
+        words = json.dumps([shlex.split(command) for command in commands])
         done = self.run("python", "-c", SEVERAL, words, cwd=cwd)
         assert done.code == 0, done.err
         return [Done(*json.loads(line)) for line in done.out.splitlines()]
