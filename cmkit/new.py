@@ -20,7 +20,7 @@ build-backend = "setuptools.build_meta"
 [project]
 name = "cmkit-mine"
 version = "0.1.0"
-description = "mine, a KIND for cmkit"
+description = "mine, a cmkit KIND"
 readme = "README.md"
 requires-python = ">=3.11"
 dependencies = ["cmkit"]
@@ -55,18 +55,19 @@ def cmkit_register():
 '''
 
 TEST = '''\
-"""The laws that cmkit holds every KIND to; add those of your own paper."""
+"""The laws of every cmkit KIND; add those of your own paper."""
 
-from cmkit.testing import check_KIND, check_manifest
+from cmkit import testing
+
 from cmkit_mine.mine import Mine
 
 
 def test_the_manifest_keeps_the_laws():
-    check_manifest("cmkit_mine.manifest")
+    testing.check_manifest("cmkit_mine.manifest")
 
 
-def test_mine_keeps_the_laws_of_a_KIND():
-    check_KIND(Mine())
+def test_mine_keeps_the_laws_of_its_kind():
+    testing.check_KIND(Mine())
 '''
 
 README = """\

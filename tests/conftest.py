@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests import wheels
+
 torch.set_num_threads(1)
 
 
@@ -45,3 +47,17 @@ def cmkit(monkeypatch, capsys, tmp_path):
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The wheels of cmkit and of the packages beside it."""
+    return wheels.build(tmp_path_factory.mktemp("wheels"))
+
+
+@pytest.fixture(scope="session")
+def installed(built, tmp_path_factory):
+    """A clean environment in which pip has installed them."""
+    environment = wheels.Environment(tmp_path_factory.mktemp("installed"))
+    environment.install(*built)
+    return environment

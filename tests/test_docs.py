@@ -141,53 +141,6 @@ def test_every_hook_is_explained_to_authors():
             assert hook in page
 
 
-def test_the_authors_example_is_a_part_that_works():
-    """The manifest and the objective of docs/plugins.md, executed."""
-    import torch
-
-    from cmkit import Cond, Denoiser, Models, Rng
-    from tests.toys import TinyNetwork
-
-    manifest, part, *_ = blocks((ROOT / "docs" / "plugins.md").read_text("utf-8"), "python")
-    space: dict = {}
-    exec(manifest, space)
-    assert space["cmkit_register"]()[0].name == "cauchy"
-    exec(part, space)
-    objective, denoiser = space["Cauchy"](), Denoiser(TinyNetwork())
-    rng = Rng(0, "train", 0, torch.device("cpu"))
-    x0 = torch.randn(4, 1, 8, 8)
-    loss = objective.loss(Models(denoiser, denoiser), x0, Cond(), objective.phase(0, 1), rng)
-    assert loss.shape == (4,)
-    assert loss.isfinite().all()
-
-
 def test_links_of_the_readme_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
         assert (ROOT / target).exists(), target
-
-
-def test_the_authors_example_keeps_the_laws_as_the_page_checks_them(tmp_path, monkeypatch):
-    """The blocks of docs/plugins.md in the files that it names, and its own test."""
-    page = (ROOT / "docs" / "plugins.md").read_text("utf-8")
-    manifest, part, check, examples = blocks(page, "python")
-    package = tmp_path / "my_package"
-    package.mkdir()
-    (package / "manifest.py").write_text(f"{manifest}\n{examples}")
-    (package / "cauchy.py").write_text(part)
-    monkeypatch.syspath_prepend(tmp_path)
-    space: dict = {}
-    exec(check, space)
-    space["test_cauchy_keeps_the_laws"]()
-
-
-def test_the_commands_that_authors_are_shown_exist():
-    from typer.main import get_command
-
-    from cmkit.cli import app
-
-    (shown,) = blocks((ROOT / "docs" / "plugins.md").read_text("utf-8"), "bash")
-    for line in re.findall(r"^cmkit (.*)$", shown, re.M):
-        command = get_command(app)
-        for word in line.split():
-            command = getattr(command, "commands", {}).get(word, command)
-        assert not getattr(command, "commands", {}), line

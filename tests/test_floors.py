@@ -52,13 +52,21 @@ def imports(path: Path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def files(name: str) -> list[Path]:
+    """Those of a module of the kernel, or of a package."""
+    return [*(ROOT / "cmkit").glob(f"{name}.py"), *(ROOT / "cmkit" / name).glob("*.py")]
+
+
 def test_every_module_of_the_kernel_has_a_floor():
-    assert {path.stem for path in (ROOT / "cmkit").glob("*.py")} == set(FLOOR_OF)
+    modules = {path.stem for path in (ROOT / "cmkit").glob("*.py")}
+    packages = {path.parent.name for path in (ROOT / "cmkit").glob("*/__init__.py")}
+    assert modules | packages == set(FLOOR_OF)
 
 
 @pytest.mark.parametrize("name", sorted(FLOOR_OF))
 def test_kernel_imports_nothing_above_its_floor_and_no_plugin(name):
-    for target in imports(ROOT / "cmkit" / f"{name}.py"):
+    assert files(name)
+    for target in (target for path in files(name) for target in imports(path)):
         package, _, rest = target.partition(".")
         assert package != "cmkit_std", f"{name} imports a plugin"
         inner = rest.split(".")[0]

@@ -71,7 +71,8 @@ def test_a_new_package_is_in_our_style_and_leaves_no_placeholder(kind, tmp_path)
     ruff = [sys.executable, "-m", "ruff"]
     for check in (["check", "--select", "E,F,B,UP,SIM,RUF"], ["format", "--check"]):
         done = subprocess.run(
-            [*ruff, *check, "--line-length", "100", "--isolated", str(folder)],
+            [*ruff, *check, "--line-length", "100", "--isolated", "--no-cache", "."],
+            cwd=folder,
             capture_output=True,
             text=True,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -13,6 +12,7 @@ from safetensors.torch import load, save
 from torch.nn import functional as F
 
 from cmkit import Cond, DataSpec, RecipeError
+from cmkit.testing import check_backbone
 
 LABEL = frozenset({"label"})
 SMALL = {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [4]}
@@ -44,55 +44,9 @@ def inputs(n=3):
     return x, torch.linspace(-1.5, 1, n), Cond(label=torch.arange(n), sigma_to=torch.rand(n) + 0.1)
 
 
-def scales_of(network, value):
-    return {site: torch.as_tensor(value) for site in network.sites}
-
-
 @KINDS
-@pytest.mark.parametrize("bf16", [False, True])
-@torch.no_grad()
-def test_scale_one_at_every_site_is_the_identity_bit_for_bit(options, bf16):
-    network = network_of(options)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        out = network(*inputs(), {})
-        assert torch.equal(network(*inputs(), scales_of(network, 1.0)), out)
-        assert torch.equal(network(*inputs(), scales_of(network, torch.ones(3))), out)
-
-
-@KINDS
-@torch.no_grad()
-def test_every_site_changes_the_output(options):
-    network = network_of(options)
-    out = network(*inputs(), {})
-    for site in network.sites:
-        assert not torch.allclose(network(*inputs(), {site: torch.tensor(0.5)}), out), site
-
-
-@pytest.mark.parametrize("family", ["skip", "emb"])
-@torch.no_grad()
-def test_scales_of_shape_batch_act_per_image(family):
-    network = network_of(NCSN).double()
-    sites = [site for site in network.sites if site.startswith(family)]
-    values = torch.tensor([0.5, 1.0, 1.7])
-    x, c_noise, cond = inputs()
-    x, c_noise = x.double(), c_noise.double()
-    out = network(x, c_noise, cond, dict.fromkeys(sites, values))
-    for i, value in enumerate(values):
-        alone = network(x, c_noise, cond, dict.fromkeys(sites, value))
-        torch.testing.assert_close(out[i], alone[i])
-
-
-@pytest.mark.parametrize("family", ["skip", "emb"])
-@torch.no_grad()
-def test_scale_keeps_its_value_under_bfloat16(family):
-    """1.02 is no bfloat16 number: rounded, it would be 1.0234, and a search would lose its grid."""
-    network = network_of(DDPM)
-    sites = [site for site in network.sites if site.startswith(family)]
-    with torch.autocast("cpu", torch.bfloat16):
-        near, far = (
-            network(*inputs(), dict.fromkeys(sites, torch.tensor(v))) for v in (1.0234375, 1.02)
-        )
-    assert not torch.equal(near, far)
+def test_it_keeps_the_laws_of_a_backbone(options):
+    check_backbone(SongUNet(**options), DataSpec(3, 8, 10), compile=options is PICTURES)
 
 
 @torch.no_grad()
@@ -122,28 +76,6 @@ def test_skip_scales_act_on_the_copy_at_the_concatenation_alone(options):
     main, copied = seen["first"].split([seen["middle"].shape[1], seen["start"].shape[1]], dim=1)
     torch.testing.assert_close(main, seen["middle"])
     torch.testing.assert_close(copied, 0.3 * seen["start"])
-
-
-def test_compiles_to_one_graph_that_new_scales_do_not_change():
-    network = network_of(NCSN | {"decoder_type": "skip"})
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    for stance, value in (("default", 1.1), ("fail_on_recompile", 0.7)):
-        scales = scales_of(network, value)
-        with torch.compiler.set_stance(stance), torch.no_grad():
-            out = compiled(*inputs(), scales)
-        torch.testing.assert_close(out, network(*inputs(), scales))
-
-
-@KINDS
-@torch.no_grad()
-def test_channels_last_and_contiguous_agree(options):
-    network = network_of(options)
-    x, *rest = inputs()
-    out = network(x, *rest, {})
-    network.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(network(x, *rest, {}), out)
-    x = x.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(network(x, *rest, {}), out)
 
 
 @KINDS
@@ -205,18 +137,6 @@ def test_target_level_speaks_through_its_own_weights_alone():
         torch.nn.init.zeros_(block.film_s.bias)
     without = network(x, c_noise, Cond(label=cond.label), {})
     assert torch.equal(network(x, c_noise, cond, {}), without)
-
-
-def test_deep_copy_shares_nothing():
-    """Targets and EMAs are deep copies."""
-    network = network_of(NCSN)
-    before = network(*inputs(), {})
-    copied = copy.deepcopy(network)
-    for tensor in (*copied.parameters(), *copied.buffers()):
-        torch.nn.init.zeros_(tensor)
-    assert copied(*inputs(), {}).abs().max() == 0
-    assert torch.equal(network(*inputs(), {}), before)
-    assert {id(m) for m in copied._blocks} <= {id(m) for m in copied.modules()}
 
 
 @KINDS

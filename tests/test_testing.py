@@ -15,6 +15,7 @@ from torch import nn
 
 import cmkit
 from cmkit import Cond, DataSpec, Network, Phase, Plugin, PluginError, Reference, discover, testing
+from cmkit.testing.subjects import Small
 from tests.test_datasets import idx, picture
 from tests.test_imagenet64 import batch
 
@@ -108,6 +109,7 @@ class Net(Network):
     def __init__(self, fault, channels=1, classes=10):
         super().__init__()
         self.fault = fault
+        self.count = 0
         self.first = nn.Conv2d(channels, 4, 3, padding=1)
         self.label = nn.Embedding(classes, 4)
         self.batch = nn.BatchNorm2d(4)
@@ -122,6 +124,8 @@ class Net(Network):
             self.late = frozenset({"skip.0"})
         if fault == "site":
             self.sites = ("skip.0", "emb.0", "emb.1")
+        last = self.last
+        self.end = (lambda h: last(h)) if fault == "shared" else None
         if fault == "seed":
             self.first.bias.data.fill_(random.random())
 
@@ -141,13 +145,20 @@ class Net(Network):
             h = h + torch.ones(4, 1, 1, device="cpu")
         if self.fault == "global":
             h = h + 0 * torch.rand(1)
+        if self.fault == "count":
+            self.count += 1
+            h = h + 0 * self.count
         if self.fault == "compile":
             print("", end="") if h.sum().item() else None
         scale = scales.get("skip.0")
         scale = torch.ones(()) if scale is None else scale * (1.01 if self.fault == "one" else 1)
         if self.fault == "scalar":
             scale = scale.mean()
-        out = self.last(torch.cat([h, skip * scale.view(-1, 1, 1, 1)], 1))
+        if self.fault == "fine" and torch.is_autocast_enabled("cpu"):
+            scale = scale.bfloat16()
+        if self.fault == "format":
+            h = torch.as_strided(h, h.shape, (4 * 64, 64, 8, 1))
+        out = (self.end or self.last)(torch.cat([h, skip * scale.view(-1, 1, 1, 1)], 1))
         if self.fault == "shape":
             return out[:, :, 1:]
         return out if self.fault == "bf16" else out.float()
@@ -202,18 +213,18 @@ def test_an_honest_backbone_passes():
         ("scalar", "acts on each image by its own value"),
         ("site", "scale 0.5 at emb.1 changes nothing"),
         ("late", "decode(encode(..), scales) is forward"),
+        ("fine", "at skip 1.02 is taken for 1.0234375"),
+        ("format", "F does not depend on the memory format"),
+        ("shared", "a deep copy shares nothing"),
     ],
 )
 def test_a_backbone_that_breaks_a_law_is_told_so(fault, law):
     fails(testing.check_backbone, Tiny(fault=fault), law, compile=False)
 
 
-def test_a_network_that_cannot_be_compiled_is_told_so():
-    # `meta` cannot read values either: only the compiler is asked here.
-    network = testing._built(testing._Says("x"), Tiny(fault="compile"), testing.DIGITS, frozenset())
-    given = testing._network_input(testing.DIGITS, frozenset({"label"}))
-    with pytest.raises(testing.ProtocolError, match=r"torch\.compile takes the network whole"):
-        testing._check_compile(testing._Says("x"), network, given)
+@pytest.mark.parametrize("fault", ["compile", "count"])
+def test_a_network_that_cannot_be_compiled_is_told_so(fault):
+    fails(testing.check_backbone, Tiny(fault=fault), "torch.compile takes the network whole")
 
 
 class Loss(cmkit.Objective):
@@ -268,14 +279,14 @@ class Loss(cmkit.Objective):
 def test_an_objective_that_breaks_a_law_is_told_so(fault, law):
     testing.check_objective(Loss())
     if fault == "deaf":  # dropout draws from rng as well, so the network must have none
-        testing_small = testing._Small.__init__
+        small = Small.__init__
 
         def without(self, data):
-            testing_small(self, data)
+            small(self, data)
             self.dropout = nn.Identity()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(testing._Small, "__init__", without)
+            patch.setattr(Small, "__init__", without)
             fails(testing.check_objective, Loss(fault=fault), law)
         return
     fails(testing.check_objective, Loss(fault=fault), law)

@@ -32,7 +32,7 @@ class MineNetwork(Network):
 
 
 def _scaled(x: Tensor, site: str, scales: Scales) -> Tensor:
-    """x times the scale of `site`, () or (B,)."""
+    """x times the scale of `site`, () or (B,); only the product is rounded to the type of x."""
     if site not in scales:
         return x
-    return x * scales[site].to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return (x * scales[site].view(-1, *[1] * (x.ndim - 1))).to(x.dtype)

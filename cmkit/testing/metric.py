@@ -1,0 +1,104 @@
+"""The laws of a metric."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+from cmkit.kinds import DataSpec, Metric, Reference
+from cmkit.noise import image_noise
+from cmkit.testing.fields import check_fields
+from cmkit.testing.protocol import Says
+from cmkit.testing.subjects import CPU, DIGITS, image_shape
+
+
+def check_metric(
+    metric: Metric,
+    data: DataSpec = DIGITS,
+    images: Tensor | None = None,
+    reference: Tensor | None = None,
+) -> None:
+    """The laws of a metric, on uint8 images (N, C, H, W), by default 32 random ones like `data`."""
+    check_fields(metric)
+    say = Says(metric)
+    ours = _Images(images if images is not None else _pictures(0, data))
+    real = Reference(
+        _Images(reference if reference is not None else _pictures(1, data)), "cmkit-testing"
+    )
+    names = metric.keys()
+    say.unless(
+        isinstance(names, tuple) and 0 < len(set(names)) == len(names),
+        "`keys` is a tuple of different names",
+        f"{names!r}",
+        "return a tuple such as ('score',)",
+    )
+    metric.check(data, len(ours))
+    with say.untouched("measure"):
+        found = metric.measure(ours, real, CPU)
+    say.unless(
+        set(found) == set(names),
+        "`measure` returns the numbers that `keys` names",
+        f"keys {sorted(names)}, numbers {sorted(found)}",
+        "make the two agree",
+    )
+    say.unless(
+        all(type(value) in (int, float) and math.isfinite(value) for value in found.values()),
+        "numbers are finite Python floats",
+        f"{found}",
+        "call .item() on a tensor; raise cmkit.NonFiniteError for a number that is none",
+    )
+    again = metric.measure(ours, real, CPU)
+    say.unless(
+        again == found,
+        "the same images have the same numbers",
+        f"{found}, then {again}",
+        "seed what you draw: cmkit.Rng(0, 'my-metric', 0, device)",
+    )
+    if (meter := metric.meter(len(ours), real, CPU)) is not None:
+        for part in ours.images.split([5, len(ours) - 5]):
+            meter.add(part)
+        taken = meter.values()
+        say.unless(
+            set(taken) == set(found)
+            and all(math.isclose(taken[key], found[key], rel_tol=1e-4) for key in found),
+            "a meter returns what `measure` does, in whatever batches the images come",
+            f"{found}, then {taken}",
+            "count images, not batches, and take every one",
+        )
+    for name in names:
+        one = metric.only(name)
+        say.unless(
+            name in one.keys(),  # noqa: SIM118 - a method of Metric, not of a mapping
+            "only(key) still returns the key",
+            f"only({name!r}).keys() is {one.keys()}",
+            "keep that number switched on",
+        )
+        value = one.measure(ours, real, CPU)[name]
+        say.unless(
+            math.isclose(value, found[name], rel_tol=1e-6, abs_tol=1e-12),
+            "only(key) returns the same number",
+            f"{name} = {value} alone and {found[name]} among all",
+            "let the numbers not depend on each other",
+        )
+    with say.trying("`provenance` can be written as JSON", "return plain numbers and strings"):
+        json.dumps(metric.provenance(), allow_nan=False)
+
+
+class _Images(TorchDataset[Tensor]):
+    def __init__(self, images: Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def _pictures(seed: int, data: DataSpec) -> Tensor:
+    noise = image_noise(seed, "testing", range(32), 0, image_shape(data))
+    return (noise * 60 + 128).clamp(0, 255).to(torch.uint8)
