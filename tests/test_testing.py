@@ -443,8 +443,25 @@ class Mean(cmkit.Metric):
             del found["top"]
         return found
 
+    def meter(self, images, reference, device):
+        return MeanMeter(self.fault)
+
     def provenance(self):
         return {"weights": {1, 2}} if self.fault == "provenance" else {}
+
+
+class MeanMeter:
+    def __init__(self, fault):
+        self.fault, self.means, self.counts, self.top = fault, [], [], 0.0
+
+    def add(self, images):
+        self.means.append(images.float().mean().item())
+        self.counts.append(1 if self.fault == "meter" else len(images))
+        self.top = max(self.top, images.max().item())
+
+    def values(self):
+        weighed = (mean * n for mean, n in zip(self.means, self.counts, strict=True))
+        return {"mean": sum(weighed) / sum(self.counts), "top": self.top}
 
 
 @pytest.mark.parametrize(
@@ -454,6 +471,7 @@ class Mean(cmkit.Metric):
         ("missing", "the numbers that `keys` names"),
         ("tensor", "finite Python floats"),
         ("global", "`measure` leaves the global generators alone"),
+        ("meter", "a meter returns what `measure` does"),
         ("only", "only(key) returns the same number"),
         ("provenance", "can be written as JSON"),
     ],
