@@ -3,7 +3,8 @@
 python benchmarks/evidence.py --out runs/evidence
 Each row is trained with three seeds by `cmkit run`, so that an interrupted call goes on; the
 recipes that it writes into OUT/recipes run by themselves as well. `--data fashion_mnist` wants a
-GPU and the weights of Inception; `--rows ict ct` runs some rows, `--jobs 2` two seeds at once.
+GPU and the weights of Inception; `--rows ict ct` runs some rows, `--jobs 2` two seeds at once. The
+rows ect, sct, scd and meanflow want the packages in plugins/ installed.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ class Row:
     note: str = ""
 
 
+SLOW = {"time_scale": 4.0}
+"""Of derivatives by the noise level: they are not to be mostly the embedding's."""
 DISTILLED = {"denoiser": {"init": "teacher"}, "backbone": {"null_class": True}}
 ROWS = {
     "edm": Row(
@@ -163,7 +166,43 @@ ROWS = {
         },
         note="181 levels, 10 at a time, guided by w of 0 to 2, sampled at w = 0.5",
     ),
+    "ect": Row(
+        {"use": "ect", "stage_steps": 125},
+        {"denoiser": {"precond": "edm"}, "backbone": {"null_class": True}},
+        start="edm",
+        samplers={1: {"use": "ect"}, 2: {"use": "ect", "sigmas": [SECOND]}},
+        note="from `edm`, 4 stages",
+    ),
+    "sct": Row(
+        {"use": "scm", "warmup": 150},
+        {"denoiser": {"precond": "edm"}, "backbone": SLOW},
+        note="time_scale 4",
+    ),
+    "edm-slow": Row(
+        {"use": "edm"},
+        {"denoiser": {"precond": "edm"}, "backbone": SLOW},
+        samplers={35: {"use": "heun", "steps": 18}},
+        note="teacher of `scd`, time_scale 4",
+    ),
+    "scd": Row(
+        {"use": "scm", "distil": True, "warmup": 150},
+        {
+            "denoiser": {"precond": "edm", "init": "teacher"},
+            "backbone": SLOW,
+            "train": {"lr": 3e-4},
+        },
+        teacher="edm-slow",
+        note="time_scale 4, learning rate 3e-4",
+    ),
+    "meanflow": Row(
+        {"use": "meanflow", "p_std": 1.4},
+        {"denoiser": {"precond": "edm", "sigma_max": 20.0}, "backbone": SLOW},
+        samplers={1: {"use": "meanflow", "steps": 1}, 2: {"use": "meanflow", "steps": 2}},
+        note="from sigma 20, time_scale 4",
+    ),
 }
+BUILT_IN = ("edm", "ct", "ict", "cd", "ctm", "lcm")
+"""Rows that need no other package."""
 
 
 def recipe(setting: Setting, name: str, row: Row, seed: int, folders: Mapping[str, str]) -> Any:
@@ -311,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", choices=SETTINGS, default="digits")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(BUILT_IN))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at once")
     parser.add_argument("--threads", type=int, default=1, help="of each run, on a CPU")
