@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from cmkit.checkpoint import atomic_write, load_weights, new_folder, same_shapes, save_weights
-from cmkit.compose import conditions_of
+from cmkit.compose import conditions_of, without_memory
 from cmkit.errors import CheckpointError, CmkitError, PluginError, RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
 from cmkit.plugins import Registry
@@ -36,7 +35,7 @@ class Known:
 
     def network(self) -> Network:
         """The network, without memory."""
-        with torch.device("meta"):
+        with without_memory():
             return self.backbone.build(self.data, self.conditions)
 
     def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
