@@ -214,7 +214,8 @@ class Models:
     """The copies of one denoiser that training holds; `ema` maps a decay to its copy.
 
     With `ema_warmup` a decay is capped by (1 + step) / (10 + step), so that the first, untrained
-    weights are forgotten.
+    weights are forgotten. `terms` is what `total` has added up since the last log line: by name,
+    the sum of means and their number, (2,) float32.
     """
 
     online: Denoiser
@@ -222,6 +223,23 @@ class Models:
     teacher: Denoiser | None = None
     ema: dict[float, Denoiser] = field(default_factory=dict)
     ema_warmup: bool = False
+    terms: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def total(self, **terms: Tensor) -> Tensor:
+        """The sum, (B,), of an objective's terms (B,), whose means the training log shows by name.
+
+        An error about a loss that is not finite names the term. Nothing leaves the device.
+        """
+        for name, term in terms.items():
+            if name not in self.terms:
+                self.terms[name] = torch.zeros(2, device=term.device)
+            kept = self.terms[name]
+            kept[0] += term.detach().mean()
+            kept[1] += 1
+        first, *others = terms.values()
+        for term in others:
+            first = first + term
+        return first
 
     @torch.no_grad()
     def update(self, phase: Phase) -> None:

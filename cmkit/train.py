@@ -66,7 +66,13 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """The rest of the state."""
-        return {"step": self.step, "window": self.window.item(), "counted": self.counted}
+        terms = {name: kept.tolist() for name, kept in self.models.terms.items()}
+        return {
+            "step": self.step,
+            "window": self.window.item(),
+            "counted": self.counted,
+            "terms": terms,
+        }
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint; CheckpointError when it is of another model."""
@@ -92,6 +98,10 @@ class Training:
         self.step = checkpoint.step
         self.window = torch.tensor(checkpoint.state["window"], device=self.device)
         self.counted = checkpoint.state["counted"]
+        self.models.terms = {
+            name: torch.tensor(kept, device=self.device)
+            for name, kept in checkpoint.state.get("terms", {}).items()
+        }
 
     def renew_teacher(self) -> None:
         """Make the online network the teacher, and begin anew from it."""
@@ -168,18 +178,20 @@ def train(training: Training) -> Iterator[Step]:
         log: dict[str, float] = {}
         if training.step % table.log_every == 0 or training.step == table.steps:
             mean = training.window.item() / training.counted
+            terms = _means(models)
             if not math.isfinite(mean):
                 name = recipe.resolved["objective"]["use"]
                 raise NonFiniteError(
                     f"train: the loss of objective {name!r} is {mean} between steps"
-                    f" {training.step - training.counted} and {training.step};{_first_bad(models)}"
-                    " lower train.lr or set train.clip_norm, then run again: the last checkpoint is"
-                    " finite"
+                    f" {training.step - training.counted} and {training.step};{_bad_terms(terms)}"
+                    f"{_first_bad(models)} lower train.lr or set train.clip_norm, then run again:"
+                    " the last checkpoint is finite"
                 )
             seconds = time.perf_counter() - clock
             rate = (training.step - clocked) / seconds
             log = {
                 "loss": mean,
+                **terms,
                 "rate": rate,
                 "images_per_second": rate * table.batch,
                 "lr": learning_rate(table, step),
@@ -187,6 +199,8 @@ def train(training: Training) -> Iterator[Step]:
                 **phase.log,
             }
             training.window.zero_()
+            for kept in models.terms.values():
+                kept.zero_()
             training.counted = 0
             clock, clocked = time.perf_counter(), training.step
         yield Step(training.step, table.steps, log)
@@ -200,6 +214,20 @@ def learning_rate(table: TrainTable, step: int) -> float:
         return table.lr
     done = (step - table.warmup) / max(table.steps - table.warmup, 1)
     return table.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _means(models: Models) -> dict[str, float]:
+    """The mean since the last log line of each term that the loss had, if it has several."""
+    if len(models.terms) < 2:
+        return {}
+    sums = {name: kept.tolist() for name, kept in models.terms.items()}
+    return {name: total / count for name, (total, count) in sums.items() if count}
+
+
+def _bad_terms(terms: dict[str, float]) -> str:
+    """Which terms of the loss are not finite."""
+    bad = [repr(name) for name, mean in terms.items() if not math.isfinite(mean)]
+    return f" term {', '.join(bad)};" if bad else ""
 
 
 def _first_bad(models: Models) -> str:

@@ -92,12 +92,12 @@ class CTM(Objective):
         the grid. The gradient passes through the frozen G_target."""
         consistency = self.consistency(models, x0, cond, phase, rng)
         if not self.dsm_weight:
-            return consistency
+            return models.total(consistency=consistency)
         matching = self.score_matching(models, x0, cond, rng)
         if self.dsm_adaptive:
             last = last_weight(models.online.network)
             matching = gradient_ratio(consistency.mean(), matching.mean(), last) * matching
-        return consistency + self.dsm_weight * matching
+        return models.total(consistency=consistency, denoising=self.dsm_weight * matching)
 
     def consistency(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
         """The distance of the two images, weighted, (B,)."""
