@@ -95,6 +95,7 @@ class Training:
             self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{source}: its optimizer state does not fit: {error}") from error
+        _lay_out_as_weights(self.optimizer)
         self.step = checkpoint.step
         self.window = torch.tensor(checkpoint.state["window"], device=self.device)
         self.counted = checkpoint.state["counted"]
@@ -241,6 +242,15 @@ def _first_bad(models: Models) -> str:
 
 def _frozen(denoiser: Denoiser) -> Denoiser:
     return copy.deepcopy(denoiser).requires_grad_(False)
+
+
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded averages the strides of their weights: fused kernels take both to be alike."""
+    for weight, slot in optimizer.state.items():
+        for name, value in slot.items():
+            if value.shape == weight.shape:
+                like = torch.empty_like(weight, dtype=value.dtype, device=value.device)
+                slot[name] = like.copy_(value)
 
 
 def _optimizer(table: TrainTable, network: nn.Module) -> torch.optim.Optimizer:

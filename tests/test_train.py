@@ -135,6 +135,24 @@ def test_a_resumed_run_logs_the_same_terms(two_terms, tmp_path, cut):
     assert logs(resumed) == [line for line in logs(whole) if line[0] > cut]
 
 
+@pytest.mark.parametrize("optimizer", ["radam", "adamw"])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path, optimizer):
+    """Weights are channels_last, and so must be what the optimizer holds of them."""
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    overrides = [f'train.optimizer="{optimizer}"', "train.steps=4"]
+    made = plan(load(tmp_path / "tiny.toml", overrides, discover()))
+    whole, half, resumed = (start(made, CPU) for _ in range(3))
+    for step in train(half):
+        if step.step == 2:
+            break
+    save_checkpoint(tmp_path / "checkpoints", half.step, half.tensors(), half.state())
+    resumed.restore(latest_checkpoint(tmp_path / "checkpoints", pytest.fail))
+    for training in (whole, resumed):
+        for _ in train(training):
+            pass
+    assert torch.equal(flat(resumed), flat(whole))
+
+
 def test_a_loss_of_one_term_is_logged_once(one_step):
     assert set(one_step()[2]) == {*("loss", "rate", "images_per_second", "lr", "num_sigmas")}
 
