@@ -214,7 +214,8 @@ class Models:
     """The copies of one denoiser that training holds; `ema` maps a decay to its copy.
 
     With `ema_warmup` a decay is capped by (1 + step) / (10 + step), so that the first, untrained
-    weights are forgotten. `terms` is what `total` has added up since the last log line: by name,
+    weights are forgotten. `companions` are the further networks that the objective trains, by name.
+    `terms` is what `total` has added up since the last log line: by name,
     the sum of means and their number, (2,) float32.
     """
 
@@ -223,6 +224,7 @@ class Models:
     teacher: Denoiser | None = None
     ema: dict[float, Denoiser] = field(default_factory=dict)
     ema_warmup: bool = False
+    companions: Mapping[str, nn.Module] = field(default_factory=dict)
     terms: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def total(self, **terms: Tensor) -> Tensor:

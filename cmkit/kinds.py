@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.utils.data import Dataset as Images
 
     from cmkit.denoiser import Cond, Denoiser, Models, Network, Scales
@@ -60,6 +60,20 @@ class Phase:
     target_ema: float = 0.0
     log: Mapping[str, float] = field(default_factory=dict)
     renew_teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A network that an objective trains beside the denoiser: a discriminator, a learned weight.
+
+    `lr` warms up and decays as that of [train]; it and `betas` are those of [train] where absent.
+    Parameters that require no gradient, such as those of a pretrained feature network, are not
+    kept in checkpoints: `Objective.companions` makes them again.
+    """
+
+    network: nn.Module
+    lr: float | None = None
+    betas: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,14 @@ class Objective(Part, ABC):
 
     def check_networks(self, online: Network, teacher: Network | None) -> None:
         """Raise now what would stop `loss` later on these networks, maybe on the meta device."""
+
+    def companions(self, data: DataSpec) -> Mapping[str, Companion]:
+        """What `loss` trains beside the denoiser, found there as `models.companions[name]`.
+
+        Fresh weights, by the global generator, which is seeded by the recipe meanwhile; all this
+        may happen on the meta device. A companion without gradients after a step stays as it is.
+        """
+        return {}
 
     @abstractmethod
     def phase(self, step: int, total: int) -> Phase:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +170,8 @@ def test_links_of_the_readme_lead_somewhere():
 def test_the_authors_example_keeps_the_laws_as_the_page_checks_them(tmp_path, monkeypatch):
     """The blocks of docs/plugins.md in the files that it names, and its own test."""
     page = (ROOT / "docs" / "plugins.md").read_text("utf-8")
-    manifest, part, check, examples = blocks(page, "python")
+    manifest, part, companions, check, examples = blocks(page, "python")
+    compile(textwrap.dedent(companions), "companions", "exec")
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "manifest.py").write_text(f"{manifest}\n{examples}")
