@@ -250,6 +250,8 @@ class Models:
         The target takes decay `phase.target_ema`; where the objective keeps no target of its own,
         it is the online network itself and is left alone.
         """
+        if not phase.update:
+            return
         online: list[Tensor] = list(self.online.parameters())
         if self.target is not self.online:
             torch._foreach_lerp_(list(self.target.parameters()), online, 1 - phase.target_ema)

@@ -52,7 +52,8 @@ class Phase:
 
     `num_sigmas` is N, the points of the sigma grid; `target_ema` is mu of the target network;
     `log` holds further numbers worth showing. After a step with `renew_teacher` the teacher takes
-    the online weights, from which the averages and the optimizer start anew.
+    the online weights, from which the averages and the optimizer start anew. A step without
+    `update` leaves the target and the averages alone: it teaches companions only.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Phase:
     target_ema: float = 0.0
     log: Mapping[str, float] = field(default_factory=dict)
     renew_teacher: bool = False
+    update: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,9 @@ class Objective(Part, ABC):
 
     def check(self, data: DataSpec) -> None:
         """Raise now what would stop `loss` later, such as missing weights of a distance."""
+
+    def check_batch(self, size: int) -> None:
+        """Raise now if `loss` cannot work on `size` images at a time."""
 
     def check_networks(self, online: Network, teacher: Network | None) -> None:
         """Raise now what would stop `loss` later on these networks, maybe on the meta device."""
