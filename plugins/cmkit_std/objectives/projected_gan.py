@@ -4,8 +4,8 @@ Faster, 2021), as sony/ctm trains it: small heads that look at an image through 
 Each feature network gives maps at four scales; random convolutions that stay as they are mix their
 channels and then, from coarse to fine, the scales; a head at each scale tells real from fake.
 Labels are not used. The heads' weights have spectral norm 1 and their batch normalisation the
-statistics of the batch at hand, always: nothing of it is remembered. The published code measures its
-feature networks by images of zeros, which also moves their running statistics, and makes other
+statistics of the batch at hand, always: nothing of it is remembered. The published code measures
+its feature networks by images of zeros, which also moves their running statistics, and makes other
 random convolutions when it resumes; neither happens here.
 """
 
