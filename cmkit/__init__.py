@@ -14,8 +14,8 @@ _HOMES = {
     ),
     "cmkit.plugins": "Plugin Registry api_version discover hookimpl hookspec",
     "cmkit.kinds": (
-        "Backbone DataSpec Dataset Layout Meter Metric Objective Part Phase Reference Rescaler"
-        " Sampler"
+        "Backbone Companion DataSpec Dataset Layout Meter Metric Objective Part Phase Reference"
+        " Rescaler Sampler"
     ),
     "cmkit.noise": "Noise Rng image_labels image_noise permutation shared_dropout",
     "cmkit.denoiser": "Cond Denoiser Guided Models Network Scales",

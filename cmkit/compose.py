@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmkit.checkpoint import load_weights
 from cmkit.denoiser import Cond, Denoiser, Guided, Network
 from cmkit.errors import CmkitError, PluginError, ResourceError
-from cmkit.kinds import Backbone, DataSpec, Metric, Rescaler, Sampler
+from cmkit.kinds import Backbone, Companion, DataSpec, Metric, Rescaler, Sampler
 from cmkit.noise import Noise
 from cmkit.recipe import Recipe, TeacherTable
 from cmkit.weights import Weights, adapt, find, read
@@ -72,6 +72,9 @@ def fit(recipe: Recipe) -> Plan:
     if recipe.train and recipe.objective:
         with at(recipe, "objective"):
             recipe.objective.check(data)
+        if recipe.train:
+            with at(recipe, "train", "batch"):
+                recipe.objective.check_batch(recipe.train.batch // recipe.train.accumulate)
     for index, metric in enumerate(recipe.metric):
         with at(recipe, "metric", index):
             metric.check(data, recipe.sample.images if recipe.sample else 0)
@@ -88,7 +91,7 @@ def fit(recipe: Recipe) -> Plan:
             recipe.objective.check_networks(denoiser.network, None)
     flops = _dry_run(recipe, denoiser, data, conditions)
     parameters = sum(p.numel() for p in denoiser.parameters())
-    memory = 4 * parameters * _copies(recipe)
+    memory = 4 * parameters * _copies(recipe) + _companions_memory(recipe, data)
     return Plan(
         recipe=recipe,
         data=data,
@@ -149,6 +152,18 @@ def build_teacher(plan: Plan, device: torch.device) -> Denoiser:
     _fill(teacher.network, table.weights, _teacher_backbone(plan.recipe), plan.data)
     teacher.network.to(device).to(memory_format=torch.channels_last)
     return teacher.eval().requires_grad_(False)
+
+
+def build_companions(plan: Plan, device: torch.device) -> dict[str, Companion]:
+    """What the recipe's objective trains beside the denoiser, on `device`; the seed decides."""
+    objective = plan.recipe.objective
+    assert objective is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.recipe.seed)
+        companions = dict(objective.companions(plan.data))
+    for companion in companions.values():
+        companion.network.to(device)
+    return companions
 
 
 def cells(recipe: Recipe) -> Iterator[Rescaler]:
@@ -484,6 +499,22 @@ def _copies(recipe: Recipe) -> int:
     if recipe.train is None or recipe.objective is None:
         return 1
     return 4 + len(recipe.train.ema) + len(recipe.objective.needs & {"target", "teacher"})
+
+
+def _companions_memory(recipe: Recipe, data: DataSpec) -> int:
+    """Bytes of what the objective trains beside the denoiser; PluginError where it cannot be."""
+    if recipe.train is None or recipe.objective is None:
+        return 0
+    with at(recipe, "objective"), torch.device("meta"):
+        companions = recipe.objective.companions(data)
+        for name, companion in companions.items():
+            if not (name.isidentifier() and isinstance(companion, Companion)):
+                raise PluginError(
+                    f"companions() returned {name!r}: {type(companion).__name__}; it must map names"
+                    " such as 'discriminator' to cmkit.Companion"
+                )
+    parameters = [p for c in companions.values() for p in c.network.parameters()]
+    return sum(4 * p.numel() * (4 if p.requires_grad else 1) for p in parameters)
 
 
 def _disk(recipe: Recipe, data: DataSpec, memory: int) -> int:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.utils.data import Dataset as Images
 
     from cmkit.denoiser import Cond, Denoiser, Models, Network, Scales
@@ -52,7 +52,8 @@ class Phase:
 
     `num_sigmas` is N, the points of the sigma grid; `target_ema` is mu of the target network;
     `log` holds further numbers worth showing. After a step with `renew_teacher` the teacher takes
-    the online weights, from which the averages and the optimizer start anew.
+    the online weights, from which the averages and the optimizer start anew. A step without
+    `update` leaves the target and the averages alone: it teaches companions only.
     """
 
     step: int
@@ -60,6 +61,21 @@ class Phase:
     target_ema: float = 0.0
     log: Mapping[str, float] = field(default_factory=dict)
     renew_teacher: bool = False
+    update: bool = True
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A network that an objective trains beside the denoiser: a discriminator, a learned weight.
+
+    `lr` warms up and decays as that of [train]; it and `betas` are those of [train] where absent.
+    Parameters that require no gradient, such as those of a pretrained feature network, are not
+    kept in checkpoints: `Objective.companions` makes them again.
+    """
+
+    network: nn.Module
+    lr: float | None = None
+    betas: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,8 +151,19 @@ class Objective(Part, ABC):
     def check(self, data: DataSpec) -> None:
         """Raise now what would stop `loss` later, such as missing weights of a distance."""
 
+    def check_batch(self, size: int) -> None:
+        """Raise now if `loss` cannot work on `size` images at a time."""
+
     def check_networks(self, online: Network, teacher: Network | None) -> None:
         """Raise now what would stop `loss` later on these networks, maybe on the meta device."""
+
+    def companions(self, data: DataSpec) -> Mapping[str, Companion]:
+        """What `loss` trains beside the denoiser, found there as `models.companions[name]`.
+
+        Fresh weights, by the global generator, which is seeded by the recipe meanwhile; all this
+        may happen on the meta device. A companion without gradients after a step stays as it is.
+        """
+        return {}
 
     @abstractmethod
     def phase(self, step: int, total: int) -> Phase:

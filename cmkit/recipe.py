@@ -98,7 +98,7 @@ class TrainTable(Part):
     decay: bool = False
     """Let the learning rate fall to 0 along a half cosine after the warm-up."""
     clip_norm: float | None = Field(None, gt=0, le=1e9)
-    """Largest norm of the whole gradient."""
+    """Largest norm of the whole gradient of a network."""
     accumulate: int = Field(1, ge=1, le=2**20)
     """Backward passes a step; divides `batch`."""
     ema: tuple[Decay, ...] = Field((0.999,), min_length=1)

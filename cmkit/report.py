@@ -317,13 +317,14 @@ def _curve_svg(curve: Mapping[str, Any]) -> dict[str, Any]:
         return round(100 * (high - height(loss)) / ((high - low) or 1), 3)
 
     locator = LogLocator(subs=(1, 2, 5)) if curve["log"] else even
-    levels = [float(v) for v in locator.tick_values(min(losses), max(losses))]
+    ticks = [float(v) for v in locator.tick_values(min(losses), max(losses))]
+    levels = [v for v in ticks if v > 0 or not curve["log"]]
     across = [float(v) for v in even.tick_values(0, steps[-1])]
     points = [(x(step), y(loss)) for step, loss in zip(steps, losses, strict=True)]
     return {
         "line": " ".join(f"{a},{b}" for a, b in points),
         "points": points,
-        "levels": [(y(v), number(v)) for v in levels if v > 0 and 4 < y(v) < 100],
+        "levels": [(y(v), number(v)) for v in levels if 4 < y(v) < 100],
         "across": [(x(v), count(v)) for v in across if 0 <= x(v) <= 100],
         "marks": [(x(step), sigma) for step, sigma in curve["marks"]],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from cmkit.checkpoint import Checkpoint, load_weights
-from cmkit.compose import Plan, autocast, build, build_teacher
+from cmkit.compose import Plan, autocast, build, build_companions, build_teacher
 from cmkit.denoiser import Denoiser, Models
 from cmkit.errors import CheckpointError, NonFiniteError
+from cmkit.kinds import Companion
 from cmkit.noise import Rng, shared_dropout
 from cmkit.recipe import TrainTable
 
@@ -38,6 +39,7 @@ class Training:
     device: torch.device
     models: Models
     optimizer: torch.optim.Optimizer
+    companions: Mapping[str, Companion] = field(default_factory=dict)
     step: int = 0
     window: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Sum of the losses since the last log line; it stays on the device."""
@@ -56,6 +58,8 @@ class Training:
         if self.renewed:
             assert self.models.teacher is not None
             files["teacher"] = self.models.teacher.network.state_dict()
+        for name, companion in self.companions.items():
+            files[f"companion-{name}"] = _kept(companion.network)
         slots = self.optimizer.state_dict()["state"]
         files["optimizer"] = {
             f"{index}.{name}": torch.as_tensor(value)
@@ -66,7 +70,13 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """The rest of the state."""
-        return {"step": self.step, "window": self.window.item(), "counted": self.counted}
+        terms = {name: kept.tolist() for name, kept in self.models.terms.items()}
+        return {
+            "step": self.step,
+            "window": self.window.item(),
+            "counted": self.counted,
+            "terms": terms,
+        }
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint; CheckpointError when it is of another model."""
@@ -80,6 +90,11 @@ class Training:
             assert self.models.teacher is not None
             load_weights(self.models.teacher.network, checkpoint.tensors("teacher"), source)
             self.renewed = True
+        for name, companion in self.companions.items():
+            state, kept = companion.network.state_dict(), _kept(companion.network)
+            frozen = {key: value for key, value in state.items() if key not in kept}
+            tensors = checkpoint.tensors(f"companion-{name}")
+            load_weights(companion.network, {**tensors, **frozen}, source)
         slots: dict[int, dict[str, Tensor]] = {}
         for key, value in checkpoint.tensors("optimizer").items():
             index, _, name = key.partition(".")
@@ -89,14 +104,19 @@ class Training:
             self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{source}: its optimizer state does not fit: {error}") from error
+        _lay_out_as_weights(self.optimizer)
         self.step = checkpoint.step
         self.window = torch.tensor(checkpoint.state["window"], device=self.device)
         self.counted = checkpoint.state["counted"]
+        self.models.terms = {
+            name: torch.tensor(kept, device=self.device)
+            for name, kept in checkpoint.state.get("terms", {}).items()
+        }
 
     def renew_teacher(self) -> None:
         """Make the online network the teacher, and begin anew from it."""
         self.models.restart()
-        self.optimizer = _optimizer(self.table, self.models.online.network)
+        self.optimizer = _optimizer(self.table, self.models.online.network, self.companions)
         self.renewed = True
 
 
@@ -109,19 +129,21 @@ def start(plan: Plan, device: torch.device) -> Training:
     frozen = [_frozen(online) for _ in recipe.train.ema]
     target = _frozen(online) if "target" in recipe.objective.needs else online
     teacher = build_teacher(plan, device) if "teacher" in recipe.objective.needs else None
+    companions = build_companions(plan, device)
     models = Models(
         online=online,
         target=target,
         teacher=teacher,
         ema=dict(zip(recipe.train.ema, frozen, strict=True)),
         ema_warmup=recipe.train.ema_warmup,
+        companions={name: companion.network for name, companion in companions.items()},
     )
     if recipe.train.compile:
         for denoiser in {id(d): d for d in (online, target, teacher) if d}.values():
             denoiser.network.compile()
-    optimizer = _optimizer(recipe.train, online.network)
+    optimizer = _optimizer(recipe.train, online.network, companions)
     window = torch.zeros((), device=device)
-    return Training(plan, recipe.train, device, models, optimizer, window=window)
+    return Training(plan, recipe.train, device, models, optimizer, companions, window=window)
 
 
 def train(training: Training) -> Iterator[Step]:
@@ -138,11 +160,12 @@ def train(training: Training) -> Iterator[Step]:
     batches = recipe.dataset.batches(
         table.batch // parts, recipe.seed, device, start=training.step * parts
     )
-    parameters = list(models.online.parameters())
     clock, clocked = time.perf_counter(), training.step
     cast = autocast(table.precision, device)
     models.online.train()
     models.target.train()
+    for network in models.companions.values():
+        network.train()
     while training.step < table.steps:
         step = training.step
         phase = objective.phase(step, table.steps)
@@ -153,11 +176,11 @@ def train(training: Training) -> Iterator[Step]:
                 loss = objective.loss(models, x0, cond, phase, rng).mean() / parts
             loss.backward()
             training.window += loss.detach()
-        if table.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, table.clip_norm, foreach=True)
         optimizer = training.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(table, step)
+            group["lr"] = group.get("lr_scale", 1) * learning_rate(table, step)
+            if table.clip_norm is not None:
+                nn.utils.clip_grad_norm_(group["params"], table.clip_norm, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         models.update(phase)
@@ -168,18 +191,20 @@ def train(training: Training) -> Iterator[Step]:
         log: dict[str, float] = {}
         if training.step % table.log_every == 0 or training.step == table.steps:
             mean = training.window.item() / training.counted
+            terms = _means(models)
             if not math.isfinite(mean):
                 name = recipe.resolved["objective"]["use"]
                 raise NonFiniteError(
                     f"train: the loss of objective {name!r} is {mean} between steps"
-                    f" {training.step - training.counted} and {training.step};{_first_bad(models)}"
-                    " lower train.lr or set train.clip_norm, then run again: the last checkpoint is"
-                    " finite"
+                    f" {training.step - training.counted} and {training.step};{_bad_terms(terms)}"
+                    f"{_first_bad(models)} lower train.lr or set train.clip_norm, then run again:"
+                    " the last checkpoint is finite"
                 )
             seconds = time.perf_counter() - clock
             rate = (training.step - clocked) / seconds
             log = {
                 "loss": mean,
+                **terms,
                 "rate": rate,
                 "images_per_second": rate * table.batch,
                 "lr": learning_rate(table, step),
@@ -187,6 +212,8 @@ def train(training: Training) -> Iterator[Step]:
                 **phase.log,
             }
             training.window.zero_()
+            for kept in models.terms.values():
+                kept.zero_()
             training.counted = 0
             clock, clocked = time.perf_counter(), training.step
         yield Step(training.step, table.steps, log)
@@ -202,10 +229,26 @@ def learning_rate(table: TrainTable, step: int) -> float:
     return table.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _means(models: Models) -> dict[str, float]:
+    """The mean since the last log line of each term that the loss had, if it has several."""
+    if len(models.terms) < 2:
+        return {}
+    sums = {name: kept.tolist() for name, kept in models.terms.items()}
+    return {name: total / count for name, (total, count) in sums.items() if count}
+
+
+def _bad_terms(terms: dict[str, float]) -> str:
+    """Which terms of the loss are not finite."""
+    bad = [repr(name) for name, mean in terms.items() if not math.isfinite(mean)]
+    return f" term {', '.join(bad)};" if bad else ""
+
+
 def _first_bad(models: Models) -> str:
     """Which weights are not finite any more, if any: a bad teacher is never the rate's fault."""
-    for name, denoiser in (("teacher", models.teacher), ("online", models.online)):
-        for key, value in denoiser.network.named_parameters() if denoiser else ():
+    denoisers = {"teacher": models.teacher, "online": models.online}
+    networks = {name: denoiser.network for name, denoiser in denoisers.items() if denoiser}
+    for name, network in {**networks, **models.companions}.items():
+        for key, value in network.named_parameters():
             if not value.isfinite().all():
                 return f" the {name} weight {key} is not finite;"
     return ""
@@ -215,13 +258,36 @@ def _frozen(denoiser: Denoiser) -> Denoiser:
     return copy.deepcopy(denoiser).requires_grad_(False)
 
 
-def _optimizer(table: TrainTable, network: nn.Module) -> torch.optim.Optimizer:
-    parameters = list(network.parameters())
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded averages the strides of their weights: fused kernels take both to be alike."""
+    for weight, slot in optimizer.state.items():
+        for name, value in slot.items():
+            if value.shape == weight.shape:
+                like = torch.empty_like(weight, dtype=value.dtype, device=value.device)
+                slot[name] = like.copy_(value)
+
+
+def _kept(network: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a companion: its state without frozen parameters."""
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
+
+
+def _optimizer(
+    table: TrainTable, network: nn.Module, companions: Mapping[str, Companion] = {}
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer, with a group of parameters for each network."""
+    groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+    for companion in companions.values():
+        trained = [p for p in companion.network.parameters() if p.requires_grad]
+        lr_scale = 1 if companion.lr is None else companion.lr / table.lr
+        betas = companion.betas or table.betas
+        groups.append({"params": trained, "betas": betas, "lr_scale": lr_scale})
     options: dict[str, Any] = {
         "lr": table.lr,
         "betas": table.betas,
         "weight_decay": table.weight_decay,
     }
     if table.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **options)
-    return torch.optim.RAdam(parameters, decoupled_weight_decay=True, foreach=True, **options)
+        return torch.optim.AdamW(groups, fused=True, **options)
+    return torch.optim.RAdam(groups, decoupled_weight_decay=True, foreach=True, **options)

@@ -54,6 +54,9 @@ def test_training_recipe_is_whole_and_counts_its_images(path, registry):
         ("cd_cifar10_l1", 512, 2e-4, 800_000, 0.9999),
         ("ct_cifar10", 512, 4e-4, 800_000, 0.9999),
         ("ict_cifar10", 1024, 1e-4, 400_000, 0.99993),
+        ("ctm_imagenet64", 1440, 4e-4, None, 0.999),
+        ("ctm_imagenet64_gan", 4224, 8e-6, None, 0.999),
+        ("ctm_cifar10", 256, 4e-4, None, 0.999),
     ],
 )
 def test_settings_are_those_that_were_published(stem, batch, lr, steps, ema, registry):

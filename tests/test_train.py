@@ -6,7 +6,8 @@ import pytest
 import torch
 from cmkit_std.objectives.ct import CT
 
-from cmkit import NonFiniteError, discover
+from cmkit import Models, NonFiniteError, discover
+from cmkit.checkpoint import latest_checkpoint, save_checkpoint
 from cmkit.compose import plan
 from cmkit.recipe import TrainTable, load
 from cmkit.train import learning_rate, start, train
@@ -75,6 +76,110 @@ def test_the_rate_rises_linearly_then_falls_along_a_half_cosine():
     assert learning_rate(table, 109) < 1e-3
     constant = TrainTable(steps=110, batch=8, lr=2.0)
     assert {learning_rate(constant, step) for step in range(110)} == {2.0}
+
+
+TERMS = ["train.steps=6", "train.log_every=2"]
+"""Overrides under which `two_terms` has three windows."""
+
+
+@pytest.fixture
+def two_terms(tmp_path, monkeypatch):
+    """Trainings whose loss is a sum of "near" = step and, in odd steps alone, "far" = huber_c."""
+
+    def loss(self, models, x0, cond, phase, rng):
+        online = models.online(x0, torch.full((len(x0),), 1.5), cond)
+        near = phase.step + 0 * online.flatten(1).mean(1)
+        if phase.step % 2 == 0:
+            return models.total(near=near)
+        return models.total(near=near, far=torch.full((len(x0),), self.huber_c))
+
+    monkeypatch.setattr(CT, "loss", loss)
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+
+    def of(*overrides, far=3.0):
+        base = [*TERMS, f"objective.huber_c={far}", *overrides]
+        return start(plan(load(tmp_path / "tiny.toml", base, discover())), CPU)
+
+    return of
+
+
+def logs(training):
+    return [
+        (step.step, {k: step.log[k] for k in ("loss", "near", "far") if k in step.log})
+        for step in train(training)
+        if step.log
+    ]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_log_has_the_mean_of_each_term_over_the_steps_that_had_it(two_terms, parts):
+    assert logs(two_terms(f"train.accumulate={parts}")) == [
+        (2, {"loss": 2.0, "near": 0.5, "far": 3.0}),
+        (4, {"loss": 4.0, "near": 2.5, "far": 3.0}),
+        (6, {"loss": 6.0, "near": 4.5, "far": 3.0}),
+    ]
+    every = dict(logs(two_terms(f"train.accumulate={parts}", "train.log_every=1")))
+    assert every[1] == {"loss": 0.0}  # the other term is not known yet
+    assert every[3] == {"loss": 2.0, "near": 2.0}
+    assert every[4] == {"loss": 6.0, "near": 3.0, "far": 3.0}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_resumed_run_logs_the_same_terms(two_terms, tmp_path, cut):
+    whole, half, resumed = two_terms(), two_terms(), two_terms()
+    for step in train(half):
+        if step.step == cut:
+            break
+    save_checkpoint(tmp_path / "checkpoints", half.step, half.tensors(), half.state())
+    resumed.restore(latest_checkpoint(tmp_path / "checkpoints", pytest.fail))
+    assert logs(resumed) == [line for line in logs(whole) if line[0] > cut]
+
+
+@pytest.mark.parametrize("optimizer", ["radam", "adamw"])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path, optimizer):
+    """Weights are channels_last, and so must be what the optimizer holds of them."""
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    overrides = [f'train.optimizer="{optimizer}"', "train.steps=4"]
+    made = plan(load(tmp_path / "tiny.toml", overrides, discover()))
+    whole, half, resumed = (start(made, CPU) for _ in range(3))
+    for step in train(half):
+        if step.step == 2:
+            break
+    save_checkpoint(tmp_path / "checkpoints", half.step, half.tensors(), half.state())
+    resumed.restore(latest_checkpoint(tmp_path / "checkpoints", pytest.fail))
+    for training in (whole, resumed):
+        for _ in train(training):
+            pass
+    assert torch.equal(flat(resumed), flat(whole))
+
+
+def test_a_loss_of_one_term_is_logged_once(one_step):
+    assert set(one_step()[2]) == {*("loss", "rate", "images_per_second", "lr", "num_sigmas")}
+
+
+def test_terms_add_up_to_the_loss_and_are_kept_as_numbers():
+    models = Models(None, None)
+    a, b = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([5.0, 7.0])
+    total = models.total(a=a, b=b)
+    assert total.tolist() == [6.0, 9.0]
+    models.total(a=a)
+    assert {name: kept.tolist() for name, kept in models.terms.items()} == {
+        "a": [3.0, 2.0],
+        "b": [6.0, 1.0],
+    }
+    assert not any(kept.requires_grad for kept in models.terms.values())
+    assert torch.autograd.grad(total.sum(), a)[0].tolist() == [1.0, 1.0]
+
+
+def test_the_term_that_is_not_finite_is_named(two_terms, monkeypatch):
+    honest = Models.total
+
+    def poisoned(self, **terms):
+        return honest(self, **{k: t / 0 if k == "far" else t for k, t in terms.items()})
+
+    monkeypatch.setattr(Models, "total", poisoned)
+    with pytest.raises(NonFiniteError, match=r"is inf between steps 0 and 2; term 'far'; lower"):
+        list(train(two_terms()))
 
 
 @pytest.mark.parametrize("role", ["loss", "teacher", "online"])

@@ -90,7 +90,11 @@ def _models(objective: Objective, data: DataSpec) -> Models:
         teacher = Denoiser(Small(data), Noise(), "edm").eval().requires_grad_(False)
         for parameter in teacher.parameters():
             parameter.mul_(0.9)
-    return Models(online, target, teacher)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = objective.companions(data)
+    companions = {name: companion.network.train() for name, companion in made.items()}
+    return Models(online, target, teacher, companions=companions)
 
 
 def _check_loss(say: Says, objective: Objective, x0: Tensor, data: DataSpec, phase: Phase) -> None:

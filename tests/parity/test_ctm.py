@@ -18,7 +18,7 @@ from cmkit_std.backbones.adm_layouts import from_openai, to_openai
 from cmkit_std.backbones.adm_unet import UNet
 from cmkit_std.formulations import IDDPM, VP
 from cmkit_std.objectives import distances
-from cmkit_std.objectives.ctm import CTM, gradient_ratio
+from cmkit_std.objectives.ctm import CTM, gradient_norm, gradient_ratio
 from cmkit_std.objectives.weightings import weighting
 from cmkit_std.samplers.euler import Euler
 from cmkit_std.samplers.gamma import Gamma
@@ -397,9 +397,8 @@ def targets(case: dict, dtype: torch.dtype, patch: pytest.MonkeyPatch) -> dict:
 
     patch.setattr(distances, "lpips", lpips)
     phase = Phase(0, training.num_sigmas)
-    training.objective.consistency(
-        training.models, training.x0, training.cond, phase, training.draws()
-    )
+    objective = training.objective.model_copy(update={"dsm_weight": 0.0})
+    objective.loss(training.models, training.x0, training.cond, phase, training.draws())
     (_, t, s, _), (x_u, u, again, _) = calls["online"]
     assert torch.equal(s, again)
     assert len(calls["teacher"]) == 2 * training.gap
@@ -481,7 +480,7 @@ def adaptive(case: dict, dtype: torch.dtype) -> dict:
     weights = to_openai(dict(unet(NET, dtype).named_parameters()))
     w = weights[key]
     loss1 = (w * FIGURES.X(list(w.shape)).to(dtype)).square().mean()
-    return {"weight": gradient_ratio(loss1, (3 * w).sin().mean(), w)}
+    return {"weight": gradient_ratio(gradient_norm(loss1, w), (3 * w).sin().mean(), w)}
 
 
 def sampled(case: dict, dtype: torch.dtype) -> dict:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cmkit_scm import trigflow
 from cmkit_scm.scm import SCM
+from cmkit_scm.weight import LogWeight
 
 import cmkit
 from cmkit import Cond, Denoiser, Models, Network, Noise, Rng
@@ -81,7 +82,7 @@ def denoiser(network, noise=None):
 
 
 def models(online, teacher=None):
-    return Models(online, online, teacher)
+    return Models(online, online, teacher, companions={"weight": LogWeight().double()})
 
 
 def batch(n=64, seed=1):
@@ -279,6 +280,60 @@ def test_loss_depends_on_its_rng_alone_and_teaches_the_online_network_alone():
     assert made.online.network.second.weight.grad.abs().max() > 0
 
 
+def test_a_fresh_weight_leaves_the_loss_as_it_is_without_one():
+    made = models(denoiser(Tiny().eval()))
+    plain = SCM(learned_weight=False)
+    assert torch.equal(loss(SCM(), made, batch()), loss(plain, made, batch()))
+    assert not plain.companions(cmkit.DataSpec(1, 4))
+
+
+def test_the_weight_that_is_learned_is_one_over_the_loss_of_its_noise_level():
+    """d/dw (e^w L - w) = 0 at w = -ln L, where the loss is 1 + ln L."""
+    torch.manual_seed(0)
+    made = LogWeight().double()
+    sigma = torch.logspace(-2, 1.5, 60, dtype=torch.float64)
+    level = 0.3 + 0.2 * torch.sin(sigma.log())  # L(sigma)
+    optimizer = torch.optim.LBFGS(made.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def total():
+        optimizer.zero_grad()
+        w = made(sigma)
+        lost = (w.exp() * level - w).mean()
+        lost.backward()
+        return lost
+
+    optimizer.step(total)
+    torch.testing.assert_close(made(sigma), -level.log(), rtol=0.02, atol=0.02)
+    assert float(total().detach()) == pytest.approx(float((1 + level.log()).mean()), abs=1e-3)
+
+
+def test_the_weight_scales_the_gradient_of_the_network_and_is_pulled_to_minus_ln_loss():
+    net = Tiny().eval()
+    made, x0 = models(denoiser(net)), batch(1)
+    weight = made.companions["weight"]
+    (plain,) = torch.autograd.grad(loss(SCM(), made, x0), net.second.weight)
+    size = float(loss(SCM(), made, x0).detach())
+    seen = []
+    weight.register_forward_hook(lambda module, given, w: seen.append((*given, w)))
+    pulls = {}
+    for wanted in (-1.0, -math.log(size), 2.0):
+        loss(SCM(), made, x0)
+        w = seen[-1][1]
+        (features,) = torch.autograd.grad(w, weight.weight)
+        with torch.no_grad():
+            weight.weight.copy_(wanted * features / features.square().sum())
+        total = loss(SCM(), made, x0)
+        w = seen[-1][1]
+        scaled, pull = torch.autograd.grad(total, [net.second.weight, w])
+        assert float(w.detach()) == pytest.approx(wanted)
+        torch.testing.assert_close(scaled, math.exp(wanted) * plain)
+        assert float(total.detach()) == pytest.approx(math.exp(wanted) * size - wanted)
+        pulls[wanted] = float(pull)
+    below, optimum, above = pulls.values()
+    assert below < 0 < above
+    assert optimum == pytest.approx(0, abs=1e-9)
+
+
 RECIPE = """\
 name = "tiny"
 dataset = { use = "digits" }
@@ -311,9 +366,19 @@ def plan(tmp_path, registry, *overrides):
 def test_recipe_trains_and_says_how_far_the_warm_up_is(tmp_path, registry):
     from cmkit.train import start, train
 
-    steps = list(train(start(plan(tmp_path, registry), CPU)))
+    training = start(plan(tmp_path, registry), CPU)
+    steps = list(train(training))
     assert [step.log["tangent"] for step in steps] == [0, 0.5, 1]
-    assert all(math.isfinite(step.log["loss"]) for step in steps)
+    for log in (step.log for step in steps):
+        assert math.isfinite(log["loss"])
+        assert log["matching"] + log["log_weight"] == pytest.approx(log["loss"])
+    assert training.tensors()["companion-weight"]["weight"].abs().max() > 0
+    assert (
+        "log_weight"
+        not in next(
+            train(start(plan(tmp_path, registry, "objective.learned_weight=false"), CPU))
+        ).log
+    )
 
 
 def test_student_starts_as_its_diffusion_teacher_exactly_and_follows_it(tmp_path, registry):

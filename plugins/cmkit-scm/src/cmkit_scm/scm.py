@@ -3,12 +3,13 @@ Continuous-Time Consistency Models, 2024)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 import cmkit
-from cmkit import Objective, Phase
+from cmkit import Companion, DataSpec, Objective, Phase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,8 @@ class SCM(Objective):
     """Of the normalised tangent g / (|g| + c), with |g| the root mean square of an image."""
     prior: Literal["uniform", "inverse_sigma"] = "uniform"
     """Weight of a noise level beside 1 / sigma, which g = cos(t) df/dt holds already."""
+    learned_weight: bool = True
+    """Learn the weight exp(w(sigma)) that makes every noise level's loss 1 on average."""
     derivative: Literal["forward", "difference"] = "forward"
     """The Jacobian-vector product: forward-mode differentiation, or central differences for a
     backbone that lacks it."""
@@ -49,6 +52,14 @@ class SCM(Objective):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"edm", "teacher"} if self.distil else {"edm"})
+
+    def companions(self, data: DataSpec) -> Mapping[str, Companion]:
+        """w, where it is learned."""
+        if not self.learned_weight:
+            return {}
+        from cmkit_scm.weight import LogWeight
+
+        return {"weight": Companion(LogWeight())}
 
     def phase(self, step: int, total: int) -> Phase:
         """r = min(1, k / H) in the log."""
@@ -59,10 +70,9 @@ class SCM(Objective):
         return min(1.0, step / self.warmup) if self.warmup else 1.0
 
     def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
-        """w |F' - sg(F' + g / (|g| + c))|^2 / D, (B,), with g of algorithm 1.
+        """exp(w) |F' - sg(F' + g / (|g| + c))|^2 / D - w, (B,), with g and w of algorithm 1.
 
-        ln(sigma) ~ N(p_mean, p_std^2). The learned weight exp(w_phi(t)) is left out: `Models` holds
-        networks alone, and normalised tangents bound the loss by 1 at every noise level.
+        ln(sigma) ~ N(p_mean, p_std^2).
         """
         import torch
 
@@ -85,4 +95,8 @@ class SCM(Objective):
         with cmkit.shared_dropout(rng):
             f = trigflow.network(online, x, sigma, cond)
         loss = (f - f.detach() - g).square().flatten(1).mean(1)
-        return loss / sigma if self.prior == "inverse_sigma" else loss
+        loss = loss / sigma if self.prior == "inverse_sigma" else loss
+        if not self.learned_weight:
+            return models.total(matching=loss)
+        w = models.companions["weight"](sigma)
+        return models.total(matching=w.exp() * loss, log_weight=-w)
