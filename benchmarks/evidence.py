@@ -166,6 +166,11 @@ ROWS = {
         },
         note="181 levels, 10 at a time, guided by w of 0 to 2, sampled at w = 0.5",
     ),
+    "ict-long": Row(
+        {"use": "ict", "start_scales": 10, "end_scales": 80},
+        {"train": {"steps": 1000, "save_every": 500}},
+        note="`ict` with the steps of a teacher besides its own",
+    ),
     "ect": Row(
         {"use": "ect", "stage_steps": 125},
         {"denoiser": {"precond": "edm"}, "backbone": {"null_class": True}},
@@ -202,7 +207,7 @@ ROWS = {
     ),
 }
 BUILT_IN = ("edm", "ct", "ict", "cd", "ctm", "lcm")
-"""Rows that need no other package."""
+"""Rows of the table by default; the others are controls, or need a package of plugins/."""
 
 
 def recipe(setting: Setting, name: str, row: Row, seed: int, folders: Mapping[str, str]) -> Any:
