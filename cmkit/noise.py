@@ -48,9 +48,15 @@ class Rng:
 
     def __init__(self, seed: int, purpose: str, index: int, device: torch.device):
         key = _key(seed, purpose, index)
-        self.device = device
+        self.device, self._drawn_for = device, (seed, purpose, index)
         self.dropout_seed = key[1]
         self._generator = torch.Generator(device).manual_seed(key[0])
+
+    @functools.cached_property
+    def host(self) -> Rng:
+        """Draws on the CPU, for numbers that Python needs: a GPU's would have to be awaited."""
+        cpu, (seed, purpose, index) = torch.device("cpu"), self._drawn_for
+        return self if self.device == cpu else Rng(seed, f"{purpose}/host", index, cpu)
 
     def normal_like(self, x: Tensor) -> Tensor:
         """Standard normal draws of the shape, type and device of x."""

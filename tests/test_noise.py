@@ -75,3 +75,15 @@ def test_shared_dropout_gives_the_same_masks_and_leaves_the_global_generator_alo
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_numbers_for_python_are_drawn_on_the_cpu_without_moving_the_other_draws():
+    rng = Rng(1, "train", 0, torch.device("cpu"))
+    assert rng.host is rng
+    rng.device = torch.device("cuda")  # as on a GPU, but for the generator
+    other = Rng(1, "train", 0, torch.device("cpu"))
+    del rng.__dict__["host"]
+    draw = rng.host.uniform(3)
+    assert draw.device.type == "cpu"
+    assert torch.equal(rng.host.uniform(3), Rng(1, "train/host", 0, draw.device).uniform(6)[3:])
+    assert torch.equal(rng._generator.get_state(), other._generator.get_state())

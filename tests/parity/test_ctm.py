@@ -296,6 +296,10 @@ class GivenDraws:
         assert len(value) == n
         return value
 
+    @property
+    def host(self) -> GivenDraws:
+        return self
+
     def normal_like(self, x: Tensor) -> Tensor:
         return self._next("normal", len(x)).view(x.shape)
 

@@ -192,7 +192,7 @@ class CTM(Objective):
         assert phase.num_sigmas is not None
         sigmas = noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         # One number for the batch: the solver makes as many steps for every image.
-        gap = 1 + int(rng.choice(self.gap_weights(phase.num_sigmas).to(x0.device), 1))
+        gap = 1 + int(rng.host.choice(self.gap_weights(phase.num_sigmas), 1))
         u = rng.integers(phase.num_sigmas - gap, len(x0))
         s = (rng.uniform(len(x0)).double() * (u + 1)).long()
         t = u + gap
