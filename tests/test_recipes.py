@@ -57,6 +57,7 @@ def test_training_recipe_is_whole_and_counts_its_images(path, registry):
         ("ctm_imagenet64", 1440, 4e-4, None, 0.999),
         ("ctm_imagenet64_gan", 4224, 8e-6, None, 0.999),
         ("ctm_cifar10", 256, 4e-4, None, 0.999),
+        ("ctm_cifar10_gan", 528, 4e-4, None, 0.999),
     ],
 )
 def test_settings_are_those_that_were_published(stem, batch, lr, steps, ema, registry):
