@@ -166,6 +166,11 @@ ROWS = {
         },
         note="181 levels, 10 at a time, guided by w of 0 to 2, sampled at w = 0.5",
     ),
+    "ct-long": Row(
+        {"use": "ct", "end_scales": 20, "distance": "l2"},
+        {"train": {"steps": 2000, "save_every": 500}},
+        note="`ct` with four times the steps",
+    ),
     "ict-long": Row(
         {"use": "ict", "start_scales": 10, "end_scales": 80},
         {"train": {"steps": 1000, "save_every": 500}},
