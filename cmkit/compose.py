@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit.checkpoint import load_weights
@@ -61,7 +60,7 @@ def fit(recipe: Recipe) -> Plan:
     """
     data = recipe.dataset.spec()
     conditions = conditions_of(recipe, data)
-    with at(recipe, "backbone"), without_memory():
+    with at(recipe, "backbone"), torch.device("meta"):
         denoiser = _denoiser(recipe, recipe.backbone.build(data, conditions))
     sites = denoiser.network.sites
     if recipe.rescaler:
@@ -254,25 +253,6 @@ def check_disk(plan: Plan, out: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def without_memory() -> Iterator[None]:
-    """Networks that are built inside have shapes, but neither memory nor values."""
-    with torch.device("meta"), _Unfilled():
-        yield
-
-
-class _Unfilled(TorchFunctionMode):
-    """Skips the functions of `torch.nn.init`: without memory there is nothing to fill, and to find
-    that out torch would import its compiler, which takes longer than all other checks."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
-
-
 def _stages_are_complete(recipe: Recipe) -> None:
     needs = {
         "train": ("objective",),
@@ -394,7 +374,7 @@ def _check_teacher(
     can start from it where it shall."""
     table = recipe.teacher
     assert table is not None
-    with at(recipe, "teacher"), without_memory():
+    with at(recipe, "teacher"), torch.device("meta"):
         teacher = _teacher(recipe, data)
     with at(recipe, "teacher", "weights"):
         _fill(teacher.network, table.weights, _teacher_backbone(recipe), data)

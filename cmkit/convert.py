@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from cmkit.checkpoint import atomic_write, load_weights, new_folder, same_shapes, save_weights
-from cmkit.compose import conditions_of, without_memory
+from cmkit.compose import conditions_of
 from cmkit.errors import CheckpointError, CmkitError, PluginError, RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
 from cmkit.plugins import Registry
@@ -35,7 +36,7 @@ class Known:
 
     def network(self) -> Network:
         """The network, without memory."""
-        with without_memory():
+        with torch.device("meta"):
             return self.backbone.build(self.data, self.conditions)
 
     def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

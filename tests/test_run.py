@@ -445,18 +445,3 @@ def test_a_reference_that_metrics_cannot_use_stops_the_run_before_training(recip
         with pytest.raises(DataError, match="7 features"):
             list(run(made, registry, tmp_path / "runs", CPU, StopSignal()))
     assert not list(tmp_path.glob("runs/*/checkpoints"))
-
-
-def test_a_network_without_memory_costs_no_import_of_the_compiler():
-    code = """
-import sys
-from cmkit_std.backbones.adm import ADM
-from cmkit import DataSpec
-from cmkit.compose import without_memory
-with without_memory():
-    network = ADM(channels=32).build(DataSpec(1, 8, 10), frozenset({"label"}))
-assert all(weight.is_meta for weight in network.parameters())
-assert "torch._dynamo" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
