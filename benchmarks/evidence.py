@@ -188,6 +188,11 @@ ROWS = {
         {"denoiser": {"precond": "edm"}, "backbone": SLOW},
         note="time_scale 4",
     ),
+    "sct-plain": Row(
+        {"use": "scm", "warmup": 150, "learned_weight": False},
+        {"denoiser": {"precond": "edm"}, "backbone": SLOW},
+        note="time_scale 4, without the learned weight",
+    ),
     "edm-slow": Row(
         {"use": "edm"},
         {"denoiser": {"precond": "edm"}, "backbone": SLOW},
