@@ -36,7 +36,7 @@ def diffusers_layout(options: ADM, data: DataSpec) -> Layout:
 @BOTH
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_converted_network_computes_the_official_function(name, dtype):
+def test_converted_network_computes_the_official_function(name, dtype, record_property):
     case = CASES[name]
     assert case["inputs"]["weights"] == (
         "openai_unet.json unet_A filled by its own keys, then converted"
@@ -58,7 +58,8 @@ def test_converted_network_computes_the_official_function(name, dtype):
     assert agrees(layout.config(network.state_dict()), case["config"])
     assert case["expect"].keys() == {"keys", "out"}
     assert len(converted) == case["expect"]["keys"]
-    harness.compare(out, case["expect"]["out"], dtype)
+    worst = harness.compare(out, case["expect"]["out"], dtype)
+    record_property("parity", (FIGURES.name, str(dtype), worst))
 
 
 def agrees(config: dict[str, Any], official: dict[str, Any]) -> bool:

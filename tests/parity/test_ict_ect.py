@@ -181,7 +181,8 @@ CASES = [n for n, case in FIGURES.cases.items() if case["function"] not in OF_OT
 
 @BOTH
 @pytest.mark.parametrize("name", CASES)
-def test_improved_training_computes_the_known_figures(name, dtype):
+def test_improved_training_computes_the_known_figures(name, dtype, record_property):
     case = FIGURES.cases[name]
     assert case["function"] in FUNCTIONS, f"nothing here computes {case['function']!r}"
-    harness.compare(FUNCTIONS[case["function"]](case, dtype), case["expect"], dtype)
+    worst = harness.compare(FUNCTIONS[case["function"]](case, dtype), case["expect"], dtype)
+    record_property("parity", (FIGURES.name, str(dtype), worst))

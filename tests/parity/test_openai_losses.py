@@ -245,8 +245,9 @@ FUNCTIONS = {
 
 @BOTH
 @pytest.mark.parametrize("name", FIGURES.cases)
-def test_training_computes_the_official_figures(name, dtype):
+def test_training_computes_the_official_figures(name, dtype, record_property):
     case = FIGURES.cases[name]
     assert case["function"] in FUNCTIONS, f"nothing here computes {case['function']!r}"
     actual = FUNCTIONS[case["function"]](case, dtype)
-    harness.compare(actual, case["expect"], dtype)
+    worst = harness.compare(actual, case["expect"], dtype)
+    record_property("parity", (FIGURES.name, str(dtype), worst))
