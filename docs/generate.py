@@ -1,5 +1,5 @@
-"""Write docs/reference.md and docs/api.json from the code; with --check, fail when they are not
-current."""
+"""Write docs/reference.md, docs/api.json and the end of docs/plugins.md from the code; with --check,
+fail when they are not current."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from cmkit.recipe import CORE_TABLES, fields
 
 PAGE = Path(__file__).parent / "reference.md"
 API = Path(__file__).parent / "api.json"
+GUIDE = Path(__file__).parent / "plugins.md"
+MARK = "<!-- From here on written from the code by `make docs`; do not edit. -->\n"
 HEAD = """\
 # Reference
 
@@ -128,14 +130,30 @@ def exit_codes() -> str:
 
 def api() -> dict[str, str]:
     """Every public Python name with its signature; those of classes with their public members."""
+    return {
+        path: signature for name, thing in names() for path, signature in _signatures(name, thing)
+    }
+
+
+def names() -> Iterator[tuple[str, Any]]:
+    """Every public Python name, and what it is."""
     checks = [name for name in vars(cmkit.testing) if name.startswith("check_")]
     homes = {"cmkit": cmkit.__all__, "cmkit.testing": [*checks, "ProtocolError", "Verdict"]}
-    return {
-        path: signature
-        for home, names in homes.items()
-        for name in sorted(names)
-        for path, signature in _signatures(f"{home}.{name}", getattr(sys.modules[home], name))
-    }
+    for home, public in homes.items():
+        for name in sorted(public):
+            yield f"{home}.{name}", getattr(sys.modules[home], name)
+
+
+def guide() -> str:
+    """The authors' page: what is written by hand, and then the public names."""
+    by_hand, _, _ = GUIDE.read_text("utf-8").partition(MARK)
+    rows = [
+        f"| `{name}` | {_cell((inspect.getdoc(thing) or '').split(chr(10) + chr(10))[0])} |"
+        for name, thing in names()
+        if not isinstance(thing, int)
+    ]
+    head = f"## Public names, version {cmkit.api_version}\n"
+    return "\n".join([by_hand + MARK, head, "| name | what it is |", "|---|---|", *rows, ""])
 
 
 def _signatures(path: str, thing: Any) -> Iterator[tuple[str, str]]:
@@ -184,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    for file, text in ((PAGE, page()), (API, api_text())):
+    for file, text in ((PAGE, page()), (API, api_text()), (GUIDE, guide())):
         if not check:
             file.write_text(text, encoding="utf-8")
         elif not file.exists() or file.read_text(encoding="utf-8") != text:

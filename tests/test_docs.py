@@ -34,6 +34,12 @@ def test_the_reference_is_what_the_code_says(generate):
     assert (ROOT / "docs" / "reference.md").read_text("utf-8") == generate.page()
 
 
+def test_the_authors_page_lists_the_public_names(generate):
+    page = (ROOT / "docs" / "plugins.md").read_text("utf-8")
+    assert page == generate.guide()
+    assert all(f"`{name}`" in page for name, _ in generate.names() if name != "cmkit.api_version")
+
+
 def test_a_public_signature_changes_only_with_a_line_in_the_changelog(generate):
     written = json.loads((ROOT / "docs" / "api.json").read_text("utf-8"))
     now = generate.api()
