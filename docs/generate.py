@@ -1,5 +1,5 @@
-"""Write docs/reference.md, docs/api.json and the end of docs/plugins.md from the code; with --check,
-fail when they are not current."""
+"""Write docs/reference.md, docs/api.json and the end of docs/plugins.md from the code; with
+--check, fail when they are not current."""
 
 from __future__ import annotations
 
@@ -148,12 +148,19 @@ def guide() -> str:
     """The authors' page: what is written by hand, and then the public names."""
     by_hand, _, _ = GUIDE.read_text("utf-8").partition(MARK)
     rows = [
-        f"| `{name}` | {_cell((inspect.getdoc(thing) or '').split(chr(10) + chr(10))[0])} |"
+        f"| `{name}` | {_cell(_first(thing))} |"
         for name, thing in names()
         if not isinstance(thing, int)
     ]
     head = f"## Public names, version {cmkit.api_version}\n"
     return "\n".join([by_hand + MARK, head, "| name | what it is |", "|---|---|", *rows, ""])
+
+
+def _first(thing: Any) -> str:
+    """The first paragraph about it; of a type's other name, the type."""
+    if hasattr(thing, "__origin__"):
+        return f"`{thing}`"
+    return (inspect.getdoc(thing) or "").partition("\n\n")[0]
 
 
 def _signatures(path: str, thing: Any) -> Iterator[tuple[str, str]]:
