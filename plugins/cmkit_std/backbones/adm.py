@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
+from cmkit_std.backbones.fitting import check_conditions, check_levels, with_preset
 from cmkit_std.backbones.published import published
 
 if TYPE_CHECKING:
@@ -101,9 +102,7 @@ class ADM(Backbone):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
-            return given
-        return {**PRESETS.get(given["preset"], {}), **given}
+        return with_preset(given, PRESETS)
 
     @classmethod
     def known(cls) -> Iterator[tuple[ADM, DataSpec, frozenset[str]]]:
@@ -158,39 +157,13 @@ class ADM(Backbone):
         return min(self.norm_groups, width // self.norm_channels)
 
     def _check(self, data: DataSpec, conditions: frozenset[str]) -> None:
-        if unknown := conditions - self.accepts:
-            raise RecipeError(
-                f"backbone: adm cannot embed {', '.join(sorted(unknown))}; it accepts"
-                f" {', '.join(sorted(self.accepts))}; choose another backbone"
-            )
-        if "label" in conditions and not data.num_classes:
-            raise RecipeError(
-                "backbone: cannot embed labels, num_classes of the data set is"
-                f" {data.num_classes}; choose a data set with classes, or leave the labels out"
-            )
-        self._check_resolution(data.resolution)
+        check_conditions("adm", self, data, conditions)
+        check_levels(data.resolution, self.channel_mult, self.attention_resolutions)
         for width, side in self.levels(data.resolution):
             self._check_norm(width)
             # The middle block, of the last level's width, always attends.
             if self.attends(side) or side == data.resolution >> len(self.channel_mult) - 1:
                 self._check_heads(width)
-
-    def _check_resolution(self, resolution: int) -> None:
-        halvings = len(self.channel_mult) - 1
-        sides = [side for _, side in self.levels(resolution)]
-        if resolution % 2**halvings:
-            possible = (resolution & -resolution).bit_length()
-            raise RecipeError(
-                f"backbone.channel_mult = {list(self.channel_mult)}: its {halvings + 1} levels need"
-                f" pictures divisible by {2**halvings}, not of {resolution} pixels; give at most"
-                f" {possible} levels, or another dataset.resolution"
-            )
-        if missing := sorted(set(self.attention_resolutions or ()) - set(sides)):
-            raise RecipeError(
-                f"backbone.attention_resolutions = {list(self.attention_resolutions or ())}: no"
-                f" level has {', '.join(map(str, missing))} pixels; choose among"
-                f" {', '.join(map(str, sides))}"
-            )
 
     def _check_norm(self, width: int) -> None:
         if width % self.norm_groups:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
+from cmkit_std.backbones.fitting import check_conditions, with_preset
 from cmkit_std.backbones.published import published
 
 if TYPE_CHECKING:
@@ -84,9 +85,7 @@ class DiT(Backbone):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
-            return given
-        return {**PRESETS.get(given["preset"], {}), **given}
+        return with_preset(given, PRESETS)
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """The layout of facebookresearch/DiT."""
@@ -109,16 +108,7 @@ class DiT(Backbone):
         )
 
     def _check(self, data: DataSpec, conditions: frozenset[str]) -> None:
-        if unknown := conditions - self.accepts:
-            raise RecipeError(
-                f"backbone: dit cannot embed {', '.join(sorted(unknown))}; it accepts"
-                f" {', '.join(sorted(self.accepts))}; choose another backbone"
-            )
-        if "label" in conditions and not data.num_classes:
-            raise RecipeError(
-                "backbone: cannot embed labels, num_classes of the data set is"
-                f" {data.num_classes}; choose a data set with classes, or leave the labels out"
-            )
+        check_conditions("dit", self, data, conditions)
         if data.resolution % self.patch_size:
             fitting = _divisors(data.resolution, self.patch_size)
             raise RecipeError(

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
+from cmkit_std.backbones.fitting import check_conditions, check_levels, with_preset
 from cmkit_std.backbones.published import published
 
 if TYPE_CHECKING:
@@ -113,9 +114,7 @@ class SongUNet(Backbone):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
-            return given
-        return {**PRESETS.get(given["preset"], {}), **given}
+        return with_preset(given, PRESETS)
 
     @field_validator("resample_filter")
     @classmethod
@@ -154,17 +153,8 @@ class SongUNet(Backbone):
         return side in ((16,) if self.attention_resolutions is None else self.attention_resolutions)
 
     def _check(self, data: DataSpec, conditions: frozenset[str]) -> None:
-        if unknown := conditions - self.accepts:
-            raise RecipeError(
-                f"backbone: songunet cannot embed {', '.join(sorted(unknown))}; it accepts"
-                f" {', '.join(sorted(self.accepts))}; choose another backbone"
-            )
-        if "label" in conditions and not data.num_classes:
-            raise RecipeError(
-                "backbone: cannot embed labels, num_classes of the data set is"
-                f" {data.num_classes}; choose a data set with classes, or leave the labels out"
-            )
-        self._check_resolution(data.resolution)
+        check_conditions("songunet", self, data, conditions)
+        check_levels(data.resolution, self.channel_mult, self.attention_resolutions)
         for width in self._normed():
             if width % norm_groups(width):
                 raise RecipeError(
@@ -172,23 +162,6 @@ class SongUNet(Backbone):
                     f" into {norm_groups(width)} groups; give channels ="
                     f" {-(-self.channels // 32) * 32}"
                 )
-
-    def _check_resolution(self, resolution: int) -> None:
-        halvings = len(self.channel_mult) - 1
-        sides = [side for _, side in self.levels(resolution)]
-        if resolution % 2**halvings:
-            possible = (resolution & -resolution).bit_length()
-            raise RecipeError(
-                f"backbone.channel_mult = {list(self.channel_mult)}: its {halvings + 1} levels need"
-                f" pictures divisible by {2**halvings}, not of {resolution} pixels; give at most"
-                f" {possible} levels, or another dataset.resolution"
-            )
-        if missing := sorted(set(self.attention_resolutions or ()) - set(sides)):
-            raise RecipeError(
-                f"backbone.attention_resolutions = {list(self.attention_resolutions or ())}: no"
-                f" level has {', '.join(map(str, missing))} pixels; choose among"
-                f" {', '.join(map(str, sides))}"
-            )
 
     def _normed(self) -> Iterator[int]:
         """The width of every tensor that a norm sees."""
