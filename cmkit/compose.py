@@ -71,9 +71,8 @@ def fit(recipe: Recipe) -> Plan:
     if recipe.train and recipe.objective:
         with at(recipe, "objective"):
             recipe.objective.check(data)
-        if recipe.train:
-            with at(recipe, "train", "batch"):
-                recipe.objective.check_batch(recipe.train.batch // recipe.train.accumulate)
+        with at(recipe, "train", "batch"):
+            recipe.objective.check_batch(recipe.train.batch // recipe.train.accumulate)
     for index, metric in enumerate(recipe.metric):
         with at(recipe, "metric", index):
             metric.check(data, recipe.sample.images if recipe.sample else 0)

@@ -7,9 +7,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
 
 from cmkit.kinds import DataSpec, Metric, Reference
+from cmkit.measure import Images
 from cmkit.noise import image_noise
 from cmkit.testing.fields import check_fields
 from cmkit.testing.protocol import Says
@@ -25,9 +25,9 @@ def check_metric(
     """The laws of a metric, on uint8 images (N, C, H, W), by default 32 random ones like `data`."""
     check_fields(metric)
     say = Says(metric)
-    ours = _Images(images if images is not None else _pictures(0, data))
+    ours = Images(images if images is not None else _pictures(0, data))
     real = Reference(
-        _Images(reference if reference is not None else _pictures(1, data)), "cmkit-testing"
+        Images(reference if reference is not None else _pictures(1, data)), "cmkit-testing"
     )
     names = metric.keys()
     say.unless(
@@ -86,17 +86,6 @@ def check_metric(
         )
     with say.trying("`provenance` can be written as JSON", "return plain numbers and strings"):
         json.dumps(metric.provenance(), allow_nan=False)
-
-
-class _Images(TorchDataset[Tensor]):
-    def __init__(self, images: Tensor):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
 
 
 def _pictures(seed: int, data: DataSpec) -> Tensor:

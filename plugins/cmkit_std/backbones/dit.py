@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from cmkit.errors import RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout
 from cmkit_std.backbones.fitting import check_conditions, with_preset
-from cmkit_std.backbones.published import published
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.dit_network import Transformer
@@ -38,7 +37,6 @@ class DiT(Backbone):
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
-    published: ClassVar[dict[str, str]] = published("dit", ["DiT-XL-2-256x256", "DiT-XL-2-512x512"])
 
     preset: (
         Literal[

@@ -1,5 +1,5 @@
 """Public addresses of weights, by the names that `denoiser.weights` takes. Their licences are their
-publishers': EDM's and DiT's are not for commercial use."""
+publishers': EDM's are not for commercial use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterable
 _ADDRESSES = {
     "openai": "https://openaipublic.blob.core.windows.net/consistency/{}.pt",
     "edm": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-{}.pkl",
-    "dit": "https://dl.fbaipublicfiles.com/DiT/models/{}.pt",
 }
 
 
