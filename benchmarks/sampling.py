@@ -1,27 +1,29 @@
-"""One-step sampling beside other implementations: the same weights, one process, in turns.
+"""One-step sampling beside other implementations, on the same weights.
 
 python benchmarks/sampling.py --config m64 --batch 4 --openai CHECKOUT
 needs `pip install 'cmkit[bench]'` for diffusers; CHECKOUT is one of openai/consistency_models.
-Each contender draws a batch in every round; times are medians of the rounds, ratios of medians.
+Each contender draws a batch in every round, in a process of its own; times are medians of the
+rounds, ratios of medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import statistics
 import sys
-import time
 import types
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.samplers.multistep import Multistep
 from torch import Tensor, nn
+from turns import Contender, Formatter, add_options, medians
 
 from cmkit import Cond, DataSpec, Denoiser
 from cmkit.compose import autocast, pick_device, precision
@@ -42,67 +44,77 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--config", choices=CONFIGS, default="m64")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--openai", type=Path, help="a checkout of openai/consistency_models")
     parser.add_argument("--no-diffusers", action="store_true")
     parser.add_argument("--compile", action="store_true", help="also our network, compiled")
     parser.add_argument("--only-ours", action="store_true")
-    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for busy machines")
+    add_options(parser, rounds=7)
     options = parser.parse_args()
     device = pick_device(options.device)
-    side, backbone = CONFIGS[options.config]
-    data = DataSpec(3, side)
-    network = filled(backbone.build(data, frozenset())).eval().requires_grad_(False)
-
     default = precision("auto", device)
-    contenders: dict[str, Draw] = {
-        f"ours {name}{' (default)' if name == default else ''}": ours(network, device, name)
-        for name in ("fp32", "bf16")
-    }
+    names = [f"ours {name}{' (default)' if name == default else ''}" for name in ("fp32", "bf16")]
     if options.compile:
-        contenders["ours default, compiled"] = ours(network, device, default, compiled=True)
+        names.append("ours default, compiled")
     if not options.only_ours and not options.no_diffusers:
-        contenders["diffusers fp32"] = diffusers(network, backbone, data, device)
-        contenders["diffusers bf16 channels_last"] = diffusers(
-            network, backbone, data, device, tuned=True
-        )
+        names += ["diffusers fp32", "diffusers bf16 channels_last"]
     if not options.only_ours and options.openai:
-        for attention in ("QKVAttention", "QKVAttentionLegacy"):
-            name = f"openai fp32, {attention}"
-            contenders[name] = openai(network, backbone, data, device, options.openai, attention)
+        names += ["openai fp32, QKVAttention", "openai fp32, QKVAttentionLegacy"]
 
-    x = 80 * torch.randn(options.batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    reference = next(iter(contenders.values()))(x).float()
     print(
-        f"{options.config}: {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters,"
-        f" batch {options.batch}, {options.rounds} rounds, {torch.get_num_threads()} threads,"
+        f"{options.config}, batch {options.batch}, {options.rounds} rounds,"
+        f" {torch.get_num_threads()} threads,"
         f" {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'},"
         f" torch {torch.__version__}, {'CPU' if options.cpu_time else 'wall'} seconds"
     )
-    for name, draw in contenders.items():
-        out = draw(x).float().cpu()
-        error = ((out - reference.cpu()).square().mean() / reference.square().mean().cpu()).sqrt()
-        print(f"  {name}: differs by {error:.1e} rms")
-    for _ in range(options.rounds):
-        for name, draw in contenders.items():
-            began = clock()
-            draw(x)
-            times[name].append(clock() - began)
-    rates = {name: options.batch / statistics.median(spent) for name, spent in times.items()}
+    with ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(Contender(drawing, (name, options))) for name in names
+        }
+        firsts = {name: contender.turn().out for name, contender in contenders.items()}
+        reference = firsts[names[0]][0]
+        for name, (images, _) in firsts.items():
+            error = np.sqrt(np.square(images - reference).mean() / np.square(reference).mean())
+            print(f"  {name}: differs by {error:.1e} rms")
+        seconds = medians(contenders, options.rounds, options.cpu_time)
+        peaks = {name: contender.turn().out[1] for name, contender in contenders.items()}
+    rates = {name: options.batch / spent for name, spent in seconds.items()}
     mine = [name for name in rates if name.startswith("ours")]
     print(f"{'contender':34} images/s  " + "  ".join(f"{name:>20}" for name in mine))
     for name, rate in rates.items():
         ratios = "  ".join(f"{rates[own] / rate:19.2f}x" for own in mine)
-        print(f"{name:34} {rate:8.3f}  {ratios}")
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB")
+        memory = f"  peak {peaks[name] / 2**30:.2f} GiB" if peaks[name] else ""
+        print(f"{name:34} {rate:8.3f}  {ratios}{memory}")
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description."""
+def drawing(name: str, options: argparse.Namespace) -> Callable[[], tuple[np.ndarray, int]]:
+    """What draws a batch of the contender `name`, and tells the peak of a GPU's memory so far."""
+    own = name.startswith("ours") or options.same_allocator
+    device = pick_device(options.device) if own else torch.device(pick_device_name(options.device))
+    side, backbone = CONFIGS[options.config]
+    data = DataSpec(3, side)
+    torch.manual_seed(0)
+    network = filled(backbone.build(data, frozenset())).eval().requires_grad_(False)
+    if name.startswith("ours"):
+        compiled = name.endswith("compiled")
+        kind = precision("auto", device) if compiled else name.split()[1]
+        draw = ours(network, device, kind, compiled)
+    elif name.startswith("diffusers"):
+        draw = diffusers(network, backbone, data, device, tuned=name.endswith("channels_last"))
+    else:
+        draw = openai(network, backbone, data, device, options.openai, name.split()[-1])
+    shape = options.batch, 3, side, side
+    x = 80 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def call() -> tuple[np.ndarray, int]:
+        images = draw(x).float().cpu().numpy()
+        return images, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+    return call
+
+
+def pick_device_name(name: str) -> str:
+    """The device that `--device` names, with nothing changed in this process."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def filled(network: nn.Module) -> nn.Module:

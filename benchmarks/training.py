@@ -1,26 +1,28 @@
-"""Steps of consistency training and distillation beside the official ones, one process, in turns.
+"""Steps of consistency training and distillation beside the official ones.
 
 python benchmarks/training.py --config m64 --batch 2 --openai CHECKOUT
-Ours is the real training loop (`cmkit.train.train`) on a folder of noise; theirs is
-`KarrasDenoiser.consistency_losses` with l2, RAdam and their EMAs, in float32. A step is forward,
-backward, optimizer, target and three EMAs. "plain" is ours in NCHW, with loops over parameters.
+Each contender takes a step in every round, in a process of its own. Ours is the real training loop
+(`cmkit.train.train`) on a folder of noise; theirs is `KarrasDenoiser.consistency_losses` with l2,
+RAdam and their EMAs, in float32. A step is forward, backward, optimizer, target and three EMAs.
+"plain" is ours in NCHW, with loops over parameters.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from sampling import CONFIGS, Formatter, filled, official, official_unet
+from safetensors.torch import load_file
+from sampling import CONFIGS, filled, official, official_unet, pick_device_name
 from torch import Tensor, nn
+from turns import Contender, Formatter, add_options, medians
 
 from cmkit import DataSpec, discover
 from cmkit.checkpoint import save_weights
@@ -66,7 +68,13 @@ OPTIONS = {
     "cd": 'distance = "l2"\nnum_sigmas = 18\ntarget_ema = 0.95',
     "ict": "",
 }
-Step = Callable[[], object]
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ours fp32": ("fp32", {}),
+    "ours bf16": ("bf16", {}),
+    "ours bf16, recomputed": ("bf16", {"gradient_checkpointing": True}),
+    "ours fp32, plain": ("fp32", {}),
+}
+"""Precision, and fields of the backbone."""
 
 
 def main() -> None:
@@ -74,121 +82,105 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     parser.add_argument("--config", choices=CONFIGS, default="m64")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--openai", type=Path, help="a checkout of openai/consistency_models")
     parser.add_argument("--objectives", nargs="+", choices=OPTIONS, default=["ct", "cd"])
-    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for busy machines")
+    add_options(parser, rounds=5)
     options = parser.parse_args()
     device = pick_device(options.device)
-    clock = time.process_time if options.cpu_time else time.perf_counter
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(
         f"{options.config}, batch {options.batch}, {options.rounds} rounds,"
-        f" {torch.get_num_threads()} threads, {name}, torch {torch.__version__}"
+        f" {torch.get_num_threads()} threads, {name}, torch {torch.__version__},"
+        f" {'CPU' if options.cpu_time else 'wall'} seconds"
     )
     with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder), options)
         for objective in options.objectives:
-            steps, kept = contenders(objective, options, Path(folder), device)
-            times: dict[str, list[float]] = {each: [] for each in steps}
-            for each in steps.values():
-                each()
-            for _ in range(options.rounds):
-                for each, step in steps.items():
-                    began = clock()
-                    step()
-                    times[each].append(clock() - began)
-            medians = {each: statistics.median(spent) for each, spent in times.items()}
-            base = medians.get("openai fp32", medians["ours fp32, plain"])
-            whole = kept.get("openai fp32", kept["ours fp32"])
-            for each, seconds in medians.items():
-                memory = kept.get(each)
-                shown = (
-                    f"  keeps {memory / 2**20:6.1f} MiB an image, {memory / whole:.2f}"
-                    if memory
-                    else ""
-                )
-                print(f"{objective:4} {each:22} {seconds:7.3f} s  {base / seconds:5.2f}x{shown}")
-            for each in kept.keys() - medians.keys():
+            names = list(OURS)
+            if options.openai and objective in ("ct", "cd"):
+                names.append("openai fp32")
+            with ExitStack() as stack:
+                contenders = {
+                    each: stack.enter_context(
+                        Contender(stepping, (each, objective, options, Path(folder)))
+                    )
+                    for each in names
+                }
+                kept = {each: contender.turn().out for each, contender in contenders.items()}
+                seconds = medians(contenders, options.rounds, options.cpu_time)
+            base = names[-1]
+            for each in names:
                 print(
-                    f"{objective:4} {each:22} keeps {kept[each] / 2**20:6.1f} MiB an image,", end=""
+                    f"{objective:4} {each:22} {seconds[each]:7.3f} s"
+                    f"  {seconds[base] / seconds[each]:5.2f}x"
+                    f"  keeps {kept[each] / 2**20:6.1f} MiB an image, {kept[each] / kept[base]:.2f}"
                 )
-                print(f" {kept[each] / whole:.2f}")
 
 
-def contenders(
-    objective: str, options: Any, folder: Path, device: torch.device
-) -> tuple[dict[str, Step], dict[str, int]]:
-    """Steps by name, and the bytes that a forward pass keeps by name."""
+def write_inputs(folder: Path, options: argparse.Namespace) -> None:
+    """Weights and pictures of noise."""
     side, backbone = CONFIGS[options.config]
-    data = DataSpec(3, side)
-    network = filled(backbone.build(data, frozenset()))
-    weights = folder / "weights.safetensors"
-    save_weights(weights, network.state_dict())
-    pictures = folder / "pictures"
-    pictures.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    network = filled(backbone.build(DataSpec(3, side), frozenset()))
+    save_weights(folder / "weights.safetensors", network.state_dict())
+    (folder / "pictures").mkdir()
     generator = torch.Generator().manual_seed(0)
     for index in range(8):
         pixels = torch.randint(256, (side, side, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(pictures / f"{index}.png")
+        Image.fromarray(pixels.numpy()).save(folder / "pictures" / f"{index}.png")
 
-    def training(name: str, **changed: Any) -> Training:
-        recipe = folder / "bench.toml"
-        fields = backbone.model_copy(update=changed).model_dump(exclude_defaults=True, mode="json")
-        recipe.write_text(
-            RECIPE.format(
-                pictures=pictures,
-                side=side,
-                backbone="\n".join(f"{k} = {str(v).lower()}" for k, v in fields.items()),
-                objective=objective,
-                options=OPTIONS[objective],
-                weights=weights,
-                teacher=TEACHER.format(weights=weights) if objective == "cd" else "",
-                batch=options.batch,
-                precision=name,
-            )
+
+def stepping(
+    name: str, objective: str, options: argparse.Namespace, folder: Path
+) -> Callable[[], int]:
+    """What takes a step of the contender `name`, and tells the bytes an image that it keeps."""
+    own = name in OURS or options.same_allocator
+    device = pick_device(options.device) if own else torch.device(pick_device_name(options.device))
+    step, kept = (our_step if name in OURS else official_step)(
+        name, objective, options, folder, device
+    )
+
+    def call() -> int:
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return kept
+
+    return call
+
+
+def our_step(
+    name: str, objective: str, options: argparse.Namespace, folder: Path, device: torch.device
+) -> tuple[Callable[[], object], int]:
+    """The training loop's next step, and the bytes an image that its forward pass keeps."""
+    kind, changed = OURS[name]
+    side, backbone = CONFIGS[options.config]
+    weights = folder / "weights.safetensors"
+    recipe = folder / f"{objective}-{name.replace(' ', '-')}.toml"
+    fields = backbone.model_copy(update=changed).model_dump(exclude_defaults=True, mode="json")
+    recipe.write_text(
+        RECIPE.format(
+            pictures=folder / "pictures",
+            side=side,
+            backbone="\n".join(f"{k} = {str(v).lower()}" for k, v in fields.items()),
+            objective=objective,
+            options=OPTIONS[objective],
+            weights=weights,
+            teacher=TEACHER.format(weights=weights) if objective == "cd" else "",
+            batch=options.batch,
+            precision=kind,
         )
-        return start(plan(load(recipe, [], discover())), device)
-
-    def stepper(made: Training) -> Step:
-        steps: Iterator[Any] = train(made)
-
-        def step() -> None:
-            next(steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        return step
-
-    steps: dict[str, Step] = {}
-    kept: dict[str, int] = {}
-    for label, name, changed in (
-        ("ours fp32", "fp32", {}),
-        ("ours bf16", "bf16", {}),
-        ("ours bf16, recomputed", "bf16", {"gradient_checkpointing": True}),
-    ):
-        made = training(name, **changed)
-        kept[label] = kept_an_image(
-            lambda batch, made=made, name=name: our_loss(made, name, batch, device),
-            options.batch,
-            list(made.models.online.parameters()),
-        )
-        if label != "ours bf16, recomputed":
-            steps[label] = stepper(made)
-    plain = training("fp32")
-    steps["ours fp32, plain"] = stepper(made_plain(plain))
-    if options.openai and objective in ("ct", "cd"):
-        loss, update, parameters = official_step(
-            objective, network, backbone, data, options, device
-        )
-        kept["openai fp32"] = kept_an_image(loss, options.batch, parameters)
-
-        def step() -> None:
-            loss(options.batch).backward()
-            update()
-
-        steps["openai fp32"] = step
-    return steps, kept
+    )
+    made = start(plan(load(recipe, [], discover())), device)
+    if name.endswith("plain"):
+        made = made_plain(made)
+    kept = kept_an_image(
+        lambda batch: our_loss(made, kind, batch, device),
+        options.batch,
+        list(made.models.online.parameters()),
+    )
+    steps = train(made)
+    return lambda: next(steps), kept
 
 
 def our_loss(made: Training, name: str, batch: int, device: torch.device) -> Tensor:
@@ -225,9 +217,13 @@ def made_plain(made: Training) -> Training:
 
 
 def official_step(
-    objective: str, network: nn.Module, backbone: Any, data: DataSpec, options: Any, device: Any
-) -> tuple[Callable[[int], Tensor], Callable[[], None], list[Tensor]]:
-    """(loss, update, parameters) of the official modules, in float32 with exact attention."""
+    name: str, objective: str, options: argparse.Namespace, folder: Path, device: torch.device
+) -> tuple[Callable[[], object], int]:
+    """A step of the official modules, in float32 with exact attention; as of `our_step`."""
+    side, backbone = CONFIGS[options.config]
+    data = DataSpec(3, side)
+    network = backbone.build(data, frozenset())
+    network.load_state_dict(load_file(folder / "weights.safetensors"))
     karras = official(options.openai, "cm.karras_diffusion")
     update_ema = official(options.openai, "cm.nn").update_ema
 
@@ -260,10 +256,14 @@ def official_step(
         with torch.no_grad():
             for copied, rate in zip((target, *averages), (0.95, *EMAS), strict=True):
                 update_ema(list(copied.parameters()), list(online.parameters()), rate)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    return loss, update, list(online.parameters())
+    kept = kept_an_image(loss, options.batch, list(online.parameters()))
+
+    def step() -> None:
+        loss(options.batch).backward()
+        update()
+
+    return step, kept
 
 
 def kept_an_image(loss: Callable[[int], Tensor], batch: int, parameters: list[Tensor]) -> int:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
+from cmkit_std.backbones.adm_unet import mixed, upsampled, weighted
 
 from cmkit import Cond, DataSpec, RecipeError
 from cmkit.testing import check_backbone
@@ -100,14 +101,34 @@ def test_sampling_in_bfloat16_compiles_to_one_graph():
 
 @torch.no_grad()
 def test_attention_by_bfloat16_products_is_the_fused_one_up_to_rounding():
-    from cmkit_std.backbones.adm_unet import weighted
-
     q, k, v = torch.randn(3, 2, 4, 96, 32)
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     rounded = weighted(
         *(t.transpose(1, 2).contiguous().transpose(1, 2).bfloat16() for t in (q, k, v))
     )
     assert (rounded.float() - exact).std() < 0.01 * exact.std()
+
+
+def test_upsampling_convolution_in_one_pass_is_the_one_in_two():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(6, 10, 3, padding=1).double()
+    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
+    two = conv(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+    one = upsampled(x, conv)
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
+    leaves, upstream = (x, *conv.parameters()), torch.randn_like(two)
+    gradients = (torch.autograd.grad(y, leaves, upstream) for y in (one, two))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_pointwise_convolution_is_a_matrix_product_in_every_type(dtype):
+    x, weight, bias = torch.randn(2, 8, 4, 4), torch.randn(6, 8, 1, 1), torch.randn(6)
+    exact = torch.einsum("bchw,oc->bohw", x.double(), weight[:, :, 0, 0].double())
+    exact += bias.view(-1, 1, 1).double()
+    found = mixed(*(each.to(dtype) for each in (x, weight, bias)))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
 @torch.no_grad()
