@@ -225,6 +225,12 @@ class Meter(Protocol):
     def values(self) -> dict[str, float]:
         """The numbers of all images taken, once the last of them is."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What was made of the images so far, on the CPU, for `restore` in another process."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there, before the first `add`: the same numbers, bit for bit."""
+
 
 class Metric(Part, ABC):
     """Numbers about images."""

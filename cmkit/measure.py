@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,14 @@ class Kept:
     def values(self) -> dict[str, float]:
         """What the metric gives of all of them."""
         return self.metric.measure(Images(torch.cat(self.parts)), self.reference, self.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """{"images": (N, C, H, W)}, or nothing of no image."""
+        return {"images": torch.cat(self.parts)} if self.parts else {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state."""
+        self.parts = list(state.values())
 
 
 def meter(metric: Metric, images: int, reference: Reference, device: torch.device) -> Meter:

@@ -29,7 +29,18 @@ from cmkit.pictures import grid_png
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe
 from cmkit.sample import Draws, SavedImages, npz, sample
-from cmkit.search import Cell, Drawn, Duel, best, confirm, interval, rerank, search, verdict
+from cmkit.search import (
+    Cell,
+    Drawn,
+    Duel,
+    Unfinished,
+    best,
+    confirm,
+    interval,
+    rerank,
+    search,
+    verdict,
+)
 from cmkit.stop import StopSignal
 from cmkit.train import Step, Training, start, train
 from cmkit.weights import Downloaded, download
@@ -37,6 +48,8 @@ from cmkit.weights import Downloaded, download
 STAGES = ("train", "search", "sample", "metric")
 SHARD_IMAGES = 1000
 SHOWN_IMAGES = 100
+SAVE_SECONDS = 60.0
+"""Between two saves of cells that are being drawn."""
 
 
 @dataclass(frozen=True)
@@ -195,21 +208,22 @@ class Run:
         cells, reranked, duels = (folder / f"{n}.jsonl" for n in ("cells", "rerank", "confirm"))
         for log in (cells, reranked, duels):
             files.truncate_jsonl(log, lambda record: True)  # a torn last line
+        partial = folder / "unfinished.safetensors"
+        begun = _unfinished(partial)
         records = files.read_jsonl(cells)
         done = frozenset(record["index"] for record in records)
         total = self._cells()
         yield StageStarted("search", len(done), total)
-        for cell in search(self.plan, denoiser, reference, self.device, done):
+        found = search(self.plan, denoiser, reference, self.device, done, begun)
+        for cell in self._keeping(partial, found):
             yield cell
             if isinstance(cell, Drawn):
-                self.stop.check(f"{len(records)} of {total} cells are kept in {folder}")
                 continue
             picture = f"search/cell-{cell.index:04d}.png"
             files.atomic_write(self.folder / picture, grid_png(cell.thumbnails))
             record = {"index": cell.index, **cell.values, "score": cell.score, "samples": picture}
             files.append_jsonl(cells, record)
             records.append(record)
-            self.stop.check(f"{len(records)} of {total} cells are kept in {folder}")
         records.sort(key=lambda record: record["index"])
         axes = {axis: list(values) for axis, values in table.grid.items()}
         finalists = files.read_jsonl(reranked)
@@ -217,28 +231,27 @@ class Run:
         if table.rerank:
             yield StageStarted("rerank", len(finalists), len(top))
             again = top[len(finalists) :]
-            for cell in rerank(self.plan, denoiser, again, reference, self.device):
+            found = rerank(self.plan, denoiser, again, reference, self.device, begun)
+            for cell in self._keeping(partial, found):
                 yield cell
                 if isinstance(cell, Cell):
                     record = {"index": cell.index, **cell.values, "score": cell.score}
                     files.append_jsonl(reranked, record)
                     finalists.append(record)
-                self.stop.check(f"{len(finalists)} of {len(top)} best cells are scored again")
             top = best(finalists, 1)
         chosen = top[0]
         winning = {axis: chosen[axis] for axis in axes}
         fought = files.read_jsonl(duels)
         yield StageStarted("confirm", len(fought), table.confirm_seeds)
         rescaler = with_values(recipe, winning)
-        for duel in confirm(self.plan, denoiser, rescaler, reference, self.device, len(fought)):
+        versus = confirm(self.plan, denoiser, rescaler, reference, self.device, len(fought), begun)
+        for duel in self._keeping(partial, versus):
             yield duel
             if isinstance(duel, Drawn):
-                self.stop.check(f"{len(fought)} of {table.confirm_seeds} comparisons are kept")
                 continue
             record = {"index": duel.index, "plain": duel.plain, "rescaled": duel.rescaled}
             files.append_jsonl(duels, record)
             fought.append(record)
-            self.stop.check(f"{len(fought)} of {table.confirm_seeds} comparisons are kept")
         plain = [record["plain"] for record in fought]
         rescaled = [record["rescaled"] for record in fought]
         difference = [after - before for before, after in zip(plain, rescaled, strict=True)]
@@ -263,6 +276,20 @@ class Run:
             },
         }
         _write_json(self.folder / "search.json", result)
+        partial.unlink(missing_ok=True)
+
+    def _keeping(self, path: Path, found: Iterator[Any]) -> Iterator[Any]:
+        """The events `found`, with cells that are being drawn kept in the file `path`: every
+        SAVE_SECONDS, and when a signal stops the run."""
+        saved = time.monotonic()
+        for event in found:
+            if isinstance(event, Drawn):
+                due = self.stop.signum or time.monotonic() - saved >= SAVE_SECONDS
+                if due and event.unfinished:
+                    _keep_unfinished(path, event.unfinished())
+                    saved = time.monotonic()
+                self.stop.check(f"what is drawn so far is kept in {path.parent}")
+            yield event
 
     def _sample(self, result: dict[str, Any]) -> Iterator[Event]:
         recipe, folder = self.plan.recipe, self.folder / "samples"
@@ -326,6 +353,27 @@ class Run:
         for values in self.plan.recipe.search.grid.values():
             total *= len(values)
         return total
+
+
+def _keep_unfinished(path: Path, unfinished: Unfinished) -> None:
+    from safetensors.torch import save
+
+    about = {"labels": json.dumps(unfinished.labels), "drawn": str(unfinished.drawn)}
+    files.atomic_write(path, save(dict(unfinished.tensors), about))
+
+
+def _unfinished(path: Path) -> Unfinished | None:
+    """What `_keep_unfinished` wrote; None where there is nothing that can be read, since it only
+    saves time."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return Unfinished(tuple(json.loads(about["labels"])), int(about["drawn"]), tensors)
 
 
 def trained(recipe: Recipe, folder: Path) -> Recipe:

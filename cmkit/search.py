@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import statistics
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +34,31 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """Cells drawn together, of which each has `drawn` images so far.
+
+    `labels` say which noise and which scales; `tensors` are the meters' states, each name headed by
+    the cell's place in `labels`.
+    """
+
+    labels: tuple[str, ...]
+    drawn: int
+    tensors: Mapping[str, Tensor]
+
+    def of(self, label: str) -> dict[str, Tensor]:
+        """What there is of one cell."""
+        prefix = f"{self.labels.index(label)}/"
+        found = (name for name in self.tensors if name.startswith(prefix))
+        return {name.removeprefix(prefix): self.tensors[name] for name in found}
+
+
+@dataclass(frozen=True)
 class Drawn:
-    """Images of the next cells drawn so far: nothing is kept yet, but the caller may stop."""
+    """Images of the next cells drawn so far. The caller may stop here, and keep `unfinished`."""
 
     done: int
     total: int
+    unfinished: Callable[[], Unfinished] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,8 +77,11 @@ def search(
     reference: Reference,
     device: torch.device,
     done: frozenset[int] = frozenset(),
+    begun: Unfinished | None = None,
 ) -> Iterator[Cell | Drawn]:
     """Each cell of the grid that is not in `done`, scored on the same noise and labels.
+
+    Cells in `begun` go on from there, here and in the stages below.
 
     Cells that differ in the network's late scales alone are drawn together, since they share the
     encoder's work.
@@ -69,8 +94,9 @@ def search(
         left = [index for index in row if index not in done]
         if not left:
             continue
+        row = [every[index] for index in left]
         found = yield from _scored(
-            plan, denoiser, [every[index] for index in left], draws, table.images, reference, device
+            plan, denoiser, row, draws, table.images, reference, device, begun
         )
         for index, (score, thumbnails) in zip(left, found, strict=True):
             values = {axis: getattr(every[index], axis) for axis in table.grid}
@@ -83,6 +109,7 @@ def rerank(
     chosen: Sequence[Mapping[str, Any]],
     reference: Reference,
     device: torch.device,
+    begun: Unfinished | None = None,
 ) -> Iterator[Cell | Drawn]:
     """The records `chosen` of cells again, scored on more images of other noise."""
     recipe = plan.recipe
@@ -94,7 +121,7 @@ def rerank(
         values = {axis: record[axis] for axis in table.grid}
         rescaler = with_values(recipe, values)
         ((score, thumbnails),) = yield from _scored(
-            plan, denoiser, [rescaler], draws, count, reference, device
+            plan, denoiser, [rescaler], draws, count, reference, device, begun
         )
         yield Cell(record["index"], len(chosen), values, score, thumbnails)
 
@@ -106,6 +133,7 @@ def confirm(
     reference: Reference,
     device: torch.device,
     done: int = 0,
+    begun: Unfinished | None = None,
 ) -> Iterator[Duel | Drawn]:
     """The winner against the unscaled model, on noise that the search never saw, seed by seed."""
     table = plan.recipe.search
@@ -114,7 +142,7 @@ def confirm(
     for k in range(done, table.confirm_seeds):
         draws = RepeatedDraws(plan.data, plan.recipe.seed, f"confirm-{k}")
         ((plain, _), (rescaled, _)) = yield from _scored(
-            plan, denoiser, (None, winner), draws, count, reference, device
+            plan, denoiser, (None, winner), draws, count, reference, device, begun
         )
         if plain is None or rescaled is None:
             raise NonFiniteError(
@@ -180,6 +208,7 @@ def _scored(
     count: int,
     reference: Reference,
     device: torch.device,
+    begun: Unfinished | None,
 ) -> Generator[Drawn, None, list[tuple[float | None, Tensor]]]:
     """Score of `count` images of each rescaler, None where it is not finite, and its first images,
     uint8 (n, C, H, W). Images go to the metric as they are drawn, and only the first are kept."""
@@ -191,7 +220,31 @@ def _scored(
     meters = [meter(metric, count, reference, device) for _ in rescalers]
     finite = torch.ones(len(rescalers), dtype=torch.bool, device=device)
     thumbnails: list[list[Tensor]] = [[] for _ in rescalers]
-    for start in starts(draws, denoiser.noise.sigma_max, range(count), table.batch, device):
+    labels = tuple(
+        json.dumps([draws.purpose, count, rescaler and rescaler.model_dump(mode="json")])
+        for rescaler in rescalers
+    )
+    first = 0
+    if begun and set(labels) <= set(begun.labels):
+        first = begun.drawn
+        for k, label in enumerate(labels):
+            state = begun.of(label)
+            finite[k] = state.pop("finite")
+            thumbnails[k].append(state.pop("thumbnails"))
+            meters[k].restore(state)
+
+    def unfinished(drawn: int) -> Unfinished:
+        tensors: dict[str, Tensor] = {}
+        for k, taken in enumerate(meters):
+            own = {"finite": finite[k].cpu(), "thumbnails": torch.cat(thumbnails[k])}
+            tensors |= {f"{k}/{name}": value for name, value in {**own, **taken.state()}.items()}
+        return Unfinished(labels, drawn, tensors)
+
+    indices, total = range(first, count), count * len(rescalers)
+    for start in starts(draws, denoiser.noise.sigma_max, indices, table.batch, device):
+        drawn = start.rows.start
+        so_far = functools.partial(unfinished, drawn) if drawn else None
+        yield Drawn(drawn * len(rescalers), total, so_far)
         encodings = Encodings(start.x)
         for k, rescaler in enumerate(rescalers):
             model = denoiser.rescaled(rescaler, encodings) if rescaler else denoiser
@@ -200,12 +253,11 @@ def _scored(
             finite[k] &= x0.isfinite().all()
             images = to_uint8(x0)
             meters[k].add(images)
-            if start.rows.start < table.thumbnails:
-                thumbnails[k].append(images[: table.thumbnails - start.rows.start].cpu())
-        yield Drawn(start.rows.stop * len(rescalers), count * len(rescalers))
+            if drawn < table.thumbnails:
+                thumbnails[k].append(images[: table.thumbnails - drawn].cpu())
     return [
-        (_value(taken, table.minimize) if whole else None, torch.cat(first))
-        for taken, whole, first in zip(meters, finite.tolist(), thumbnails, strict=True)
+        (_value(taken, table.minimize) if whole else None, torch.cat(shown))
+        for taken, whole, shown in zip(meters, finite.tolist(), thumbnails, strict=True)
     ]
 
 

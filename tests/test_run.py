@@ -31,7 +31,7 @@ from cmkit.draw import draw, drawn_from
 from cmkit.recipe import load
 from cmkit.run import RunFinished, Saved, _keep_recipe, run
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
-from cmkit.search import Cell, best, interval, search, verdict
+from cmkit.search import Cell, Drawn, best, interval, search, verdict
 from cmkit.stop import StopSignal
 from cmkit.train import Step
 
@@ -197,6 +197,32 @@ def test_a_search_hands_images_to_the_metric_as_they_are_drawn(recipe, monkeypat
     found = list(search(made, build(made, CPU), made.recipe.dataset.reference(), CPU))
     assert len([event for event in found if isinstance(event, Cell)]) == 4
     assert sizes == {35}
+
+
+@pytest.mark.parametrize("how", ["kill", "signal"])
+def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, monkeypatch, how):
+    """35 of 70 images of each cell of a row are drawn, and never again."""
+    monkeypatch.setattr("cmkit.run.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
+    stop = StopSignal()
+    for event in (running := events(recipe, tmp_path / "runs", stop=stop)):
+        if isinstance(event, Drawn) and how == "signal":
+            stop.signum = signal.SIGTERM
+            with pytest.raises(Interrupted, match="what is drawn so far is kept"):
+                next(running)
+            break
+        if isinstance(event, Drawn) and event.done:
+            running.close()
+            break
+    drawn = []
+    add = FidelityMeter.add
+    monkeypatch.setattr(FidelityMeter, "add", lambda self, x: drawn.append(len(x)) or add(self, x))
+    seen = list(events(recipe, tmp_path / "runs"))
+    halves = [event for event in seen if isinstance(event, Drawn)]
+    assert halves[0].done == halves[0].total // 2
+    row = halves[0].total // 70
+    batches = 4 * 2 + 2 * 3 + 2 * 2 * 2 + 2  # cells, finalists, comparisons, the last metric
+    assert len(drawn) == batches - row
+    assert fingerprint(seen[-1].folder) == fingerprint(whole[0])
 
 
 def test_a_folder_keeps_its_recipe_whatever_the_order_of_keys(recipe, tmp_path):

@@ -459,6 +459,14 @@ class MeanMeter:
         self.counts.append(1 if self.fault == "meter" else len(images))
         self.top = max(self.top, images.max().item())
 
+    def state(self):
+        found = {"means": torch.tensor(self.means, dtype=torch.float64)}
+        return {**found, "counts": torch.tensor(self.counts), "top": torch.tensor(self.top)}
+
+    def restore(self, state):
+        self.means, self.counts = state["means"].tolist(), state["counts"].tolist()
+        self.top = state["top"].item() if self.fault != "state" else 256.0
+
     def values(self):
         weighed = (mean * n for mean, n in zip(self.means, self.counts, strict=True))
         return {"mean": sum(weighed) / sum(self.counts), "top": self.top}
@@ -472,6 +480,7 @@ class MeanMeter:
         ("tensor", "finite Python floats"),
         ("global", "`measure` leaves the global generators alone"),
         ("meter", "a meter returns what `measure` does"),
+        ("state", "goes on from there, bit for bit"),
         ("only", "only(key) returns the same number"),
         ("provenance", "can be written as JSON"),
     ],

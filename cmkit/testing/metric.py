@@ -59,8 +59,10 @@ def check_metric(
         "seed what you draw: cmkit.Rng(0, 'my-metric', 0, device)",
     )
     if (meter := metric.meter(len(ours), real, CPU)) is not None:
-        for part in ours.images.split([5, len(ours) - 5]):
-            meter.add(part)
+        first, rest = ours.images.split([5, len(ours) - 5])
+        meter.add(first)
+        state = {name: value.clone() for name, value in meter.state().items()}
+        meter.add(rest)
         taken = meter.values()
         say.unless(
             set(taken) == set(found)
@@ -68,6 +70,16 @@ def check_metric(
             "a meter returns what `measure` does, in whatever batches the images come",
             f"{found}, then {taken}",
             "count images, not batches, and take every one",
+        )
+        resumed = metric.meter(len(ours), real, CPU)
+        assert resumed is not None
+        resumed.restore(state)
+        resumed.add(rest)
+        say.unless(
+            resumed.values() == taken,
+            "a meter that is given another's `state` goes on from there, bit for bit",
+            f"{taken}, then {resumed.values()}",
+            "return every tensor that `add` changes, on the CPU",
         )
     for name in names:
         one = metric.only(name)

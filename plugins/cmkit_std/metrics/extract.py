@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,6 +104,21 @@ class Streams:
                     f" infinity; are {self.extractor.weights or 'its weights'} whole?"
                 )
         return joined
+
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` needs, on the CPU, by layer, stream and name."""
+        return {
+            "/".join((want.layer, want.stream, name)): values.cpu()
+            for want, stream in self.streams.items()
+            for name, values in stream.state().items()
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state, before the first `add`."""
+        for want, stream in self.streams.items():
+            prefix = f"{want.layer}/{want.stream}/"
+            own = {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
+            stream.restore({name: values.to(self.device) for name, values in own.items()})
 
 
 def features(

@@ -335,6 +335,7 @@ class FidelityMeter:
     def __init__(self, metric: Fidelity, images: int, reference: Reference, device: torch.device):
         self.metric, self.images, self.reference, self.device = metric, images, reference, device
         self.streams: Streams | None = None
+        self.restored: Mapping[str, Tensor] = {}
 
     def add(self, images: Tensor) -> None:
         """Take the next images, uint8 (B, C, H, W)."""
@@ -348,6 +349,8 @@ class FidelityMeter:
                 flag: self.metric._want(extractor, flag) for flag in self.metric._wanted()
             }
             self.streams = Streams(extractor, set(self.wants.values()), self.images, self.device)
+            if self.restored:
+                self.streams.restore(self.restored)
         for part in images.split(self.metric.batch):
             self.streams.add(part)
 
@@ -382,6 +385,14 @@ class FidelityMeter:
             if names
         )
         return numbers
+
+    def state(self) -> dict[str, Tensor]:
+        """What the streams hold; nothing of no image."""
+        return self.streams.state() if self.streams else {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state; at least one image is still to come."""
+        self.restored = state
 
 
 def _published(reference: Reference) -> dict[str, dict[str, Any]]:

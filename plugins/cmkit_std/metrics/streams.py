@@ -1,5 +1,6 @@
 """What metrics keep of features, fed batch by batch: memory grows with the number of images only in
-`Rows`. A stream's `tensors` are what is stored of a reference."""
+`Rows`. A stream's `tensors` are what is stored of a reference, its `state` what it takes to go on
+from, bit for bit, on the device where it is fed."""
 
 from __future__ import annotations
 
@@ -33,6 +34,12 @@ class Rows:
     def tensors(self) -> dict[str, Tensor]:
         """{"rows": (N, d)} float32 on the CPU."""
         return {"rows": torch.cat(self.parts)}
+
+    def state(self) -> dict[str, Tensor]:
+        return self.tensors() if self.parts else {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.parts = [rows.cpu() for rows in state.values()]
 
 
 class Gaussian:
@@ -72,6 +79,19 @@ class Gaussian:
             return {"rows": torch.cat(self.few).float().cpu()}
         return {"mu": self.mean.cpu(), "sigma": (self.scatter / (self.folded - 1)).cpu()}
 
+    def state(self) -> dict[str, Tensor]:
+        state = {"few": torch.cat(self.few)} if self.few else {}
+        if self.folded:
+            state |= {"mean": self.mean.clone(), "scatter": self.scatter.clone()}
+        return {**state, "folded": torch.tensor(self.folded)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.few = [state["few"]] if "few" in state else []
+        self.folded = int(state["folded"])
+        self.count = self.folded + sum(map(len, self.few))
+        if self.folded:
+            self.mean, self.scatter = state["mean"], state["scatter"]
+
 
 class Score:
     """Sums over each split of p = softmax(logits) and of sum_c p_c log p_c, all that the Inception
@@ -106,6 +126,19 @@ class Score:
         q = self.sums.cpu() / sizes[:, None]
         mean = self.negentropies.cpu() / sizes
         return {"scores": (mean - torch.xlogy(q, q).sum(1)).exp()}
+
+    def state(self) -> dict[str, Tensor]:
+        if not self.seen:
+            return {}
+        assert isinstance(self.sums, Tensor)
+        assert isinstance(self.negentropies, Tensor)
+        sums = {"sums": self.sums, "negentropies": self.negentropies}
+        return {**sums, "seen": torch.tensor(self.seen)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            self.sums, self.negentropies = state["sums"], state["negentropies"]
+            self.seen = int(state["seen"])
 
 
 def whole(stream: str, tensors: Mapping[str, Tensor], count: int) -> bool:
