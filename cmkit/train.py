@@ -221,8 +221,8 @@ def train(training: Training) -> Iterator[Step]:
 
 
 def learning_rate(table: TrainTable, step: int) -> float:
-    """The rate of a step: a linear warm-up, then constant, a half cosine to 0, or 1 / sqrt(step)
-    (EDM2, eq. 67)."""
+    """The rate of a step: a linear warm-up, then constant, a half cosine to 0, or constant and then
+    as 1 / sqrt(step) (EDM2)."""
     if step < table.warmup:
         return table.lr * (step + 1) / table.warmup
     if table.sqrt_decay is not None:

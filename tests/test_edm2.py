@@ -293,7 +293,7 @@ def test_gradient_checkpointing_changes_no_gradient(options):
 
 
 COUNTS = {"xs": 124710949, "s": 280209381, "m": 497803173, "l": 777492325, "xl": 1119276837}
-"""Parameters of the official networks, 128 of which are of their uncertainty when built by its code."""
+"""Parameters that the official code builds, 128 of which are of its uncertainty."""
 
 
 @pytest.mark.parametrize("size", COUNTS)

@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     size: {"channels": channels}
     for size, channels in {"xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384}.items()
 }
-"""Sizes of EDM2's networks, which differ in width alone (EDM2, table 6)."""
+"""Sizes of EDM2's networks, which differ in width alone."""
 
 _EDM2_FILES = (
     "img64-xs-0134217-0.110",
@@ -38,8 +38,10 @@ _EDM2_FILES = (
 class EDM2(Backbone):
     """Convolutional U-Net of EDM2, in which weights and activations keep their magnitude.
 
-    No norms with parameters, no biases: each filter has length 1 whatever is stored of it, and
-    training stores it at that length. Weights learn at a rate that falls (train.sqrt_decay).
+    No biases, no norms with parameters: a filter acts at length 1, whatever its stored length, and
+    training stores all of them anew at equal length before each step. As they cannot grow, the
+    learning rate has to fall: see train.sqrt_decay.
+
     Embeds labels, the guidance weight of LCM, and the target noise level of CTM by a second path
     beside that of sigma; both start without effect, so that they can be added to trained weights.
     """

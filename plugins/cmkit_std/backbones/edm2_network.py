@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from cmkit_std.backbones.edm2 import EDM2
 
 EPS = 1e-4
-"""Keeps a vector of zeros from being divided by its length (table 6)."""
+"""Keeps a vector of zeros from being divided by its length."""
 SILU_RMS = 0.596
 """Root mean square of SiLU of a standard normal (eq. 81)."""
 BRANCH = 0.3
-"""Share of a residual branch and of attention in their sums, t of eq. 88 (table 6)."""
+"""Share of a residual branch and of attention in their sums, t of eq. 88."""
 CLIP = 256.0
-"""Largest magnitude of what leaves a block, safe in half precision (table 6)."""
+"""Largest magnitude of what leaves a block, safe in half precision."""
 Encoded = tuple[Tensor, list[Tensor], list[Tensor]]
 """Features of the middle, every skip, and the decoder's films."""
 
@@ -154,7 +154,7 @@ class EDM2UNet(Network):
         """What `decode` needs of x (B, C, H, W), c_noise (B,) and the scales of embeddings."""
         with full_precision(x.device):
             films = iter(self._films(c_noise, cond, scales))
-        # A channel of ones does what biases would (section 2.3).
+        # A channel of ones does what biases would.
         h, skips = torch.cat([x, torch.ones_like(x[:, :1])], dim=1), []
         for level in self.encoder.values():
             h = level["enter"](h) if "enter" in level else level["down"](h, next(films))
