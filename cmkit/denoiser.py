@@ -67,6 +67,13 @@ class Network(nn.Module):
         """F, (B, C, H, W), of preconditioned images x (B, C, H, W) and c_noise (B,)."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Bring the weights, in place, to the form in which a step of training starts.
+
+        Training calls it before each step: here, not in `forward`, may a network move its own
+        weights, as EDM2's does, which normalizes them. Averages are of the weights after a step.
+        """
+
     def lower(self, dtype: torch.dtype) -> None:
         """Round for good the weights that autocast to `dtype` would round at every call.
 

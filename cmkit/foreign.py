@@ -153,6 +153,7 @@ _ALLOWED = {
     ("torch.storage", "_load_from_bytes"): _storage,
     ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
     ("torch", "Size"): torch.Size,
+    ("dnnlib.util", "EasyDict"): dict,  # what NVIDIA's projects keep a checkpoint in
     ("torch", "device"): torch.device,
 }
 _TYPES = (

@@ -97,6 +97,8 @@ class TrainTable(Part):
     """Steps over which the learning rate rises linearly from 0."""
     decay: bool = False
     """Let the learning rate fall to 0 along a half cosine after the warm-up."""
+    sqrt_decay: Count | None = None
+    """Steps after which the learning rate falls as 1 / sqrt(step), instead of `decay`."""
     clip_norm: float | None = Field(None, gt=0, le=1e9)
     """Largest norm of the whole gradient of a network."""
     accumulate: int = Field(1, ge=1, le=2**20)
@@ -120,6 +122,12 @@ class TrainTable(Part):
     def _parts_are_equal(self) -> TrainTable:
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} is not divisible by accumulate {self.accumulate}")
+        return self
+
+    @model_validator(mode="after")
+    def _rate_falls_one_way(self) -> TrainTable:
+        if self.decay and self.sqrt_decay:
+            raise ValueError(f"decay = true and sqrt_decay = {self.sqrt_decay}: choose one of them")
         return self
 
 

@@ -169,6 +169,7 @@ def train(training: Training) -> Iterator[Step]:
     while training.step < table.steps:
         step = training.step
         phase = objective.phase(step, table.steps)
+        models.online.network.settle()
         for part in range(parts):
             x0, cond = next(batches)
             rng = Rng(recipe.seed, "train", step * parts + part, device)
@@ -220,9 +221,12 @@ def train(training: Training) -> Iterator[Step]:
 
 
 def learning_rate(table: TrainTable, step: int) -> float:
-    """The rate of a step: a linear warm-up, then constant, or a half cosine to 0."""
+    """The rate of a step: a linear warm-up, then constant, a half cosine to 0, or constant and then
+    as 1 / sqrt(step) (EDM2)."""
     if step < table.warmup:
         return table.lr * (step + 1) / table.warmup
+    if table.sqrt_decay is not None:
+        return table.lr / math.sqrt(max(step / table.sqrt_decay, 1))
     if not table.decay:
         return table.lr
     done = (step - table.warmup) / max(table.steps - table.warmup, 1)

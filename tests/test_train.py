@@ -78,6 +78,16 @@ def test_the_rate_rises_linearly_then_falls_along_a_half_cosine():
     assert {learning_rate(constant, step) for step in range(110)} == {2.0}
 
 
+def test_the_rate_falls_with_the_square_root_of_the_step():
+    table = TrainTable(steps=100_000, batch=8, lr=0.01, sqrt_decay=2000, warmup=10)
+    assert learning_rate(table, 4) == pytest.approx(0.005)
+    assert {learning_rate(table, step) for step in (10, 1000, 2000)} == {0.01}
+    assert learning_rate(table, 8000) == pytest.approx(0.005)
+    assert learning_rate(table, 50_000) == pytest.approx(0.002)
+    with pytest.raises(ValueError, match="choose one of them"):
+        TrainTable(steps=1, batch=8, decay=True, sqrt_decay=1)
+
+
 TERMS = ["train.steps=6", "train.log_every=2"]
 """Overrides under which `two_terms` has three windows."""
 

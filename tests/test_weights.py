@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_tensors_of_a_pickled_module_have_their_module_names(tmp_path, save, kin
     module = kind(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
     save({"ema": module, "augment": None}, tmp_path / "w.pkl")
     assert same(tensors_of(tmp_path / "w.pkl"), dict(nn.Sequential(*module).state_dict()))
+
+
+def test_a_checkpoint_in_a_dict_of_nvidias_own_is_read(tmp_path, monkeypatch):
+    """NVlabs/edm2 pickles `dnnlib.util.EasyDict`, half precision; the class need not be here."""
+    module = types.ModuleType("dnnlib.util")
+    module.EasyDict = type("EasyDict", (dict,), {"__module__": module.__name__})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "dnnlib", types.ModuleType("dnnlib"))
+        patch.setitem(sys.modules, module.__name__, module)
+        halves = {name: tensor.half() for name, tensor in state().items()}
+        nested = module.EasyDict(path="somewhere")
+        content = module.EasyDict(encoder=None, dataset_kwargs=nested, ema=dict(halves))
+        (tmp_path / "w.pkl").write_bytes(pickle.dumps(content))
+    assert same(tensors_of(tmp_path / "w.pkl"), halves)
 
 
 def test_a_pickle_is_converted_once(tmp_path, monkeypatch):

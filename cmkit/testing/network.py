@@ -163,7 +163,7 @@ def _check_batch_independence(say: Says, network: Network, given: Input) -> None
         not moved,
         "a forward pass changes no state: averaged copies follow the parameters alone",
         f"{', '.join(moved[:3])} changed",
-        "keep running statistics out of the network",
+        "keep running statistics out of the network, and move weights in `settle`",
     )
 
 

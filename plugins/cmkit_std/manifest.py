@@ -33,6 +33,10 @@ EDM = (
     "Karras, Aittala, Aila, Laine. Elucidating the Design Space of Diffusion-Based Generative "
     "Models. 2022. arXiv:2206.00364"
 )
+EDM2 = (
+    "Karras, Aittala, Lehtinen, Hellsten, Aila, Laine. Analyzing and Improving the Training "
+    "Dynamics of Diffusion Models. 2023. arXiv:2312.02696"
+)
 RESCALING = (
     "Zhu, Lin, Liu, Ning, Blaschko. Rescaling Intermediate Features Makes Trained "
     "Consistency Models Perform Better. ICLR 2024 Tiny Papers"
@@ -62,6 +66,12 @@ FIDELITY = (
 examples = {
     "backbone.adm": {"channels": 16, "norm_groups": 8, "channel_mult": [1, 2], "num_res_blocks": 1},
     "backbone.songunet": {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1},
+    "backbone.edm2": {
+        "channels": 16,
+        "channel_mult": [1, 2],
+        "num_res_blocks": 1,
+        "num_head_channels": 16,
+    },
     "backbone.dit": {"patch_size": 4, "width": 32, "depth": 2, "num_heads": 2},
     "objective.cd": {"distance": "l2"},
     "objective.ct": {"distance": "l2"},
@@ -93,6 +103,13 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.backbones.songunet:SongUNet",
             "The U-Nets DDPM++ and NCSN++ of EDM, iCT, ECT and CTM on CIFAR-10",
             cite=f"{SONG}; {EDM}",
+        ),
+        Plugin(
+            "backbone",
+            "edm2",
+            "cmkit_std.backbones.edm2:EDM2",
+            "The magnitude-preserving U-Net of EDM2, and of ECT on ImageNet-64",
+            cite=EDM2,
         ),
         Plugin(
             "backbone",

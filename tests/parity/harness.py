@@ -61,10 +61,12 @@ class Figures:
         n, last = math.prod(shape), key.split(".")[-1]
         phase = zlib.crc32((prefix + key).encode()) % 1000 + self._fill["w_phase"]
         s = wave(n, self._fill["w_freq"], quad, phase)
-        if last == "freqs":
+        if last in ("freqs", "phases"):
             s = 4 * s
         elif len(shape) >= 2:
             s = s / math.sqrt(n / shape[0])
+        elif last.endswith("gain"):
+            s = 1 + 0.1 * s
         else:
             s = {"weight": 1 + 0.1 * s, "bias": 0.1 * s}[last]
         return rounded(s, shape)

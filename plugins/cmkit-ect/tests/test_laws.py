@@ -106,6 +106,15 @@ def test_elsewhere_it_is_the_distance_to_the_same_noise_at_r_over_the_gap(c):
     assert value.shape == (6,)
 
 
+def test_the_weight_of_diffusion_training_is_that_of_sigma_alone():
+    """SNR + k, k = 1 / sigma_data^2: with r = 0 and squared distances it is EDM's loss."""
+    objective, denoiser, x0 = ECT(weighting="snr", c=0.06), Recorded().eval(), images(6)
+    value = loss(objective, denoiser, x0, step=7)
+    (_, sigma, online), (_, _, target) = denoiser.calls
+    distance = objective.distance(online, target)
+    torch.testing.assert_close(value, distance * (sigma**2 + 0.25) / (0.5 * sigma) ** 2)
+
+
 def test_no_gradient_flows_through_the_target():
     objective, denoiser, x0 = ECT(k=0.0), Recorded().eval(), images(6)
     loss(objective, denoiser, x0).sum().backward()

@@ -139,6 +139,21 @@ def test_settings_on_cifar10_are_the_official_ones(name, steps, q, stages, ema, 
     assert (last.log["stage"] + 1, recipe.backbone.dropout) == (stages, 0.2)
 
 
+def test_settings_on_imagenet64_are_the_official_ones(registry):
+    """run_imgnet_ecm.sh and preset edm2-img64-s of locuslab/ect, branch imgnet."""
+    recipe = load(RECIPES / "ect_imagenet64.toml", [], registry)
+    table, objective, backbone = recipe.train, recipe.objective, recipe.backbone
+    assert recipe.denoiser.weights in backbone.published
+    assert (table.steps, table.batch, table.lr, table.sqrt_decay) == (100_000, 128, 1e-3, 2000)
+    assert (table.optimizer, table.betas, table.weight_decay) == ("adamw", (0.9, 0.99), 0.0)
+    assert (table.ema, table.ema_warmup) == ((0.9999,), False)
+    assert (objective.q, objective.k, objective.b, objective.c) == (4.0, 8.0, 1.0, 0.06)
+    assert (objective.p_mean, objective.p_std, objective.weighting) == (-0.8, 1.6, "snr")
+    assert (backbone.channels, backbone.dropout, backbone.dropout_resolution) == (192, 0.4, 16)
+    last = objective.phase(table.steps - 1, table.steps)
+    assert last.log["stage"] == 3
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.toml")))
 def test_a_recipe_opens_with_its_command(name):
     first = (RECIPES / f"{name}.toml").read_text("utf-8").splitlines()[0]

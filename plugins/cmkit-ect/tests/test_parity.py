@@ -13,7 +13,7 @@ from cmkit_std.backbones.songunet_layouts import read, write
 from torch import Tensor
 
 from cmkit import Cond, DataSpec, Denoiser, Models, Noise
-from tests.parity import harness
+from tests.parity import harness, test_edm2
 
 FIGURES = harness.Figures("ict_ect.json")
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
@@ -139,6 +139,29 @@ def generated(case: dict, dtype: torch.dtype) -> dict:
     return {"sample": sample}
 
 
+def step_on_edm2(case: dict, dtype: torch.dtype) -> dict:
+    """A step of tuning EDM2's network, which training settles before."""
+    config, inputs = dict(case["config"]), case["inputs"]
+    assert (config.pop("wt"), inputs["t"]) == ("snrpk", "exp(1.6*Z([4,1,1,1], c=0) - 0.8)")
+    objective = objective_of(config).model_copy(update={"weighting": "snr"})
+    network, layout = test_edm2.filled_network(config["net"], dtype)
+    denoiser = Denoiser(network.train(), precond="edm")
+    network.settle()
+    levels = test_edm2.FIGURES.Z([4], 0).to(dtype)
+    x0, z = (test_edm2.FIGURES.tensor(inputs[name], dtype) for name in ("images", "noise"))
+    phase = objective.phase(config["stage"], 10**6)
+    models, draws = Models(denoiser, denoiser), GivenDraws(levels.clone(), z)
+    loss = objective.loss(models, x0, test_edm2.cond_of(case), phase, draws)
+    loss.mean().backward()
+    sigma = (objective.p_mean + objective.p_std * levels).exp()
+    return {
+        "t": sigma.view(-1, 1, 1, 1),
+        "r": objective.lower(sigma, phase).view(-1, 1, 1, 1),
+        "loss": loss,
+        **test_edm2.gradients(network, layout),
+    }
+
+
 FUNCTIONS = {
     "training.loss.ECMLoss.update_schedule / t_to_r": mapping,
     "training.networks.ECMPrecond.forward in eval and in train mode": preconditioned,
@@ -159,3 +182,13 @@ def test_no_case_of_the_official_code_is_left_out():
 def test_tuning_computes_the_official_figures(name, dtype):
     case = FIGURES.cases[name]
     harness.compare(FUNCTIONS[case["function"]](case, dtype), case["expect"], dtype)
+
+
+ON_EDM2 = [k for k, case in test_edm2.FIGURES.cases.items() if case["function"] == test_edm2.OF_ECT]
+
+
+@BOTH
+@pytest.mark.parametrize("name", ON_EDM2)
+def test_tuning_of_edm2_computes_the_official_figures(name, dtype):
+    case = test_edm2.FIGURES.cases[name]
+    harness.compare(step_on_edm2(case, dtype), case["expect"], dtype)

@@ -1,5 +1,5 @@
 """Public addresses of weights, by the names that `denoiser.weights` takes. Their licences are their
-publishers': EDM's are not for commercial use."""
+publishers': EDM's and EDM2's are not for commercial use."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 _ADDRESSES = {
     "openai": "https://openaipublic.blob.core.windows.net/consistency/{}.pt",
     "edm": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/edm-{}.pkl",
+    "edm2": "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-{}.pkl",
 }
 
 

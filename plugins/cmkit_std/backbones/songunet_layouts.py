@@ -49,7 +49,7 @@ _NAMES = {
 }
 """Further components of a key here -> there. Others (weight, bias) are the same."""
 _OWN_STAGES, _OWN_PLACES, _OWN_NAMES = (
-    {official: own for own, official in names.items()} for names in (_STAGES, _PLACES, _NAMES)
+    {theirs: ours for ours, theirs in names.items()} for names in (_STAGES, _PLACES, _NAMES)
 )
 
 
@@ -67,7 +67,7 @@ def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for official, tensor in state.items():
         if official == "u":
             continue
-        key = _own(official.removeprefix(PREFIX))
+        key = own_key(official.removeprefix(PREFIX), _OWN_NAMES)
         # Rows (head width, three) -> (three, head width).
         own[key] = _transposed(tensor, (-1, 3)) if ".attention.qkv." in f".{key}" else tensor
     return own
@@ -76,29 +76,31 @@ def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a `SongUNet` under their official names."""
     return {
-        PREFIX + _official(key): (
+        PREFIX + official_key(key, _NAMES): (
             _transposed(tensor, (3, -1)) if ".attention.qkv." in f".{key}" else tensor
         )
         for key, tensor in state.items()
     }
 
 
-def _official(key: str) -> str:
+def official_key(key: str, names: Mapping[str, str]) -> str:
+    """Our name of a weight as EDM has it; `names` are those of the layers inside a block."""
     place = re.fullmatch(r"(encoder|decoder)\.(\d+)\.([a-z_]+)((?:\.\d+)?)(\..+)", key)
     if not place:
-        return _renamed(key, _NAMES)
+        return _renamed(key, names)
     stage, side, layer, number, rest = place.groups()
     layer = _PLACES.get(layer, layer) + number[1:]
-    return f"{_STAGES[stage]}.{side}x{side}_{layer}{_renamed(rest, _NAMES)}"
+    return f"{_STAGES[stage]}.{side}x{side}_{layer}{_renamed(rest, names)}"
 
 
-def _own(key: str) -> str:
+def own_key(key: str, names: Mapping[str, str]) -> str:
+    """EDM's name of a weight as we have it; the inverse of `official_key` with inverse `names`."""
     place = re.fullmatch(r"(enc|dec)\.(\d+)x\2_([a-z_]+)(\d*)(\..+)", key)
     if not place:
-        return _renamed(key, _OWN_NAMES)
+        return _renamed(key, names)
     stage, side, layer, number, rest = place.groups()
     layer = _OWN_PLACES.get(layer, layer) + (number and f".{number}")
-    return f"{_OWN_STAGES[stage]}.{side}.{layer}{_renamed(rest, _OWN_NAMES)}"
+    return f"{_OWN_STAGES[stage]}.{side}.{layer}{_renamed(rest, names)}"
 
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:

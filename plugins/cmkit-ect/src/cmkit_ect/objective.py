@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -39,6 +39,9 @@ class ECT(Objective):
     """Standard deviation of ln(sigma)."""
     c: float = Field(0.0, ge=0, le=1e6)
     """c of the distance sqrt(||a - b||^2 + c^2) - c; 0 = the norm itself."""
+    weighting: Literal["gap", "snr"] = "gap"
+    """Weight of a pair: 1 / (sigma - r), or SNR + k, 1 / sigma^2 + 1 / sigma_data^2, which is that
+    of EDM's diffusion training; on ImageNet-64 ECT takes the latter."""
 
     def phase(self, step: int, total: int) -> Phase:
         """The stage, and the part 1 - r / sigma of the gap at high noise."""
@@ -46,7 +49,7 @@ class ECT(Objective):
         return Phase(step, log={"stage": stage, "gap": self.q ** -(stage + 1)})
 
     def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
-        """d(f(x0 + sigma z, sigma), sg f(x0 + r z, r)) / (sigma - r), (B,), with f(x0, 0) = x0.
+        """w d(f(x0 + sigma z, sigma), sg f(x0 + r z, r)), (B,), with f(x0, 0) = x0.
 
         ln(sigma) ~ N(p_mean, p_std^2); both passes share z and the masks of dropout.
         """
@@ -60,7 +63,7 @@ class ECT(Objective):
         with torch.no_grad(), cmkit.shared_dropout(rng):
             target = models.online(x0 + r.view(-1, 1, 1, 1) * z, r, cond)
         target = torch.where((r > 0).view(-1, 1, 1, 1), target, x0)
-        return self.distance(online, target) / (sigma - r)
+        return self.weight(sigma, r, models.online.sigma_data) * self.distance(online, target)
 
     def lower(self, sigma: Tensor, phase: Phase) -> Tensor:
         """r = max(0, sigma (1 - q^-(stage + 1) n(sigma))), (B,), below sigma (section 3.2)."""
@@ -70,6 +73,12 @@ class ECT(Objective):
         r = (sigma * (1 - phase.log["gap"] * n)).clamp(min=0)
         # A late stage leaves a gap that the type of sigma cannot hold: then its smallest one.
         return torch.minimum(r, torch.nextafter(sigma, torch.zeros_like(sigma)))
+
+    def weight(self, sigma: Tensor, r: Tensor, sigma_data: float) -> Tensor:
+        """w, (B,), of the pairs (sigma, r)."""
+        if self.weighting == "snr":
+            return sigma**-2 + sigma_data**-2
+        return 1 / (sigma - r)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """sqrt(||a - b||^2 + c^2) - c of each whole image, (B,); no gradient where a = b."""
