@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -196,6 +196,21 @@ class Rescaler(Part, ABC):
     @abstractmethod
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
         """The map sigma (B,) -> scales; RecipeError when a site that it names is not in `sites`."""
+
+    def value_of(self, name: str) -> float:
+        """The number that a search calls `name`; ValueError where there is none."""
+        value = getattr(self, name) if name in type(self).model_fields else None
+        if isinstance(value, int | float):
+            return float(value)
+        if value is None:
+            known = ", ".join(type(self).model_fields)
+            raise ValueError(f"the rescaler has no such number; known: {known}")
+        raise ValueError("the rescaler has no single number there")
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """The same policy with other numbers, by the names of `value_of`; ValueError where one of
+        them cannot be."""
+        return type(self).model_validate({**self.model_dump(), **values})
 
 
 class Dataset(Part, ABC):

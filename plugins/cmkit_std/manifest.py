@@ -82,6 +82,8 @@ examples = {
     "sampler.heun": {"s_churn": 40.0},
     "sampler.dpm": {"s_churn": 40.0},
     "rescaler.global": {"skip": 0.8, "emb": 1.1},
+    "rescaler.per_layer": {"skip": [0.8, 0.9], "emb": 1.1, "sites": {"emb.1": 1.2}},
+    "rescaler.per_timestep": {"sigmas": [0.5, 80.0], "skip": [0.9, 0.8], "emb": 1.1},
     "metric.fidelity": {"isc": True, "kid": True, "precision_recall": True, "kid_subset_size": 20},
 }
 """Small options for `cmkit plugins check`, where defaults are large or need a file."""
@@ -263,6 +265,20 @@ def cmkit_register() -> list[Plugin]:
             "global",
             "cmkit_std.rescalers.global_:Global",
             "Two numbers: one for all skips, one for all embeddings",
+            cite=RESCALING,
+        ),
+        Plugin(
+            "rescaler",
+            "per_layer",
+            "cmkit_std.rescalers.per_layer:PerLayer",
+            "A number for every skip and every embedding",
+            cite=RESCALING,
+        ),
+        Plugin(
+            "rescaler",
+            "per_timestep",
+            "cmkit_std.rescalers.per_timestep:PerTimestep",
+            "Two numbers that depend on the noise level",
             cite=RESCALING,
         ),
         Plugin(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit.errors import RecipeError
 from cmkit.kinds import Rescaler
+from cmkit_std.rescalers.families import members
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +33,11 @@ class Global(Rescaler):
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
         """One tensor a family for every site; RecipeError when a scale other than 1 has no site."""
         families = {"skip": self.skip, "emb": self.emb}
-        for family, value in families.items():
-            if value != 1 and not any(_family(site) == family for site in sites):
-                raise RecipeError(
-                    f"rescaler.{family} = {value}: the backbone has no {family!r} sites;"
-                    f" it has {', '.join(sorted({_family(site) for site in sites})) or 'none'}"
-                )
-        used = {site: _family(site) for site in sites if _family(site) in families}
+        used = {
+            site: family
+            for family, value in families.items()
+            for site in members(family, value, sites)
+        }
 
         @functools.lru_cache(maxsize=4)
         def scales(device: torch.device, dtype: torch.dtype) -> Scales:
@@ -52,7 +50,3 @@ class Global(Rescaler):
             return {site: values[family] for site, family in used.items()}
 
         return lambda sigma: scales(sigma.device, sigma.dtype)
-
-
-def _family(site: str) -> str:
-    return site.split(".", 1)[0]

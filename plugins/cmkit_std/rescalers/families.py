@@ -1,0 +1,34 @@
+"""Sites by their family: "skip.3" is member 3 of the family "skip"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cmkit.errors import RecipeError
+
+
+def members(family: str, value: float | tuple[float, ...], sites: Iterable[str]) -> list[str]:
+    """The family's sites, in the network's order; RecipeError when `value`, other than 1, has
+    none to scale."""
+    every = list(sites)
+    found = [site for site in every if _family(site) == family]
+    if not found and any(v != 1 for v in (value if isinstance(value, tuple) else (value,))):
+        shown = list(value) if isinstance(value, tuple) else value
+        raise RecipeError(
+            f"rescaler.{family} = {shown}: the backbone has no {family!r} sites; it has"
+            f" {', '.join(sorted({_family(site) for site in every})) or 'none'}"
+        )
+    return found
+
+
+def spans(sites: Iterable[str]) -> str:
+    """All sites in a few words: "skip.0 to skip.8, emb.0 to emb.12"."""
+    families: dict[str, list[str]] = {}
+    for site in sites:
+        families.setdefault(_family(site), []).append(site)
+    ends = (dict.fromkeys((own[0], own[-1])) for own in families.values())
+    return ", ".join(" to ".join(pair) for pair in ends) or "none"
+
+
+def _family(site: str) -> str:
+    return site.partition(".")[0]

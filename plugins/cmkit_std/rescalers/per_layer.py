@@ -1,0 +1,95 @@
+"""A scale for every site: the global rescaling of Zhu, Lin, Liu, Ning, Blaschko (Rescaling
+Intermediate Features Makes Trained Consistency Models Perform Better, 2024), layer by layer.
+
+The paper has two numbers for all layers. Of diffusion models, FreeU (Si, Huang, Jiang, Liu, 2023)
+rescales the coarsest two stages of the decoder alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from cmkit.errors import RecipeError
+from cmkit.kinds import Rescaler
+from cmkit_std.rescalers.families import members, spans
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cmkit import Scales
+
+Scale = Annotated[float, Field(ge=-100, le=100)]
+
+
+class PerLayer(Rescaler):
+    """A number for every layer: `skip` and `emb` as of `global`, or a list with one for each.
+
+    Lists run from the input on. With one number for each family it is `global`, bit for bit. A
+    search calls the numbers `skip`, `emb`, and by site `"skip.3"`.
+    """
+
+    skip: Scale | tuple[Scale, ...] = 1.0
+    """Scale of the copies that travel from encoder to decoder: one for all, or a list."""
+    emb: Scale | tuple[Scale, ...] = 1.0
+    """Scale of the embedding before each block reads it: one for all blocks, or a list."""
+    sites: dict[str, Scale] = Field({}, max_length=10_000)
+    """Scales of single sites, such as { "skip.3" = 0.9 }; they win over the family's."""
+
+    def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
+        """One tensor a value; RecipeError for a list of another length and an unknown site."""
+        used = self._numbers(sites)
+
+        @functools.lru_cache(maxsize=4)
+        def scales(device: torch.device, dtype: torch.dtype) -> Scales:
+            import torch
+
+            # Networks embed anew wherever the next block's scale is another tensor.
+            values = {
+                value: torch.tensor(value, device=device, dtype=dtype)
+                for value in set(used.values())
+            }
+            return {site: values[value] for site, value in used.items()}
+
+        return lambda sigma: scales(sigma.device, sigma.dtype)
+
+    def value_of(self, name: str) -> float:
+        """As of `Rescaler`; a site has the number of its family unless it has its own."""
+        family, dot, member = name.partition(".")
+        if not dot:
+            return super().value_of(name)
+        value = self.sites.get(name, {"skip": self.skip, "emb": self.emb}.get(family, 1.0))
+        if not isinstance(value, tuple):
+            return value
+        if not member.isdecimal() or int(member) >= len(value):
+            raise ValueError(f"rescaler.{family} ends with {family}.{len(value) - 1}")
+        return value[int(member)]
+
+    def with_values(self, values: Mapping[str, Any]) -> PerLayer:
+        """As of `Rescaler`; sites go to `sites`, and `bind` says whether they exist."""
+        own = {name: value for name, value in values.items() if "." in name}
+        rest = {name: value for name, value in values.items() if "." not in name}
+        return super().with_values({**rest, "sites": {**self.sites, **own}})
+
+    def _numbers(self, sites: tuple[str, ...]) -> dict[str, float]:
+        """The number of every site that has one."""
+        numbers: dict[str, float] = {}
+        for family, value in (("skip", self.skip), ("emb", self.emb)):
+            own = members(family, value, sites)
+            if isinstance(value, tuple) and len(value) != len(own):
+                raise RecipeError(
+                    f"rescaler.{family}: {len(value)} values, but the backbone has {len(own)}"
+                    f" {family!r} sites: {spans(own)}; give one for each, or one number for all"
+                )
+            each = value if isinstance(value, tuple) else (value,) * len(own)
+            numbers |= dict(zip(own, each, strict=True))
+        for site in self.sites:
+            if site not in sites:
+                raise RecipeError(
+                    f"rescaler.sites: the backbone has no {site!r}; it has {spans(sites)}"
+                )
+        return numbers | self.sites

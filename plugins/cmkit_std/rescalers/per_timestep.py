@@ -1,0 +1,128 @@
+"""Scales that depend on the noise level: the global rescaling of Zhu, Lin, Liu, Ning, Blaschko
+(Rescaling Intermediate Features Makes Trained Consistency Models Perform Better, 2024), with other
+numbers at other levels.
+
+The paper finds its two numbers for one step, at sigma_max; whether they serve the lower levels of
+several steps is open.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, model_validator
+
+from cmkit.kinds import Rescaler
+from cmkit_std.rescalers.families import members
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cmkit import Scales
+
+Scale = Annotated[float, Field(ge=-100, le=100)]
+
+
+class PerTimestep(Rescaler):
+    """`skip` and `emb` as of `global`, each with a value at every noise level of `sigmas`.
+
+    Between levels they are linear in ln(sigma), and constant beyond the ends. With one value each
+    it is `global`, bit for bit. A search calls the value at the first level `"skip.0"`.
+    """
+
+    sigmas: tuple[Annotated[float, Field(gt=0, le=10_000)], ...] = Field(
+        min_length=1, max_length=1000
+    )
+    """Rising noise levels."""
+    skip: Scale | tuple[Scale, ...] = 1.0
+    """Scale of the copies from encoder to decoder: one for all levels, or one for each."""
+    emb: Scale | tuple[Scale, ...] = 1.0
+    """Scale of the embedding, label included: one for all levels, or one for each."""
+
+    @model_validator(mode="after")
+    def _levels_rise_and_have_values(self) -> PerTimestep:
+        if any(a >= b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
+            raise ValueError(f"sigmas {list(self.sigmas)} must rise")
+        for family, value in (("skip", self.skip), ("emb", self.emb)):
+            if isinstance(value, tuple) and len(value) != len(self.sigmas):
+                raise ValueError(
+                    f"{family} has {len(value)} values for {len(self.sigmas)} sigmas; give one for"
+                    " each, or one number for all"
+                )
+        return self
+
+    def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
+        """One tensor a family for every site; RecipeError when a scale other than 1 has no site."""
+        families = {"skip": self.skip, "emb": self.emb}
+        used = {
+            family: own
+            for family, value in families.items()
+            if (own := members(family, value, sites))
+        }
+
+        @functools.lru_cache(maxsize=4)
+        def constants(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+            import torch
+
+            return {
+                name: torch.tensor(value, device=device, dtype=dtype)
+                for name, value in {"sigmas": self.sigmas, **families}.items()
+            }
+
+        def scales(sigma: Tensor) -> Scales:
+            given = constants(sigma.device, sigma.dtype)
+            found: dict[str, Tensor] = {}
+            for family, own in used.items():
+                value = families[family]
+                if isinstance(value, tuple) and len(set(value)) > 1:
+                    scale = interpolated(sigma, given["sigmas"], given[family])
+                else:
+                    scale = given[family].reshape(-1)[0]
+                found |= dict.fromkeys(own, scale)
+            return found
+
+        return scales
+
+    def value_of(self, name: str) -> float:
+        """As of `Rescaler`; "skip.1" is the value at the second level."""
+        family, level = self._level(name)
+        value = getattr(self, family) if level is not None else super().value_of(name)
+        return float(value[level] if isinstance(value, tuple) else value)
+
+    def with_values(self, values: Mapping[str, Any]) -> PerTimestep:
+        """As of `Rescaler`; a single number becomes a list where one of its levels is named."""
+        fields = {name: value for name, value in values.items() if "." not in name}
+        for name in (name for name in values if "." in name):
+            family, level = self._level(name)
+            old = fields.get(family, getattr(self, family))
+            every = list(old) if isinstance(old, tuple) else [old] * len(self.sigmas)
+            every[level] = values[name]
+            fields[family] = tuple(every)
+        return super().with_values(fields)
+
+    def _level(self, name: str) -> tuple[str, int | None]:
+        """Family and level of "skip.1"; no level of another name."""
+        family, dot, level = name.partition(".")
+        if not dot:
+            return name, None
+        if family not in ("skip", "emb") or not level.isdecimal() or int(level) >= len(self.sigmas):
+            last = len(self.sigmas) - 1
+            raise ValueError(
+                f"no level {name!r}; known: skip.0 to skip.{last}, emb.0 to emb.{last}"
+            )
+        return family, int(level)
+
+
+def interpolated(sigma: Tensor, sigmas: Tensor, values: Tensor) -> Tensor:
+    """Values, (B,), at sigma (B,): `values` (K,) at the rising `sigmas` (K,), K > 1, bit for bit,
+    linear in ln(sigma) between them and constant beyond."""
+    import torch
+
+    low = torch.searchsorted(sigmas[1:-1], sigma)
+    high = low + 1
+    # At a level both logarithms are of the same number, and the weight is exactly 1.
+    weight = torch.log(sigma / sigmas[low]) / torch.log(sigmas[high] / sigmas[low])
+    return torch.lerp(values[low], values[high], weight.clamp(0, 1))
