@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit.checkpoint import load_weights
@@ -66,8 +66,10 @@ def fit(recipe: Recipe) -> Plan:
     if recipe.rescaler:
         with at(recipe, "rescaler"):
             denoiser.rescaled(recipe.rescaler)
-    for cell in cells(recipe):
-        cell.bind(sites)
+    for values in cells(recipe):
+        cell = with_values(recipe, values)
+        with at(recipe, "search", "grid"):
+            cell.bind(sites)
     if recipe.train and recipe.objective:
         with at(recipe, "objective"):
             recipe.objective.check(data)
@@ -164,23 +166,28 @@ def build_companions(plan: Plan, device: torch.device) -> dict[str, Companion]:
     return companions
 
 
-def cells(recipe: Recipe) -> Iterator[Rescaler]:
-    """The rescaler of each cell of the search's grid, the last axis fastest."""
+def cells(recipe: Recipe) -> Iterator[dict[str, float]]:
+    """Values of each cell of the search's grid, the last axis fastest; where it goes by
+    coordinates, of each that differs from the recipe's own rescaler in one number."""
     if recipe.search is None or recipe.rescaler is None:
         return
-    for values in itertools.product(*recipe.search.grid.values()):
-        yield with_values(recipe, dict(zip(recipe.search.grid, values, strict=True)))
+    grid = recipe.search.grid
+    if recipe.search.method == "coordinate":
+        yield from ({axis: value} for axis, values in grid.items() for value in values)
+    else:
+        for combined in itertools.product(*grid.values()):
+            yield dict(zip(grid, combined, strict=True))
 
 
-def with_values(recipe: Recipe, values: dict[str, Any]) -> Rescaler:
-    """The recipe's rescaler with other values of some fields, validated."""
+def with_values(recipe: Recipe, values: Mapping[str, float]) -> Rescaler:
+    """The recipe's rescaler with other values of some of its numbers, validated."""
     assert recipe.rescaler is not None
-    fields = {**recipe.rescaler.model_dump(), **values}
     try:
-        return type(recipe.rescaler).model_validate(fields)
+        return recipe.rescaler.with_values(values)
     except ValueError as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise recipe.source.error(
-            ("search", "grid"), f"the rescaler refuses {values}: {error}"
+            ("search", "grid"), f"the rescaler refuses {dict(values)}: {reason}"
         ) from error
 
 
@@ -274,11 +281,10 @@ def _stages_are_complete(recipe: Recipe) -> None:
         minimized(recipe)
         assert recipe.rescaler is not None
         for name in recipe.search.grid:
-            if name not in type(recipe.rescaler).model_fields:
-                known = ", ".join(type(recipe.rescaler).model_fields)
-                raise recipe.source.error(
-                    ("search", "grid", name), f"the rescaler has no such field; known: {known}"
-                )
+            try:
+                recipe.rescaler.value_of(name)
+            except ValueError as error:
+                raise recipe.source.error(("search", "grid", name), str(error)) from error
 
 
 def _downloads(recipe: Recipe) -> Iterator[Weights]:

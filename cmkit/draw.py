@@ -75,12 +75,13 @@ def _finished(recipe: Recipe, folder: Path) -> Recipe:
                 f" cmkit run {folder / 'recipe.toml'}"
             )
     if recipe.search and recipe.rescaler:
-        axes = [axis for axis in recipe.search.grid if not _said(recipe, "rescaler", axis)]
+        axes = [axis for axis in recipe.search.grid if not _said_of(recipe, axis)]
         found = winner(read_status(folder))
+        families = dict.fromkeys(axis.partition(".")[0] for axis in axes)
         if axes and not found:
             raise CheckpointError(
                 f"{folder}: its search has no winner yet; finish the run, or give values yourself:"
-                f" {' '.join(f'--set rescaler.{axis}=1.0' for axis in axes)}"
+                f" {' '.join(f'--set rescaler.{family}=1.0' for family in families)}"
             )
         values = {axis: found[axis] for axis in axes}
         recipe = replace(recipe, rescaler=with_values(recipe, values))
@@ -90,6 +91,12 @@ def _finished(recipe: Recipe, folder: Path) -> Recipe:
 def _said(recipe: Recipe, *path: str) -> bool:
     """Whether --set gave the value at `path`."""
     return any(path[: len(given)] == given for given in recipe.source.overrides)
+
+
+def _said_of(recipe: Recipe, axis: str) -> bool:
+    """Whether --set gave the rescaler's number `axis`, or that of its family."""
+    family = axis.partition(".")[0]
+    return _said(recipe, "rescaler", family) or _said(recipe, "rescaler", "sites", axis)
 
 
 def draw(

@@ -198,14 +198,13 @@ class Rescaler(Part, ABC):
         """The map sigma (B,) -> scales; RecipeError when a site that it names is not in `sites`."""
 
     def value_of(self, name: str) -> float:
-        """The number that a search calls `name`; ValueError where there is none."""
-        value = getattr(self, name) if name in type(self).model_fields else None
-        if isinstance(value, int | float):
-            return float(value)
-        if value is None:
-            known = ", ".join(type(self).model_fields)
-            raise ValueError(f"the rescaler has no such number; known: {known}")
-        raise ValueError("the rescaler has no single number there")
+        """The number that a search calls `name`, by default a field; ValueError where there is
+        none."""
+        fields = {field: getattr(self, field) for field in type(self).model_fields}
+        numbers = {field: float(v) for field, v in fields.items() if isinstance(v, int | float)}
+        if name not in numbers:
+            raise ValueError(f"the rescaler has no such number; known: {', '.join(numbers)}")
+        return numbers[name]
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """The same policy with other numbers, by the names of `value_of`; ValueError where one of

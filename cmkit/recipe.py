@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
+MAX_CELLS = 10_000
+"""Of a search; the paper's have 121."""
 
 
 class DenoiserTable(Part):
@@ -132,14 +135,20 @@ class TrainTable(Part):
 
 
 class SearchTable(Part):
-    """The grid search of the rescaler's numbers, on the same noise and labels in every cell."""
+    """The search of the rescaler's numbers, on the same noise and labels in every cell."""
 
     images: int = Field(ge=2, le=10**7)
     """Images a cell."""
     grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)]] = Field(
-        min_length=1, max_length=8
+        min_length=1, max_length=256
     )
-    """Values of each field of the rescaler; every combination is a cell."""
+    """Values of each of the rescaler's numbers: of a field such as skip, of a part of it such as
+    "skip.3" where the rescaler has parts."""
+    method: Literal["grid", "coordinate"] | None = None
+    """Which cells are tried: "grid", the default, every combination; "coordinate" one number after
+    the other, the others at their best so far and at first the rescaler's own."""
+    rounds: int | None = Field(None, ge=1, le=100)
+    """How often "coordinate" goes through the numbers; absent = once."""
     minimize: str = "fid"
     """The metric's number that decides."""
     batch: Batch = 64
@@ -156,6 +165,20 @@ class SearchTable(Part):
     """Noise seeds of that comparison."""
     thumbnails: int = Field(25, ge=1, le=400)
     """Pictures kept of every cell."""
+
+    @model_validator(mode="after")
+    def _cells_can_be_counted(self) -> SearchTable:
+        values = sum(map(len, self.grid.values()))
+        if self.method == "coordinate":
+            count, cure = values * (self.rounds or 1), "name fewer values"
+        else:
+            count = math.prod(map(float, map(len, self.grid.values())))
+            cure = f'name fewer values, or set method = "coordinate", which tries {values:,}'
+            if self.rounds:
+                raise ValueError(f'rounds = {self.rounds} is of method = "coordinate"; add it')
+        if count > MAX_CELLS:
+            raise ValueError(f"{count:.3g} cells, of which {MAX_CELLS:,} are the most: {cure}")
+        return self
 
 
 class SampleTable(Part):

@@ -36,7 +36,9 @@ from cmkit.search import (
     Unfinished,
     best,
     confirm,
+    descent,
     interval,
+    most_cells,
     rerank,
     search,
     verdict,
@@ -211,10 +213,8 @@ class Run:
         partial = folder / "unfinished.safetensors"
         begun = _unfinished(partial)
         records = files.read_jsonl(cells)
-        done = frozenset(record["index"] for record in records)
-        total = self._cells()
-        yield StageStarted("search", len(done), total)
-        found = search(self.plan, denoiser, reference, self.device, done, begun)
+        yield StageStarted("search", len(records), most_cells(recipe))
+        found = search(self.plan, denoiser, reference, self.device, tuple(records), begun)
         for cell in self._keeping(partial, found):
             yield cell
             if isinstance(cell, Drawn):
@@ -259,7 +259,9 @@ class Run:
             "minimize": table.minimize,
             "images": table.images,
             "precision": precision(table.precision, self.device),
+            "method": table.method or "grid",
             "axes": axes,
+            "descent": descent(recipe, records),
             "cells": [{k: v for k, v in record.items() if k != "index"} for record in records],
             "rerank": {
                 "images": table.rerank_images or 4 * table.images,
@@ -346,13 +348,6 @@ class Run:
         """The search's winner, or the recipe's own numbers."""
         found = winner(self.status)
         return with_values(self.plan.recipe, found) if found else self.plan.recipe.rescaler
-
-    def _cells(self) -> int:
-        assert self.plan.recipe.search is not None
-        total = 1
-        for values in self.plan.recipe.search.grid.values():
-            total *= len(values)
-        return total
 
 
 def _keep_unfinished(path: Path, unfinished: Unfinished) -> None:

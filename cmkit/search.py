@@ -1,4 +1,4 @@
-"""The rescaler's numbers by grid search, and the honest comparison of the winner with (1, 1)."""
+"""The rescaler's numbers by search, and the honest comparison of the winner with (1, 1)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from cmkit.denoiser import Denoiser, Encodings
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Meter, Reference, Rescaler
 from cmkit.measure import meter
+from cmkit.recipe import Recipe
 from cmkit.sample import Draws, RepeatedDraws, starts, to_uint8
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One searched cell: its place in the grid, its values, its score (None: not a number), and
+    """One searched cell: its place in the search, its values, its score (None: not a number), and
     its first images, uint8 (n, C, H, W)."""
 
     index: int
@@ -76,10 +77,10 @@ def search(
     denoiser: Denoiser,
     reference: Reference,
     device: torch.device,
-    done: frozenset[int] = frozenset(),
+    stored: Sequence[Mapping[str, Any]] = (),
     begun: Unfinished | None = None,
 ) -> Iterator[Cell | Drawn]:
-    """Each cell of the grid that is not in `done`, scored on the same noise and labels.
+    """Each cell of the search that `stored` has no record of, scored on the same noise and labels.
 
     Cells in `begun` go on from there, here and in the stages below.
 
@@ -88,19 +89,83 @@ def search(
     """
     recipe = plan.recipe
     assert recipe.search is not None
-    table, every = recipe.search, list(cells(recipe))
+    table, total = recipe.search, most_cells(recipe)
     draws = RepeatedDraws(plan.data, recipe.seed, "search")
-    for row in _rows(denoiser, every):
-        left = [index for index in row if index not in done]
-        if not left:
-            continue
-        row = [every[index] for index in left]
-        found = yield from _scored(
-            plan, denoiser, row, draws, table.images, reference, device, begun
-        )
-        for index, (score, thumbnails) in zip(left, found, strict=True):
-            values = {axis: getattr(every[index], axis) for axis in table.grid}
-            yield Cell(index, len(every), values, score, thumbnails)
+    scores = {_place(recipe, record): record["score"] for record in stored}
+    indices: dict[tuple[float, ...], int] = {}
+    for _, tried in trials(recipe, scores):
+        for values in tried:
+            indices.setdefault(_place(recipe, values), len(indices))
+        every = list({_place(recipe, v): v for v in tried}.values())
+        for row in _rows(denoiser, [with_values(recipe, values) for values in every]):
+            left = [every[k] for k in row if _place(recipe, every[k]) not in scores]
+            if not left:
+                continue
+            rescalers = [with_values(recipe, values) for values in left]
+            found = yield from _scored(
+                plan, denoiser, rescalers, draws, table.images, reference, device, begun
+            )
+            for values, (score, thumbnails) in zip(left, found, strict=True):
+                scores[_place(recipe, values)] = score
+                index = indices[_place(recipe, values)]
+                yield Cell(index, total, values, score, thumbnails)
+
+
+def trials(
+    recipe: Recipe, scores: Mapping[tuple[float, ...], float | None]
+) -> Iterator[tuple[str | None, list[dict[str, float]]]]:
+    """(axis, cells to score before the next are asked for), cells as a value of every axis.
+
+    A grid is one such list, of no axis. A search by coordinates goes on from the best of each list,
+    the earliest of equals: it depends on `scores`, by the cells' values, and on nothing else.
+    """
+    table, rescaler = recipe.search, recipe.rescaler
+    assert table is not None
+    assert rescaler is not None
+    if table.method != "coordinate":
+        yield None, list(cells(recipe))
+        return
+    best: dict[str, float] = {}  # the other numbers are the rescaler's own, or follow these
+    for axis in [*table.grid] * (table.rounds or 1):
+        moves = [best, *({**best, axis: value} for value in table.grid[axis])]
+        tried = []
+        for move in moves:
+            moved = with_values(recipe, move)
+            tried.append({axis: moved.value_of(axis) for axis in table.grid})
+        yield axis, tried
+        found = [scores[_place(recipe, values)] for values in tried]
+        ranks = [math.inf if score is None else score for score in found]
+        best = moves[ranks.index(min(ranks))]
+
+
+def descent(recipe: Recipe, stored: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The way of a finished search by coordinates: each axis with its trials, by their places in
+    `stored`, first the one that it came from. Empty for a grid."""
+    scores = {_place(recipe, record): record["score"] for record in stored}
+    places = {_place(recipe, record): k for k, record in enumerate(stored)}
+    way = []
+    for axis, tried in trials(recipe, scores):
+        if axis is not None:
+            own = list(dict.fromkeys(places[_place(recipe, values)] for values in tried))
+            way.append({"axis": axis, "cells": own})
+    return way
+
+
+def most_cells(recipe: Recipe) -> int:
+    """How many cells a search draws, or at most where that depends on their scores."""
+    table, rescaler = recipe.search, recipe.rescaler
+    assert table is not None
+    assert rescaler is not None
+    if table.method != "coordinate":
+        return math.prod(map(len, table.grid.values()))
+    new = sum(len({*v} - {rescaler.value_of(axis)}) for axis, v in table.grid.items())
+    return 1 + new * (table.rounds or 1)
+
+
+def _place(recipe: Recipe, values: Mapping[str, Any]) -> tuple[float, ...]:
+    """A cell's values in the order of the axes."""
+    assert recipe.search is not None
+    return tuple(values[axis] for axis in recipe.search.grid)
 
 
 def rerank(

@@ -107,7 +107,9 @@ def _refuse_bombs(text: str, file: str) -> None:
 
 _HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
 _KEY = re.compile(r"""\s*([A-Za-z0-9_.\-"' ]+?)\s*=""")
-_INLINE = re.compile(r"""(?:^|,)\s*([A-Za-z0-9_\-"']+)\s*=""")
+_INLINE = re.compile(r"""(?:^|,)\s*([A-Za-z0-9_.\-"']+)\s*=""")
+_DOT = re.compile(r"""\.(?=(?:[^"']*["'][^"']*["'])*[^"']*$)""")
+"""A dot with no open quotation mark before it, since what follows has them in pairs."""
 
 
 def _lines(text: str) -> dict[tuple[str, ...], int]:
@@ -144,7 +146,8 @@ def _lines(text: str) -> dict[tuple[str, ...], int]:
 
 
 def _split(key: str) -> tuple[str, ...]:
-    return tuple(part.strip().strip("\"'") for part in key.split("."))
+    """Parts of a dotted key; a quoted one may hold dots."""
+    return tuple(part.strip().strip("\"'") for part in _DOT.split(key))
 
 
 def _override(tables: dict[str, Any], item: str) -> tuple[str, ...]:

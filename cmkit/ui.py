@@ -106,7 +106,8 @@ class Display:
                     self._remember(log)
                 self._advance(step, log)
             case Cell(index, total, values, score):
-                shown = " ".join(f"{name} {value:g}" for name, value in values.items())
+                moved = {k: v for k, v in values.items() if v != 1} if len(values) > 3 else values
+                shown = " ".join(f"{name} {value:g}" for name, value in moved.items())
                 self.numbers = {"cell": shown, "score": _number(score)}
                 self._advance(index + 1, self.numbers)
             case Duel(index, _, plain, rescaled):

@@ -42,7 +42,7 @@ def refused(result, code, *words):
         ("backbone.channels=33", "norm_groups"),
         ("backbone.channel_mult=[1,1,1,1,1]", "divisible"),
         ("backbone.num_head_channels=7", "does not divide"),
-        ("search.grid={skpi=[1.0]}", "the rescaler has no such field; known: skip, emb"),
+        ("search.grid={skpi=[1.0]}", "the rescaler has no such number; known: skip, emb"),
         ("search.minimize=fdi", "no [[metric]] returns it; known: fid"),
         ("search.grid.skip=[1e9]", "the rescaler refuses"),
         ("sampler.sigmas=[90.0]", "between sigma_min"),

@@ -88,9 +88,11 @@ class PerTimestep(Rescaler):
 
     def value_of(self, name: str) -> float:
         """As of `Rescaler`; "skip.1" is the value at the second level."""
+        if "." not in name:
+            return super().value_of(name)
         family, level = self._level(name)
-        value = getattr(self, family) if level is not None else super().value_of(name)
-        return float(value[level] if isinstance(value, tuple) else value)
+        value: float | tuple[float, ...] = getattr(self, family)
+        return value[level] if isinstance(value, tuple) else value
 
     def with_values(self, values: Mapping[str, Any]) -> PerTimestep:
         """As of `Rescaler`; a single number becomes a list where one of its levels is named."""
@@ -103,11 +105,9 @@ class PerTimestep(Rescaler):
             fields[family] = tuple(every)
         return super().with_values(fields)
 
-    def _level(self, name: str) -> tuple[str, int | None]:
-        """Family and level of "skip.1"; no level of another name."""
-        family, dot, level = name.partition(".")
-        if not dot:
-            return name, None
+    def _level(self, name: str) -> tuple[str, int]:
+        """Family and place of the level that "skip.1" names."""
+        family, _, level = name.partition(".")
         if family not in ("skip", "emb") or not level.isdecimal() or int(level) >= len(self.sigmas):
             last = len(self.sigmas) - 1
             raise ValueError(
