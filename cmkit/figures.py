@@ -51,7 +51,8 @@ def colour(share: float) -> tuple[str, str]:
 
 
 def heatmap_png(search: Mapping[str, Any]) -> bytes:
-    """The search as a PNG: winner framed, unscaled cell framed by dashes, values written in."""
+    """The search as a PNG: winner framed, unscaled cell framed by dashes, values written in, and
+    what a search by coordinates kept framed by a thin line."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
@@ -64,7 +65,7 @@ def heatmap_png(search: Mapping[str, Any]) -> bytes:
     for y, row in enumerate(rows):
         for x, cell in enumerate(row["cells"]):
             if cell:
-                _draw_cell(axes, x, y, {**cell, "ones": search["ones"]}, 15 * size)
+                _draw_cell(axes, x, y, cell, 15 * size)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), aspect="equal")
     axes.set_xticks(range(width), columns)
     axes.set_yticks(range(height), [row["label"] for row in rows])
@@ -87,11 +88,14 @@ def _draw_cell(axes: Axes, x: int, y: int, cell: Mapping[str, Any], points: floa
     fill, ink = ("#e4e4e4", "#555555") if level is None else colour(level / (LEVELS - 1))
     axes.add_patch(Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=fill))
     axes.text(x, y, cell["text"], color=ink, size=points, ha="center", va="center")
-    if cell["winner"] or cell["plain"]:
-        line = {"linestyle": "-", "linewidth": 2.4} if cell["winner"] else {"linestyle": "--"}
+    if cell["winner"] or cell["kept"] or cell["plain"]:
+        width = 2.4 if cell["winner"] else 1.0
+        style = "-" if cell["winner"] or cell["kept"] else "--"
+        line = {"linestyle": style, "linewidth": width}
         axes.add_patch(Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, fill=False, ec=ink, **line))
-        name = "best" if cell["winner"] else cell["ones"]
-        axes.text(x, y + 0.27, name, color=ink, size=0.55 * points, ha="center", va="center")
+    if cell["mark"]:
+        place = {"ha": "center", "va": "center"}
+        axes.text(x, y + 0.27, cell["mark"], color=ink, size=0.55 * points, **place)
 
 
 def loss_png(curve: Mapping[str, Any]) -> bytes:

@@ -172,7 +172,7 @@ class SearchTable(Part):
         if self.method == "coordinate":
             count, cure = values * (self.rounds or 1), "name fewer values"
         else:
-            count = math.prod(map(float, map(len, self.grid.values())))
+            count = math.prod(float(len(each)) for each in self.grid.values())
             cure = f'name fewer values, or set method = "coordinate", which tries {values:,}'
             if self.rounds:
                 raise ValueError(f'rounds = {self.rounds} is of method = "coordinate"; add it')

@@ -23,6 +23,8 @@ SCHEMA = 1
 AXES = {"skip": "skip (s0)", "emb": "emb (s1)"}
 SHEET_PIXELS, CELL_PIXELS = 1280, 640
 TINY_PIXELS = 600
+FEW = 4
+"""Numbers of a rescaler that are written out wherever they are spoken of."""
 CURVE_POINTS = 400
 HERE = Path(__file__).parent
 
@@ -169,31 +171,28 @@ def _shrunk(path: Path, width: int) -> bytes:
 
 
 def _search(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The grid as rows of cells: the first axis runs across, all others down, rising upward."""
+    """The cells of a search in rows, as the page and the heatmap show them."""
     axes = stage["axes"]
     names = list(axes)
-    found = {tuple(cell[name] for name in names): cell for cell in stage["cells"]}
-    plain = found.get((1,) * len(names))
-    scores = [_finite(cell["score"]) for cell in found.values()]
+    records = stage["cells"]
+    ones = f"({', '.join('1' for _ in names)})" if len(names) <= FEW else "all 1"
+    plain = next((cell for cell in records if all(cell[name] == 1 for name in names)), None)
+    scores = [_finite(cell["score"]) for cell in records]
     norm = _norm([value for value in scores if value is not None])
-    cells: list[dict[str, Any]] = []
-    rows = []
-    for high in reversed(list(itertools.product(*(axes[name] for name in names[1:])))):
-        keys = [(across, *high) for across in axes[names[0]]]
-        row = [_cell(found[key], stage, plain, norm) if key in found else None for key in keys]
-        for cell in filter(None, row):
-            cell |= {"index": len(cells), "picture": _picture(folder, cell["file"], CELL_PIXELS)}
-            cells.append(cell)
-        rows.append({"label": ", ".join(map(number, high)), "cells": row})
+    cells = [
+        {**_cell(record, stage, plain, norm, ones), "index": index}
+        for index, record in enumerate(records)
+    ]
+    for cell in cells:
+        cell["picture"] = _picture(folder, cell["file"], CELL_PIXELS)
+    layout = _steps(stage, cells) if stage.get("descent") else _grid(stage, cells)
+    shown = [cell for row in layout["rows"] for cell in row["cells"] if cell]
     return {
-        "across": AXES.get(names[0], names[0]),
-        "down": ", ".join(AXES.get(name, name) for name in names[1:]),
-        "columns": [number(value) for value in axes[names[0]]],
-        "rows": rows,
+        **layout,
         "cells": cells,
-        "start": next((cell for cell in cells if cell["winner"]), cells[0]),
+        "start": next((cell for cell in shown if cell["winner"]), shown[0]),
         "plain": next((cell for cell in cells if cell["plain"]), None),
-        "ones": f"({', '.join('1' for _ in names)})",
+        "ones": ones,
         "edges": [name for name in names if _on_edge(stage["best"][name], axes[name])],
         "minimize": stage["minimize"],
         "images": stage.get("images"),
@@ -204,21 +203,73 @@ def _search(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def _grid(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A grid's rows: the first axis runs across, all others down, rising upward."""
+    first, *others = axes = stage["axes"]
+    found = {tuple(r[name] for name in axes): c for r, c in zip(stage["cells"], cells, strict=True)}
+    rows = []
+    for high in reversed(list(itertools.product(*(axes[name] for name in others)))):
+        row = [found.get((across, *high)) for across in axes[first]]
+        rows.append({"label": ", ".join(map(number, high)), "cells": row})
+    return {
+        "descent": False,
+        "across": AXES.get(first, first),
+        "down": ", ".join(AXES.get(name, name) for name in others),
+        "columns": [number(value) for value in axes[first]],
+        "rows": rows,
+    }
+
+
+def _steps(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row for each step of a search by coordinates: the values of its axis, rising, the one that
+    the search went on with marked as `kept`."""
+    rows = []
+    for step in stage["descent"]:
+        axis, places = step["axis"], step["cells"]
+        scores = [math.inf if cells[k]["score"] is None else cells[k]["score"] for k in places]
+        kept = places[scores.index(min(scores))]
+        row = []
+        for k in sorted(places, key=lambda k: stage["cells"][k][axis]):
+            own = number(stage["cells"][k][axis])
+            mark = f"{own}, best" if cells[k]["winner"] else own
+            row.append({**cells[k], "name": f"{axis} {own}", "mark": mark, "kept": k == kept})
+        rows.append({"label": AXES.get(axis, axis), "cells": row})
+    width = max(len(row["cells"]) for row in rows)
+    for row in rows:
+        row["cells"] += [None] * (width - len(row["cells"]))
+    return {"descent": True, "across": "", "down": "", "columns": [""] * width, "rows": rows}
+
+
 def _cell(
-    cell: Mapping[str, Any], stage: Mapping[str, Any], plain: Mapping[str, Any] | None, norm: Any
+    cell: Mapping[str, Any],
+    stage: Mapping[str, Any],
+    plain: Mapping[str, Any] | None,
+    norm: Any,
+    ones: str,
 ) -> dict[str, Any]:
     """What the page says of one cell; `level` is its place on the colour scale."""
     value = _finite(cell["score"])
+    winner = all(cell[name] == stage["best"][name] for name in stage["axes"])
+    label = _label(cell, stage["axes"])
     return {
-        "label": ", ".join(f"{name} {number(cell[name])}" for name in stage["axes"]),
+        "label": label,
+        "name": label,
+        "mark": "best" if winner else ones if cell is plain else "",
         "score": value,
         "text": score(value),
         "level": None if value is None else round(float(norm(value)) * (LEVELS - 1)),
-        "winner": all(cell[name] == stage["best"][name] for name in stage["axes"]),
+        "winner": winner,
+        "kept": False,
         "plain": cell is plain,
         "note": _against(value, _finite(plain["score"]) if plain else None),
         "file": cell["samples"],
     }
+
+
+def _label(cell: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
+    """A cell's values; of many only those that are not 1."""
+    shown = [name for name in axes if len(axes) <= FEW or cell[name] != 1]
+    return ", ".join(f"{name} {number(cell[name])}" for name in shown) or "all 1"
 
 
 def _on_edge(value: float, values: Sequence[float]) -> bool:
@@ -373,9 +424,14 @@ def _headlines(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
             change + seeds,
         )
     if search:
-        best = [number(search["best"][axis]) for axis in search["axes"]]
-        where = " · ".join(AXES.get(axis, axis) for axis in search["axes"])
-        yield "best scales", " · ".join(best), f"{where}, of {len(search['cells'])} cells"
+        axes, cells = search["axes"], f"of {len(search['cells'])} cells"
+        best = [search["best"][axis] for axis in axes]
+        if len(axes) <= FEW:
+            where = " · ".join(AXES.get(axis, axis) for axis in axes)
+            yield "best scales", " · ".join(map(number, best)), f"{where}, {cells}"
+        else:
+            moved = sum(value != 1 for value in best)
+            yield "best scales", f"{moved} of {len(best)}", f"other than 1, {cells}"
     if metric and metric["values"]:
         wanted = search["minimize"] if search else "fid"
         name = wanted if wanted in metric["values"] else next(iter(metric["values"]))
@@ -391,7 +447,7 @@ def _nfe(nfe: int) -> str:
 
 
 def _samples(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    scales = ", ".join(f"{name} {number(value)}" for name, value in stage.get("scales", {}).items())
+    scales = ", ".join(_scales(stage.get("scales", {})))
     return {
         "images": stage["images"],
         "nfe": _nfe(stage["nfe"]),
@@ -401,6 +457,17 @@ def _samples(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             for key in ("before", "after")
         },
     }
+
+
+def _scales(scales: Mapping[str, Any]) -> Iterator[str]:
+    """A rescaler's values, those of single sites by their names."""
+    for name, value in scales.items():
+        if isinstance(value, dict):
+            yield from _scales(value)
+        elif isinstance(value, list):
+            yield f"{name} [{', '.join(map(number, value))}]"
+        else:
+            yield f"{name} {number(value)}"
 
 
 def _metrics(stage: Mapping[str, Any]) -> list[dict[str, Any]]:

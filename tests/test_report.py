@@ -373,6 +373,51 @@ def test_grid_of_any_shape_has_a_cell_for_each_combination(tmp_path, report, axe
         assert drawn.width > 200
 
 
+def test_a_search_by_coordinates_is_a_line_for_each_number(tmp_path, report):
+    """Values rise, whatever came first; what a line kept and the best cell are marked."""
+    stage = report["stages"]["search"]
+    name = stage["cells"][0]["samples"]
+    stage["axes"] = {"emb": [1.4], "skip.3": [0.8, 0.9]}
+    tried = [(1.0, 1.0, 5.0), (1.4, 1.0, 3.0), (1.4, 0.8, None), (1.4, 0.9, 3.5)]
+    stage["cells"] = [
+        {"emb": emb, "skip.3": skip, "score": score, "samples": name} for emb, skip, score in tried
+    ]
+    stage["descent"] = [{"axis": "emb", "cells": [0, 1]}, {"axis": "skip.3", "cells": [1, 2, 3]}]
+    stage["best"] = {"emb": 1.4, "skip.3": 0.9, "score": 2.9}  # scored again on more images
+    store(tmp_path, report)
+    page = render(tmp_path)
+    buttons = [attrs for tag, attrs in page.elements if "data-cell" in attrs]
+    assert [(b["aria-label"], b["data-cell"]) for b in buttons] == [
+        ("emb 1: fid 5.00, unscaled", "0"),
+        ("emb 1.4: fid 3.00, kept", "1"),
+        ("skip.3 0.8: fid not a number", "2"),
+        ("skip.3 0.9: fid 3.50, the best cell", "3"),
+        ("skip.3 1: fid 3.00, kept", "1"),
+    ]
+    assert len([b for b in buttons if b["tabindex"] == "0"]) == 1
+    assert "One number\nafter the other" in page.text
+    with Image.open(tmp_path / "heatmap.png") as drawn:
+        assert drawn.width > 200
+
+
+def test_many_numbers_are_told_by_those_that_moved(tmp_path, report):
+    stage = report["stages"]["search"]
+    name = stage["cells"][0]["samples"]
+    axes = {f"skip.{k}": [1.0, 1.5] for k in range(9)}
+    ones = dict.fromkeys(axes, 1.0)
+    moved = {**ones, "skip.7": 1.5}
+    stage["axes"] = axes
+    stage["cells"] = [{**v, "score": k, "samples": name} for k, v in enumerate((moved, ones))]
+    stage["descent"] = [{"axis": "skip.7", "cells": [1, 0]}]
+    stage["best"] = {**moved, "score": 0}
+    report["stages"]["sample"]["scales"] = {"skip": [1.0, 0.5], "emb": 1.0, "sites": {"emb.3": 2.0}}
+    store(tmp_path, report)
+    text = render(tmp_path).text
+    for words in ("1 of 9", "other than 1, of 2 cells", "skip.7 1.5", "unscaled all 1"):
+        assert words in text, words
+    assert "skip [1, 0.5], emb 1, emb.3 2" in text
+
+
 @pytest.mark.parametrize(("best", "edges"), [((0.7, 0.95), "skip"), ((1.06, 0.8), "skip and emb")])
 def test_best_cell_on_the_edge_asks_for_a_wider_grid(tmp_path, report, best, edges):
     assert "wider grid" not in render(tmp_path).text

@@ -251,8 +251,10 @@ class Encoded:
 
     def suits(self, scales: Mapping[int, Tensor]) -> bool:
         """Whether the halves hold for these scales: positive, and the norms' eps negligible."""
-        for scale in scales.values():
-            low, high = (bound.item() for bound in scale.aminmax())
+        if not scales:
+            return True
+        bounds = torch.stack([torch.stack(scale.aminmax()) for scale in scales.values()])
+        for low, high in bounds.tolist():  # the device is waited for once
             if low <= 0 or self.shift * max(low**-2 - 1, 1 - high**-2) > MAX_SHIFT:
                 return False
         return True
