@@ -142,8 +142,8 @@ class SearchTable(Part):
     grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)]] = Field(
         min_length=1, max_length=256
     )
-    """Values of each of the rescaler's numbers: of a field such as skip, of a part of it such as
-    "skip.3" where the rescaler has parts."""
+    """Values of each of the rescaler's numbers: of a field such as skip, or, in
+    quotation marks, of a part of it such as "skip.3", where the rescaler has parts."""
     method: Literal["grid", "coordinate"] | None = None
     """Which cells are tried: "grid", the default, every combination; "coordinate" one number after
     the other, the others at their best so far and at first the rescaler's own."""
@@ -170,9 +170,9 @@ class SearchTable(Part):
     def _cells_can_be_counted(self) -> SearchTable:
         values = sum(map(len, self.grid.values()))
         if self.method == "coordinate":
-            count, cure = values * (self.rounds or 1), "name fewer values"
+            count, cure = float(values * (self.rounds or 1)), "name fewer values"
         else:
-            count = math.prod(float(len(each)) for each in self.grid.values())
+            count = math.prod(map(len, self.grid.values()), start=1.0)
             cure = f'name fewer values, or set method = "coordinate", which tries {values:,}'
             if self.rounds:
                 raise ValueError(f'rounds = {self.rounds} is of method = "coordinate"; add it')
