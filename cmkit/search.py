@@ -117,25 +117,37 @@ def trials(
     """(axis, cells to score before the next are asked for), cells as a value of every axis.
 
     A grid is one such list, of no axis. A search by coordinates goes on from the best of each list,
-    the earliest of equals: it depends on `scores`, by the cells' values, and on nothing else.
+    the earliest of equals: it depends on `scores`, by the cells' values, and on nothing else. A
+    list begins with the cell that it goes on from.
     """
-    table, rescaler = recipe.search, recipe.rescaler
+    table = recipe.search
     assert table is not None
-    assert rescaler is not None
     if table.method != "coordinate":
         yield None, list(cells(recipe))
         return
-    best: dict[str, float] = {}  # the other numbers are the rescaler's own, or follow these
+    best: dict[str, float] = {}  # of the axes that had their turn
     for axis in [*table.grid] * (table.rounds or 1):
-        moves = [best, *({**best, axis: value} for value in table.grid[axis])]
-        tried = []
-        for move in moves:
-            moved = with_values(recipe, move)
-            tried.append({axis: moved.value_of(axis) for axis in table.grid})
+        values = [_completed(recipe, best)[axis], *table.grid[axis]]
+        tried = [_completed(recipe, {**best, axis: value}) for value in values]
         yield axis, tried
-        found = [scores[_place(recipe, values)] for values in tried]
+        found = [scores[_place(recipe, cell)] for cell in tried]
         ranks = [math.inf if score is None else score for score in found]
-        best = moves[ranks.index(min(ranks))]
+        best = {**best, axis: values[ranks.index(min(ranks))]}
+
+
+def _completed(recipe: Recipe, values: Mapping[str, float]) -> dict[str, float]:
+    """The values with those of all other axes: the rescaler's own, but a part of a number, such as
+    "skip.3", follows that number."""
+    rescaler = recipe.rescaler
+    assert recipe.search is not None
+    assert rescaler is not None
+    moved = with_values(recipe, values)
+    others = {
+        axis: (moved if "." in axis else rescaler).value_of(axis)
+        for axis in recipe.search.grid
+        if axis not in values
+    }
+    return {axis: {**others, **values}[axis] for axis in recipe.search.grid}
 
 
 def descent(recipe: Recipe, stored: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cmkit import RecipeError, discover
-from cmkit.compose import build, plan
+from cmkit.compose import build, plan, with_values
 from cmkit.draw import drawn_from
 from cmkit.recipe import load
 from cmkit.run import run
@@ -119,6 +119,24 @@ def test_members_follow_their_family_until_they_are_searched_themselves(toy):
     both = [(record["skip"], record["skip.1"]) for record in records[:4]]
     assert both == [(1, 1), (0.8, 0.8), (1.2, 1.2), (1.2, 1.2)]
     assert {r["skip.1"] for r in records[5:7]} == {0.8, 1.4}
+
+
+@pytest.mark.parametrize("grid", [["skip", "skip.0"], ["skip.1", "skip", "skip.0"]])
+def test_levels_and_families_may_be_searched_in_any_order(recipe, grid):
+    """The numbers of a cell always make the very rescaler that was tried."""
+    axes = ", ".join(f'"{axis}" = [0.5, {k}.5]' for k, axis in enumerate(grid, 1))
+    rescaler = 'rescaler={use="per_timestep", sigmas=[1.0, 2.0, 80.0]}'
+    sets = [rescaler, f"search.grid={{{axes}}}", "search.rounds=2"]
+    made = load(recipe, sets, discover())
+    scores = collections.defaultdict(lambda: -len(scores))  # whatever is new is better
+    made_from = {}
+    for _, tried in trials(made, scores):
+        for cell in tried:
+            found = with_values(made, cell)
+            assert made_from.setdefault(tuple(cell.values()), found.skip) == found.skip
+            assert all(found.value_of(axis) == cell[axis] for axis in grid if "." in axis)
+            assert found.skip[-1] == cell["skip"]
+    assert len(made_from) > 5
 
 
 @pytest.mark.parametrize("overrides", [(), ("search.rounds=3",), ("search.method='grid'",)])
