@@ -47,9 +47,10 @@ from cmkit.weights import Downloaded, download
 
 STAGES = ("train", "search", "sample", "metric")
 SHARD_IMAGES = 1000
+"""Samples in a file, and up to a batch more; fewer where they take long."""
 SHOWN_IMAGES = 100
 SAVE_SECONDS = 60.0
-"""Between two saves of cells that are being drawn."""
+"""Between two saves of images, or of cells that are being drawn."""
 
 
 @dataclass(frozen=True)
@@ -304,19 +305,17 @@ class Run:
         def batches(model: Denoiser, indices: range) -> Iterator[Any]:
             return sample(model, sampler, draws, indices, table.batch, self.device, table.precision)
 
-        starts = range(0, table.images, SHARD_IMAGES)
-        shards = {first: folder / f"{first:07d}.npz" for first in starts}
-        done = sum(min(SHARD_IMAGES, table.images - f) for f, p in shards.items() if p.exists())
+        kept = done = _kept_samples(folder)
         yield StageStarted("sample", done, table.images)
-        for first, path in shards.items():
-            if path.exists():
-                continue
-            drawn = []
-            for batch in batches(scaled, range(first, min(first + SHARD_IMAGES, table.images))):
-                drawn.append(batch)
-                done += len(batch.images)
-                yield Sampled(done, table.images)
-            files.atomic_write(path, npz(drawn))
+        drawn, saved = [], time.monotonic()
+        for batch in batches(scaled, range(done, table.images)):
+            drawn.append(batch)
+            done += len(batch.images)
+            yield Sampled(done, table.images)
+            due = self.stop.signum or time.monotonic() - saved >= SAVE_SECONDS
+            if due or done - kept >= SHARD_IMAGES or done == table.images:
+                files.atomic_write(folder / f"{kept:07d}.npz", npz(drawn))
+                kept, drawn, saved = done, [], time.monotonic()
             self.stop.check(f"{done} of {table.images} samples are kept in {folder}")
         shown = range(min(SHOWN_IMAGES, table.images))
         pictures = {"before": denoiser, "after": scaled} if rescaler else {"after": denoiser}
@@ -353,6 +352,18 @@ class Run:
         for values in self.plan.recipe.search.grid.values():
             total *= len(values)
         return total
+
+
+def _kept_samples(folder: Path) -> int:
+    """Samples in the files of `folder` that follow each other from the first on. A file is named
+    after its first image; those behind a gap are drawn again."""
+    kept = 0
+    for path in sorted(folder.glob(f"{'[0-9]' * 7}.npz")):
+        if int(path.stem) == kept:
+            kept += len(SavedImages([path]))
+        else:
+            path.unlink()
+    return kept
 
 
 def _keep_unfinished(path: Path, unfinished: Unfinished) -> None:
