@@ -44,7 +44,7 @@ class UNet(Network):
         sigma_to: bool = False,
     ):
         super().__init__()
-        self.channels = options.channels
+        self.channels, self.in_channels = options.channels, in_channels
         self.time_scale = options.time_scale
         emb_channels = 4 * options.channels
         self.time = _mlp(options.channels, emb_channels)
@@ -178,8 +178,9 @@ class UNet(Network):
         return self.middle(h, films), skips, list(films)
 
     def _out(self, h: Tensor) -> Tensor:
+        """F, without the variances that may follow it."""
         with full_precision(h.device):
-            return self.conv_out(silu(self.norm_out(widened(h))))
+            return self.conv_out(silu(self.norm_out(widened(h))))[:, : self.in_channels]
 
     def _films(self, c_noise: Tensor, cond: Cond, scales: Scales) -> list[Tensor]:
         """What the embedding says to each residual block, (B, k) each, in forward order."""

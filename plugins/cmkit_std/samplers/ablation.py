@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cmkit import Cond, Denoiser, Noise
-    from cmkit_std.formulations import VP
+    from cmkit_std.preconds.vp import VP
 
 EPSILON = 1e-3
 """The time at which a walk along VP's schedule reaches sigma_min; it starts at 1."""
@@ -105,9 +105,9 @@ class Ablation(Sampler):
             case "ve":
                 return high * (low / high) ** u
             case "iddpm":
-                from cmkit_std.formulations import IDDPM
+                from cmkit_std.preconds.schedule import Cosine
 
-                levels = IDDPM().levels(u.device)
+                levels = torch.tensor(Cosine().sigmas(), dtype=torch.float64).flip(0)
                 levels = levels[(levels >= low) & (levels <= high)]
                 if len(levels) < self.steps:
                     raise RecipeError(
@@ -172,8 +172,8 @@ class Curve(NamedTuple):
 
 def _vp(noise: Noise) -> VP:
     """VP's schedule that is at sigma_min at time EPSILON and at sigma_max at time 1."""
-    from cmkit_std.formulations import VP
+    from cmkit_std.preconds.vp import VP
 
     low, high = math.log1p(noise.sigma_min**2), math.log1p(noise.sigma_max**2)
     beta_d = 2 * (low / EPSILON - high) / (EPSILON - 1)
-    return VP(beta_d, high - 0.5 * beta_d)
+    return VP(beta_d=beta_d, beta_min=high - 0.5 * beta_d)
