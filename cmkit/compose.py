@@ -386,7 +386,7 @@ def _check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
         trained = load(kept, [], discover())
     except CmkitError:  # no run folder, or one of parts that are not here: nothing is known
         return
-    if not interchangeable(trained.precond.scalings, precond.scalings, noise_of(trained).sigma_max):
+    if not interchangeable(trained.precond.scalings, precond.scalings):
         raise RecipeError(
             f"{weights}: was trained under other scalings; set the precond beside it to"
             f" {_said(trained.denoiser.precond)}"
@@ -476,7 +476,7 @@ def _check_teacher(
             f" {own.sigma_min:g} to {own.sigma_max:g}; set denoiser.sigma_min and sigma_max within",
         )
     if recipe.denoiser.init == "teacher":
-        if not interchangeable(teacher.scalings, denoiser.scalings, own.sigma_max):
+        if not interchangeable(teacher.scalings, denoiser.scalings):
             raise recipe.source.error(
                 ("denoiser", "init"),
                 f"precond {_said(recipe.denoiser.precond)} means another input or output of the"

@@ -11,7 +11,7 @@ from cmkit_std.objectives.pd import PD
 from cmkit_std.objectives.weightings import weighting
 from pydantic import ValidationError
 
-from cmkit import Cond, Denoiser, DownloadError, Models, Noise, Phase, Rng
+from cmkit import Cond, Denoiser, DownloadError, Models, Noise, Phase, Rng, edm_scalings
 from cmkit.kinds import DataSpec
 from tests.toys import GaussianDenoiser, GaussianFlow, TinyNetwork
 
@@ -405,7 +405,7 @@ def test_edm_levels_are_lognormal():
 def test_edm_dropout_comes_from_the_step_alone():
     from cmkit import Denoiser
 
-    denoiser = Denoiser(TinyNetwork(), precond="edm").train()
+    denoiser = Denoiser(TinyNetwork(), scalings=edm_scalings).train()
     x0, objective = torch.randn(4, 1, 8, 8), EDM()
     losses = []
     for stray in (1, 2):

@@ -12,7 +12,8 @@ from cmkit_std.backbones.songunet import SongUNet
 from cmkit_std.backbones.songunet_layouts import read, write
 from torch import Tensor
 
-from cmkit import Cond, DataSpec, Denoiser, Models, Noise
+from cmkit import Cond, DataSpec, Denoiser, Models, Noise, consistency_scalings, edm_scalings
+from cmkit.denoiser import Scaling
 from tests.parity import harness
 
 FIGURES = harness.Figures("ict_ect.json")
@@ -35,7 +36,7 @@ def objective_of(config: dict) -> ECT:
     )
 
 
-def denoiser_of(config: dict, precond: str, dtype: torch.dtype) -> Denoiser:
+def denoiser_of(config: dict, scalings: Scaling, dtype: torch.dtype) -> Denoiser:
     """The network of an official configuration with its formula-filled weights."""
     config = dict(config)
     assert config.pop("model_type") == "SongUNet"
@@ -61,7 +62,7 @@ def denoiser_of(config: dict, precond: str, dtype: torch.dtype) -> Denoiser:
     )
     assert not unexpected
     assert all(key.endswith("filter") for key in missing)
-    return Denoiser(network.eval(), noise, precond, sigma_data)
+    return Denoiser(network.eval(), noise, scalings, sigma_data)
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:
@@ -100,8 +101,8 @@ def preconditioned(case: dict, dtype: torch.dtype) -> dict:
     sigma, shape = FIGURES.tensor(inputs["sigmas"], dtype), inputs["shape"]
     x = FIGURES.X(shape).to(dtype) + sigma.view(-1, 1, 1, 1) * FIGURES.Z(shape, 0).to(dtype)
     return {
-        mode: denoiser_of(case["config"], precond, dtype)(x, sigma)
-        for mode, precond in (("train", "edm"), ("eval", "consistency"))
+        mode: denoiser_of(case["config"], scalings, dtype)(x, sigma)
+        for mode, scalings in (("train", edm_scalings), ("eval", consistency_scalings))
     }
 
 

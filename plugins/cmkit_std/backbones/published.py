@@ -43,7 +43,7 @@ def check_published(weights: str, backbone: Backbone, precond: Precond, **option
         schedule = _COSINE if file.startswith("64x64") else _LINEAR
         trained = Discrete.model_validate(schedule)
         said = _toml({"use": "discrete", **schedule})
-    if not interchangeable(trained.scalings, precond.scalings, trained.levels[1]):
+    if not interchangeable(trained.scalings, precond.scalings):
         raise RecipeError(
             f"{weights}: was trained under other scalings; beside it set precond = {said}"
         )

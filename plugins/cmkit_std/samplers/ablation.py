@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cmkit import Cond, Denoiser, Noise
-    from cmkit_std.preconds.vp import VP
+    from cmkit_std.preconds.vp import Betas
 
 EPSILON = 1e-3
 """The time at which a walk along VP's schedule reaches sigma_min; it starts at 1."""
@@ -170,10 +170,10 @@ class Curve(NamedTuple):
         return Point(sigma, dsigma, s, -sigma * dsigma * s**3)
 
 
-def _vp(noise: Noise) -> VP:
+def _vp(noise: Noise) -> Betas:
     """VP's schedule that is at sigma_min at time EPSILON and at sigma_max at time 1."""
-    from cmkit_std.preconds.vp import VP
+    from cmkit_std.preconds.vp import Betas
 
     low, high = math.log1p(noise.sigma_min**2), math.log1p(noise.sigma_max**2)
     beta_d = 2 * (low / EPSILON - high) / (EPSILON - 1)
-    return VP(beta_d=beta_d, beta_min=high - 0.5 * beta_d)
+    return Betas(beta_d, high - 0.5 * beta_d)
