@@ -184,7 +184,7 @@ def _spread(low: float, high: float) -> Tensor:
 class Denoiser(nn.Module):
     """x0_hat = c_skip x + c_out F(c_in x, c_noise), with the coefficients of `scalings`.
 
-    With `consistency_scalings` it is x itself, bit for bit, at sigma_min. `passes` is what a call
+    With `consistency_scalings`, the default, it is x itself, bit for bit, at sigma_min. `passes` is what a call
     costs in network evaluations.
     """
 
@@ -194,13 +194,13 @@ class Denoiser(nn.Module):
         self,
         network: Network,
         noise: Noise | None = None,
-        scalings: Scaling = consistency_scalings,
+        scalings: Scaling | None = None,
         sigma_data: float = 0.5,
     ):
         super().__init__()
         self.network = network
         self.noise = noise or Noise()
-        self.scalings = scalings
+        self.scalings = scalings or consistency_scalings
         self.sigma_data = sigma_data
         self._scales: Callable[[Tensor], Scales] | None = None
         self._encodings: Encodings | None = None

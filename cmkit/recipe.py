@@ -486,7 +486,8 @@ def _type(entry: Mapping[str, Any]) -> str:
         inner = entry.get("items") or (entry.get("prefixItems") or [{}])[0]
         return f"list of {_type(inner)}"
     if kind == "object":
-        return f"table of {_type(entry.get('additionalProperties') or {})}"
+        inner = entry.get("additionalProperties")
+        return f"table of {_type(inner)}" if isinstance(inner, dict) else "table"
     low = entry.get("minimum", entry.get("exclusiveMinimum"))
     high = entry.get("maximum", entry.get("exclusiveMaximum"))
     bounds = []

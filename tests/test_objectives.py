@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def gaussian_loss(objective, num_sigmas):
     """Mean loss of the exact f on Gaussian data, in float64, over a grid of num_sigmas points."""
     flow, teacher = GaussianFlow(s=0.7), GaussianDenoiser(s=0.7)
-    models = Models(teacher if "edm" in objective.needs else flow, flow, teacher)
+    models = Models(teacher if "diffusion" in objective.needs else flow, flow, teacher)
     x0 = 0.7 * torch.randn(20_000, 1, 1, 1, dtype=torch.float64)
     phase = Phase(0, num_sigmas)
     return objective.loss(models, x0, Cond(), phase, Rng(0, "law", 0, CPU)).mean()
@@ -155,7 +155,7 @@ def test_online_and_target_share_dropout_masks(objective):
 
     Scalings of a diffusion model, because near sigma_min a consistency model hides its network.
     """
-    denoiser = Denoiser(TinyNetwork(), Noise(0.5, 0.5 + 1e-6), "edm").train()
+    denoiser = Denoiser(TinyNetwork(), Noise(0.5, 0.5 + 1e-6), edm_scalings).train()
     phase = type(objective.phase(0, 1))(0, 2)
     x0 = torch.randn(16, 1, 8, 8)
     a, b = [], []

@@ -373,6 +373,7 @@ def test_existing_recipes_keep_their_hash(written):
         (["denoiser.precond.stps=3"], "denoiser.precond.stps: unknown key; did you mean 'steps'?"),
         (["denoiser.precond=3"], "denoiser.precond: expected a table such as"),
         (["teacher.precond.beta_end=1e-5"], "beta_start 0.00085 must not be above beta_end"),
+        (["teacher.precond.steps=50000"], "50000 such steps leave nothing of an image"),
     ],
 )
 def test_a_mistake_in_a_precond_has_its_place(written, overrides, said):
@@ -388,7 +389,7 @@ def test_a_mistake_in_a_precond_has_its_place(written, overrides, said):
             ["denoiser.sigma_max=10.0"],
             "sigma_max 10: its precond knows noise levels|drop both keys",
         ),
-        (["denoiser.sigma_max=80.0"], "its precond knows noise levels 0.0292 to 1.2.*drop"),
+        (["denoiser.sigma_max=80.0"], r"knows noise levels 0\.029\d+ to 0\.\d+; set"),
         (['denoiser.precond={use="ve", low=0.02}', "denoiser.sigma_min=0.01"], "0.02 to 100"),
         (
             ['denoiser.precond="consistency"', 'denoiser.init="random"'],
@@ -502,6 +503,18 @@ def test_learned_variances_are_kept_in_weights_and_left_out_of_the_output(new):
     assert torch.equal(theirs[same], state[own][..., 0]) == bool(new)
     back = layout.read(theirs)
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("size", "label", "millions"), [(64, True, 296), (128, True, 422), (256, True, 554)]
+)
+def test_presets_of_guided_diffusion_have_the_sizes_that_its_paper_reports(size, label, millions):
+    """Table 4 and 5 of Dhariwal, Nichol, 2021."""
+    with torch.device("meta"):
+        network = ADM(preset=f"guided-diffusion-{size}").build(
+            DataSpec(3, size, 1000), frozenset({"label"})
+        )
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
 
 
 def test_layouts_of_discrete_networks_want_steps_as_they_are():

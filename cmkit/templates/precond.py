@@ -18,7 +18,7 @@ class Mine(Precond):
     """Networks of rectified flow, which say v = z - x0 of x_t = (1 - t) x0 + t z and are told
     `steps` times t = sigma / (1 + sigma)."""
 
-    steps: float = Field(1000.0, gt=0, le=1e6)
+    steps: float = Field(1.0, gt=0, le=1e6)
     """What the network is told at time 1."""
 
     def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:

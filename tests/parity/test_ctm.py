@@ -494,7 +494,8 @@ def sampled(case: dict, dtype: torch.dtype) -> dict:
     config, inputs = dict(case["config"]), case["inputs"]
     noise = Noise(*(config.pop(name) for name in AXIS))
     ctm = config.pop("ctm")
-    denoiser = Denoiser(unet(config.pop("net"), dtype), noise, "edm" if ctm else "consistency")
+    scalings = edm_scalings if ctm else consistency_scalings
+    denoiser = Denoiser(unet(config.pop("net"), dtype), noise, scalings)
     assert not config.pop("clip_denoised")
     assert not config.pop("clip_output")
     assert inputs["noise"] == "c-th normal draw (x_T/80 is c=0) = Z(shape, c)"

@@ -163,7 +163,7 @@ class ADM(Backbone):
         options: dict[str, Any] = {"time_scale": 1000 if publisher == "openai" else 1}
         if publisher == "guided-diffusion":
             options["learn_sigma"] = True
-            options["new_attention_order"] = True if file.startswith("64x64") else None
+            options["new_attention_order"] = file.startswith("64x64")
         check_published(weights, self, precond, **options)
 
     def build(self, data: DataSpec, conditions: frozenset[str]) -> UNet:
@@ -174,7 +174,7 @@ class ADM(Backbone):
         return UNet(
             self,
             in_channels=data.channels,
-            out_channels=(2 if self.learn_sigma else 1) * data.channels,
+            out_channels=data.channels,
             resolution=data.resolution,
             num_classes=data.num_classes if "label" in conditions else None,
             guidance="guidance" in conditions,

@@ -32,7 +32,7 @@ def check_published(weights: str, backbone: Backbone, precond: Precond, **option
     from cmkit.denoiser import interchangeable
 
     for name, needed in options.items():
-        if (given := getattr(backbone, name)) != needed:
+        if (given := getattr(backbone, name) or False) != needed:
             raise RecipeError(
                 f"{weights}: needs backbone.{name} = {_toml(needed)}, not {_toml(given)}"
             )

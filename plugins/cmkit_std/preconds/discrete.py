@@ -50,6 +50,8 @@ class Discrete(Precond):
             raise ValueError(
                 f"beta_start {self.beta_start} must not be above beta_end {self.beta_end}"
             )
+        if self.schedule.alphas_cumprod()[-1] < 1e-12:
+            raise ValueError(f"{self.steps} such steps leave nothing of an image; take fewer")
         return self
 
     @property

@@ -44,9 +44,9 @@ class VP(Precond):
     """Variance-preserving diffusion models in continuous time: the network says z of
     x_vp = (x0 + sigma z) / sqrt(1 + sigma^2), and is told the time, in (0, 1], as a step."""
 
-    beta_d: float = Field(19.9, gt=0, le=1e4)
+    beta_d: float = Field(19.9, gt=0, le=100)
     """Rise of the rate of noise beta from time 0 to 1."""
-    beta_min: float = Field(0.1, gt=0, le=1e4)
+    beta_min: float = Field(0.1, gt=0, le=100)
     """Rate of noise at time 0."""
     steps: int = Field(1000, ge=2, le=10**6)
     """M, steps that the times are told in: c_noise = (M - 1) t."""

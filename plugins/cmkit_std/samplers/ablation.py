@@ -24,7 +24,7 @@ EPSILON = 1e-3
 
 class Ablation(Sampler):
     """Steps of first or second order down any of table 1's noise levels, along any of its
-    schedules, maybe with churn. For diffusion models: denoiser.precond = "edm".
+    schedules, maybe with churn. For diffusion models, such as of denoiser.precond = "edm".
 
     The defaults are EDM's own sampler. The state is kept in float64, as in the official code.
     """
