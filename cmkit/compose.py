@@ -354,11 +354,10 @@ def traits_of(recipe: Recipe) -> frozenset[str]:
 
 def _scalings_serve(recipe: Recipe) -> None:
     """RecipeError where the recipe's scalings lack what its objective needs of them."""
-    missing = (recipe.objective.needs & CURES.keys() if recipe.objective else set()) - traits_of(
-        recipe
-    )
+    needs = recipe.objective.needs if recipe.objective else frozenset()
+    held = traits_of(recipe)
     for name in CURES:
-        if name in missing:
+        if name in needs - held:
             raise recipe.source.error(
                 ("denoiser", "precond"),
                 f"the objective needs {CURES[name]}",
@@ -381,9 +380,9 @@ def _check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
         backbone.check_published(weights, precond)
         return
     path = Path(weights.removeprefix("path:"))
-    kept = (path if path.is_dir() else path.parent) / "recipe.toml"
+    folder = path.parent if path.name == "model.safetensors" else path
     try:
-        trained = load(kept, [], discover())
+        trained = load(folder / "recipe.toml", [], discover())
     except CmkitError:  # no run folder, or one of parts that are not here: nothing is known
         return
     if not interchangeable(trained.precond.scalings, precond.scalings):

@@ -184,8 +184,8 @@ def _spread(low: float, high: float) -> Tensor:
 class Denoiser(nn.Module):
     """x0_hat = c_skip x + c_out F(c_in x, c_noise), with the coefficients of `scalings`.
 
-    With `consistency_scalings`, the default, it is x itself, bit for bit, at sigma_min. `passes` is what a call
-    costs in network evaluations.
+    With `consistency_scalings`, the default, it is x itself, bit for bit, at sigma_min. `passes` is
+    what a call costs in network evaluations.
     """
 
     passes: int = 1

@@ -136,6 +136,11 @@ def test_time_of_vp_is_the_inverse_of_its_noise_level(dtype):
     torch.testing.assert_close(betas.time(betas.sigma(t)), t)
 
 
+def test_vp_tells_its_network_the_time_in_steps():
+    c_noise = scaled(VP(), VP().betas.sigma(torch.tensor([0.25, 1.0]).double())).c_noise
+    torch.testing.assert_close(c_noise, torch.tensor([0.25, 1.0]).double() * 999)
+
+
 def test_slope_of_vp_is_the_derivative_of_its_noise_level():
     t = torch.linspace(0.01, 1, 9, dtype=torch.float64, requires_grad=True)
     (derivative,) = torch.autograd.grad(VP().betas.sigma(t).sum(), t)

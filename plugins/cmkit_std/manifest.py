@@ -65,7 +65,13 @@ FIDELITY = (
 examples = {
     "backbone.adm": {"channels": 16, "norm_groups": 8, "channel_mult": [1, 2], "num_res_blocks": 1},
     "backbone.songunet": {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1},
-    "backbone.dit": {"patch_size": 4, "width": 32, "depth": 2, "num_heads": 2},
+    "backbone.dit": {
+        "patch_size": 4,
+        "width": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "time_scale": 1.0,
+    },
     "objective.cd": {"distance": "l2"},
     "objective.ct": {"distance": "l2"},
     "objective.ctm": {"distance": "l2"},
