@@ -202,6 +202,13 @@ def test_what_holds_of_scalings_is_found_by_trying(name):
     assert traits(precond.scalings, axis(precond), 0.5) == TRAITS[name]
 
 
+def test_the_identity_of_clean_images_takes_both_of_its_coefficients():
+    def heard(sigma, sigma_data, sigma_min):
+        return edm_scalings(sigma, sigma_data, sigma_min)._replace(c_out=1 + sigma)
+
+    assert "identity" not in traits(heard, Noise(), 0.5)
+
+
 @pytest.mark.parametrize("precond", [Consistency(), Discrete(timestep_scaling=10.0)])
 def test_at_its_boundary_a_consistency_model_ignores_its_network(precond):
     low = precond.levels[0]
