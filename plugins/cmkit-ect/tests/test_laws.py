@@ -201,6 +201,6 @@ def test_the_sampler_adds_the_whole_noise_before_each_further_step():
 
 def test_the_sampler_refuses_a_level_that_is_not_below_the_highest():
     x = torch.zeros(1, 1, 4, 4)
-    denoiser = Denoiser(TinyNetwork(), Noise(sigma_max=5.0), "edm")
+    denoiser = Denoiser(TinyNetwork(), Noise(sigma_max=5.0), edm_scalings)
     with pytest.raises(RecipeError, match=r"^sampler.sigmas = \[5.0\]: must lie below sigma_max 5"):
         ECTSampler(sigmas=(5.0,)).sample(denoiser, x, Cond(), lambda k: x)

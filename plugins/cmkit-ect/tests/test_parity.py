@@ -109,7 +109,7 @@ def preconditioned(case: dict, dtype: torch.dtype) -> dict:
 def step(case: dict, dtype: torch.dtype) -> dict:
     config, inputs = case["config"], case["inputs"]
     assert inputs["t"] == "exp(2*Z([4,1,1,1], c=0) - 1.1)"
-    objective, denoiser = objective_of(config), denoiser_of(config["net"], "edm", dtype)
+    objective, denoiser = objective_of(config), denoiser_of(config["net"], edm_scalings, dtype)
     x0 = FIGURES.tensor(inputs["images"], dtype)
     levels, z = FIGURES.Z([4], 0).to(dtype), FIGURES.tensor(inputs["noise"], dtype)
     phase = objective.phase(config["stage"], 10**6)
@@ -132,7 +132,7 @@ def step(case: dict, dtype: torch.dtype) -> dict:
 @torch.no_grad()
 def generated(case: dict, dtype: torch.dtype) -> dict:
     config, shape = case["config"], case["inputs"]["latents"]["Z"]["shape"]
-    denoiser = denoiser_of(config["net"], "consistency", dtype)
+    denoiser = denoiser_of(config["net"], consistency_scalings, dtype)
     assert config["t_max"] == denoiser.noise.sigma_max
     x = config["t_max"] * FIGURES.tensor(case["inputs"]["latents"], dtype)
     sampler = ECTSampler(sigmas=tuple(config["mid_t"]))
