@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, DataSpec, Layout
+from cmkit.kinds import Backbone, DataSpec, Layout, Precond
 from cmkit_std.backbones.fitting import check_conditions, check_levels, with_preset
-from cmkit_std.backbones.published import published
+from cmkit_std.backbones.published import check_published, published
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.edm2_network import EDM2UNet
@@ -89,6 +89,9 @@ class EDM2(Backbone):
         for size in PRESETS:
             options = cls.model_validate({"preset": size})
             yield options, DataSpec(3, 64, 1000), frozenset({"label"})
+
+    def check_published(self, weights: str, precond: Precond) -> None:
+        check_published(weights, self, precond)
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """The layout of NVlabs/edm2, which locuslab/ect shares."""

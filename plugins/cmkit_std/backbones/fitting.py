@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cmkit.errors import RecipeError
+from cmkit.errors import CheckpointError, RecipeError
 from cmkit.kinds import Backbone, DataSpec
 
 
@@ -51,4 +51,14 @@ def check_levels(
             f"backbone.attention_resolutions = {list(attention_resolutions or ())}: no"
             f" level has {', '.join(map(str, missing))} pixels; choose among"
             f" {', '.join(map(str, sides))}"
+        )
+
+
+def check_time_scale(given: float, known: float, project: str) -> None:
+    """CheckpointError unless c_noise is scaled as `project` scales it: names and shapes do not
+    tell, and other steps draw other pictures."""
+    if given != known:
+        raise CheckpointError(
+            f"backbone.time_scale = {given}: {project} computes with {known:g}; give that, or"
+            " weights of another project"
         )

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, DataSpec, Layout
+from cmkit.kinds import Backbone, DataSpec, Layout, Precond
 from cmkit_std.backbones.fitting import check_conditions, check_levels, with_preset
-from cmkit_std.backbones.published import published
+from cmkit_std.backbones.published import check_published, published
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.songunet_network import SongUNet as Network
@@ -122,6 +122,9 @@ class SongUNet(Backbone):
         if len(taps) % 2:
             raise ValueError(f"resample_filter {list(taps)} must have an even number of taps")
         return taps
+
+    def check_published(self, weights: str, precond: Precond) -> None:
+        check_published(weights, self, precond)
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """The layout of NVlabs/edm, which locuslab/ect and sony/ctm share."""

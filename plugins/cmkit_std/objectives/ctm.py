@@ -49,7 +49,7 @@ class CTM(Objective):
     networks, whose weights are to be on this disk; it knows no labels.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"target", "teacher", "edm", "sigma_to"})
+    needs: ClassVar[frozenset[str]] = frozenset({"target", "teacher", "diffusion", "sigma_to"})
 
     num_sigmas: int = Field(40, ge=2, le=10**6)
     """N, points of the grid."""
