@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout, Precond
-from cmkit_std.backbones.fitting import check_conditions, check_levels, with_preset
+from cmkit_std.backbones.fitting import check_conditions, check_levels, unet_inputs, with_preset
 from cmkit_std.backbones.published import check_published, published
 
 if TYPE_CHECKING:
@@ -171,15 +171,7 @@ class ADM(Backbone):
         self._check(data, conditions)
         from cmkit_std.backbones.adm_unet import UNet
 
-        return UNet(
-            self,
-            in_channels=data.channels,
-            out_channels=data.channels,
-            resolution=data.resolution,
-            num_classes=data.num_classes if "label" in conditions else None,
-            guidance="guidance" in conditions,
-            sigma_to="sigma_to" in conditions,
-        )
+        return UNet(self, **unet_inputs(data, conditions))
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """Layouts of openai/consistency_models, guided-diffusion, diffusers and EDM."""

@@ -16,6 +16,18 @@ def with_preset(given: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
     return {**presets.get(given["preset"], {}), **given}
 
 
+def unet_inputs(data: DataSpec, conditions: frozenset[str]) -> dict[str, Any]:
+    """What a U-Net's constructor is told of the data and the conditions."""
+    return {
+        "in_channels": data.channels,
+        "out_channels": data.channels,
+        "resolution": data.resolution,
+        "num_classes": data.num_classes if "label" in conditions else None,
+        "guidance": "guidance" in conditions,
+        "sigma_to": "sigma_to" in conditions,
+    }
+
+
 def check_conditions(
     name: str, backbone: Backbone, data: DataSpec, conditions: frozenset[str]
 ) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Backbone, DataSpec, Layout, Precond
-from cmkit_std.backbones.fitting import check_conditions, check_levels, with_preset
+from cmkit_std.backbones.fitting import check_conditions, check_levels, unet_inputs, with_preset
 from cmkit_std.backbones.published import check_published, published
 
 if TYPE_CHECKING:
@@ -137,15 +137,7 @@ class SongUNet(Backbone):
         self._check(data, conditions)
         from cmkit_std.backbones.songunet_network import SongUNet as Network
 
-        return Network(
-            self,
-            in_channels=data.channels,
-            out_channels=data.channels,
-            resolution=data.resolution,
-            num_classes=data.num_classes if "label" in conditions else None,
-            guidance="guidance" in conditions,
-            sigma_to="sigma_to" in conditions,
-        )
+        return Network(self, **unet_inputs(data, conditions))
 
     def levels(self, resolution: int) -> list[tuple[int, int]]:
         """(width in channels, side in pixels) of each level, the finest first."""
