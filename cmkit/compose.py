@@ -61,7 +61,7 @@ def fit(recipe: Recipe) -> Plan:
     Reads the data set's headers, builds the network without memory (on the `meta` device) and
     runs the sampler once on it, so that shapes, sites and conditions are tried, not assumed.
     """
-    data = recipe.dataset.spec()
+    data = recipe.data or recipe.dataset.spec()
     conditions = conditions_of(recipe, data)
     with at(recipe, "backbone"), torch.device("meta"):
         network = _built(recipe.backbone, data, conditions)

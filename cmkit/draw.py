@@ -35,6 +35,7 @@ from cmkit.run import (
     Sampled,
     StageFinished,
     StageStarted,
+    data_of,
     read_status,
     trained,
     winner,
@@ -93,7 +94,9 @@ def _finished(recipe: Recipe, folder: Path) -> Recipe:
             )
         values = {axis: found[axis] for axis in axes}
         recipe = replace(recipe, rescaler=with_values(recipe, values))
-    return recipe
+    if any(path[0] == "dataset" for path in recipe.source.overrides):
+        return recipe
+    return replace(recipe, data=data_of(folder))
 
 
 def _said(recipe: Recipe, *path: str) -> bool:

@@ -18,7 +18,16 @@ from cmkit.plugins import Registry
 from cmkit.source import Source, meant, read
 
 if TYPE_CHECKING:
-    from cmkit.kinds import Backbone, Dataset, Metric, Objective, Precond, Rescaler, Sampler
+    from cmkit.kinds import (
+        Backbone,
+        Dataset,
+        DataSpec,
+        Metric,
+        Objective,
+        Precond,
+        Rescaler,
+        Sampler,
+    )
 
 Precision = Literal["auto", "fp32", "bf16"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -221,6 +230,8 @@ class Recipe:
     metric: tuple[Metric, ...]
     resolved: Mapping[str, Any]
     source: Source
+    data: DataSpec | None = None
+    """What is known of the data where they need not be asked, as of a finished run."""
 
     @property
     def hash(self) -> str:

@@ -11,7 +11,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from cmkit import checkpoint as files
 from cmkit.compose import Plan, at, check_disk, precision, ready, with_values
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError, ResourceError
-from cmkit.kinds import Reference, Rescaler
+from cmkit.kinds import DataSpec, Reference, Rescaler
 from cmkit.measure import measure
 from cmkit.pictures import grid_png
 from cmkit.plugins import Registry
@@ -407,6 +407,15 @@ def read_status(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged ({error}); delete it to redo the stages") from error
 
 
+def data_of(folder: Path) -> DataSpec | None:
+    """What a finished run says of its data, which then need not be there; None of any other."""
+    try:
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        return DataSpec(**report["data"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # of an earlier version, or yet to be written
+        return None
+
+
 def winner(status: Mapping[str, Any]) -> dict[str, Any]:
     """The rescaler's values that the search found best; none before the search is finished."""
     found = status.get("search")
@@ -453,6 +462,7 @@ def run(
             "hash": plan.recipe.hash,
             "recipe": dict(plan.recipe.resolved),
             "environment": environment,
+            "data": asdict(plan.data),
             "stages": job.status,
             "seconds": sum(stage["seconds"] for stage in job.status.values()),
             "citations": citations(plan, registry),

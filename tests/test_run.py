@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tomlkit
 import torch
+from cmkit_std.datasets.digits import Digits
 from cmkit_std.metrics.fidelity import Fidelity, FidelityMeter
 
 from cmkit import (
@@ -276,6 +277,19 @@ def test_images_drawn_from_a_run_are_its_samples_and_it_stays_untouched(whole, t
     assert torch.equal(torch.stack(list(drawn)), torch.stack([saved[i] for i in range(5)]))
     assert last.result["scales"] == whole[1]["stages"]["sample"]["scales"]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_finished_run_draws_without_its_data(whole, tmp_path, monkeypatch):
+    def gone(self):
+        raise DataError("the data are gone")
+
+    monkeypatch.setattr(Digits, "spec", gone)
+    recipe = drawn_from(whole[0], [], discover(), 2)
+    *_, last = draw(recipe, 0, [], tmp_path / "two.npz", CPU)
+    assert last.result["images"] == 2
+    other = drawn_from(whole[0], ["dataset.split=test"], discover(), 2)
+    with pytest.raises(DataError, match="gone"):
+        next(draw(other, 0, [], tmp_path / "other.npz", CPU))
 
 
 def test_the_winner_is_judged_on_noise_that_the_search_never_saw(whole):
