@@ -412,8 +412,8 @@ def data_of(folder: Path) -> DataSpec | None:
     try:
         report = json.loads((folder / "report.json").read_text("utf-8"))
         return DataSpec(**report["data"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # of an earlier version, or yet to be written
-        return None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None  # it is of an earlier version, or yet to be written
 
 
 def winner(status: Mapping[str, Any]) -> dict[str, Any]:
