@@ -3,8 +3,9 @@
 python benchmarks/evidence.py --out runs/evidence
 Each row is trained with three seeds by `cmkit run`, so that an interrupted call goes on; the
 recipes that it writes into OUT/recipes run by themselves as well. `--data fashion_mnist` wants a
-GPU and the weights of Inception; `--rows ict ct` runs some rows, `--jobs 2` two seeds at once. The
-rows ect, sct, scd and meanflow want the packages in plugins/ installed.
+GPU and the weights of Inception, or `--extractor` and `--weights` of another network; `--rows ict
+ct` runs some rows, `--jobs 2` two seeds at once. The rows ect, sct, scd and meanflow want the
+packages in plugins/ installed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +377,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", choices=SETTINGS, default="digits")
+    parser.add_argument("--extractor", help="features of FID, such as timm-tf_efficientnet_lite0")
+    parser.add_argument("--weights", help="the file of that extractor's weights")
+    parser.add_argument("--steps", type=int, help="another budget")
+    parser.add_argument("--images", type=int, help="another number of samples")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(BUILT_IN))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="seeds that run at once")
@@ -383,6 +388,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     setting, names = SETTINGS[options.data], needed(options.rows)
+    seen = {key: getattr(options, key) for key in ("extractor", "weights") if getattr(options, key)}
+    first, *others = setting.metric
+    train = {**setting.train, **({"steps": options.steps} if options.steps else {})}
+    images = options.images or setting.images
+    setting = replace(setting, metric=[{**first, **seen}, *others], train=train, images=images)
     options.out.mkdir(parents=True, exist_ok=True)
 
     def one(seed: int) -> dict[str, dict[str, Any]]:

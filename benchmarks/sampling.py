@@ -9,8 +9,10 @@ rounds, ratios of medians.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
+import time
 import types
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,6 +25,7 @@ import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.samplers.multistep import Multistep
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from turns import Contender, Formatter, add_options, medians
 
 from cmkit import Cond, DataSpec, Denoiser
@@ -33,6 +36,7 @@ CONFIGS = {
     "t32": (32, ADM(channels=32, channel_mult=(1, 2, 2), attention_resolutions=(16, 8), **HEADS)),
     "s32": (32, ADM(channels=64, channel_mult=(1, 2, 2), attention_resolutions=(16, 8), **HEADS)),
     "m64": (64, ADM(channels=96, channel_mult=(1, 2, 3, 4), **HEADS)),
+    "imagenet64": (64, ADM(preset="openai-imagenet64")),
     "lsun256": (256, ADM(preset="openai-lsun256")),
 }
 """Side in pixels and network; all without classes."""
@@ -78,12 +82,14 @@ def main() -> None:
         seconds = medians(contenders, options.rounds, options.cpu_time)
         peaks = {name: contender.turn().out[1] for name, contender in contenders.items()}
     rates = {name: options.batch / spent for name, spent in seconds.items()}
+    flops, peak = flops_of(options.config), {name: peak_of(name, device) for name in firsts}
+    print(f"{flops / 1e9:.1f} GFLOP an image; share: of what one large convolution reaches here")
     mine = [name for name in rates if name.startswith("ours")]
-    print(f"{'contender':34} images/s  " + "  ".join(f"{name:>20}" for name in mine))
+    print(f"{'contender':34} images/s  share  " + "  ".join(f"{name:>20}" for name in mine))
     for name, rate in rates.items():
         ratios = "  ".join(f"{rates[own] / rate:19.2f}x" for own in mine)
         memory = f"  peak {peaks[name] / 2**30:.2f} GiB" if peaks[name] else ""
-        print(f"{name:34} {rate:8.3f}  {ratios}{memory}")
+        print(f"{name:34} {rate:8.3f}  {flops * rate / peak[name]:4.0%}  {ratios}{memory}")
 
 
 def drawing(name: str, options: argparse.Namespace) -> Callable[[], tuple[np.ndarray, int]]:
@@ -110,6 +116,38 @@ def drawing(name: str, options: argparse.Namespace) -> Callable[[], tuple[np.nda
         return images, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
     return call
+
+
+def flops_of(config: str) -> int:
+    """Of a forward pass of one image; upsampling convolutions are counted in full."""
+    side, backbone = CONFIGS[config]
+    with torch.device("meta"):
+        network = backbone.build(DataSpec(3, side), frozenset())
+        with FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, 3, side, side), torch.empty(1), Cond(), {})
+    return int(counter.get_total_flops())
+
+
+def peak_of(name: str, device: torch.device) -> float:
+    """FLOP/s that one large convolution reaches in a contender's precision, the best of ten."""
+    lower = "bf16" in name or "default" in name
+    return convolution_rate(torch.bfloat16 if lower else torch.float32, device)
+
+
+@functools.cache
+def convolution_rate(kind: torch.dtype, device: torch.device) -> float:
+    """See `peak_of`."""
+    batch, width, side = 64 if device.type == "cuda" else 4, 512, 64
+    x = torch.randn(batch, width, side, side, device=device, dtype=kind)
+    weight = torch.randn(width, width, 3, 3, device=device, dtype=kind)
+    x, weight = (each.to(memory_format=torch.channels_last) for each in (x, weight))
+    times = []
+    for _ in range(10):
+        finished(x, device)
+        began = time.perf_counter()
+        finished(nn.functional.conv2d(x, weight, padding=1), device)
+        times.append(time.perf_counter() - began)
+    return 2 * batch * side**2 * 9 * width**2 / min(times)
 
 
 def pick_device_name(name: str) -> str:

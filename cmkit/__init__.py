@@ -14,11 +14,13 @@ _HOMES = {
     ),
     "cmkit.plugins": "Plugin Registry api_version discover hookimpl hookspec",
     "cmkit.kinds": (
-        "Backbone Companion DataSpec Dataset Layout Meter Metric Objective Part Phase Reference"
-        " Rescaler Sampler"
+        "Backbone Companion DataSpec Dataset Layout Meter Metric Objective Part Phase Precond"
+        " Reference Rescaler Sampler"
     ),
     "cmkit.noise": "Noise Rng image_labels image_noise permutation shared_dropout",
-    "cmkit.denoiser": "Cond Denoiser Guided Models Network Scales",
+    "cmkit.denoiser": (
+        "Cond Denoiser Guided Models Network Scales Scalings consistency_scalings edm_scalings"
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME_OF)

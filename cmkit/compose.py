@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,11 +17,12 @@ from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit.checkpoint import load_weights
-from cmkit.denoiser import Cond, Denoiser, Guided, Network
-from cmkit.errors import CmkitError, PluginError, ResourceError
-from cmkit.kinds import Backbone, Companion, DataSpec, Metric, Rescaler, Sampler
+from cmkit.denoiser import Cond, Denoiser, Guided, Network, interchangeable, traits
+from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError
+from cmkit.kinds import Backbone, Companion, DataSpec, Metric, Precond, Rescaler, Sampler
 from cmkit.noise import Noise
-from cmkit.recipe import Recipe, TeacherTable
+from cmkit.plugins import discover
+from cmkit.recipe import Recipe, TeacherTable, load
 from cmkit.weights import Weights, adapt, find, read
 
 CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text"})
@@ -58,10 +61,11 @@ def fit(recipe: Recipe) -> Plan:
     Reads the data set's headers, builds the network without memory (on the `meta` device) and
     runs the sampler once on it, so that shapes, sites and conditions are tried, not assumed.
     """
-    data = recipe.dataset.spec()
+    data = recipe.data or recipe.dataset.spec()
     conditions = conditions_of(recipe, data)
     with at(recipe, "backbone"), torch.device("meta"):
-        denoiser = _denoiser(recipe, recipe.backbone.build(data, conditions))
+        network = _built(recipe.backbone, data, conditions)
+    denoiser = _denoiser(recipe, network)
     sites = denoiser.network.sites
     if recipe.rescaler:
         with at(recipe, "rescaler"):
@@ -73,6 +77,7 @@ def fit(recipe: Recipe) -> Plan:
     if recipe.train and recipe.objective:
         with at(recipe, "objective"):
             recipe.objective.check(data)
+            _check_grids(recipe, denoiser.noise)
         with at(recipe, "train", "batch"):
             recipe.objective.check_batch(recipe.train.batch // recipe.train.accumulate)
     for index, metric in enumerate(recipe.metric):
@@ -83,6 +88,7 @@ def fit(recipe: Recipe) -> Plan:
             minimized(recipe).check(data, recipe.search.images)
     if recipe.denoiser.weights:
         with at(recipe, "denoiser", "weights"):
+            _check_weights(recipe.denoiser.weights, recipe.backbone, recipe.precond)
             _load_start(recipe, denoiser.network, data, conditions)
     if recipe.teacher:
         _check_teacher(recipe, denoiser, data, conditions)
@@ -110,7 +116,7 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
     """The recipe's denoiser on `device`: its given weights, or fresh ones that the seed decides."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.recipe.seed)
-        network = plan.recipe.backbone.build(plan.data, plan.conditions)
+        network = _built(plan.recipe.backbone, plan.data, plan.conditions)
     _load_start(plan.recipe, network, plan.data, plan.conditions)
     network = network.to(device).to(memory_format=torch.channels_last)
     return _denoiser(plan.recipe, network)
@@ -305,12 +311,7 @@ def _teacher_is_said(recipe: Recipe) -> None:
         raise recipe.source.error(
             ("objective",), "it distils a teacher: add a [teacher] table with its weights"
         )
-    if "edm" in needs and table.precond != "edm":
-        raise recipe.source.error(
-            ("denoiser", "precond"),
-            'the objective needs the scalings of a diffusion model: set denoiser.precond = "edm"',
-            f" = {table.precond!r}",
-        )
+    _scalings_serve(recipe)
     if table.init == "teacher" and not recipe.teacher:
         raise recipe.source.error(
             ("denoiser", "init"), "add a [teacher] table with its weights", ' = "teacher"'
@@ -323,12 +324,97 @@ def _teacher_is_said(recipe: Recipe) -> None:
         )
 
 
-def _denoiser(recipe: Recipe, network: Network) -> Denoiser:
+def noise_of(recipe: Recipe) -> Noise:
+    """The noise axis of a recipe; RecipeError for levels that its precond does not know."""
+    table = recipe.denoiser
+    with at(recipe, "denoiser"):
+        return _axis(recipe.precond, table.sigma_min, table.sigma_max, table.rho)
+
+
+def _axis(precond: Precond, low: float, high: float, rho: float) -> Noise:
+    known = precond.known
+    if not known[0] <= low < high <= known[1]:
+        raise RecipeError(
+            f"sigma_min {low:g}, sigma_max {high:g}: its precond knows noise levels {known[0]:g} to"
+            f" {known[1]:g}; set both within, or drop them"
+        )
+    return precond.noise(low, high, rho) or Noise(low, high, rho)
+
+
+CURES = {
+    "boundary": 'the boundary of a consistency model: set denoiser.precond = "consistency", or'
+    " timestep_scaling of precond discrete",
+    "diffusion": 'the scalings of a diffusion model: set denoiser.precond = "edm"',
+    "identity": 'scalings that leave clean images alone: set denoiser.precond = "edm"',
+    "continuous": "a network that hears of every change of sigma: set denoiser.precond ="
+    ' "consistency" or "edm"',
+    "edm": 'the scalings of EDM: set denoiser.precond = "edm"',
+}
+"""What is said where scalings lack a trait."""
+
+
+def traits_of(recipe: Recipe) -> frozenset[str]:
+    """What holds of the recipe's scalings, by `cmkit.denoiser.TRAITS`."""
+    return traits(recipe.precond.scalings, noise_of(recipe), recipe.denoiser.sigma_data)
+
+
+def _scalings_serve(recipe: Recipe) -> None:
+    """RecipeError where the recipe's scalings lack what its objective needs of them."""
+    needs = recipe.objective.needs if recipe.objective else frozenset()
+    held = traits_of(recipe)
+    for name in CURES:
+        if name in needs - held:
+            raise recipe.source.error(
+                ("denoiser", "precond"),
+                f"the objective needs {CURES[name]}",
+                f" = {_said(recipe.denoiser.precond)}",
+            )
+
+
+def _check_grids(recipe: Recipe, noise: Noise) -> None:
+    """RecipeError where the noise axis has no grid that the objective asks for, first or last."""
+    assert recipe.train is not None
+    assert recipe.objective is not None
+    for step in (0, recipe.train.steps - 1):
+        if n := recipe.objective.phase(step, recipe.train.steps).num_sigmas:
+            noise.sigmas(n)
+
+
+def _check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
+    """RecipeError where it is known that `weights` were trained under other scalings."""
+    if weights in backbone.published:
+        backbone.check_published(weights, precond)
+        return
+    path = Path(weights.removeprefix("path:"))
+    folder = path.parent if path.name == "model.safetensors" else path
+    try:
+        trained = load(folder / "recipe.toml", [], discover())
+    except CmkitError:  # no run folder, or one of parts that are not here: nothing is known
+        return
+    if not interchangeable(trained.precond.scalings, precond.scalings):
+        raise RecipeError(
+            f"{weights}: was trained under other scalings; set the precond beside it to"
+            f" {_said(trained.denoiser.precond)}"
+        )
+
+
+def _said(precond: str | dict[str, Any]) -> str:
+    """A precond as a recipe says it."""
+    if isinstance(precond, str):
+        return f'"{precond}"'
+    pairs = ", ".join(f"{key} = {json.dumps(value)}" for key, value in precond.items())
+    return f"{{ {pairs} }}"
+
+
+def _built(backbone: Backbone, data: DataSpec, conditions: frozenset[str]) -> Network:
+    network = backbone.build(data, conditions)
     if not isinstance(network, Network):
         raise PluginError(f"backbone.build returned {type(network).__name__}, not cmkit.Network")
-    table = recipe.denoiser
-    noise = Noise(table.sigma_min, table.sigma_max, table.rho)
-    return Denoiser(network, noise, table.precond, table.sigma_data)
+    return network
+
+
+def _denoiser(recipe: Recipe, network: Network) -> Denoiser:
+    return Denoiser(network, noise_of(recipe), recipe.precond.scalings, recipe.denoiser.sigma_data)
 
 
 def _steered(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
@@ -357,13 +443,15 @@ def _steered(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
 def _teacher(recipe: Recipe, data: DataSpec) -> Denoiser:
     """The recipe's teacher with fresh weights."""
     table, student = recipe.teacher, recipe.denoiser
+    precond = recipe.teacher_precond
     assert table is not None
-    network = _teacher_backbone(recipe).build(data, _teacher_conditions(table, data))
-    if not isinstance(network, Network):
-        raise PluginError(f"backbone.build returned {type(network).__name__}, not cmkit.Network")
-    low = student.sigma_min if table.sigma_min is None else table.sigma_min
-    noise = Noise(low, table.sigma_max or student.sigma_max, student.rho)
-    return Denoiser(network, noise, table.precond, table.sigma_data or student.sigma_data)
+    assert precond is not None
+    network = _built(_teacher_backbone(recipe), data, _teacher_conditions(table, data))
+    known_low, known_high = precond.known
+    low = (known_low or student.sigma_min) if table.sigma_min is None else table.sigma_min
+    high = table.sigma_max or (known_high if known_high < math.inf else student.sigma_max)
+    noise = _axis(precond, low, high, student.rho)
+    return Denoiser(network, noise, precond.scalings, table.sigma_data or student.sigma_data)
 
 
 def _teacher_conditions(table: TeacherTable, data: DataSpec) -> frozenset[str]:
@@ -382,6 +470,8 @@ def _check_teacher(
     with at(recipe, "teacher"), torch.device("meta"):
         teacher = _teacher(recipe, data)
     with at(recipe, "teacher", "weights"):
+        assert recipe.teacher_precond is not None
+        _check_weights(table.weights, _teacher_backbone(recipe), recipe.teacher_precond)
         _fill(teacher.network, table.weights, _teacher_backbone(recipe), data)
     own, other = denoiser.noise, teacher.noise
     if not other.sigma_min <= own.sigma_min < own.sigma_max <= other.sigma_max:
@@ -391,6 +481,14 @@ def _check_teacher(
             f" {own.sigma_min:g} to {own.sigma_max:g}; set denoiser.sigma_min and sigma_max within",
         )
     if recipe.denoiser.init == "teacher":
+        if not interchangeable(teacher.scalings, denoiser.scalings):
+            raise recipe.source.error(
+                ("denoiser", "init"),
+                f"precond {_said(recipe.denoiser.precond)} means another input or output of the"
+                f" network than the teacher's {_said(table.precond)}; let them agree, or set init ="
+                ' "random"',
+                ' = "teacher"',
+            )
         with at(recipe, "denoiser", "init"):
             _load_start(recipe, denoiser.network, data, conditions)
     if recipe.objective:

@@ -63,7 +63,12 @@ def convert(
         yield from download(weights)
     tensors = read(weights)
     for known in candidates:
-        own = known.named(tensors)
+        try:
+            own = known.named(tensors)
+        except CheckpointError:  # they have a layout of this network's, but not its options
+            if recipe:
+                raise
+            continue
         if same_shapes(own, known.network().state_dict()):
             _write(own, target, to, known)
             return

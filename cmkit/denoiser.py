@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,8 @@ NO_COND = Cond()
 
 
 class Network(nn.Module):
-    """What a backbone builds: F(x, c_noise), with c_noise = ln(sigma) / 4 (EDM, table 1).
+    """What a backbone builds: F(x, c_noise). The recipe's precond says what c_noise is, such as
+    ln(sigma) / 4 (EDM, table 1).
 
     `sites` names the places that can be rescaled: "skip.0" .. one per encoder-decoder connection,
     counted from the input on; "emb.0" .. one per block that reads the embedding.
@@ -117,29 +118,81 @@ def _same(held: tuple[Tensor, Cond, Scales, Any], now: tuple[Tensor, Cond, Scale
     return all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs.values())
 
 
-def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) of a diffusion model (EDM, table 1); sigma_min is not used."""
+class Scalings(NamedTuple):
+    """Coefficients of D(x, sigma) = c_skip x + c_out F(c_in x, c_noise), (B,) each."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+Scaling = Callable[[Tensor, float, float], Scalings]
+"""Noise levels sigma (B,), sigma_data and sigma_min -> the coefficients there."""
+
+
+def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
+    """Those of a diffusion model (EDM, table 1); sigma_min is not used."""
     variance = sigma**2 + sigma_data**2
-    return sigma_data**2 / variance, sigma * sigma_data / variance.sqrt()
+    c_skip, c_out = sigma_data**2 / variance, sigma * sigma_data / variance.sqrt()
+    return Scalings(c_skip, c_out, variance.rsqrt(), 0.25 * torch.log(sigma + 1e-44))
 
 
-def consistency_scalings(
-    sigma: Tensor, sigma_data: float, sigma_min: float
-) -> tuple[Tensor, Tensor]:
-    """(c_skip, c_out) with f(x, sigma_min) = x (Consistency Models, appendix C)."""
-    above = sigma - sigma_min
+def consistency_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
+    """Those of a diffusion model, with f(x, sigma_min) = x (Consistency Models, appendix C)."""
+    above, variance = sigma - sigma_min, sigma**2 + sigma_data**2
     c_skip = sigma_data**2 / (above**2 + sigma_data**2)
-    return c_skip, sigma_data * above / (sigma**2 + sigma_data**2).sqrt()
+    c_out = sigma_data * above / variance.sqrt()
+    return Scalings(c_skip, c_out, variance.rsqrt(), 0.25 * torch.log(sigma + 1e-44))
 
 
-SCALINGS = {"edm": edm_scalings, "consistency": consistency_scalings}
+TRAITS = {
+    "boundary": "D(x, sigma_min) follows from x alone: a consistency model",
+    "diffusion": "D(x, sigma_min) does not: a diffusion model",
+    "identity": "D(x, 0) is x",
+    "continuous": "c_noise follows every change of sigma",
+    "edm": "the scalings are EDM's",
+}
+"""What an objective may need of scalings."""
+
+
+def traits(scaling: Scaling, noise: Noise, sigma_data: float) -> frozenset[str]:
+    """Which of `TRAITS` hold on a noise axis, found by trying: nobody has to declare them."""
+    low, high = noise.sigma_min, noise.sigma_max
+    ends = torch.tensor([0.0, low], dtype=torch.float64, device="cpu")
+    zero, first = zip(*(c.tolist() for c in scaling(ends, sigma_data, low)[:2]), strict=True)
+    sigma = _spread(max(low, 1e-3 * high), high)
+    here, above = (scaling(s, sigma_data, low) for s in (sigma, sigma * (1 + 1e-6)))
+    known = edm_scalings(sigma, sigma_data, low)
+    held = {
+        "boundary": first[1] == 0,
+        "diffusion": first[1] != 0,
+        "identity": zero == (1, 0),
+        "continuous": bool((here.c_noise != above.c_noise).all()),
+        "edm": all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(here, known, strict=True)),
+    }
+    return frozenset(name for name, holds in held.items() if holds)
+
+
+def interchangeable(a: Scaling, b: Scaling) -> bool:
+    """Whether a network trained under one is one for the other: its inputs are the same, and so is
+    what its output means, but for a boundary condition near sigma_min."""
+    sigma = _spread(0.1, 10.0)
+    pairs = zip(*(scaling(sigma, 0.5, 1e-9)[1:] for scaling in (a, b)), strict=True)
+    return all(torch.allclose(one, other, rtol=0.005) for one, other in pairs)
+
+
+def _spread(low: float, high: float) -> Tensor:
+    """Noise levels between two, evenly in their logarithm."""
+    u = torch.linspace(0, 1, 50, dtype=torch.float64, device="cpu")
+    return low * (high / low) ** u
 
 
 class Denoiser(nn.Module):
-    """x0_hat = c_skip x + c_out F(c_in x, ln(sigma) / 4), c_in = 1 / sqrt(sigma^2 + sigma_data^2).
+    """x0_hat = c_skip x + c_out F(c_in x, c_noise), with the coefficients of `scalings`.
 
-    With precond "consistency" it is x itself, bit for bit, at sigma_min. `passes` is what a call
-    costs in network evaluations.
+    With `consistency_scalings`, the default, it is x itself, bit for bit, at sigma_min. `passes` is
+    what a call costs in network evaluations.
     """
 
     passes: int = 1
@@ -148,13 +201,13 @@ class Denoiser(nn.Module):
         self,
         network: Network,
         noise: Noise | None = None,
-        precond: str = "consistency",
+        scalings: Scaling | None = None,
         sigma_data: float = 0.5,
     ):
         super().__init__()
         self.network = network
         self.noise = noise or Noise()
-        self.precond = precond
+        self.scalings = scalings or consistency_scalings
         self.sigma_data = sigma_data
         self._scales: Callable[[Tensor], Scales] | None = None
         self._encodings: Encodings | None = None
@@ -162,9 +215,7 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond = NO_COND) -> Tensor:
         """x0_hat, (B, C, H, W), of noisy images x (B, C, H, W) with noise levels sigma (B,)."""
         scales = self._scales(sigma) if self._scales else {}
-        c_skip, c_out = SCALINGS[self.precond](sigma, self.sigma_data, self.noise.sigma_min)
-        c_in = (sigma**2 + self.sigma_data**2).rsqrt()
-        c_noise = 0.25 * torch.log(sigma + 1e-44)
+        c_skip, c_out, c_in, c_noise = self.scalings(sigma, self.sigma_data, self.noise.sigma_min)
         given = (_per_image(c_in, x) * x, c_noise, cond, scales)
         if self._encodings and self._encodings.x is x and self.network.late:
             f = self._encodings.network(self.network, *given)
@@ -191,7 +242,7 @@ class Guided(Denoiser):
     """
 
     def __init__(self, inner: Denoiser, w: float | None = None, embedded: bool = False):
-        super().__init__(inner.network, inner.noise, inner.precond, inner.sigma_data)
+        super().__init__(inner.network, inner.noise, inner.scalings, inner.sigma_data)
         self.inner, self.w, self.embedded = inner, w, embedded
         self.passes = inner.passes * (1 if embedded else 2)
 

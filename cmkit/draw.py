@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from cmkit.checkpoint import atomic_write, new_folder
-from cmkit.compose import Plan, autocast, check_disk, fit, ready, with_values
+from cmkit.compose import (
+    Plan,
+    autocast,
+    check_disk,
+    fit,
+    noise_of,
+    ready,
+    traits_of,
+    with_values,
+)
 from cmkit.denoiser import Denoiser
 from cmkit.edit import Projection, brightness, check_levels, colorize, edit, inpaint, superres
 from cmkit.errors import CheckpointError, RecipeError, ResourceError
@@ -26,6 +35,7 @@ from cmkit.run import (
     Sampled,
     StageFinished,
     StageStarted,
+    data_of,
     read_status,
     trained,
     winner,
@@ -61,7 +71,7 @@ def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, image
     if not recipe.denoiser.weights:
         raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
     table = (recipe.sample or SampleTable(images=images)).model_copy(update={"images": images})
-    gone = dict.fromkeys(("train", "search", "teacher", "teacher_backbone"))
+    gone = dict.fromkeys(("train", "search", "teacher", "teacher_backbone", "teacher_precond"))
     return replace(recipe, **gone, metric=(), sample=table)
 
 
@@ -85,7 +95,9 @@ def _finished(recipe: Recipe, folder: Path) -> Recipe:
             )
         values = {axis: found[axis] for axis in axes}
         recipe = replace(recipe, rescaler=with_values(recipe, values))
-    return recipe
+    if any(path[0] == "dataset" for path in recipe.source.overrides):
+        return recipe
+    return replace(recipe, data=data_of(folder))
 
 
 def _said(recipe: Recipe, *path: str) -> bool:
@@ -225,8 +237,7 @@ def redraw(
     count, side = len(pictures), plan.data.resolution
     known, kept = task.known(pictures, plan.data.channels, side), task.kept(side)
     given = task.given(known, kept)
-    table = recipe.denoiser
-    levels = task.levels(Noise(table.sigma_min, table.sigma_max, table.rho))
+    levels = task.levels(noise_of(recipe))
     model = yield from _model(plan, device)
     assert recipe.sample is not None
     batch, cast = recipe.sample.batch, autocast(recipe.sample.precision, device)
@@ -279,7 +290,7 @@ def _fitted(recipe: Recipe, classes: Sequence[int], out: Path) -> Plan:
 def _check_editable(plan: Plan, classes: Sequence[int]) -> None:
     """RecipeError where the model is no consistency model, or must be told a class."""
     recipe = plan.recipe
-    if recipe.denoiser.precond != "consistency":
+    if "boundary" not in traits_of(recipe):
         raise recipe.source.error(
             ("denoiser", "precond"),
             "only a consistency model can be edited with",

@@ -1,4 +1,4 @@
-"""The six kinds of part: what a plugin subclasses. A part's fields are its table in a recipe.
+"""The seven kinds of part: what a plugin subclasses. A part's fields are its table in a recipe.
 
 A module that a manifest names should import torch inside its functions (or in a sibling module):
 `cmkit schema`, `cmkit plugins show` and the checks of a recipe then stay instant.
@@ -6,6 +6,7 @@ A module that a manifest names should import torch inside its functions (or in a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset as Images
 
-    from cmkit.denoiser import Cond, Denoiser, Models, Network, Scales
-    from cmkit.noise import Rng
+    from cmkit.denoiser import Cond, Denoiser, Models, Network, Scales, Scalings
+    from cmkit.noise import Noise, Rng
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,9 @@ class Backbone(Part, ABC):
         """Published networks: options, data, conditions. `cmkit convert` recognizes them."""
         return iter(())
 
+    def check_published(self, weights: str, precond: Precond) -> None:
+        """Raise now if the published `weights` belong to other options, or to another precond."""
+
     @abstractmethod
     def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
         """A fresh network for images of `data`, with an embedding for each of `conditions`."""
@@ -138,12 +142,39 @@ class Backbone(Part, ABC):
         return ()
 
 
+class Precond(Part, ABC):
+    """What a network's inputs and output mean: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
+
+    `levels` are the sigma_min and sigma_max of a recipe that says none. `known` are the lowest and
+    the highest noise level that such networks were trained on: a recipe cannot leave them.
+    """
+
+    @property
+    def levels(self) -> tuple[float, float]:
+        return 0.002, 80.0
+
+    @property
+    def known(self) -> tuple[float, float]:
+        return 0.0, math.inf
+
+    def noise(self, sigma_min: float, sigma_max: float, rho: float) -> Noise | None:
+        """The network's own noise levels between these; None = the Karras grid of `rho`.
+
+        RecipeError where it has no such axis.
+        """
+        return None
+
+    @abstractmethod
+    def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
+        """(c_skip, c_out, c_in, c_noise), (B,) each and like sigma (B,), of the recipe's two."""
+
+
 class Objective(Part, ABC):
     """A training loss.
 
-    `needs` may hold "target" (an EMA copy of the online network), "teacher" (frozen weights),
-    "edm" (the online network must have the scalings of a diffusion model), and names of `Cond`
-    fields that the backbone must accept.
+    `needs` may hold "target" (an EMA copy of the online network), "teacher" (frozen weights), names
+    of `Cond` fields that the backbone must accept, and what must hold of the online network's
+    scalings: any of `cmkit.denoiser.TRAITS`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -282,6 +313,7 @@ class Metric(Part, ABC):
 
 CLASSES: dict[str, type[Part]] = {
     "backbone": Backbone,
+    "precond": Precond,
     "objective": Objective,
     "sampler": Sampler,
     "rescaler": Rescaler,

@@ -95,6 +95,12 @@ RECIPE = {
     "sample": '[sample]\nimages = 64\nprecision = "fp32"\n',
     "metric": '[[metric]]\nuse = "digits_judge"\n',
 }
+DIFFUSION = {
+    "denoiser": '[denoiser]\nprecond = "mine"\n',
+    "objective": '[objective]\nuse = "edm"\n',
+    "sampler": '[sampler]\nuse = "euler"\nsteps = 10\n',
+}
+"""What the recipe of a precond has instead."""
 
 
 def new(kind: str, name: str, out: Path) -> Path:
@@ -138,8 +144,8 @@ def _files(kind: str) -> dict[str, str]:
 
 
 def _recipe(kind: str) -> str:
-    table = '[[metric]]\nuse = "mine"\n' if kind == "metric" else f'[{kind}]\nuse = "mine"\n'
-    tables = "\n".join({**RECIPE, kind: table}.values())
+    own = {kind: '[[metric]]\nuse = "mine"\n' if kind == "metric" else f'[{kind}]\nuse = "mine"\n'}
+    tables = "\n".join({**RECIPE, **(DIFFUSION if kind == "precond" else own)}.values())
     return f'# cmkit run recipe.toml\nname = "mine"\nseed = 0\n\n{tables}'
 
 

@@ -19,7 +19,16 @@ from cmkit.plugins import Registry
 from cmkit.source import Source, meant, read
 
 if TYPE_CHECKING:
-    from cmkit.kinds import Backbone, Dataset, Metric, Objective, Rescaler, Sampler
+    from cmkit.kinds import (
+        Backbone,
+        Dataset,
+        DataSpec,
+        Metric,
+        Objective,
+        Precond,
+        Rescaler,
+        Sampler,
+    )
 
 Precision = Literal["auto", "fp32", "bf16"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -32,14 +41,16 @@ MAX_CELLS = 10_000
 class DenoiserTable(Part):
     """How a network becomes a denoiser, and where its weights come from."""
 
-    precond: Literal["consistency", "edm"] = "consistency"
-    """Scalings: "consistency" for a consistency model, "edm" for a diffusion teacher."""
+    precond: str | dict[str, Any] = "consistency"
+    """What its inputs and output mean: "consistency" for a consistency model, "edm" for a diffusion
+    teacher, or a table with `use` and the options of another precond."""
     sigma_data: float = Field(0.5, gt=0, le=100)
     """Standard deviation of the data."""
     sigma_min: float = Field(0.002, gt=0, le=1)
-    """Noise level at which a consistency model is the identity."""
-    sigma_max: float = Field(80.0, gt=0, le=10_000)
-    """Noise level that sampling starts from."""
+    """Noise level at which a consistency model is the identity; other preconds have defaults of
+    their own."""
+    sigma_max: float = Field(80.0, gt=0, le=1e6)
+    """Noise level that sampling starts from; other preconds have defaults of their own."""
     rho: float = Field(7.0, ge=1, le=100)
     """Curvature of the Karras grid."""
     weights: str | None = None
@@ -66,14 +77,17 @@ class TeacherTable(Part):
 
     weights: str
     """Weights of the teacher: a .safetensors file, a checkpoint folder, or a run folder."""
-    precond: Literal["consistency", "edm"] = "edm"
-    """Scalings: "edm" for a diffusion model, "consistency" for a consistency model."""
+    precond: str | dict[str, Any] = "edm"
+    """What its inputs and output mean: "edm" for a diffusion model, "consistency" for a consistency
+    model, or a table with `use` and the options of another precond."""
     sigma_data: float | None = Field(None, gt=0, le=100)
     """Standard deviation of the data that it was trained with; absent = the student's."""
     sigma_min: float | None = Field(None, ge=0, le=1)
-    """Lowest noise level that it was trained on; absent = the student's."""
-    sigma_max: float | None = Field(None, gt=0, le=10_000)
-    """Highest noise level that it was trained on; absent = the student's."""
+    """Lowest noise level that it was trained on; absent = what its precond knows, or the
+    student's."""
+    sigma_max: float | None = Field(None, gt=0, le=1e6)
+    """Highest noise level that it was trained on; absent = what its precond knows, or the
+    student's."""
     conditions: tuple[Literal["label", "text"], ...] | None = Field(None, max_length=2)
     """What it embeds; absent = what the data have."""
 
@@ -224,7 +238,9 @@ class Recipe:
     dataset: Dataset
     backbone: Backbone
     denoiser: DenoiserTable
+    precond: Precond
     teacher: TeacherTable | None
+    teacher_precond: Precond | None
     teacher_backbone: Backbone | None
     """None = the student's."""
     objective: Objective | None
@@ -237,6 +253,8 @@ class Recipe:
     metric: tuple[Metric, ...]
     resolved: Mapping[str, Any]
     source: Source
+    data: DataSpec | None = None
+    """What is known of the data where they need not be asked, as of a finished run."""
 
     @property
     def hash(self) -> str:
@@ -249,6 +267,9 @@ class Recipe:
         for kind in PART_TABLES:
             if kind in self.resolved:
                 yield kind, self.resolved[kind]["use"]
+        yield "precond", _used(self.denoiser.precond)
+        if self.teacher:
+            yield "precond", _used(self.teacher.precond)
         if self.teacher_backbone:
             yield "backbone", self.resolved["teacher"]["backbone"]["use"]
         for table in self.resolved.get("metric", ()):
@@ -286,10 +307,13 @@ def _resolve(tables: dict[str, Any], source: Source, registry: Registry) -> Reci
         if kind in tables:
             parts[kind], resolved[kind] = _part(kind, tables[kind], (kind,), source, registry)
     tables, inner = _without_backbone(tables)
-    parts["teacher_backbone"] = None
+    parts["teacher_backbone"] = parts["teacher_precond"] = None
     for key, model in CORE_TABLES.items():
         table = tables.get(key, {} if key == "denoiser" else None)
         parts[key] = None
+        if table is not None and "precond" in model.model_fields:
+            precond, table = _preconditioned(key, model, table, source, registry)
+            parts["precond" if key == "denoiser" else "teacher_precond"] = precond
         if table is not None:
             parts[key] = _validate(model, table, (key,), source)
             resolved[key] = _plain(parts[key])
@@ -319,6 +343,29 @@ def _without_backbone(tables: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return {**tables, "teacher": rest}, teacher["backbone"]
 
 
+def _preconditioned(
+    key: str, model: type[Part], table: Any, source: Source, registry: Registry
+) -> tuple[Precond, dict[str, Any]]:
+    """The precond of a [denoiser] or [teacher], and the table with all that follows from it.
+
+    A precond without options is written as its name.
+    """
+    if not isinstance(table, dict):
+        raise source.error((key,), "expected a table")
+    said, path = table.get("precond", model.model_fields["precond"].default), (key, "precond")
+    by_name = isinstance(said, str)
+    precond, plain = _part(
+        "precond", {"use": said} if by_name else said, path, source, registry, by_name
+    )
+    ends = dict(zip(("sigma_min", "sigma_max"), precond.levels, strict=True))
+    full = {**table, "precond": plain if len(plain) > 1 else plain["use"]}
+    return precond, ({**ends, **full} if key == "denoiser" else full)
+
+
+def _used(precond: str | Mapping[str, Any]) -> str:
+    return precond if isinstance(precond, str) else precond["use"]
+
+
 def _name(name: object, source: Source) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise source.error(
@@ -334,18 +381,24 @@ def _seed(seed: object, source: Source) -> int:
 
 
 def _part(
-    kind: str, table: Any, path: tuple[str | int, ...], source: Source, registry: Registry
-) -> tuple[Part, dict[str, Any]]:
+    kind: str,
+    table: Any,
+    path: tuple[str | int, ...],
+    source: Source,
+    registry: Registry,
+    by_name: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """The part that a table says, or its name there `by_name`; and the table in full."""
     if not isinstance(table, dict):
         raise source.error(path, f'expected a table such as {{ use = "{kind}-name" }}')
-    use = table.get("use")
+    use, where = table.get("use"), path if by_name else (*path, "use")
     if not isinstance(use, str):
         known = ", ".join(registry.names(kind))
-        raise source.error((*path, "use"), f"name the {kind} to use: {known}")
+        raise source.error(where, f"name the {kind} to use: {known}")
     try:
         model = registry.load(kind, use)
     except PluginError as error:
-        raise PluginError(str(source.error((*path, "use"), str(error)))) from error
+        raise PluginError(str(source.error(where, str(error)))) from error
     part = _validate(model, {k: v for k, v in table.items() if k != "use"}, path, source)
     return part, {"use": use, **_plain(part)}
 
@@ -433,6 +486,10 @@ def schema(registry: Registry) -> dict[str, Any]:
     properties |= {kind: choice(kind) for kind in PART_TABLES}
     properties |= {key: refer(model, name=key) for key, model in CORE_TABLES.items()}
     definitions["teacher"]["properties"]["backbone"] = choice("backbone")
+    tables, names = choice("precond"), {"enum": registry.names("precond")}
+    for key in ("denoiser", "teacher"):
+        entry = definitions[key]["properties"]["precond"]
+        entry["anyOf"] = [names, tables]
     properties["metric"] = {"type": "array", "items": choice("metric")}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -471,7 +528,8 @@ def _type(entry: Mapping[str, Any]) -> str:
         inner = entry.get("items") or (entry.get("prefixItems") or [{}])[0]
         return f"list of {_type(inner)}"
     if kind == "object":
-        return f"table of {_type(entry.get('additionalProperties') or {})}"
+        inner = entry.get("additionalProperties")
+        return f"table of {_type(inner)}" if isinstance(inner, dict) else "table"
     low = entry.get("minimum", entry.get("exclusiveMinimum"))
     high = entry.get("maximum", entry.get("exclusiveMaximum"))
     bounds = []

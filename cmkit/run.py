@@ -11,7 +11,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from cmkit import checkpoint as files
 from cmkit.compose import Plan, at, check_disk, precision, ready, with_values
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError, ResourceError
-from cmkit.kinds import Reference, Rescaler
+from cmkit.kinds import DataSpec, Reference, Rescaler
 from cmkit.measure import measure
 from cmkit.pictures import grid_png
 from cmkit.plugins import Registry
@@ -49,9 +49,10 @@ from cmkit.weights import Downloaded, download
 
 STAGES = ("train", "search", "sample", "metric")
 SHARD_IMAGES = 1000
+"""Samples in a file, and up to a batch more; fewer where they take long."""
 SHOWN_IMAGES = 100
 SAVE_SECONDS = 60.0
-"""Between two saves of cells that are being drawn."""
+"""Between two saves of images, or of cells that are being drawn."""
 
 
 @dataclass(frozen=True)
@@ -306,19 +307,17 @@ class Run:
         def batches(model: Denoiser, indices: range) -> Iterator[Any]:
             return sample(model, sampler, draws, indices, table.batch, self.device, table.precision)
 
-        starts = range(0, table.images, SHARD_IMAGES)
-        shards = {first: folder / f"{first:07d}.npz" for first in starts}
-        done = sum(min(SHARD_IMAGES, table.images - f) for f, p in shards.items() if p.exists())
+        kept = done = _kept_samples(folder)
         yield StageStarted("sample", done, table.images)
-        for first, path in shards.items():
-            if path.exists():
-                continue
-            drawn = []
-            for batch in batches(scaled, range(first, min(first + SHARD_IMAGES, table.images))):
-                drawn.append(batch)
-                done += len(batch.images)
-                yield Sampled(done, table.images)
-            files.atomic_write(path, npz(drawn))
+        drawn, saved = [], time.monotonic()
+        for batch in batches(scaled, range(done, table.images)):
+            drawn.append(batch)
+            done += len(batch.images)
+            yield Sampled(done, table.images)
+            due = self.stop.signum or time.monotonic() - saved >= SAVE_SECONDS
+            if due or done - kept >= SHARD_IMAGES or done == table.images:
+                files.atomic_write(folder / f"{kept:07d}.npz", npz(drawn))
+                kept, drawn, saved = done, [], time.monotonic()
             self.stop.check(f"{done} of {table.images} samples are kept in {folder}")
         shown = range(min(SHOWN_IMAGES, table.images))
         pictures = {"before": denoiser, "after": scaled} if rescaler else {"after": denoiser}
@@ -348,6 +347,18 @@ class Run:
         """The search's winner, or the recipe's own numbers."""
         found = winner(self.status)
         return with_values(self.plan.recipe, found) if found else self.plan.recipe.rescaler
+
+
+def _kept_samples(folder: Path) -> int:
+    """Samples in the files of `folder` that follow each other from the first on. A file is named
+    after its first image; those behind a gap are drawn again."""
+    kept = 0
+    for path in sorted(folder.glob(f"{'[0-9]' * 7}.npz")):
+        if int(path.stem) == kept:
+            kept += len(SavedImages([path]))
+        else:
+            path.unlink()
+    return kept
 
 
 def _keep_unfinished(path: Path, unfinished: Unfinished) -> None:
@@ -389,6 +400,15 @@ def read_status(folder: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error}); delete it to redo the stages") from error
+
+
+def data_of(folder: Path) -> DataSpec | None:
+    """What a finished run says of its data, which then need not be there; None of any other."""
+    try:
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        return DataSpec(**report["data"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None  # it is of an earlier version, or yet to be written
 
 
 def winner(status: Mapping[str, Any]) -> dict[str, Any]:
@@ -437,6 +457,7 @@ def run(
             "hash": plan.recipe.hash,
             "recipe": dict(plan.recipe.resolved),
             "environment": environment,
+            "data": asdict(plan.data),
             "stages": job.status,
             "seconds": sum(stage["seconds"] for stage in job.status.values()),
             "citations": citations(plan, registry),

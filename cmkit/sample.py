@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import io
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,8 +143,7 @@ class SavedImages(TorchDataset[Tensor]):
         self.files = list(files)
         self.starts = [0]
         for file in self.files:
-            with np.load(file, allow_pickle=False) as arrays:
-                self.starts.append(self.starts[-1] + len(arrays["arr_0"]))
+            self.starts.append(self.starts[-1] + _length(file))
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
@@ -157,6 +157,14 @@ class SavedImages(TorchDataset[Tensor]):
             with np.load(self.files[part], allow_pickle=False) as arrays:
                 self._held = (part, arrays["arr_0"])
         return torch.from_numpy(self._held[1][index - self.starts[part]]).permute(2, 0, 1)
+
+
+def _length(file: Path) -> int:
+    """Images in a `.npz` file, by the head of `arr_0`."""
+    with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
+        np.lib.format.read_magic(stream)
+        shape, _, _ = np.lib.format.read_array_header_1_0(stream)
+    return shape[0]
 
 
 def npz(batches: Sequence[Batch]) -> bytes:

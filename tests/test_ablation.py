@@ -1,4 +1,4 @@
-"""Laws of the samplers of EDM's ablation, and of the formulations beside them."""
+"""Laws of the samplers of EDM's ablation."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import math
 
 import pytest
 import torch
-from cmkit_std.formulations import IDDPM, VE, VP, FormulatedDenoiser, LogNormal
-from cmkit_std.rescalers.global_ import Global
 from cmkit_std.samplers.ablation import Ablation
 
-from cmkit import Cond, Denoiser, Network, Noise, RecipeError
-from cmkit.denoiser import edm_scalings
+from cmkit import Cond, Denoiser, Noise, RecipeError
 from tests.toys import Counting, GaussianDenoiser, TinyNetwork
 
 S = 0.7
@@ -111,74 +108,3 @@ def test_bounds_out_of_order_and_more_steps_than_levels_are_refused():
     few = Noise(1.0, 2.0)
     with pytest.raises(RecipeError, match=r"sampler\.steps = 900: iddpm has \d+ noise levels"):
         Ablation(steps=900, discretization="iddpm").sigmas(few)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_time_of_vp_is_the_inverse_of_its_noise_level(dtype):
-    t = torch.logspace(-5, 0, 50, dtype=dtype)
-    torch.testing.assert_close(VP().time(VP().sigma(t)), t)
-
-
-def test_slope_of_vp_is_the_derivative_of_its_noise_level():
-    t = torch.linspace(0.01, 1, 9, dtype=torch.float64, requires_grad=True)
-    (derivative,) = torch.autograd.grad(VP().sigma(t).sum(), t)
-    torch.testing.assert_close(VP().slope(t), derivative)
-
-
-class Oracle(Network):
-    """Returns the noise that it was told of, and remembers its inputs."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, x, c_noise, cond, scales):
-        self.seen = x, c_noise
-        return self.answer
-
-
-@pytest.mark.parametrize(("column", "sign"), [(VP(), 1), (IDDPM(), 1), (VE(), -1)])
-def test_network_that_knows_the_noise_denoises_exactly(column, sign):
-    x0, z = torch.randn(3, 1, 4, 4).double(), torch.randn(3, 1, 4, 4).double()
-    sigma = column.rounded(torch.tensor([0.1, 2.0, 40.0]).double())
-    network = Oracle(sign * z)
-    denoiser = FormulatedDenoiser(network, column)
-    x = x0 + sigma.view(-1, 1, 1, 1) * z
-    torch.testing.assert_close(denoiser(x, sigma), x0)
-    seen, c_noise = network.seen
-    if sign > 0:
-        # alpha x0 + sqrt(1 - alpha^2) z
-        alpha = (1 / (1 + sigma**2).sqrt()).view(-1, 1, 1, 1)
-        torch.testing.assert_close(seen, alpha * x0 + (1 - alpha**2).sqrt() * z)
-        assert ((c_noise >= 0) & (c_noise <= 999)).all()
-
-
-def test_iddpm_knows_its_own_levels():
-    levels = IDDPM().levels(torch.device("cpu"))
-    assert (levels.diff() < 0).all()
-    torch.testing.assert_close(IDDPM().rounded(levels), levels)
-    assert IDDPM().scalings(levels).c_noise.tolist() == list(range(999, -2, -1))
-
-
-def test_denoiser_of_another_column_is_rescaled_like_any():
-    denoiser = FormulatedDenoiser(TinyNetwork(), VP()).eval()
-    x, sigma = torch.randn(2, 1, 4, 4), torch.tensor([0.5, 3.0])
-    other = denoiser.rescaled(Global(skip=0.5))
-    assert not torch.allclose(other(x, sigma), denoiser(x, sigma))
-    assert torch.equal(denoiser.rescaled(Global())(x, sigma), denoiser(x, sigma))
-
-
-def test_lognormal_weight_undoes_c_out_and_draws_have_its_moments():
-    law = LogNormal(-0.4, 1.6)
-    sigma = law.drawn(torch.randn(20_000, generator=torch.Generator().manual_seed(0)))
-    assert abs(sigma.log().mean() + 0.4) < 0.05
-    assert abs(sigma.log().std() - 1.6) < 0.05
-    _, c_out = edm_scalings(sigma, 0.5, 0.0)
-    torch.testing.assert_close(law.weight(sigma) * c_out**2, torch.ones_like(sigma))
-
-
-@pytest.mark.parametrize("column", [VP(), VE()])
-def test_draws_of_training_cover_the_column_between_its_ends(column):
-    ends = column.drawn(torch.tensor([0.0, 1.0], dtype=torch.float64)).sort().values
-    expected = torch.tensor([column.sigma_min, column.sigma_max], dtype=torch.float64)
-    torch.testing.assert_close(ends, expected)

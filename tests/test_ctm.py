@@ -24,6 +24,7 @@ from cmkit import (
     RecipeError,
     Rng,
     discover,
+    edm_scalings,
 )
 from cmkit.compose import plan
 from cmkit.recipe import load
@@ -53,7 +54,7 @@ class GaussianJumps(Denoiser):
     exact denoiser where the two meet."""
 
     def __init__(self, s: float = 0.7, noise: Noise | None = None):
-        super().__init__(TinyNetwork(), noise, precond="edm")
+        super().__init__(TinyNetwork(), noise, scalings=edm_scalings)
         self.s = s
 
     def forward(self, x, sigma, cond=None):
@@ -70,7 +71,7 @@ def exact(x, sigma, sigma_to, s=0.7):
 
 def models_of(dtype=torch.float32):
     """Three different networks: the online one, its frozen target and a teacher."""
-    online, target, teacher = (Denoiser(Pairs().to(dtype), precond="edm") for _ in range(3))
+    online, target, teacher = (Denoiser(Pairs().to(dtype), scalings=edm_scalings) for _ in range(3))
     return Models(online, target.requires_grad_(False), teacher.eval().requires_grad_(False))
 
 
@@ -80,7 +81,7 @@ def levels(*values):
 
 @pytest.mark.parametrize("outer", OUTER)
 def test_a_jump_to_where_it_stands_is_the_identity(outer):
-    denoiser = Denoiser(Pairs().double(), precond="edm")
+    denoiser = Denoiser(Pairs().double(), scalings=edm_scalings)
     x, sigma = torch.randn(3, 1, 4, 4).double(), levels(80.0, 0.5, 0.002)
     torch.testing.assert_close(jump(denoiser, x, sigma, sigma, outer=outer), x, rtol=1e-12, atol=0)
     assert torch.equal(jump(denoiser, x, sigma, sigma), x)
@@ -89,7 +90,7 @@ def test_a_jump_to_where_it_stands_is_the_identity(outer):
 @pytest.mark.parametrize("outer", OUTER)
 def test_the_estimate_is_the_tangent_of_the_jump(outer):
     """dG / dsigma_to = (x - D) / sigma where sigma_to meets sigma (CTM, lemma 1)."""
-    denoiser = Denoiser(Pairs().double(), precond="edm").eval()
+    denoiser = Denoiser(Pairs().double(), scalings=edm_scalings).eval()
     x, sigma, step = torch.randn(3, 1, 4, 4).double(), levels(20.0, 1.0, 0.1), 1e-6
     cond = Cond(sigma_to=sigma)
 
@@ -99,7 +100,7 @@ def test_the_estimate_is_the_tangent_of_the_jump(outer):
         def forward(self, x, sigma, _cond):
             return denoiser(x, sigma, cond)
 
-    still = Still(denoiser.network, precond="edm")
+    still = Still(denoiser.network, scalings=edm_scalings)
     ahead = jump(still, x, sigma, sigma * (1 - step), outer=outer)
     slope = (x - ahead) / (sigma * step).view(-1, 1, 1, 1)
     x0_hat = x - sigma.view(-1, 1, 1, 1) * slope
@@ -296,7 +297,6 @@ def never(k):
 @pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 5}, {"sigmas": (10.0, 0.5)}, {}])
 def test_without_gamma_jumps_are_deterministic_and_exact(options):
     sampler, flow = Gamma(gamma=0.0, clamp=False, **options), Counting(GaussianJumps())
-    flow.precond = "edm"
     x = 80 * torch.randn(2, 1, 4, 4).double()
     out = sampler.sample(flow, x, Cond(), never)
     torch.testing.assert_close(out, exact(x, 80.0, 0.002), rtol=1e-9, atol=0)

@@ -17,7 +17,7 @@ def test_denoiser_is_identity_at_sigma_min_bit_for_bit(sigma_min):
 def test_scalings_keep_the_variance_of_data_and_of_targets():
     """EDM, appendix B.6: c_skip and c_out make the network's target have unit variance."""
     sigma, s = torch.logspace(-2, 2, 9, dtype=torch.float64), 0.5
-    c_skip, c_out = edm_scalings(sigma, s, 0.002)
+    c_skip, c_out, *_ = edm_scalings(sigma, s, 0.002)
     target_variance = ((1 - c_skip) ** 2 * s**2 + c_skip**2 * sigma**2) / c_out**2
     torch.testing.assert_close(target_variance, torch.ones_like(sigma))
 
@@ -41,7 +41,7 @@ def test_denoiser_is_its_formula():
         s**2 / ((per_image - eps) ** 2 + s**2) * x
         + s * (per_image - eps) / (per_image**2 + s**2).sqrt() * f
     )
-    got = Denoiser(network, Noise(eps), "consistency", s)(x, sigma)
+    got = Denoiser(network, Noise(eps), consistency_scalings, s)(x, sigma)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from cmkit_std import timm_network
 from cmkit_std.objectives import diffaugment, projected_gan
 from cmkit_std.objectives.ctm import CTM, gradient_norm, last_weight
 from cmkit_std.objectives.diffaugment import draw
@@ -209,8 +210,8 @@ def test_batch_normalisation_remembers_nothing(critic, plain):
 def test_a_distilled_transformer_and_its_companion_have_the_published_sizes(monkeypatch):
     """Channels and map sizes of sony/ctm's two networks, without their weights."""
     monkeypatch.setattr(projected_gan, "weights_of", lambda name, files: name)
-    monkeypatch.setattr(projected_gan, "read_weights", lambda path: {})
-    monkeypatch.setattr(projected_gan, "load_weights", lambda *arguments: None)
+    monkeypatch.setattr(timm_network, "read_weights", lambda path: {})
+    monkeypatch.setattr(timm_network, "load_weights", lambda *arguments: None)
     with torch.device("meta"):
         made = Discriminator(CTM().gan_features, None)
         maps = [features(torch.empty(1, 3, 64, 64)) for features in made.features]

@@ -7,15 +7,28 @@ import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.dit import DiT
 from cmkit_std.backbones.songunet import SongUNet
-from cmkit_std.discrete import Discrete, DiscreteNoise, Schedule
+from cmkit_std.discrete import DiscreteNoise
 from cmkit_std.objectives.edm import EDM
 from cmkit_std.objectives.lcm import LCM
+from cmkit_std.preconds.discrete import Discrete
+from cmkit_std.preconds.schedule import Schedule
 from cmkit_std.samplers.euler import Euler
 from cmkit_std.samplers.lcm import LCM as LCMSampler  # noqa: N811
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from cmkit import Cond, DataSpec, Denoiser, Guided, Models, Noise, RecipeError, Rng, discover
+from cmkit import (
+    Cond,
+    DataSpec,
+    Denoiser,
+    Guided,
+    Models,
+    Noise,
+    RecipeError,
+    Rng,
+    discover,
+    edm_scalings,
+)
 from cmkit.compose import plan, ready
 from cmkit.recipe import load
 from cmkit.sample import Draws, sample
@@ -79,7 +92,7 @@ def loss_of(objective, models, x0, cond=None):
 
 def test_no_guidance_is_the_teacher_with_its_label_bit_for_bit():
     network = filled(ADM(**SMALL, null_class=True).build(DATA, LABEL))
-    teacher, x = Denoiser(network, precond="edm"), torch.randn(4, 1, 8, 8)
+    teacher, x = Denoiser(network, scalings=edm_scalings), torch.randn(4, 1, 8, 8)
     sigma = torch.tensor([0.01, 0.5, 3.0, 70.0])
     assert torch.equal(Guided(teacher, 0.0)(x, sigma, labels(4)), teacher(x, sigma, labels(4)))
     assert not torch.equal(Guided(teacher, 0.1)(x, sigma, labels(4)), teacher(x, sigma, labels(4)))
@@ -386,10 +399,10 @@ def test_euler_is_ddim():
 
 
 def test_discrete_levels_are_the_steps_of_the_schedule():
-    noise = DiscreteNoise.of(Discrete())
+    noise = DiscreteNoise.of(Schedule())
     assert noise.steps(51)[:3].tolist() == [0, 19, 39]
     assert noise.steps(1000).tolist() == list(range(1000))
-    alphas = Schedule().alphas_cumprod()
+    alphas = torch.tensor(Schedule().alphas_cumprod(), dtype=torch.float64)
     torch.testing.assert_close(
         noise.sigmas(51, dtype=torch.float64), ((1 - alphas) / alphas).sqrt()[noise.steps(51)]
     )
@@ -398,5 +411,8 @@ def test_discrete_levels_are_the_steps_of_the_schedule():
     column, sigma = Discrete(), noise.sigmas(1000, dtype=torch.float64)
     assert torch.equal(column.step(sigma * 1.0001), torch.arange(1000))
     assert torch.equal(column.rounded(sigma * 1.0001), sigma)
-    with pytest.raises(RecipeError, match="1000 steps do not divide into 17 parts"):
-        noise.sigmas(18)
+    spread = noise.steps(18)
+    assert spread[[0, -1]].tolist() == [0, 999]
+    assert set(spread.diff().tolist()) <= {58, 59}
+    with pytest.raises(RecipeError, match="1001 points: the schedule has 1000 steps"):
+        noise.sigmas(1001)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch_fidelity
 from cmkit_std.datasets.digits import Digits, digits
@@ -22,6 +23,7 @@ from cmkit_std.metrics.fidelity import PUBLIC, Fidelity, Weights
 from cmkit_std.metrics.frechet import frechet, frechet_of_few
 from cmkit_std.metrics.streams import IS_SPLITS, Gaussian, Score
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
@@ -362,6 +364,52 @@ def test_a_download_that_fails_is_one_line(monkeypatch, tmp_path):
 def test_other_extractors_download_nothing_unasked(name):
     with pytest.raises(DownloadError, match=r"metric\.weights"):
         Fidelity(extractor=name).check(DataSpec(3, 64), 1000)
+
+
+@pytest.fixture(scope="module")
+def timm_weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("timm") / "test_efficientnet.safetensors"
+    save_file(timm.create_model("test_efficientnet").state_dict(), path)
+    return path
+
+
+def test_a_network_of_timm_sees_images_as_it_was_trained(timm_weights):
+    metric = Fidelity(extractor="timm-test_efficientnet", weights=str(timm_weights), isc=True)
+    metric.check(DataSpec(3, 160), 1000)
+    extractor = metric._extractor(3, 160)
+    wanted = [Want("pooled", "rows"), Want("logits", "rows")]
+    shades = torch.arange(256, dtype=torch.uint8).repeat(3, 75)[:, : 160 * 160 // 2]
+    image = torch.cat([shades, shades.flip(1)], 1).reshape(3, 160, 160)
+    found = extract.features(extractor, wanted, Counted(image[None].repeat(2, 1, 1, 1)), CPU, 2)
+    network = timm.create_model("test_efficientnet").eval()
+    network.load_state_dict(load_file(timm_weights))
+    mean, std = (torch.tensor(network.default_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    seen = ((image / 255 - mean) / std)[None]  # 160 pixels are its own size
+    with torch.no_grad():
+        expected = {"pooled": network.forward_features(seen).mean((2, 3)), "logits": network(seen)}
+    for want in wanted:
+        rows = found[want]["rows"]
+        torch.testing.assert_close(rows, expected[want.layer].expand(2, -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "error", "message"),
+    [
+        ("timm-test_vit9", None, RecipeError, "has no network 'test_vit9'"),
+        ("timm-test_resnet", None, DownloadError, "needs the weights of test_resnet: put hugg"),
+        ("timm-test_resnet", "nowhere", CheckpointError, "'nowhere': no such file"),
+        ("timm-test_resnet", "", CheckpointError, "metric.weights: .*test_efficientnet"),
+    ],
+)
+def test_weights_of_timm_that_are_none_are_refused(
+    timm_weights, tmp_path, monkeypatch, name, weights, error, message
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    given = str(timm_weights) if weights == "" else weights
+    black = torch.zeros(4, 3, 16, 16).byte()
+    with pytest.raises(error, match=message):
+        measured(Fidelity(extractor=name, weights=given), black, black)
 
 
 def test_an_unknown_extractor_names_the_known_ones():

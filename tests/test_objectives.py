@@ -11,7 +11,7 @@ from cmkit_std.objectives.pd import PD
 from cmkit_std.objectives.weightings import weighting
 from pydantic import ValidationError
 
-from cmkit import Cond, Denoiser, DownloadError, Models, Noise, Phase, Rng
+from cmkit import Cond, Denoiser, DownloadError, Models, Noise, Phase, Rng, edm_scalings
 from cmkit.kinds import DataSpec
 from tests.toys import GaussianDenoiser, GaussianFlow, TinyNetwork
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def gaussian_loss(objective, num_sigmas):
     """Mean loss of the exact f on Gaussian data, in float64, over a grid of num_sigmas points."""
     flow, teacher = GaussianFlow(s=0.7), GaussianDenoiser(s=0.7)
-    models = Models(teacher if "edm" in objective.needs else flow, flow, teacher)
+    models = Models(teacher if "diffusion" in objective.needs else flow, flow, teacher)
     x0 = 0.7 * torch.randn(20_000, 1, 1, 1, dtype=torch.float64)
     phase = Phase(0, num_sigmas)
     return objective.loss(models, x0, Cond(), phase, Rng(0, "law", 0, CPU)).mean()
@@ -155,7 +155,7 @@ def test_online_and_target_share_dropout_masks(objective):
 
     Scalings of a diffusion model, because near sigma_min a consistency model hides its network.
     """
-    denoiser = Denoiser(TinyNetwork(), Noise(0.5, 0.5 + 1e-6), "edm").train()
+    denoiser = Denoiser(TinyNetwork(), Noise(0.5, 0.5 + 1e-6), edm_scalings).train()
     phase = type(objective.phase(0, 1))(0, 2)
     x0 = torch.randn(16, 1, 8, 8)
     a, b = [], []
@@ -405,7 +405,7 @@ def test_edm_levels_are_lognormal():
 def test_edm_dropout_comes_from_the_step_alone():
     from cmkit import Denoiser
 
-    denoiser = Denoiser(TinyNetwork(), precond="edm").train()
+    denoiser = Denoiser(TinyNetwork(), scalings=edm_scalings).train()
     x0, objective = torch.randn(4, 1, 8, 8), EDM()
     losses = []
     for stray in (1, 2):

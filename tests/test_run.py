@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tomlkit
 import torch
+from cmkit_std.datasets.digits import Digits
 from cmkit_std.metrics.fidelity import Fidelity, FidelityMeter
 
 from cmkit import (
@@ -29,7 +30,7 @@ from cmkit.checkpoint import latest_checkpoint, load_weights, lock, read_jsonl, 
 from cmkit.compose import build, plan, with_values
 from cmkit.draw import draw, drawn_from
 from cmkit.recipe import load
-from cmkit.run import RunFinished, Saved, _keep_recipe, run
+from cmkit.run import RunFinished, Sampled, Saved, _keep_recipe, run
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
 from cmkit.search import Cell, Drawn, best, interval, search, verdict
 from cmkit.stop import StopSignal
@@ -213,6 +214,7 @@ def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, m
         if isinstance(event, Drawn) and event.done:
             running.close()
             break
+    monkeypatch.setattr("cmkit.run.SAVE_SECONDS", 1e9)
     drawn = []
     add = FidelityMeter.add
     monkeypatch.setattr(FidelityMeter, "add", lambda self, x: drawn.append(len(x)) or add(self, x))
@@ -223,6 +225,32 @@ def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, m
     batches = 4 * 2 + 2 * 3 + 2 * 2 * 2 + 2  # cells, finalists, comparisons, the last metric
     assert len(drawn) == batches - row
     assert fingerprint(seen[-1].folder) == fingerprint(whole[0])
+
+
+@pytest.mark.parametrize("how", ["kill", "signal"])
+def test_samples_that_are_drawn_are_never_drawn_again(whole, recipe, tmp_path, monkeypatch, how):
+    monkeypatch.setattr("cmkit.run.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
+    stop, out = StopSignal(), tmp_path / "runs"
+    running = events(recipe, out, stop=stop)
+    next(event for event in running if isinstance(event, Sampled))
+    if how == "signal":
+        stop.signum = signal.SIGTERM
+        with pytest.raises(Interrupted, match="35 of 70 samples are kept"):
+            next(running)
+    else:
+        next(running)
+        running.close()
+    monkeypatch.setattr("cmkit.run.SAVE_SECONDS", 1e9)
+    (folder,) = out.iterdir()
+    assert [path.name for path in (folder / "samples").iterdir()] == ["0000000.npz"]
+    drawn = [event.done for event in events(recipe, out) if isinstance(event, Sampled)]
+    assert drawn == [70]
+    parts = [SavedImages(sorted((each / "samples").iterdir())) for each in (folder, whole[0])]
+    assert torch.equal(*(torch.stack([saved[i] for i in range(70)]) for saved in parts))
+    (folder / "status.json").unlink()
+    (folder / "samples" / "0000000.npz").unlink()
+    assert [e.done for e in events(recipe, out) if isinstance(e, Sampled)] == [35, 70]
+    assert [path.name for path in (folder / "samples").iterdir()] == ["0000000.npz"]
 
 
 def test_a_folder_keeps_its_recipe_whatever_the_order_of_keys(recipe, tmp_path):
@@ -249,6 +277,19 @@ def test_images_drawn_from_a_run_are_its_samples_and_it_stays_untouched(whole, t
     assert torch.equal(torch.stack(list(drawn)), torch.stack([saved[i] for i in range(5)]))
     assert last.result["scales"] == whole[1]["stages"]["sample"]["scales"]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_finished_run_draws_without_its_data(whole, tmp_path, monkeypatch):
+    def gone(self):
+        raise DataError("the data are gone")
+
+    monkeypatch.setattr(Digits, "spec", gone)
+    recipe = drawn_from(whole[0], [], discover(), 2)
+    *_, last = draw(recipe, 0, [], tmp_path / "two.npz", CPU)
+    assert last.result["images"] == 2
+    other = drawn_from(whole[0], ["dataset.split=test"], discover(), 2)
+    with pytest.raises(DataError, match="gone"):
+        next(draw(other, 0, [], tmp_path / "other.npz", CPU))
 
 
 def test_the_winner_is_judged_on_noise_that_the_search_never_saw(whole):

@@ -7,7 +7,7 @@ import torch
 from cmkit_std.backbones.adm import ADM
 from safetensors.torch import save_file
 
-from cmkit import CheckpointError, DataSpec, RecipeError, discover
+from cmkit import CheckpointError, DataSpec, RecipeError, discover, edm_scalings
 from cmkit.checkpoint import latest_checkpoint, save_checkpoint
 from cmkit.compose import build, build_teacher, plan
 from cmkit.recipe import load, schema
@@ -93,8 +93,9 @@ def same(a, b) -> bool:
 def test_teacher_is_a_frozen_diffusion_model_and_stays_as_it_was(home):
     training = start(planned(home), CPU)
     teacher, given = training.models.teacher, save_weights(home / "again.safetensors")
-    assert teacher.precond == "edm"
-    assert training.models.online.precond == "consistency"
+    at = torch.tensor([0.002, 1.0]), 0.5, 0.002
+    assert torch.equal(torch.stack(teacher.scalings(*at)), torch.stack(edm_scalings(*at)))
+    assert training.models.online.scalings(*at).c_out[0] == 0
     assert same(state_of(teacher), given)
     for _ in train(training):
         assert training.models.online.training

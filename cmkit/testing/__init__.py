@@ -12,6 +12,7 @@ from cmkit.testing.metric import check_metric
 from cmkit.testing.objective import check_objective
 from cmkit.testing.package import Verdict, check_package
 from cmkit.testing.part import check_part
+from cmkit.testing.precond import check_precond
 from cmkit.testing.protocol import ProtocolError
 from cmkit.testing.rescaler import check_rescaler
 from cmkit.testing.sampler import check_sampler
@@ -27,6 +28,7 @@ __all__ = [
     "check_objective",
     "check_package",
     "check_part",
+    "check_precond",
     "check_rescaler",
     "check_sampler",
 ]

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cmkit.denoiser import Cond, Denoiser, Models
+from cmkit.denoiser import (
+    TRAITS,
+    Cond,
+    Denoiser,
+    Models,
+    consistency_scalings,
+    edm_scalings,
+)
 from cmkit.kinds import DataSpec, Objective, Phase
 from cmkit.noise import Noise, Rng, image_noise
 from cmkit.testing.fields import check_fields
@@ -21,10 +28,10 @@ def check_objective(objective: Objective, data: DataSpec = DIGITS) -> None:
     """The laws of an objective, on images like `data` and small networks with dropout."""
     check_fields(objective)
     say = Says(objective)
-    known = {"target", "teacher", "edm", *CONDITIONS}
+    known = {"target", "teacher", *TRAITS, *CONDITIONS}
     say.unless(
         objective.needs <= known,
-        '`needs` holds "target", "teacher", "edm" and fields of cmkit.Cond',
+        '`needs` holds "target", "teacher", traits of scalings and fields of cmkit.Cond',
         f"it has {sorted(objective.needs - known)}",
         f"choose among {', '.join(sorted(known))}",
     )
@@ -81,13 +88,14 @@ def _check_phase(say: Says, objective: Objective) -> None:
 
 def _models(objective: Objective, data: DataSpec) -> Models:
     """The copies that training would hold, a teacher unlike the student among them."""
-    precond = "edm" if "edm" in objective.needs else "consistency"
-    online = Denoiser(Small(data), Noise(), precond).train()
+    diffusion = objective.needs & {"diffusion", "identity", "edm"}
+    scalings = edm_scalings if diffusion else consistency_scalings
+    online = Denoiser(Small(data), Noise(), scalings).train()
     target, teacher = online, None
     if "target" in objective.needs:
         target = copy.deepcopy(online).requires_grad_(False)
     if "teacher" in objective.needs:
-        teacher = Denoiser(Small(data), Noise(), "edm").eval().requires_grad_(False)
+        teacher = Denoiser(Small(data), Noise(), edm_scalings).eval().requires_grad_(False)
         for parameter in teacher.parameters():
             parameter.mul_(0.9)
     with torch.random.fork_rng(devices=[]):

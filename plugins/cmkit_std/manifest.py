@@ -14,6 +14,9 @@ DPM = (
 )
 DDPM = "Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. 2020. arXiv:2006.11239"
 IMPLICIT = "Song, Meng, Ermon. Denoising Diffusion Implicit Models. 2020. arXiv:2010.02502"
+COSINE = (
+    "Nichol, Dhariwal. Improved Denoising Diffusion Probabilistic Models. 2021. arXiv:2102.09672"
+)
 CTM = (
     "Kim, Lai, Liao, Murata, Takida, Uesaka, He, Mitsufuji, Ermon. Consistency Trajectory Models: "
     "Learning Probability Flow ODE Trajectory of Diffusion. 2023. arXiv:2310.02279"
@@ -72,7 +75,13 @@ examples = {
         "num_res_blocks": 1,
         "num_head_channels": 16,
     },
-    "backbone.dit": {"patch_size": 4, "width": 32, "depth": 2, "num_heads": 2},
+    "backbone.dit": {
+        "patch_size": 4,
+        "width": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "time_scale": 1.0,
+    },
     "objective.cd": {"distance": "l2"},
     "objective.ct": {"distance": "l2"},
     "objective.ctm": {"distance": "l2"},
@@ -119,6 +128,48 @@ def cmkit_register() -> list[Plugin]:
             "cmkit_std.backbones.dit:DiT",
             "The diffusion transformer, on pictures or latents",
             cite=DIT,
+        ),
+        Plugin(
+            "precond",
+            "consistency",
+            "cmkit_std.preconds.consistency:Consistency",
+            "Consistency models: the identity at sigma_min",
+            cite=CM,
+        ),
+        Plugin(
+            "precond",
+            "edm",
+            "cmkit_std.preconds.edm:EDM",
+            "Diffusion models of EDM",
+            cite=EDM,
+        ),
+        Plugin(
+            "precond",
+            "discrete",
+            "cmkit_std.preconds.discrete:Discrete",
+            "Whole steps of DDPM, DiT, guided-diffusion and latent diffusion; latent consistency",
+            cite=f"{DDPM}; {LATENT}",
+        ),
+        Plugin(
+            "precond",
+            "vp",
+            "cmkit_std.preconds.vp:VP",
+            "Variance-preserving diffusion models in continuous time",
+            cite=SONG,
+        ),
+        Plugin(
+            "precond",
+            "ve",
+            "cmkit_std.preconds.ve:VE",
+            "Variance-exploding diffusion models",
+            cite=SONG,
+        ),
+        Plugin(
+            "precond",
+            "iddpm",
+            "cmkit_std.preconds.iddpm:IDDPM",
+            "The steps of a cosine schedule, at any noise level",
+            cite=COSINE,
         ),
         Plugin(
             "objective",

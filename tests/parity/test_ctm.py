@@ -16,10 +16,11 @@ import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.adm_layouts import from_openai, to_openai
 from cmkit_std.backbones.adm_unet import UNet
-from cmkit_std.formulations import IDDPM, VP
 from cmkit_std.objectives import distances
 from cmkit_std.objectives.ctm import CTM, gradient_norm, gradient_ratio
 from cmkit_std.objectives.weightings import weighting
+from cmkit_std.preconds.iddpm import IDDPM
+from cmkit_std.preconds.vp import VP
 from cmkit_std.samplers.euler import Euler
 from cmkit_std.samplers.gamma import Gamma
 from cmkit_std.samplers.heun import Heun
@@ -29,13 +30,13 @@ from cmkit_std.trajectory import denoised, jump, kept_share
 from torch import Tensor
 
 from cmkit import Cond, DataSpec, Denoiser, Models, Network, Noise, Phase
-from cmkit.denoiser import NO_COND, SCALINGS
+from cmkit.denoiser import NO_COND, consistency_scalings, edm_scalings
 from tests.parity import harness, test_edm
 from tests.parity.test_openai_unet import options_of
 
 FIGURES = harness.Figures("ctm.json")
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-INNER = {"edm": "edm", "cm": "consistency"}
+INNER = {"edm": edm_scalings, "cm": consistency_scalings}
 AXIS = ("sigma_min", "sigma_max", "rho")
 
 
@@ -143,8 +144,8 @@ def scalings(case: dict, dtype: torch.dtype) -> dict:
             seen["c_in"], seen["rescaled_t"] = x.flatten(), 1000 * c_noise
             return torch.zeros_like(x)
 
-    Denoiser(Spy(), Noise(low), "edm", data)(t.new_ones(len(t), 1, 1, 1), t)
-    inner = {name: SCALINGS[ours](t, data, low) for name, ours in INNER.items()}
+    Denoiser(Spy(), Noise(low), edm_scalings, data)(t.new_ones(len(t), 1, 1, 1), t)
+    inner = {name: ours(t, data, low)[:2] for name, ours in INNER.items()}
     inner["no"] = raw_scalings(t)
     outer = {
         name: {"c_skip": kept_share(name, t, s, data, low), "c_out": 1 - s / t}
@@ -212,7 +213,7 @@ def trajectory(case: dict, dtype: torch.dtype) -> dict:
         network = Corrected(network, teacher, config.pop("rescaling"))
     known(config)
     kind = Raw if inner == "no" else Denoiser
-    denoiser = kind(network, Noise(**levels), INNER.get(inner, "edm"), sigma_data)
+    denoiser = kind(network, Noise(**levels), INNER.get(inner, edm_scalings), sigma_data)
     (x, t), s = noisy(case, dtype), tensor(case, "s", dtype)
     cond = labels(case)
     return {
@@ -233,7 +234,7 @@ def teacher(case: dict, dtype: torch.dtype) -> dict:
     prefix = re.fullmatch(r"prefix '(.*)'", case["config"]["weights"])
     x, t = noisy(case, dtype)
     network = unet(case["config"].get("net", NET), dtype, prefix[1], sigma_to=False)
-    return {"denoised": Denoiser(network, precond="edm")(x, t, labels(case))}
+    return {"denoised": Denoiser(network, scalings=edm_scalings)(x, t, labels(case))}
 
 
 DEFAULTS = {
@@ -348,9 +349,11 @@ class Training:
         self.rest = config
         target = unet(net, dtype, "target/").requires_grad_(False)
         teacher = unet(net, dtype, "teacher/", sigma_to=False).requires_grad_(False)
-        online = Denoiser(unet(net, dtype), precond="edm")
+        online = Denoiser(unet(net, dtype), scalings=edm_scalings)
         self.models = Models(
-            online, Denoiser(target, precond="edm"), Denoiser(teacher, precond="edm")
+            online,
+            Denoiser(target, scalings=edm_scalings),
+            Denoiser(teacher, scalings=edm_scalings),
         )
         self.x0, self.z = tensor(case, "x_start", dtype), tensor(case, "noise", dtype)
         self.cond, self.gap = labels(case), inputs["num_heun_step"]
@@ -491,7 +494,8 @@ def sampled(case: dict, dtype: torch.dtype) -> dict:
     config, inputs = dict(case["config"]), case["inputs"]
     noise = Noise(*(config.pop(name) for name in AXIS))
     ctm = config.pop("ctm")
-    denoiser = Denoiser(unet(config.pop("net"), dtype), noise, "edm" if ctm else "consistency")
+    scalings = edm_scalings if ctm else consistency_scalings
+    denoiser = Denoiser(unet(config.pop("net"), dtype), noise, scalings)
     assert not config.pop("clip_denoised")
     assert not config.pop("clip_output")
     assert inputs["noise"] == "c-th normal draw (x_T/80 is c=0) = Z(shape, c)"
@@ -545,12 +549,12 @@ def sampled(case: dict, dtype: torch.dtype) -> dict:
 def variance_preserving(case: dict, dtype: torch.dtype) -> dict:
     config = dict(case["config"])
     beta_min = config.pop("beta_min")
-    vp = VP(config.pop("beta_max") - beta_min, beta_min)
+    vp = VP(beta_d=config.pop("beta_max") - beta_min, beta_min=beta_min)
     cosine = config.pop("cos_t_classifier")
     known(config)
     sigma = tensor(case, "sigmas", dtype)
-    _, _, mean, _ = vp.scalings(sigma)
-    tau = IDDPM().time(sigma) if cosine else vp.time(sigma)
+    _, _, mean, _ = vp.scalings(sigma, 0.5, 0.0)
+    tau = IDDPM().time(sigma) if cosine else vp.betas.time(sigma)
     return {"mean": mean, "std": sigma * mean, "tau": tau}
 
 

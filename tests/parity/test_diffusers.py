@@ -6,23 +6,23 @@ the Euler step and LCMScheduler is sampler `lcm`. The converted U-Net has a file
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
 import torch
 from cmkit_std.backbones.adm_unet import guidance_waves
 from cmkit_std.discrete import (
-    Discrete,
     DiscreteNoise,
-    Schedule,
     lcm_boundary,
     zero_terminal_snr,
 )
-from cmkit_std.formulations import FormulatedDenoiser
 from cmkit_std.objectives.lcm import LCM
 from cmkit_std.objectives.solvers import euler
+from cmkit_std.preconds.discrete import Discrete
+from cmkit_std.preconds.schedule import Schedule
 from cmkit_std.samplers import lcm
 from cmkit_std.samplers.multistep import Multistep
 from torch import Tensor
@@ -67,6 +67,19 @@ def schedule_of(config: dict) -> Schedule:
     return Schedule(**given, steps=steps)
 
 
+def float64(numbers: Iterable[float]) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.float64)
+
+
+def column_of(schedule: Schedule, prediction: str = "epsilon", scaling=None) -> Discrete:
+    fields = dataclasses.asdict(schedule)
+    return Discrete(**fields, prediction=prediction, timestep_scaling=scaling)
+
+
+def denoiser_of(network: Network, column: Discrete) -> Denoiser:
+    return Denoiser(network, DiscreteNoise.of(column.schedule), column.scalings)
+
+
 SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
 
 
@@ -74,7 +87,7 @@ def alphas_of(case: dict, dtype: torch.dtype) -> dict:
     config, index = case["config"], torch.tensor(case["inputs"]["index"])
     known_keys(config, *SCHEDULE, "rescale_betas_zero_snr")
     schedule = schedule_of(config)
-    alphas, betas = schedule.alphas_cumprod(), schedule.betas()
+    alphas, betas = map(float64, (schedule.alphas_cumprod(), schedule.betas()))
     if config.get("rescale_betas_zero_snr"):
         alphas = zero_terminal_snr(alphas)
         betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
@@ -99,8 +112,7 @@ def boundary(case: dict, dtype: torch.dtype) -> dict:
 
 def timesteps(schedule: Schedule, steps: int, grid: int, strength: float = 1.0) -> list[int]:
     """The steps that sampler `lcm` visits; a strength below 1 starts within the grid."""
-    column = Discrete(schedule)
-    falling = DiscreteNoise.of(column).steps(grid + 1)[1:].flip(0).tolist()
+    falling = DiscreteNoise.of(schedule).steps(grid + 1)[1:].flip(0).tolist()
     falling = falling[grid - int(grid * strength) :]
     return [falling[i] for i in lcm.skipped(len(falling), steps)]
 
@@ -121,16 +133,19 @@ class Limited(Denoiser):
     `clip_sample` and `thresholding` of the schedulers do."""
 
     def __init__(
-        self, inner: FormulatedDenoiser, limit: Callable[[Tensor], Tensor], scaling: float
+        self,
+        inner: Denoiser,
+        column: Discrete,
+        limit: Callable[[Tensor], Tensor],
+        scaling: float,
     ):
         super().__init__(inner.network, inner.noise)
-        self.inner, self.limit, self.scaling = inner, limit, scaling
+        self.inner, self.column, self.limit, self.scaling = inner, column, limit, scaling
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, x, sigma, cond=None):
         x0 = self.limit(self.inner(x, sigma, Cond()))
-        column = self.inner.column
-        near, far = lcm_boundary(column.step(sigma).to(x.dtype), self.scaling)
+        near, far = lcm_boundary(self.column.step(sigma).to(x.dtype), self.scaling)
         alpha = (1 + sigma**2).rsqrt()
         out = (near * alpha).view(-1, 1, 1, 1) * x + far.view(-1, 1, 1, 1) * x0
         self.seen.append((x, out))
@@ -164,16 +179,16 @@ def lcm_steps(case: dict, dtype: torch.dtype) -> dict:
     scaling = config.get("timestep_scaling", 10.0)
     # The boundary is part of the column, unless the estimate is limited before it.
     limited = any(config.get(name) for name in ("clip_sample", "thresholding"))
-    column = Discrete(
+    column = column_of(
         schedule, config.get("prediction_type", "epsilon"), None if limited else scaling
     )
-    inner = FormulatedDenoiser(Formula(inputs["model"]), column, DiscreteNoise.of(column))
-    denoiser = Limited(inner, limit_of(config), scaling) if limited else Seen(inner)
+    inner = denoiser_of(Formula(inputs["model"]), column)
+    denoiser = Limited(inner, column, limit_of(config), scaling) if limited else Seen(inner)
     x_T = FIGURES.tensor(inputs["x_T"], dtype)
     steps, grid = config["num_inference_steps"], config.get("original_inference_steps", 50)
     sampler = lcm.LCM(steps=steps, grid=grid, clamp=False)
     visited = timesteps(schedule, steps, grid)
-    alpha = schedule.alphas_cumprod().sqrt()
+    alpha = float64(schedule.alphas_cumprod()).sqrt()
 
     def draw(k: int) -> Tensor:
         return FIGURES.Z(list(x_T.shape), k).to(dtype)
@@ -211,11 +226,11 @@ def add_noise(case: dict, dtype: torch.dtype) -> dict:
     say for the denoiser to find x0."""
     inputs = case["inputs"]
     known_keys(case["config"], *SCHEDULE)
-    column = Discrete(schedule_of(case["config"]), "v_prediction")
+    column = column_of(schedule_of(case["config"]), "v_prediction")
     t = torch.tensor(inputs["t"])
-    sigma = column.schedule.sigmas()[t].to(dtype)
+    sigma = float64(column.schedule.sigmas())[t].to(dtype)
     assert torch.equal(column.step(sigma), t)
-    c_skip, c_out, alpha, _ = (c.view(-1, 1, 1, 1) for c in column.scalings(sigma))
+    c_skip, c_out, alpha, _ = (c.view(-1, 1, 1, 1) for c in column.scalings(sigma, 0.5, 0.0))
     x0 = FIGURES.tensor(inputs["x"], dtype)
     x = x0 + sigma.view(-1, 1, 1, 1) * FIGURES.tensor(inputs["noise"], dtype)
     return {"noisy": alpha * x, "velocity": (x0 - c_skip * x) / c_out}
@@ -285,7 +300,9 @@ def cm_steps(case: dict, dtype: torch.dtype) -> dict:
         [*grid[indices].float().tolist(), in_float32(abs, noise.sigma_min)],
     )
     network = Formula(inputs["model"], time_scale=1000.0)
-    spied = Seen(RoundedDenoiser(network, noise, "consistency", config.get("sigma_data", 0.5)))
+    spied = Seen(
+        RoundedDenoiser(network, noise, consistency_scalings, config.get("sigma_data", 0.5))
+    )
 
     def added(level: float) -> float:
         return in_float32(lambda s: np.sqrt(np.maximum(s**2 - low**2, 0)), level)
@@ -320,8 +337,8 @@ def cm_scalings(case: dict, dtype: torch.dtype) -> dict:
     of = (sigma, case["config"].get("sigma_data", 0.5), noise.sigma_min)
     names = ("c_skip", "c_out")
     return {
-        "plain": dict(zip(names, edm_scalings(*of), strict=True)),
-        "boundary": dict(zip(names, consistency_scalings(*of), strict=True)),
+        "plain": dict(zip(names, edm_scalings(*of)[:2], strict=True)),
+        "boundary": dict(zip(names, consistency_scalings(*of)[:2], strict=True)),
         "timestep": time_of(sigma),
     }
 
@@ -334,7 +351,7 @@ def embedding(case: dict, dtype: torch.dtype) -> dict:
 
 def solver_of(config: dict) -> DiscreteNoise:
     known_keys(config, "timesteps", "ddim_timesteps")
-    return DiscreteNoise.of(Discrete(schedule_of(config)))
+    return DiscreteNoise.of(schedule_of(config))
 
 
 def ddim_solver(case: dict, dtype: torch.dtype) -> dict:
@@ -411,9 +428,8 @@ def distilled(case: dict, dtype: torch.dtype, objective: LCM, points: list[int])
     columns.append(Discrete(prediction=prediction))
     networks = [Formula(student), Formula(student)]
     networks.append(Formula(inputs["teacher_cond"], inputs["teacher_uncond"]))
-    noise = DiscreteNoise.of(columns[0])
     online, target, teacher = (
-        Seen(FormulatedDenoiser(network, column, noise))
+        Seen(denoiser_of(network, column))
         for network, column in zip(networks, columns, strict=True)
     )
     latents = FIGURES.tensor(inputs["latents"], dtype)

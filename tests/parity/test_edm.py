@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ from cmkit_std.backbones.songunet import PRESETS
 from cmkit_std.backbones.songunet import SongUNet as Options
 from cmkit_std.backbones.songunet_layouts import PREFIX, matches, read, write
 from cmkit_std.backbones.songunet_network import Block, Conv, Fourier, Positional, SongUNet
-from cmkit_std.formulations import IDDPM, VE, VP, FormulatedDenoiser, LogNormal
+from cmkit_std.objectives.weightings import weighting
+from cmkit_std.preconds.iddpm import IDDPM
+from cmkit_std.preconds.ve import VE
+from cmkit_std.preconds.vp import VP
 from cmkit_std.samplers.ablation import Ablation
 from torch import Tensor
 
-from cmkit import Cond, DataSpec, Denoiser, Noise
+from cmkit import Cond, DataSpec, Denoiser, Noise, edm_scalings
 from tests.parity import harness
 
 FIGURES = harness.Figures("edm.json")
@@ -104,7 +108,7 @@ class Augmented(Denoiser):
     """A denoiser that gives its network augmentation labels."""
 
     def __init__(self, network: SongUNet, augment: Tensor | None):
-        super().__init__(network, precond="edm")
+        super().__init__(network, scalings=edm_scalings)
         network.register_forward_pre_hook(
             lambda _module, args, kwargs: (args, {**kwargs, "augment": augment}), with_kwargs=True
         )
@@ -199,14 +203,27 @@ def norms(case: dict, network: SongUNet) -> dict:
 def preconditioned(case: dict, dtype: torch.dtype) -> dict:
     name = re.fullmatch(r"training\.networks\.(\w+)Precond\.forward", case["function"])[1]
     column = {"VP": VP(), "VE": VE(), "iDDPM": IDDPM()}[name]
-    denoiser = FormulatedDenoiser(filled_network(case, dtype), column)
+    denoiser = Denoiser(filled_network(case, dtype), Noise(*column.known), column.scalings)
     x, sigma = noisy(case, dtype)
     return {
         "D": denoiser(x, sigma, cond_of(case)),
-        "round_sigma": column.rounded(sigma),
-        "sigma_min": torch.tensor(column.sigma_min, dtype=dtype),
-        "sigma_max": torch.tensor(column.sigma_max, dtype=dtype),
+        "round_sigma": column.rounded(sigma) if name == "iDDPM" else sigma,
+        "sigma_min": torch.tensor(column.known[0], dtype=dtype),
+        "sigma_max": torch.tensor(column.known[1], dtype=dtype),
     }
+
+
+class LogNormal(NamedTuple):
+    """Draws and weights of objective `edm`."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def drawn(self, z: Tensor) -> Tensor:
+        return (self.mean + self.std * z).exp()
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return weighting("karras", sigma, 0.5)
 
 
 def losses(case: dict, dtype: torch.dtype) -> dict:
@@ -219,7 +236,7 @@ def losses(case: dict, dtype: torch.dtype) -> dict:
     draw = {"EDM": FIGURES.Z, "VP": FIGURES.U, "VE": FIGURES.U}[name]
     sigma = law.drawn(draw([len(images)], 0).to(dtype))
     z = FIGURES.Z(list(images.shape), 1).to(dtype)
-    denoiser = Denoiser(network, precond="edm")
+    denoiser = Denoiser(network, scalings=edm_scalings)
     x0_hat = denoiser(images + sigma.view(-1, 1, 1, 1) * z, sigma, cond_of(case))
     loss = law.weight(sigma).view(-1, 1, 1, 1) * (x0_hat - images).square()
     total = loss.sum() / len(images)
@@ -242,7 +259,7 @@ RENAMED = {"num_steps": "steps", "S_churn": "s_churn", "S_min": "s_min", "S_max"
 }
 LEVELS = {
     "edm": Noise(),
-    "vp": Noise(VP(epsilon=1e-3).sigma_min, VP().sigma_max),
+    "vp": Noise(VP(epsilon=1e-3).levels[0], VP().levels[1]),
     "ve": Noise(0.02, 100.0),
     "iddpm": Noise(0.002, 81.0),
 }
@@ -256,7 +273,7 @@ def sampled(case: dict, dtype: torch.dtype) -> dict:
     sampler = Ablation(**{RENAMED.get(name, name): value for name, value in config.items()})
     noise = Noise(**given) if given else LEVELS[sampler.discretization]
     if net:
-        denoiser = Denoiser(filled_network(case, dtype, net), noise, precond="edm")
+        denoiser = Denoiser(filled_network(case, dtype, net), noise, scalings=edm_scalings)
         assert case["inputs"]["y"] is None
     else:
         assert case["inputs"]["denoiser"] in (

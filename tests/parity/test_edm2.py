@@ -25,7 +25,7 @@ from cmkit_std.backbones.edm2_network import (
 )
 from torch import Tensor, nn
 
-from cmkit import Cond, DataSpec, Denoiser
+from cmkit import Cond, DataSpec, Denoiser, edm_scalings
 from cmkit.kinds import Layout
 from tests.parity import harness
 
@@ -81,7 +81,7 @@ def forward(case: dict, dtype: torch.dtype) -> dict:
     x = FIGURES.X(inputs["shape"]).to(dtype)
     sigma = FIGURES.tensor(inputs["sigmas"], dtype)
     noisy = x + sigma.view(-1, 1, 1, 1) * FIGURES.Z(inputs["shape"], 0).to(dtype)
-    denoiser = Denoiser(network, precond="edm")
+    denoiser = Denoiser(network, scalings=edm_scalings)
     state = {key: list(t.shape) for key, t in layout.write(network.state_dict()).items()}
     apart = {k: v for k, v in case["expect"]["state_dict"].items() if k.startswith(UNCERTAINTY)}
     assert apart.keys() == {"logvar_fourier.freqs", "logvar_fourier.phases", "logvar_linear.weight"}

@@ -11,7 +11,7 @@ from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.adm_layouts import places
 from cmkit_std.backbones.adm_unet import UNet
 
-from cmkit import Cond, DataSpec, Denoiser
+from cmkit import Cond, DataSpec, Denoiser, edm_scalings
 from cmkit.kinds import Layout
 from tests.parity import harness
 
@@ -99,7 +99,7 @@ def forward(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     cond = Cond(label=torch.tensor(inputs["y"]))
 
     def denoised(network: UNet) -> torch.Tensor:
-        denoiser = Denoiser(network, precond="edm", sigma_data=official.sigma_data)
+        denoiser = Denoiser(network, scalings=edm_scalings, sigma_data=official.sigma_data)
         return denoiser(x + sigma.view(-1, 1, 1, 1) * z, sigma, cond)
 
     seen = traced(official)

@@ -108,7 +108,7 @@ class Analytic(Denoiser):
 
     def forward(self, x, sigma, cond):
         sigma = sigma.view(-1, 1, 1, 1)
-        c_skip, c_out = consistency_scalings(sigma, self.sigma_data, self.noise.sigma_min)
+        c_skip, c_out, *_ = consistency_scalings(sigma, self.sigma_data, self.noise.sigma_min)
         f = torch.tanh(0.8 * x + 0.05 * torch.cos(sigma))
         self.estimates.append(c_skip * x + c_out * f)
         return self.estimates[-1]

@@ -13,12 +13,12 @@ from cmkit_std.objectives.weightings import weighting
 from cmkit_std.samplers.ancestral import ancestral_step
 
 from cmkit import Cond, Denoiser, Models, Noise
-from cmkit.denoiser import SCALINGS
+from cmkit.denoiser import Scaling, consistency_scalings, edm_scalings
 from tests.parity import harness
 from tests.parity.test_openai_unet import BOTH, options_of
 
 FIGURES = harness.Figures("openai_denoiser.json")
-PRECONDS = {False: "edm", True: "consistency"}
+SCALINGS: dict[bool, Scaling] = {False: edm_scalings, True: consistency_scalings}
 """By the official flag `distillation`."""
 
 
@@ -34,7 +34,7 @@ def denoiser_of(config: dict, figures: harness.Figures, dtype: torch.dtype) -> D
     return Denoiser(
         network.eval(),
         noise_of(config),
-        PRECONDS[config["distillation"]],
+        SCALINGS[config["distillation"]],
         config.get("sigma_data", 0.5),
     )
 
@@ -64,8 +64,8 @@ def scalings(case: dict, dtype: torch.dtype) -> dict:
     sigma = FIGURES.tensor(case["inputs"]["sigmas"], dtype)
     data, low = config["sigma_data"], config["sigma_min"]
     actual = {"snr": weighting("snr", sigma, data), "weightings": {}}
-    for name, precond in (("scalings", "edm"), ("boundary", "consistency")):
-        c_skip, c_out = SCALINGS[precond](sigma, data, low)
+    for name, scaling in (("scalings", edm_scalings), ("boundary", consistency_scalings)):
+        c_skip, c_out, _, _ = scaling(sigma, data, low)
         actual[name] = {"c_skip": c_skip, "c_out": c_out, "c_in": c_in(sigma, data, low)}
     for name in case["expect"]["weightings"]:
         actual["weightings"][name] = weighting(name, sigma, data)

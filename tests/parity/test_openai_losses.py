@@ -18,6 +18,7 @@ from cmkit_std.objectives.pd import PD
 
 import cmkit.train
 from cmkit import Cond, Denoiser, Models, Noise, Objective, Phase
+from cmkit.denoiser import Scaling, consistency_scalings, edm_scalings
 from cmkit.recipe import TrainTable
 from tests.parity import harness
 from tests.parity.test_openai_unet import options_of
@@ -64,7 +65,7 @@ def prefixes_of(case: dict) -> dict[str, str]:
     return found
 
 
-def denoiser_of(case: dict, precond: str, prefix: str, dtype: torch.dtype) -> Denoiser:
+def denoiser_of(case: dict, scalings: Scaling, prefix: str, dtype: torch.dtype) -> Denoiser:
     """The case's network with its formula-filled weights, as a denoiser."""
     config, net = case["config"], case["config"]["net"]
     options = options_of(net).model_copy(update={"time_scale": 1000.0})
@@ -73,16 +74,17 @@ def denoiser_of(case: dict, precond: str, prefix: str, dtype: torch.dtype) -> De
     shapes = {key: tuple(t.shape) for key, t in to_openai(network.state_dict()).items()}
     network.load_state_dict(from_openai(FIGURES.weights(shapes, dtype, prefix)))
     levels = {name: config[name] for name in ("sigma_min", "sigma_max", "rho") if name in config}
-    return Denoiser(network, Noise(**levels), precond, config.get("sigma_data", 0.5))
+    return Denoiser(network, Noise(**levels), scalings, config.get("sigma_data", 0.5))
 
 
 def models_of(case: dict, dtype: torch.dtype, distils: bool, ema: tuple[float, ...] = ()) -> Models:
     """The networks of a case; the student of progressive distillation is a diffusion model."""
-    precond = "consistency" if case["config"].get("distillation", True) else "edm"
+    distilled = case["config"].get("distillation", True)
+    scalings = consistency_scalings if distilled else edm_scalings
     prefixes = prefixes_of(case)
-    online = denoiser_of(case, precond, prefixes["student"], dtype)
-    target = denoiser_of(case, precond, prefixes["target"], dtype).requires_grad_(False)
-    teacher = denoiser_of(case, "edm", prefixes["teacher"], dtype) if distils else None
+    online = denoiser_of(case, scalings, prefixes["student"], dtype)
+    target = denoiser_of(case, scalings, prefixes["target"], dtype).requires_grad_(False)
+    teacher = denoiser_of(case, edm_scalings, prefixes["teacher"], dtype) if distils else None
     copies = {decay: copy.deepcopy(online).requires_grad_(False) for decay in ema}
     if teacher:
         teacher.eval().requires_grad_(False)

@@ -9,7 +9,16 @@ import torch
 from cmkit_ect.objective import ECT
 from cmkit_ect.sampler import ECTSampler
 
-from cmkit import Cond, Denoiser, Models, Noise, RecipeError, Rng
+from cmkit import (
+    Cond,
+    Denoiser,
+    Models,
+    Noise,
+    RecipeError,
+    Rng,
+    consistency_scalings,
+    edm_scalings,
+)
 from tests.toys import TinyNetwork
 
 CPU = torch.device("cpu")
@@ -27,9 +36,9 @@ def images(n: int, dtype=torch.float64) -> torch.Tensor:
 class Recorded(Denoiser):
     """A denoiser that keeps the images, noise levels and estimates of each call."""
 
-    def __init__(self, dtype=torch.float64, precond="edm"):
+    def __init__(self, dtype=torch.float64, scalings=edm_scalings):
         torch.manual_seed(1)
-        super().__init__(TinyNetwork().to(dtype), precond=precond)
+        super().__init__(TinyNetwork().to(dtype), scalings=scalings)
         self.calls = []
 
     def forward(self, x, sigma, cond=None):
@@ -83,10 +92,10 @@ def test_training_starts_as_denoising_up_to_ln_7_with_the_papers_constants():
     assert torch.equal(clean, math.log(7) >= SIGMAS)
 
 
-@pytest.mark.parametrize("precond", ["edm", "consistency"])
-def test_where_r_is_0_the_loss_is_the_distance_to_the_clean_image_over_sigma(precond):
+@pytest.mark.parametrize("scalings", [edm_scalings, consistency_scalings])
+def test_where_r_is_0_the_loss_is_the_distance_to_the_clean_image_over_sigma(scalings):
     """Even for a model that is no identity there."""
-    objective, denoiser, x0 = ECT(k=1e6), Recorded(precond=precond).eval(), images(6)
+    objective, denoiser, x0 = ECT(k=1e6), Recorded(scalings=scalings).eval(), images(6)
     value = loss(objective, denoiser, x0)
     (_, sigma, x0_hat), (_, r, _) = denoiser.calls
     assert (r == 0).all()
@@ -201,6 +210,6 @@ def test_the_sampler_adds_the_whole_noise_before_each_further_step():
 
 def test_the_sampler_refuses_a_level_that_is_not_below_the_highest():
     x = torch.zeros(1, 1, 4, 4)
-    denoiser = Denoiser(TinyNetwork(), Noise(sigma_max=5.0), "edm")
+    denoiser = Denoiser(TinyNetwork(), Noise(sigma_max=5.0), edm_scalings)
     with pytest.raises(RecipeError, match=r"^sampler.sigmas = \[5.0\]: must lie below sigma_max 5"):
         ECTSampler(sigmas=(5.0,)).sample(denoiser, x, Cond(), lambda k: x)

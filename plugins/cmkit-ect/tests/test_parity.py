@@ -12,7 +12,8 @@ from cmkit_std.backbones.songunet import SongUNet
 from cmkit_std.backbones.songunet_layouts import read, write
 from torch import Tensor
 
-from cmkit import Cond, DataSpec, Denoiser, Models, Noise
+from cmkit import Cond, DataSpec, Denoiser, Models, Noise, consistency_scalings, edm_scalings
+from cmkit.denoiser import Scaling
 from tests.parity import harness, test_edm2
 
 FIGURES = harness.Figures("ict_ect.json")
@@ -35,7 +36,7 @@ def objective_of(config: dict) -> ECT:
     )
 
 
-def denoiser_of(config: dict, precond: str, dtype: torch.dtype) -> Denoiser:
+def denoiser_of(config: dict, scalings: Scaling, dtype: torch.dtype) -> Denoiser:
     """The network of an official configuration with its formula-filled weights."""
     config = dict(config)
     assert config.pop("model_type") == "SongUNet"
@@ -61,7 +62,7 @@ def denoiser_of(config: dict, precond: str, dtype: torch.dtype) -> Denoiser:
     )
     assert not unexpected
     assert all(key.endswith("filter") for key in missing)
-    return Denoiser(network.eval(), noise, precond, sigma_data)
+    return Denoiser(network.eval(), noise, scalings, sigma_data)
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:
@@ -100,15 +101,15 @@ def preconditioned(case: dict, dtype: torch.dtype) -> dict:
     sigma, shape = FIGURES.tensor(inputs["sigmas"], dtype), inputs["shape"]
     x = FIGURES.X(shape).to(dtype) + sigma.view(-1, 1, 1, 1) * FIGURES.Z(shape, 0).to(dtype)
     return {
-        mode: denoiser_of(case["config"], precond, dtype)(x, sigma)
-        for mode, precond in (("train", "edm"), ("eval", "consistency"))
+        mode: denoiser_of(case["config"], scalings, dtype)(x, sigma)
+        for mode, scalings in (("train", edm_scalings), ("eval", consistency_scalings))
     }
 
 
 def step(case: dict, dtype: torch.dtype) -> dict:
     config, inputs = case["config"], case["inputs"]
     assert inputs["t"] == "exp(2*Z([4,1,1,1], c=0) - 1.1)"
-    objective, denoiser = objective_of(config), denoiser_of(config["net"], "edm", dtype)
+    objective, denoiser = objective_of(config), denoiser_of(config["net"], edm_scalings, dtype)
     x0 = FIGURES.tensor(inputs["images"], dtype)
     levels, z = FIGURES.Z([4], 0).to(dtype), FIGURES.tensor(inputs["noise"], dtype)
     phase = objective.phase(config["stage"], 10**6)
@@ -131,7 +132,7 @@ def step(case: dict, dtype: torch.dtype) -> dict:
 @torch.no_grad()
 def generated(case: dict, dtype: torch.dtype) -> dict:
     config, shape = case["config"], case["inputs"]["latents"]["Z"]["shape"]
-    denoiser = denoiser_of(config["net"], "consistency", dtype)
+    denoiser = denoiser_of(config["net"], consistency_scalings, dtype)
     assert config["t_max"] == denoiser.noise.sigma_max
     x = config["t_max"] * FIGURES.tensor(case["inputs"]["latents"], dtype)
     sampler = ECTSampler(sigmas=tuple(config["mid_t"]))
@@ -145,7 +146,7 @@ def step_on_edm2(case: dict, dtype: torch.dtype) -> dict:
     assert (config.pop("wt"), inputs["t"]) == ("snrpk", "exp(1.6*Z([4,1,1,1], c=0) - 0.8)")
     objective = objective_of(config).model_copy(update={"weighting": "snr"})
     network, layout = test_edm2.filled_network(config["net"], dtype)
-    denoiser = Denoiser(network.train(), precond="edm")
+    denoiser = Denoiser(network.train(), scalings=edm_scalings)
     network.settle()
     levels = test_edm2.FIGURES.Z([4], 0).to(dtype)
     x0, z = (test_edm2.FIGURES.tensor(inputs[name], dtype) for name in ("images", "noise"))

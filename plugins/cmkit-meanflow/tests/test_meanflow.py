@@ -49,13 +49,13 @@ class Exact(Denoiser):
 
 
 def exact():
-    made = Exact(Tiny(), None, "edm")
+    made = Exact(Tiny(), None, cmkit.edm_scalings)
     made.seen = []
     return made
 
 
 def denoiser(network=None, noise=None):
-    return Denoiser((network or Tiny()).double(), noise, "edm")
+    return Denoiser((network or Tiny()).double(), noise, cmkit.edm_scalings)
 
 
 def rng():
@@ -195,7 +195,11 @@ def test_share_of_equal_levels_is_the_objectives():
 
     for equal in (0.0, 0.75, 1.0):
         pairs: list = []
-        loss(MeanFlow(equal=equal), Seen(Tiny().double(), Noise(0.1, 3.0), "edm"), batch(4000))
+        loss(
+            MeanFlow(equal=equal),
+            Seen(Tiny().double(), Noise(0.1, 3.0), cmkit.edm_scalings),
+            batch(4000),
+        )
         sigma, s = pairs[-1]
         assert (s == sigma).double().mean().item() == pytest.approx(equal, abs=0.03)
         assert (s <= sigma).all()
@@ -242,7 +246,7 @@ def test_sampler_keeps_the_other_conditions():
             return super().forward(x, sigma, cond)
 
     label = torch.arange(64)
-    made = Label(Tiny(), None, "edm")
+    made = Label(Tiny(), None, cmkit.edm_scalings)
     made.seen = []
     MeanFlowSampler(steps=2).sample(made, batch(), replace(Cond(), label=label), lambda k: None)
     assert len(made.seen) == 2

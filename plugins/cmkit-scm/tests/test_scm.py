@@ -78,7 +78,7 @@ def jumps(sigma):
 
 
 def denoiser(network, noise=None):
-    return Denoiser(network.double(), noise, "edm")
+    return Denoiser(network.double(), noise, cmkit.edm_scalings)
 
 
 def models(online, teacher=None):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, DataSpec, Layout
-from cmkit_std.backbones.fitting import check_conditions, check_levels, with_preset
-from cmkit_std.backbones.published import published
+from cmkit.kinds import Backbone, DataSpec, Layout, Precond
+from cmkit_std.backbones.fitting import check_conditions, check_levels, unet_inputs, with_preset
+from cmkit_std.backbones.published import check_published, published
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.adm_unet import UNet
@@ -35,11 +35,38 @@ PRESETS: dict[str, dict[str, Any]] = {
         "use_scale_shift_norm": False,
     },
 }
-"""Sizes of the published checkpoints (openai/consistency_models, scripts/launch.sh)."""
+_GUIDED = {"use_scale_shift_norm": True, "time_scale": 1.0, "learn_sigma": True}
+PRESETS |= {
+    "guided-diffusion-64": {
+        **PRESETS["openai-imagenet64"],
+        **_GUIDED,
+        "new_attention_order": True,
+    },
+    "guided-diffusion-128": {
+        **PRESETS["openai-lsun256"],
+        **_GUIDED,
+        "channel_mult": [1, 1, 2, 3, 4],
+        "num_head_channels": None,
+        "num_heads": 4,
+    },
+    "guided-diffusion-256": {**PRESETS["openai-lsun256"], **_GUIDED},
+}
+"""Sizes of the published checkpoints (openai/consistency_models, scripts/launch.sh;
+openai/guided-diffusion, README)."""
 
 _OPENAI_FILES = (
     *(f"{kind}_imagenet64{end}" for kind, end in OPENAI_KINDS),
     *(f"{kind}_{data}256{end}" for data in ("bedroom", "cat") for kind, end in OPENAI_KINDS),
+)
+_GUIDED_FILES = (
+    "64x64_diffusion",
+    "128x128_diffusion",
+    "256x256_diffusion",
+    "256x256_diffusion_uncond",
+    "lsun_bedroom",
+    "lsun_cat",
+    "lsun_horse",
+    "lsun_horse_nodropout",
 )
 
 
@@ -55,9 +82,19 @@ class ADM(Backbone):
     published: ClassVar[dict[str, str]] = {
         **published("openai", _OPENAI_FILES),
         **published("edm", ["imagenet-64x64-cond-adm"]),
+        **published("guided-diffusion", _GUIDED_FILES),
     }
 
-    preset: Literal["openai-imagenet64", "openai-lsun256"] | None = None
+    preset: (
+        Literal[
+            "openai-imagenet64",
+            "openai-lsun256",
+            "guided-diffusion-64",
+            "guided-diffusion-128",
+            "guided-diffusion-256",
+        ]
+        | None
+    ) = None
     """Sizes of a published network; fields given beside it win."""
     channels: int = Field(128, ge=4, le=2048)
     """Width of the first level; the embedding is four times as wide."""
@@ -90,7 +127,14 @@ class ADM(Backbone):
     norm_channels: int = Field(1, ge=1, le=2048)
     """Channels a group at least, 4 in EDM's networks; narrower levels then have fewer groups."""
     time_scale: float = Field(1000.0, gt=0, le=1e6)
-    """Factor of ln(sigma) / 4 before its sinusoids; weights trained by EDM's code need 1."""
+    """Factor of c_noise, such as ln(sigma) / 4, before its sinusoids; weights trained by EDM's code
+    need 1, and so do those of guided-diffusion, whose c_noise (precond discrete) are steps."""
+    learn_sigma: bool | None = None
+    """With a second half of output channels, the variances that guided-diffusion's weights predict;
+    unused here. Absent = without."""
+    new_attention_order: bool | None = None
+    """Whether weights in guided-diffusion's layout were trained with its flag of this name, which
+    nothing in them tells; those of 64 pixels were."""
     null_class: bool = False
     """One row more in the table of labels, for no class; an absent label then means it. Guidance
     needs it, and objective.label_dropout trains it."""
@@ -109,21 +153,25 @@ class ADM(Backbone):
         """The networks of the presets, with the data that they were trained on."""
         yield cls(preset="openai-imagenet64"), DataSpec(3, 64, 1000), frozenset({"label"})
         yield cls(preset="openai-lsun256"), DataSpec(3, 256), frozenset()
+        yield cls(preset="guided-diffusion-64"), DataSpec(3, 64, 1000), frozenset({"label"})
+        yield cls(preset="guided-diffusion-128"), DataSpec(3, 128, 1000), frozenset({"label"})
+        yield cls(preset="guided-diffusion-256"), DataSpec(3, 256, 1000), frozenset({"label"})
+        yield cls(preset="guided-diffusion-256"), DataSpec(3, 256), frozenset()
+
+    def check_published(self, weights: str, precond: Precond) -> None:
+        publisher, _, file = weights.partition(":")
+        options: dict[str, Any] = {"time_scale": 1000 if publisher == "openai" else 1}
+        if publisher == "guided-diffusion":
+            options["learn_sigma"] = True
+            options["new_attention_order"] = file.startswith("64x64")
+        check_published(weights, self, precond, **options)
 
     def build(self, data: DataSpec, conditions: frozenset[str]) -> UNet:
         """A fresh U-Net; RecipeError when the options do not fit each other or the data."""
         self._check(data, conditions)
         from cmkit_std.backbones.adm_unet import UNet
 
-        return UNet(
-            self,
-            in_channels=data.channels,
-            out_channels=data.channels,
-            resolution=data.resolution,
-            num_classes=data.num_classes if "label" in conditions else None,
-            guidance="guidance" in conditions,
-            sigma_to="sigma_to" in conditions,
-        )
+        return UNet(self, **unet_inputs(data, conditions))
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """Layouts of openai/consistency_models, guided-diffusion, diffusers and EDM."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cmkit.errors import CheckpointError
 from cmkit.kinds import DataSpec, Layout
-from cmkit_std.backbones.adm_layouts import check_time_scale, head_widths, places
+from cmkit_std.backbones.adm_layouts import TIME_SCALE, head_widths, places
+from cmkit_std.backbones.fitting import check_time_scale
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.adm import ADM
@@ -84,7 +85,7 @@ def unet2d_config(options: ADM, data: DataSpec, conditional: bool) -> dict[str, 
         "_class_name": "UNet2DModel",
         "sample_size": data.resolution,
         "in_channels": data.channels,
-        "out_channels": data.channels,
+        "out_channels": (2 if options.learn_sigma else 1) * data.channels,
         "block_out_channels": [width for width, _ in levels],
         "layers_per_block": options.num_res_blocks,
         "down_block_types": ["AttnDownBlock2D" if a else plain[0] for a in attends],
@@ -129,7 +130,7 @@ def _check(options: ADM, data: DataSpec) -> None:
             f" groups to levels of {narrow} channels, and diffusers' UNet2DModel has"
             f" {options.norm_groups} everywhere; only norm_channels = 1 can be expressed"
         )
-    check_time_scale(options, "diffusers' CMStochasticIterativeScheduler")
+    check_time_scale(options.time_scale, TIME_SCALE, "diffusers' CMStochasticIterativeScheduler")
 
 
 def _modules(options: ADM, data: DataSpec) -> dict[str, str]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
-from cmkit.errors import CheckpointError
 from cmkit.kinds import Layout
+from cmkit_std.backbones.fitting import check_time_scale
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.adm import ADM
@@ -38,7 +38,7 @@ _NAMES = {
 }
 """Component of a key here -> there. Others (qkv, norm, conv, numbers, weight) are the same."""
 TIME_SCALE = 1000
-"""`time_scale` of OpenAI's networks, and of their like in diffusers."""
+"""`time_scale` of OpenAI's consistency models, and of their like in diffusers."""
 _OWN_NAMES = {official: own for own, official in _NAMES.items()}
 
 
@@ -75,11 +75,11 @@ def openai(options: ADM) -> Layout:
     `emb_layers_s`."""
 
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_time_scale(options, "openai/consistency_models")
+        check_time_scale(options.time_scale, TIME_SCALE, "openai/consistency_models")
         return from_openai(state)
 
     def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_time_scale(options, "openai/consistency_models")
+        check_time_scale(options.time_scale, TIME_SCALE, "openai/consistency_models")
         return to_openai(state)
 
     return Layout("openai", partial(_has_attention_of_rank, 4), read, write)
@@ -87,25 +87,28 @@ def openai(options: ADM) -> Layout:
 
 def guided_diffusion(options: ADM) -> Layout:
     """The layout of openai/guided-diffusion: attention by 1-D convolutions, with channels of
-    queries, keys and values in the order (heads, three, head width) of its legacy attention.
+    queries, keys and values in the order (heads, three, head width) unless `new_attention_order`.
 
-    Networks of its `use_new_attention_order` have the same names and shapes; they are not read.
+    Names and shapes are the same in both orders. Its networks take time steps as they are.
     """
 
     def heads(key: str, qkv: Tensor) -> int:
         return options.heads(len(qkv) // 3, decoder=key.startswith("decoder."))
 
+    def permutes(key: str) -> bool:
+        return is_qkv(key) and not options.new_attention_order
+
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_time_scale(options, "guided-diffusion")
+        check_time_scale(options.time_scale, 1, "guided-diffusion")
         return {
-            key: regrouped(t, (heads(key, t), 3, -1), (1, 0, 2)) if is_qkv(key) else t
+            key: regrouped(t, (heads(key, t), 3, -1), (1, 0, 2)) if permutes(key) else t
             for key, t in from_openai(state).items()
         }
 
     def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_time_scale(options, "guided-diffusion")
+        check_time_scale(options.time_scale, 1, "guided-diffusion")
         theirs = {
-            key: regrouped(t, (3, heads(key, t), -1), (1, 0, 2)) if is_qkv(key) else t
+            key: regrouped(t, (3, heads(key, t), -1), (1, 0, 2)) if permutes(key) else t
             for key, t in state.items()
         }
         flat = {
@@ -115,16 +118,6 @@ def guided_diffusion(options: ADM) -> Layout:
         return to_openai(flat)
 
     return Layout("guided-diffusion", partial(_has_attention_of_rank, 3), read, write)
-
-
-def check_time_scale(options: ADM, project: str) -> None:
-    """CheckpointError unless time steps are those of OpenAI's projects, about 0 to 1000: names and
-    shapes do not tell, and other steps draw other pictures."""
-    if options.time_scale != TIME_SCALE:
-        raise CheckpointError(
-            f"backbone.time_scale = {options.time_scale}: {project} computes with"
-            f" {TIME_SCALE}; give that, or weights of another project"
-        )
 
 
 def is_qkv(key: str) -> bool:

@@ -47,7 +47,7 @@ class UNet(Network):
         sigma_to: bool = False,
     ):
         super().__init__()
-        self.channels = options.channels
+        self.channels, self.out_channels = options.channels, out_channels
         self.time_scale = options.time_scale
         emb_channels = 4 * options.channels
         self.time = _mlp(options.channels, emb_channels)
@@ -120,7 +120,8 @@ class UNet(Network):
                 self.decoder.append(stage)
 
         self.norm_out = Norm(options.groups(last), last)
-        self.conv_out = _zeroed(nn.Conv2d(last, out_channels, 3, padding=1))
+        outputs = (2 if options.learn_sigma else 1) * out_channels
+        self.conv_out = _zeroed(nn.Conv2d(last, outputs, 3, padding=1))
         # A tuple registers nothing a second time. Registration order is forward order.
         self._blocks = tuple(m for m in self.modules() if isinstance(m, ResBlock))
         self.sites += tuple(f"emb.{j}" for j in range(len(self._blocks)))
@@ -181,8 +182,9 @@ class UNet(Network):
         return self.middle(h, films), skips, list(films)
 
     def _out(self, h: Tensor) -> Tensor:
+        """F, without the variances that may follow it."""
         with full_precision(h.device):
-            return self.conv_out(silu(self.norm_out(widened(h))))
+            return self.conv_out(silu(self.norm_out(widened(h))))[:, : self.out_channels]
 
     def _films(self, c_noise: Tensor, cond: Cond, scales: Scales) -> list[Tensor]:
         """What the embedding says to each residual block, (B, k) each, in forward order."""

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, DataSpec, Layout
+from cmkit.kinds import Backbone, DataSpec, Layout, Precond
 from cmkit_std.backbones.fitting import check_conditions, with_preset
+from cmkit_std.backbones.published import check_published, published
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.dit_network import Transformer
@@ -37,6 +38,7 @@ class DiT(Backbone):
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
+    published: ClassVar[dict[str, str]] = published("dit", ["DiT-XL-2-256x256", "DiT-XL-2-512x512"])
 
     preset: (
         Literal[
@@ -76,7 +78,8 @@ class DiT(Backbone):
     """With the null class even if `class_dropout` is 0: for a student that drops no labels of a
     teacher that did."""
     time_scale: float = Field(1000.0, gt=0, le=1e6)
-    """Factor of ln(sigma) / 4 before its sinusoids; official weights saw 0 to 999."""
+    """Factor of c_noise, such as ln(sigma) / 4, before its sinusoids; official weights need 1, with
+    precond discrete, whose c_noise are the steps 0 to 999 that they saw."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more time."""
 
@@ -87,9 +90,12 @@ class DiT(Backbone):
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """The layout of facebookresearch/DiT."""
-        from cmkit_std.backbones.dit_layouts import matches, read, write
+        from cmkit_std.backbones import dit_layouts
 
-        return (Layout("dit", matches, read, write),)
+        return (dit_layouts.layout(self),)
+
+    def check_published(self, weights: str, precond: Precond) -> None:
+        check_published(weights, self, precond, time_scale=1)
 
     def build(self, data: DataSpec, conditions: frozenset[str]) -> Transformer:
         """A fresh transformer; RecipeError when the options do not fit each other or the data."""

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from cmkit.kinds import Layout
+from cmkit_std.backbones.fitting import check_time_scale
+
+if TYPE_CHECKING:
+    from cmkit_std.backbones.dit import DiT
 
 _NAMES = {
     "patch": "x_embedder",
@@ -20,6 +27,19 @@ _NAMES = {
 Others (pos_embed, blocks, attn, mlp, numbers, weight) are the same."""
 _OWN_NAMES = {official: own for own, official in _NAMES.items()}
 _MARKS = {"x_embedder.proj.weight", "t_embedder.mlp.0.weight", "blocks.0.adaLN_modulation.1.weight"}
+
+
+def layout(options: DiT) -> Layout:
+    """The layout of facebookresearch/DiT, whose networks take steps as they are."""
+
+    def checked(convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Any:
+        def converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            check_time_scale(options.time_scale, 1, "facebookresearch/DiT")
+            return convert(state)
+
+        return converted
+
+    return Layout("dit", matches, checked(read), checked(write))
 
 
 def matches(state: Mapping[str, Tensor]) -> bool:

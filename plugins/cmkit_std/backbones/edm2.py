@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, DataSpec, Layout
-from cmkit_std.backbones.fitting import check_conditions, check_levels, with_preset
-from cmkit_std.backbones.published import published
+from cmkit.kinds import Backbone, DataSpec, Layout, Precond
+from cmkit_std.backbones.fitting import check_conditions, check_levels, unet_inputs, with_preset
+from cmkit_std.backbones.published import check_published, published
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.edm2_network import EDM2UNet
@@ -90,6 +90,9 @@ class EDM2(Backbone):
             options = cls.model_validate({"preset": size})
             yield options, DataSpec(3, 64, 1000), frozenset({"label"})
 
+    def check_published(self, weights: str, precond: Precond) -> None:
+        check_published(weights, self, precond)
+
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """The layout of NVlabs/edm2, which locuslab/ect shares."""
         from cmkit_std.backbones.edm2_layouts import layout
@@ -101,15 +104,7 @@ class EDM2(Backbone):
         self._check(data, conditions)
         from cmkit_std.backbones.edm2_network import EDM2UNet
 
-        return EDM2UNet(
-            self,
-            in_channels=data.channels,
-            out_channels=data.channels,
-            resolution=data.resolution,
-            num_classes=data.num_classes if "label" in conditions else None,
-            guidance="guidance" in conditions,
-            sigma_to="sigma_to" in conditions,
-        )
+        return EDM2UNet(self, **unet_inputs(data, conditions))
 
     def levels(self, resolution: int) -> list[tuple[int, int]]:
         """(width in channels, side in pixels) of each level, the finest first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cmkit.errors import RecipeError
+from cmkit.errors import CheckpointError, RecipeError
 from cmkit.kinds import Backbone, DataSpec
 
 
@@ -14,6 +14,18 @@ def with_preset(given: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
     if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
         return given
     return {**presets.get(given["preset"], {}), **given}
+
+
+def unet_inputs(data: DataSpec, conditions: frozenset[str]) -> dict[str, Any]:
+    """What a U-Net's constructor is told of the data and the conditions."""
+    return {
+        "in_channels": data.channels,
+        "out_channels": data.channels,
+        "resolution": data.resolution,
+        "num_classes": data.num_classes if "label" in conditions else None,
+        "guidance": "guidance" in conditions,
+        "sigma_to": "sigma_to" in conditions,
+    }
 
 
 def check_conditions(
@@ -51,4 +63,14 @@ def check_levels(
             f"backbone.attention_resolutions = {list(attention_resolutions or ())}: no"
             f" level has {', '.join(map(str, missing))} pixels; choose among"
             f" {', '.join(map(str, sides))}"
+        )
+
+
+def check_time_scale(given: float, known: float, project: str) -> None:
+    """CheckpointError unless c_noise is scaled as `project` scales it: names and shapes do not
+    tell, and other steps draw other pictures."""
+    if given != known:
+        raise CheckpointError(
+            f"backbone.time_scale = {given}: {project} computes with {known:g}; give that, or"
+            " weights of another project"
         )

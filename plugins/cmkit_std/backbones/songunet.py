@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, DataSpec, Layout
-from cmkit_std.backbones.fitting import check_conditions, check_levels, with_preset
-from cmkit_std.backbones.published import published
+from cmkit.kinds import Backbone, DataSpec, Layout, Precond
+from cmkit_std.backbones.fitting import check_conditions, check_levels, unet_inputs, with_preset
+from cmkit_std.backbones.published import check_published, published
 
 if TYPE_CHECKING:
     from cmkit_std.backbones.songunet_network import SongUNet as Network
@@ -123,6 +123,9 @@ class SongUNet(Backbone):
             raise ValueError(f"resample_filter {list(taps)} must have an even number of taps")
         return taps
 
+    def check_published(self, weights: str, precond: Precond) -> None:
+        check_published(weights, self, precond)
+
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """The layout of NVlabs/edm, which locuslab/ect and sony/ctm share."""
         from cmkit_std.backbones.songunet_layouts import matches, read, write
@@ -134,15 +137,7 @@ class SongUNet(Backbone):
         self._check(data, conditions)
         from cmkit_std.backbones.songunet_network import SongUNet as Network
 
-        return Network(
-            self,
-            in_channels=data.channels,
-            out_channels=data.channels,
-            resolution=data.resolution,
-            num_classes=data.num_classes if "label" in conditions else None,
-            guidance="guidance" in conditions,
-            sigma_to="sigma_to" in conditions,
-        )
+        return Network(self, **unet_inputs(data, conditions))
 
     def levels(self, resolution: int) -> list[tuple[int, int]]:
         """(width in channels, side in pixels) of each level, the finest first."""

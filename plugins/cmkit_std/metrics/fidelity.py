@@ -97,7 +97,8 @@ class Fidelity(Metric):
     """Precision and recall with 3 neighbours, one definition in ADM's evaluator and in
     torch-fidelity: "precision", "recall"."""
     extractor: str = "auto"
-    """"auto", or any extractor that torch-fidelity knows: "cmkit-digits", "inception-v3-compat"."""
+    """"auto", "timm-NAME" for a network of timm, or any extractor that torch-fidelity knows:
+    "cmkit-digits", "inception-v3-compat"."""
     weights: str | None = None
     """The public file of the extractor's weights; by default where torch keeps its downloads."""
     download: bool = False
@@ -314,10 +315,18 @@ class Fidelity(Metric):
         """The file for an extractor that only torch-fidelity or another package knows."""
         from cmkit_std.metrics.extract import registered
 
+        if name.startswith("timm-"):
+            from cmkit_std.metrics.timm_extractor import register
+            from cmkit_std.timm_network import weights_of
+
+            register(name)
+            network, own = name.removeprefix("timm-"), self.weights
+            files = None if own is None else {network: str(Path(own).expanduser())}
+            return str(weights_of(network, files, "fidelity.extractor", "metric.weights"))
         if name not in registered():
             raise RecipeError(
                 f"fidelity.extractor = {name!r}: nobody registered it with torch-fidelity; known:"
-                f" auto, {', '.join(registered())}"
+                f" auto, timm-NAME, {', '.join(registered())}"
             )
         if self.weights:
             return str(_given(self.weights))

@@ -25,7 +25,7 @@ class CCD(Objective):
     1e-3 without stop_gradient; the official code then takes the root of "l2", the paper does not.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "boundary", "continuous"})
 
     distance: Literal["l1", "l2", "lpips"] = "l2"
     """How two nearby estimates are compared."""

@@ -23,7 +23,7 @@ class CCT(Objective):
     CIFAR-10 start from a diffusion model (denoiser.weights) with a learning rate of 5e-6.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset({"boundary", "continuous"})
 
     distance: Literal["l1", "l2", "lpips"] = "l2"
     """How two nearby estimates are compared."""

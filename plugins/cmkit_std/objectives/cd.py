@@ -27,7 +27,7 @@ class CD(Comparison, Objective):
     (denoiser.init = "teacher").
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"target", "teacher"})
+    needs: ClassVar[frozenset[str]] = frozenset({"target", "teacher", "boundary"})
 
     num_sigmas: int = Field(40, ge=2, le=10**6)
     """N, points of the grid."""

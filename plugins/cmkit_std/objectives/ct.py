@@ -26,7 +26,7 @@ class CT(Comparison, Objective):
     runs started from a diffusion model (denoiser.weights), those of the paper from nothing.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"target"})
+    needs: ClassVar[frozenset[str]] = frozenset({"target", "boundary"})
 
     start_scales: int = Field(2, ge=1, le=10**6)
     """s0 of N(k)."""

@@ -49,7 +49,7 @@ class CTM(Objective):
     networks, whose weights are to be on this disk; it knows no labels.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"target", "teacher", "edm", "sigma_to"})
+    needs: ClassVar[frozenset[str]] = frozenset({"target", "teacher", "diffusion", "sigma_to"})
 
     num_sigmas: int = Field(40, ge=2, le=10**6)
     """N, points of the grid."""
@@ -123,14 +123,15 @@ class CTM(Objective):
 
             check_lpips(self.lpips_net, self.lpips_weights)
         if self.gan_weight:
-            from cmkit_std.objectives.projected_gan import check_features
+            from cmkit_std.objectives.projected_gan import weights_of
 
             if data.channels not in (1, 3):
                 raise RecipeError(
                     f"gan_weight: the discriminator takes images of 1 or 3 channels, not of"
                     f" {data.channels}; set gan_weight = 0"
                 )
-            check_features(self.gan_features, self.gan_weights)
+            for name in self.gan_features:
+                weights_of(name, self.gan_weights)
 
     def check_batch(self, size: int) -> None:
         if self.gan_weight and size < 2:

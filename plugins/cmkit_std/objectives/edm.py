@@ -3,7 +3,7 @@ Diffusion-Based Generative Models, 2022, equations 2 and 8)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class EDM(Objective):
     """Diffusion training: the network denoises at noise levels drawn from a lognormal law. It makes
-    teachers; denoiser.precond = "edm" belongs to it."""
+    teachers; denoiser.precond = "edm" belongs to it, and any other of a diffusion model."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -30,6 +30,9 @@ class EDM(Objective):
     """Standard deviation of ln(sigma)."""
     weighting: Weighting = "karras"
     """Weight of the squared error at each noise level; "karras" makes the effective weight 1."""
+    noise_levels: Literal["grid"] | None = None
+    """Where noise levels come from: "grid" = evenly from the noise axis, with precond discrete from
+    all steps alike, as DDPM trains with weighting = "snr"; absent = that lognormal law."""
     label_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability with which a label gives way to the null class of the backbone (null_class =
     true), so that samples and students can be guided; 0.1 is usual."""
@@ -45,14 +48,18 @@ class EDM(Objective):
         return Phase(step)
 
     def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
-        """w(sigma) mean (D(x0 + sigma z, sigma) - x0)^2, ln(sigma) ~ N(p_mean, p_std^2), (B,)."""
+        """w(sigma) mean (D(x0 + sigma z, sigma) - x0)^2, (B,), with levels of the grid or
+        ln(sigma) ~ N(p_mean, p_std^2)."""
         from cmkit_std.guidance import dropped
         from cmkit_std.objectives.distances import l2
 
         if self.label_dropout:
             null = models.online.network.null_label
             cond = dropped(cond, self.label_dropout, null, rng)
-        sigma = (self.p_mean + self.p_std * rng.normal_like(x0.new_empty(len(x0)))).exp()
+        if self.noise_levels == "grid":
+            sigma = models.online.noise.sigma_at(rng.uniform(len(x0)).to(x0.dtype))
+        else:
+            sigma = (self.p_mean + self.p_std * rng.normal_like(x0.new_empty(len(x0)))).exp()
         z = rng.normal_like(x0)
         with cmkit.shared_dropout(rng):
             x0_hat = models.online(x0 + sigma.view(-1, 1, 1, 1) * z, sigma, cond)

@@ -24,7 +24,7 @@ class ICT(Objective):
     levels drawn from a discretised lognormal, N doubled in stages, weight 1 / (sigma_{i+1} -
     sigma_i)."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset({"boundary"})
 
     start_scales: int = Field(10, ge=1, le=10**6)
     """s0, intervals of the grid at the start."""

@@ -27,7 +27,9 @@ class LCM(Objective):
     with denoiser.guidance = w and sampler `lcm`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"target", "teacher", "label", "guidance"})
+    needs: ClassVar[frozenset[str]] = frozenset(
+        {"target", "teacher", "label", "guidance", "boundary"}
+    )
 
     num_sigmas: int = Field(1000, ge=2, le=10**6)
     """N, points of the grid."""

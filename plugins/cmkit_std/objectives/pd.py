@@ -27,7 +27,7 @@ class PD(Comparison, Objective):
     Euler steps; it should start from the teacher (denoiser.init = "teacher").
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "edm"})
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "diffusion"})
 
     start_scales: int = Field(64, ge=2, le=10**6)
     """Euler steps of the first student; its teacher takes twice as many."""

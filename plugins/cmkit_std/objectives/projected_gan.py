@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from cmkit import CheckpointError, DownloadError, RecipeError
-from cmkit.checkpoint import cache_folder, load_weights, read_weights
+from cmkit import RecipeError
+from cmkit_std import timm_network
+from cmkit_std.timm_network import Files
 
-Files = Mapping[str, str] | str | None
-"""Weights of feature networks: a file for each name, or a folder; None = the user's cache."""
 MIXED = (64, 128, 256, 512)
 """Channels of the four scales, from fine to coarse, once they are mixed."""
 FUSED = (64, 64, 128, 256)
@@ -93,12 +91,7 @@ class Features(nn.Module):
 
     def __init__(self, name: str, weights: Path):
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            self.network = timm.create_model(name).requires_grad_(False)
-        own = self.network.state_dict()
-        # Older files lack these counters, of which nothing depends.
-        counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
-        load_weights(self.network, {**counters, **read_weights(weights)}, f"gan_weights: {weights}")
+        self.network = timm_network.network(name, weights, "gan_weights")
         self.indices, channels, self.flat = _scales(name, self.network)
         config = self.network.pretrained_cfg
         self.size = config["input_size"][-1]
@@ -173,34 +166,9 @@ def fixed(conv: nn.Module) -> nn.Module:
     return conv
 
 
-def check_features(names: Sequence[str], files: Files) -> None:
-    """RecipeError for a name that timm does not know, DownloadError or CheckpointError for weights
-    that are not on this disk."""
-    for name in names:
-        if not timm.is_model(name):
-            raise RecipeError(
-                f"gan_features: timm {timm.__version__} has no network {name!r}; see"
-                " timm.list_models()"
-            )
-        weights_of(name, files)
-
-
 def weights_of(name: str, files: Files) -> Path:
-    """The file of a feature network's weights."""
-    if isinstance(files, Mapping) and name in files:
-        if not Path(files[name]).is_file():
-            raise CheckpointError(f"gan_weights: {name} = {files[name]!r}: no such file")
-        return Path(files[name])
-    folder = Path(files) if isinstance(files, str) else cache_folder("weights/timm")
-    path = folder / f"{name}.safetensors"
-    if not path.is_file():
-        config = timm.get_pretrained_cfg(name)
-        hub = config.hf_hub_id if config and config.hf_hub_id else f"timm/{name}"
-        raise DownloadError(
-            f"gan_features needs the weights of {name}: put huggingface.co/{hub}'s"
-            f" model.safetensors at {path}, or name a file or folder in gan_weights"
-        )
-    return path
+    """The file of a feature network's weights; errors as of `timm_network.weights_of`."""
+    return timm_network.weights_of(name, files, "gan_features", "gan_weights")
 
 
 def _scales(name: str, network: nn.Module) -> tuple[list[int], list[int], bool]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cmkit import Cond, Denoiser, Noise
-    from cmkit_std.formulations import VP
+    from cmkit_std.preconds.vp import Betas
 
 EPSILON = 1e-3
 """The time at which a walk along VP's schedule reaches sigma_min; it starts at 1."""
@@ -24,7 +24,7 @@ EPSILON = 1e-3
 
 class Ablation(Sampler):
     """Steps of first or second order down any of table 1's noise levels, along any of its
-    schedules, maybe with churn. For diffusion models: denoiser.precond = "edm".
+    schedules, maybe with churn. For diffusion models, such as of denoiser.precond = "edm".
 
     The defaults are EDM's own sampler. The state is kept in float64, as in the official code.
     """
@@ -105,9 +105,9 @@ class Ablation(Sampler):
             case "ve":
                 return high * (low / high) ** u
             case "iddpm":
-                from cmkit_std.formulations import IDDPM
+                from cmkit_std.preconds.schedule import Cosine
 
-                levels = IDDPM().levels(u.device)
+                levels = torch.tensor(Cosine().sigmas(), dtype=torch.float64).flip(0)
                 levels = levels[(levels >= low) & (levels <= high)]
                 if len(levels) < self.steps:
                     raise RecipeError(
@@ -170,10 +170,10 @@ class Curve(NamedTuple):
         return Point(sigma, dsigma, s, -sigma * dsigma * s**3)
 
 
-def _vp(noise: Noise) -> VP:
+def _vp(noise: Noise) -> Betas:
     """VP's schedule that is at sigma_min at time EPSILON and at sigma_max at time 1."""
-    from cmkit_std.formulations import VP
+    from cmkit_std.preconds.vp import Betas
 
     low, high = math.log1p(noise.sigma_min**2), math.log1p(noise.sigma_max**2)
     beta_d = 2 * (low / EPSILON - high) / (EPSILON - 1)
-    return VP(beta_d, high - 0.5 * beta_d)
+    return Betas(beta_d, high - 0.5 * beta_d)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class Ancestral(Sampler):
     """Each Euler step goes below the next noise level, and fresh noise leads back up to it.
-    For diffusion models: denoiser.precond = "edm"."""
+    For diffusion models, such as of denoiser.precond = "edm"."""
 
     steps: int = Field(40, ge=2, le=10_000)
     """Points of the sigma grid; the last step goes from sigma_min to 0."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class DDIM(Sampler):
     """Steps down the sigma grid that put back a share of fresh noise: none with eta = 0, which is
     sampler `euler`, all that DDPM has with eta = 1, which is `ancestral`.
-    For diffusion models: denoiser.precond = "edm"."""
+    For diffusion models, such as of denoiser.precond = "edm"."""
 
     steps: int = Field(50, ge=2, le=10_000)
     """Points of the sigma grid; the last step goes from sigma_min to 0."""

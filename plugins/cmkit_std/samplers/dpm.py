@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class DPM(Churn, Sampler):
     """Steps of second order by a midpoint; deterministic unless s_churn is above 0.
-    For diffusion models: denoiser.precond = "edm"."""
+    For diffusion models, such as of denoiser.precond = "edm"."""
 
     mid_rho: float = Field(3.0, ge=1, le=100)
     """rho of the two-interval Karras grid whose middle is the midpoint; 1 = the arithmetic mean."""

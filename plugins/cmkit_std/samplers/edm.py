@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class EDM(Churn, Sampler):
     """The sampler of EDM: as `heun`, but estimates are not clamped and x is kept in float64;
-    `ablation` has its variants. For diffusion models: denoiser.precond = "edm"."""
+    `ablation` has its variants. For diffusion models, such as of denoiser.precond = "edm"."""
 
     steps: int = Field(18, ge=2, le=10_000)
     """Points of the sigma grid; the last step goes from sigma_min to 0."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class Euler(Sampler):
     """Steps of first order down the sigma grid; deterministic. In this parametrization it is DDIM.
-    For diffusion models: denoiser.precond = "edm"."""
+    For diffusion models, such as of denoiser.precond = "edm"."""
 
     steps: int = Field(40, ge=2, le=10_000)
     """Points of the sigma grid; the last step goes from sigma_min to 0."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class Heun(Churn, Sampler):
     """Steps of second order down the sigma grid; deterministic unless s_churn is above 0.
-    For diffusion models: denoiser.precond = "edm"."""
+    For diffusion models, such as of denoiser.precond = "edm"."""
 
     clamp: bool = True
     """Clamp each estimate to [-1, 1]; false for latents."""

@@ -19,11 +19,11 @@ class ECT(Objective):
     """Easy consistency tuning: pairs of noise levels sigma > r that close up stage by stage, from
     r = 0, which is diffusion training, towards r = sigma, which is consistency training.
 
-    It starts from a diffusion model: name its weights in denoiser.weights. The scalings are those
-    of denoiser.precond = "edm", whose identity is at noise level 0.
+    It starts from a diffusion model: name its weights in denoiser.weights. The scalings are the
+    identity at noise level 0, such as those of denoiser.precond = "edm".
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"edm"})
+    needs: ClassVar[frozenset[str]] = frozenset({"identity"})
 
     q: float = Field(2.0, gt=1, le=1e6)
     """r falls short of sigma by the part q^-(stage + 1), times n(sigma)."""

@@ -30,7 +30,7 @@ class MeanFlow(Objective):
     takes sinusoids: choose a small one, such as 4.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"edm", "sigma_to"})
+    needs: ClassVar[frozenset[str]] = frozenset({"identity", "continuous", "sigma_to"})
 
     p_mean: float = Field(-0.4, ge=-20, le=20)
     """Mean of ln(sigma), which is the logit of t."""

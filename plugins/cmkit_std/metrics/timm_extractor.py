@@ -1,0 +1,72 @@
+"""Any network of timm as an extractor of torch-fidelity: `extractor = "timm-NAME"`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch_fidelity import FeatureExtractorBase, register_feature_extractor
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+from cmkit_std.timm_network import network
+
+PREFIX = "timm-"
+
+
+class TimmExtractor(FeatureExtractorBase):
+    """What timm's network sees of an image, resized and normalised as it was trained: its pooled
+    features, and its logits for the Inception score."""
+
+    def __init__(
+        self,
+        name: str,
+        features_list: list[str],
+        feature_extractor_weights_path: str = "",
+        **kwargs: object,
+    ):
+        super().__init__(name, features_list)
+        weights = Path(feature_extractor_weights_path)
+        self.net = network(name.removeprefix(PREFIX), weights, "metric.weights")
+        config = timm.data.resolve_data_config(model=self.net)
+        self.size, self.mode = config["input_size"][1:], config["interpolation"]
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(config[key]).view(1, -1, 1, 1))
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names of the features that `forward` can return."""
+        return "pooled", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Logits for the Inception score, pooled features for all else."""
+        return "logits" if metric == "isc" else "pooled"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """Yes: it is made of plain tensor operations."""
+        return True
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        """One black image."""
+        return torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The requested features, each (B, d), of uint8 images (B, 3, H, W)."""
+        x = images.to(self.mean.dtype) / 255
+        x = F.interpolate(x, self.size, mode=self.mode, align_corners=False, antialias=True)
+        maps = self.net.forward_features((x - self.mean) / self.std)
+        found = {"pooled": self.net.forward_head(maps, pre_logits=True)}
+        if "logits" in self.features_list:
+            found["logits"] = self.net.forward_head(maps)
+        return tuple(found[name] for name in self.features_list)
+
+
+def register(name: str) -> None:
+    """Make `name`, "timm-" and a network of timm, known to torch-fidelity."""
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(name, TimmExtractor)

@@ -1,0 +1,25 @@
+"""Column EDM of table 1 (Karras, Aittala, Aila, Laine: Elucidating the Design Space of
+Diffusion-Based Generative Models, 2022)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cmkit.kinds import Precond
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cmkit import Scalings
+
+
+class EDM(Precond):
+    """Diffusion models of EDM, its published "vp" and "ve" files among them: network input and
+    target have unit variance, c_noise = ln(sigma) / 4."""
+
+    def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
+        """c_skip = sigma_data^2 / (sigma^2 + sigma_data^2),
+        c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2)."""
+        from cmkit import edm_scalings
+
+        return edm_scalings(sigma, sigma_data, sigma_min)
