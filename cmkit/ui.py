@@ -108,7 +108,7 @@ class Display:
             case Cell(index, total, values, score):
                 moved = {k: v for k, v in values.items() if v != 1} if len(values) > 3 else values
                 shown = " ".join(f"{name} {value:g}" for name, value in moved.items())
-                self.numbers = {"cell": shown, "score": _number(score)}
+                self.numbers = {"cell": shown or "all 1", "score": _number(score)}
                 self._advance(index + 1, self.numbers)
             case Duel(index, _, plain, rescaled):
                 self.numbers = {"unscaled": _number(plain), "rescaled": _number(rescaled)}
