@@ -363,6 +363,14 @@ class Scale(cmkit.Rescaler):
         name = "skip.99" if self.fault == "stranger" else "skip.0"
         return lambda sigma: {name: value(sigma)}
 
+    def value_of(self, name):
+        return 0.9 if name == "skip.0" else super().value_of(name)
+
+    def with_values(self, values):
+        if self.fault == "deaf":
+            raise ValueError("what is skip.0?")
+        return self
+
 
 @pytest.mark.parametrize(
     ("fault", "law"),
@@ -372,6 +380,7 @@ class Scale(cmkit.Rescaler):
         ("state", "scales follow from sigma alone"),
         ("stranger", "['skip.99'] are none"),
         ("accepts", "is refused by `bind`"),
+        ("deaf", "a search sets the numbers that it reads"),
     ],
 )
 def test_a_rescaler_that_breaks_a_law_is_told_so(fault, law):

@@ -17,6 +17,23 @@ from cmkit.testing.subjects import CPU, META
 SITES = ("skip.0", "skip.1", "emb.0", "emb.1")
 
 
+def _check_numbers(rescaler: Rescaler, names: Sequence[str], say: Says) -> None:
+    """A search that sets a number to what it is finds the same rescaler."""
+    for name in names:
+        try:
+            value = rescaler.value_of(name)
+        except ValueError:
+            continue  # not a number that a search can change
+        with say.trying("a search sets the numbers that it reads", "let with_values know them too"):
+            again = rescaler.with_values({name: value}).value_of(name)
+        say.unless(
+            again == value,
+            "a search sets the numbers that it reads",
+            f"{name} = {value} was set, and {again} is there",
+            "let value_of and with_values mean the same number by a name",
+        )
+
+
 def check_rescaler(rescaler: Rescaler, sites: Sequence[str] = SITES) -> None:
     """The laws of a rescaler, for a network with `sites`."""
     check_fields(rescaler)
@@ -58,6 +75,7 @@ def check_rescaler(rescaler: Rescaler, sites: Sequence[str] = SITES) -> None:
                     f"{site} was {value.tolist()} and then {again.tolist()}",
                     "keep no state and draw nothing",
                 )
+    _check_numbers(rescaler, (*type(rescaler).model_fields, *sites), say)
     if not neutral:
         try:
             rescaler.bind(())
