@@ -433,6 +433,9 @@ def _first_error(
         return source.error(where, f"missing key{more}")
     message = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")
     shown = f" = {_shown(fault['input'])}" if fault["loc"] else ""
+    if isinstance(fault["input"], dict) and fault["input"] and "array" in message:
+        name = f"{where[-1]}.{next(iter(fault['input']))}"
+        message += f'; a name with a dot belongs in quotation marks: "{name}"'
     return source.error(where, f"{message}{more}", shown)
 
 

@@ -234,6 +234,7 @@ def test_a_run_searches_by_coordinates_resumes_and_draws_with_its_winner(recipe,
     [
         ('grid."skip.9"=[1.0]', "no 'skip.9'; it has skip.0 to skip.3, emb.0 to emb."),
         ("grid.skpi=[1.0]", "no such number; known: skip, emb"),
+        ("grid={skip.1=[1.0]}", 'belongs in quotation marks: "skip.1"'),
         ('grid."skip.1"=[1e9]', "less than or equal to 100"),
         ("rounds=0", "greater than or equal to 1"),
         ("rounds=100000", "less than or equal to 100"),
