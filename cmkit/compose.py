@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -24,6 +22,7 @@ from cmkit.kinds import Backbone, Companion, DataSpec, Metric, Precond, Rescaler
 from cmkit.noise import Noise
 from cmkit.plugins import discover
 from cmkit.recipe import Recipe, TeacherTable, load
+from cmkit.source import inline
 from cmkit.weights import Weights, adapt, find, read
 
 CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text"})
@@ -368,7 +367,7 @@ def _scalings_serve(recipe: Recipe) -> None:
             raise recipe.source.error(
                 ("denoiser", "precond"),
                 f"the objective needs {CURES[name]}",
-                f" = {_said(recipe.denoiser.precond)}",
+                f" = {inline(recipe.denoiser.precond)}",
             )
 
 
@@ -395,16 +394,8 @@ def _check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
     if not interchangeable(trained.precond.scalings, precond.scalings):
         raise RecipeError(
             f"{weights}: was trained under other scalings; set the precond beside it to"
-            f" {_said(trained.denoiser.precond)}"
+            f" {inline(trained.denoiser.precond)}"
         )
-
-
-def _said(precond: str | dict[str, Any]) -> str:
-    """A precond as a recipe says it."""
-    if isinstance(precond, str):
-        return f'"{precond}"'
-    pairs = ", ".join(f"{key} = {json.dumps(value)}" for key, value in precond.items())
-    return f"{{ {pairs} }}"
 
 
 def _built(backbone: Backbone, data: DataSpec, conditions: frozenset[str]) -> Network:
@@ -485,9 +476,9 @@ def _check_teacher(
         if not interchangeable(teacher.scalings, denoiser.scalings):
             raise recipe.source.error(
                 ("denoiser", "init"),
-                f"precond {_said(recipe.denoiser.precond)} means another input or output of the"
-                f" network than the teacher's {_said(table.precond)}; let them agree, or set init ="
-                ' "random"',
+                f"precond {inline(recipe.denoiser.precond)} means another input or output of the"
+                f" network than the teacher's {inline(table.precond)}; let them agree, or set"
+                ' init = "random"',
                 ' = "teacher"',
             )
         with at(recipe, "denoiser", "init"):

@@ -107,8 +107,8 @@ def _said(recipe: Recipe, *path: str) -> bool:
 
 def _said_of(recipe: Recipe, axis: str) -> bool:
     """Whether --set gave the rescaler's number `axis`, or that of its family."""
-    family = axis.partition(".")[0]
-    return _said(recipe, "rescaler", family) or _said(recipe, "rescaler", "sites", axis)
+    names = {"rescaler", axis, axis.partition(".")[0]}
+    return any(path[0] == "rescaler" and path[-1] in names for path in recipe.source.overrides)
 
 
 def draw(

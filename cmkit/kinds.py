@@ -274,7 +274,8 @@ class Meter(Protocol):
         """What was made of the images so far, on the CPU, for `restore` in another process."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from there, before the first `add`: the same numbers, bit for bit."""
+        """Go on from there, before the first `add`: the same numbers, bit for bit. Until then
+        `state` is what was given."""
 
 
 class Metric(Part, ABC):

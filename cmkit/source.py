@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import stat
 import tomllib
@@ -143,6 +144,13 @@ def _lines(text: str) -> dict[tuple[str, ...], int]:
             for name in _INLINE.finditer(inline):
                 lines.setdefault((*inside, *_split(name[1])), number)
     return lines
+
+
+def inline(value: object) -> str:
+    """A value as TOML says it on one line."""
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {inline(one)}' for key, one in value.items())} }}"
+    return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _split(key: str) -> tuple[str, ...]:

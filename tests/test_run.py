@@ -30,7 +30,7 @@ from cmkit.checkpoint import latest_checkpoint, load_weights, lock, read_jsonl, 
 from cmkit.compose import build, plan, with_values
 from cmkit.draw import draw, drawn_from
 from cmkit.recipe import load
-from cmkit.run import RunFinished, Sampled, Saved, _keep_recipe, run
+from cmkit.run import RunFinished, Sampled, Saved, StageStarted, _keep_recipe, run
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
 from cmkit.search import Cell, Drawn, best, interval, search, verdict
 from cmkit.stop import StopSignal
@@ -225,6 +225,19 @@ def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, m
     batches = 4 * 2 + 2 * 3 + 2 * 2 * 2 + 2  # cells, finalists, comparisons, the last metric
     assert len(drawn) == batches - row
     assert fingerprint(seen[-1].folder) == fingerprint(whole[0])
+
+
+def test_a_search_that_is_stopped_again_as_it_goes_on_loses_nothing(whole, recipe, tmp_path):
+    """The second stop comes before any image was added to what the first one left."""
+    for seen in (lambda e: isinstance(e, Drawn), lambda e: e == StageStarted("search", 0, 4)):
+        stop = StopSignal()
+        running = events(recipe, tmp_path / "runs", stop=stop)
+        next(event for event in running if seen(event))
+        stop.signum = signal.SIGTERM
+        with pytest.raises(Interrupted):
+            next(running)
+    folder, _ = finish(recipe, tmp_path / "runs")
+    assert fingerprint(folder) == fingerprint(whole[0])
 
 
 @pytest.mark.parametrize("how", ["kill", "signal"])

@@ -74,9 +74,12 @@ def check_metric(
         resumed = metric.meter(len(ours), real, CPU)
         assert resumed is not None
         resumed.restore(state)
+        kept = resumed.state()
         resumed.add(rest)
         say.unless(
-            resumed.values() == taken,
+            kept.keys() == state.keys()
+            and all(torch.equal(kept[name], state[name]) for name in state)
+            and resumed.values() == taken,
             "a meter that is given another's `state` goes on from there, bit for bit",
             f"{taken}, then {resumed.values()}",
             "return every tensor that `add` changes, on the CPU",

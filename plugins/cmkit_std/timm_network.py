@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import timm
+import torch
 from torch import nn
 
 from cmkit import CheckpointError, DownloadError, RecipeError
@@ -19,13 +20,11 @@ Files = Mapping[str, str] | str | None
 def network(name: str, weights: Path, key: str) -> nn.Module:
     """timm's network `name` in evaluation mode, frozen; CheckpointError, which names the recipe's
     `key`, for weights that are not its own."""
-    import torch
-
     with torch.random.fork_rng(devices=[]):
         made = timm.create_model(name).requires_grad_(False).eval()
     own = made.state_dict()
     # Older files lack these counters, of which nothing depends.
-    counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}
+    counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
     load_weights(made, {**counters, **read_weights(weights)}, f"{key}: {weights}")
     return made
 

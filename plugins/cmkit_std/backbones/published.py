@@ -4,11 +4,12 @@ use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Backbone, Precond
+from cmkit.source import inline
 from cmkit_std.preconds.discrete import Discrete
 from cmkit_std.preconds.edm import EDM
 
@@ -36,7 +37,7 @@ def check_published(weights: str, backbone: Backbone, precond: Precond, **option
     for name, needed in options.items():
         if (given := getattr(backbone, name) or False) != needed:
             raise RecipeError(
-                f"{weights}: needs backbone.{name} = {_toml(needed)}, not {_toml(given)}"
+                f"{weights}: needs backbone.{name} = {inline(needed)}, not {inline(given)}"
             )
     publisher, _, file = weights.partition(":")
     trained: Precond = EDM()
@@ -44,16 +45,8 @@ def check_published(weights: str, backbone: Backbone, precond: Precond, **option
     if publisher in ("dit", "guided-diffusion"):
         schedule = _COSINE if file.startswith("64x64") else _LINEAR
         trained = Discrete.model_validate(schedule)
-        said = _toml({"use": "discrete", **schedule})
+        said = inline({"use": "discrete", **schedule})
     if not interchangeable(trained.scalings, precond.scalings):
         raise RecipeError(
             f"{weights}: was trained under other scalings; beside it set precond = {said}"
         )
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + " }"
-    if isinstance(value, str):
-        return f'"{value}"'
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}"

@@ -100,7 +100,8 @@ class Fidelity(Metric):
     """"auto", "timm-NAME" for a network of timm, or any extractor that torch-fidelity knows:
     "cmkit-digits", "inception-v3-compat"."""
     weights: str | None = None
-    """The public file of the extractor's weights; by default where torch keeps its downloads."""
+    """The public file of the extractor's weights; by default where torch keeps its downloads, or
+    for timm-NAME the user's `cmkit/weights/timm/NAME.safetensors`."""
     download: bool = False
     """Fetch missing weights when the recipe is checked; else they are an error."""
     batch: int = Field(64, ge=1, le=65536)
@@ -397,7 +398,7 @@ class FidelityMeter:
 
     def state(self) -> dict[str, Tensor]:
         """What the streams hold; nothing of no image."""
-        return self.streams.state() if self.streams else {}
+        return self.streams.state() if self.streams else dict(self.restored)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a state; at least one image is still to come."""

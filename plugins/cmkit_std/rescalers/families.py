@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import Field
 
 from cmkit.errors import RecipeError
+
+Scale = Annotated[float, Field(ge=-100, le=100)]
+"""What a feature is multiplied by."""
 
 
 def members(family: str, value: float | tuple[float, ...], sites: Iterable[str]) -> list[str]:

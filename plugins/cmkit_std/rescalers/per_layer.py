@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from cmkit.errors import RecipeError
 from cmkit.kinds import Rescaler
-from cmkit_std.rescalers.families import members, spans
+from cmkit_std.rescalers.families import Scale, members, spans
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from cmkit import Scales
-
-Scale = Annotated[float, Field(ge=-100, le=100)]
 
 
 class PerLayer(Rescaler):

@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, model_validator
 
 from cmkit.kinds import Rescaler
-from cmkit_std.rescalers.families import members
+from cmkit_std.rescalers.families import Scale, members
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from cmkit import Scales
-
-Scale = Annotated[float, Field(ge=-100, le=100)]
 
 
 class PerTimestep(Rescaler):
