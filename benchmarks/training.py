@@ -24,11 +24,9 @@ from sampling import CONFIGS, filled, official, official_unet, pick_device_name
 from torch import Tensor, nn
 from turns import Contender, Formatter, add_options, medians
 
-from cmkit import DataSpec, discover
+from cmkit import DataSpec, Models, Rng, discover, shared_dropout
 from cmkit.checkpoint import save_weights
 from cmkit.compose import autocast, pick_device, plan
-from cmkit.denoiser import Models
-from cmkit.noise import Rng, shared_dropout
 from cmkit.recipe import load
 from cmkit.train import Training, start, train
 

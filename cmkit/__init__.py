@@ -13,14 +13,14 @@ _HOMES = {
         " PluginError RecipeError ResourceError"
     ),
     "cmkit.plugins": "Plugin Registry api_version discover hookimpl hookspec",
-    "cmkit.kinds": (
-        "Backbone Companion DataSpec Dataset Layout Meter Metric Objective Part Phase Precond"
-        " Reference Rescaler Sampler"
-    ),
-    "cmkit.noise": "Noise Rng image_labels image_noise permutation shared_dropout",
+    "cmkit.values": "Companion DataSpec Layout Phase Reference",
+    "cmkit.kinds": "Backbone Dataset Meter Metric Objective Part Precond Rescaler Sampler",
+    "cmkit.noise": "Noise",
+    "cmkit.rng": "Rng image_labels image_noise permutation shared_dropout",
     "cmkit.denoiser": (
-        "Cond Denoiser Guided Models Network Scales Scalings consistency_scalings edm_scalings"
+        "Cond Denoiser Guided Network Scales Scalings consistency_scalings edm_scalings"
     ),
+    "cmkit.models": "Models",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME_OF)

@@ -16,13 +16,15 @@ from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit.checkpoint import load_weights
-from cmkit.denoiser import Cond, Denoiser, Guided, Network, interchangeable, traits
+from cmkit.denoiser import Cond, Denoiser, Guided, Network
 from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError
-from cmkit.kinds import Backbone, Companion, DataSpec, Metric, Precond, Rescaler, Sampler
+from cmkit.kinds import Backbone, Metric, Precond, Rescaler, Sampler
 from cmkit.noise import Noise
 from cmkit.plugins import discover
 from cmkit.recipe import Recipe, TeacherTable, load
 from cmkit.source import inline
+from cmkit.traits import interchangeable, traits
+from cmkit.values import Companion, DataSpec
 from cmkit.weights import Weights, adapt, find, read
 
 CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text"})

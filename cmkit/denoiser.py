@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cmkit.noise import Noise
 
 if TYPE_CHECKING:
-    from cmkit.kinds import Phase, Rescaler
+    from cmkit.kinds import Rescaler
 
 Scales = Mapping[str, Tensor]
 """Site -> scale of shape () or (B,); an absent site has scale 1."""
@@ -146,48 +146,6 @@ def consistency_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> 
     return Scalings(c_skip, c_out, variance.rsqrt(), 0.25 * torch.log(sigma + 1e-44))
 
 
-TRAITS = {
-    "boundary": "D(x, sigma_min) follows from x alone: a consistency model",
-    "diffusion": "D(x, sigma_min) does not: a diffusion model",
-    "identity": "D(x, 0) is x",
-    "continuous": "c_noise follows every change of sigma",
-    "edm": "the scalings are EDM's",
-}
-"""What an objective may need of scalings."""
-
-
-def traits(scaling: Scaling, noise: Noise, sigma_data: float) -> frozenset[str]:
-    """Which of `TRAITS` hold on a noise axis, found by trying: nobody has to declare them."""
-    low, high = noise.sigma_min, noise.sigma_max
-    ends = torch.tensor([0.0, low], dtype=torch.float64, device="cpu")
-    zero, first = zip(*(c.tolist() for c in scaling(ends, sigma_data, low)[:2]), strict=True)
-    sigma = _spread(max(low, 1e-3 * high), high)
-    here, above = (scaling(s, sigma_data, low) for s in (sigma, sigma * (1 + 1e-6)))
-    known = edm_scalings(sigma, sigma_data, low)
-    held = {
-        "boundary": first[1] == 0,
-        "diffusion": first[1] != 0,
-        "identity": zero == (1, 0),
-        "continuous": bool((here.c_noise != above.c_noise).all()),
-        "edm": all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(here, known, strict=True)),
-    }
-    return frozenset(name for name, holds in held.items() if holds)
-
-
-def interchangeable(a: Scaling, b: Scaling) -> bool:
-    """Whether a network trained under one is one for the other: its inputs are the same, and so is
-    what its output means, but for a boundary condition near sigma_min."""
-    sigma = _spread(0.1, 10.0)
-    pairs = zip(*(scaling(sigma, 0.5, 1e-9)[1:] for scaling in (a, b)), strict=True)
-    return all(torch.allclose(one, other, rtol=0.005) for one, other in pairs)
-
-
-def _spread(low: float, high: float) -> Tensor:
-    """Noise levels between two, evenly in their logarithm."""
-    u = torch.linspace(0, 1, 50, dtype=torch.float64, device="cpu")
-    return low * (high / low) ** u
-
-
 class Denoiser(nn.Module):
     """x0_hat = c_skip x + c_out F(c_in x, c_noise), with the coefficients of `scalings`.
 
@@ -265,61 +223,3 @@ class Guided(Denoiser):
 def _per_image(c: Tensor, x: Tensor) -> Tensor:
     """(B,) as (B, 1, 1, 1), in the type of x."""
     return c.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-
-
-@dataclass
-class Models:
-    """The copies of one denoiser that training holds; `ema` maps a decay to its copy.
-
-    With `ema_warmup` a decay is capped by (1 + step) / (10 + step), so that the first, untrained
-    weights are forgotten. `companions` are the further networks that the objective trains, by name.
-    `terms` is what `total` has added up since the last log line: by name,
-    the sum of means and their number, (2,) float32.
-    """
-
-    online: Denoiser
-    target: Denoiser
-    teacher: Denoiser | None = None
-    ema: dict[float, Denoiser] = field(default_factory=dict)
-    ema_warmup: bool = False
-    companions: Mapping[str, nn.Module] = field(default_factory=dict)
-    terms: dict[str, Tensor] = field(default_factory=dict, init=False)
-
-    def total(self, **terms: Tensor) -> Tensor:
-        """The sum, (B,), of an objective's terms (B,), whose means the training log shows by name.
-
-        An error about a loss that is not finite names the term. Nothing leaves the device.
-        """
-        for name, term in terms.items():
-            if name not in self.terms:
-                self.terms[name] = torch.zeros(2, device=term.device)
-            kept = self.terms[name]
-            kept[0] += term.detach().mean()
-            kept[1] += 1
-        first, *others = terms.values()
-        for term in others:
-            first = first + term
-        return first
-
-    @torch.no_grad()
-    def update(self, phase: Phase) -> None:
-        """Move the target and every EMA towards the online weights, one fused call a copy.
-
-        The target takes decay `phase.target_ema`; where the objective keeps no target of its own,
-        it is the online network itself and is left alone.
-        """
-        if not phase.update:
-            return
-        online: list[Tensor] = list(self.online.parameters())
-        if self.target is not self.online:
-            torch._foreach_lerp_(list(self.target.parameters()), online, 1 - phase.target_ema)
-        cap = (1 + phase.step) / (10 + phase.step) if self.ema_warmup else 1.0
-        for decay, copied in self.ema.items():
-            torch._foreach_lerp_(list(copied.parameters()), online, 1 - min(decay, cap))
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Make the online weights those of every other copy, the teacher among them."""
-        for copied in (self.target, self.teacher, *self.ema.values()):
-            if copied is not None:
-                copied.network.load_state_dict(self.online.network.state_dict())

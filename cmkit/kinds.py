@@ -9,93 +9,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from cmkit.values import Companion, DataSpec, Layout, Phase, Reference
+
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.utils.data import Dataset as Images
 
-    from cmkit.denoiser import Cond, Denoiser, Models, Network, Scales, Scalings
-    from cmkit.noise import Noise, Rng
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """What a data set tells the other parts. `num_classes` is None when there are no labels."""
-
-    channels: int
-    resolution: int
-    num_classes: int | None = None
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Real images that metrics compare with.
-
-    `images[i]` is (C, H, W) uint8; `fingerprint` changes whenever a pixel does. `statistics` are
-    published Inception features, {"mu": (d,), "sigma": (d, d)} float64, of a larger set than
-    `images`, and "mu_s", "sigma_s" those of ADM's spatial features: where they are, Frechet
-    distances use them.
-    """
-
-    images: Images[Tensor]
-    fingerprint: str
-    statistics: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Where training stands, by arithmetic on the step alone.
-
-    `num_sigmas` is N, the points of the sigma grid; `target_ema` is mu of the target network;
-    `log` holds further numbers worth showing. After a step with `renew_teacher` the teacher takes
-    the online weights, from which the averages and the optimizer start anew. A step without
-    `update` leaves the target and the averages alone: it teaches companions only.
-    """
-
-    step: int
-    num_sigmas: int | None = None
-    target_ema: float = 0.0
-    log: Mapping[str, float] = field(default_factory=dict)
-    renew_teacher: bool = False
-    update: bool = True
-
-
-@dataclass(frozen=True)
-class Companion:
-    """A network that an objective trains beside the denoiser: a discriminator, a learned weight.
-
-    `lr` warms up and decays as that of [train]; it and `betas` are those of [train] where absent.
-    Parameters that require no gradient, such as those of a pretrained feature network, are not
-    kept in checkpoints: `Objective.companions` makes them again.
-    """
-
-    network: nn.Module
-    lr: float | None = None
-    betas: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How another project names, shapes and orders the weights of a backbone.
-
-    Values may be on the meta device: names and shapes are checked before any weight is read.
-    """
-
-    name: str
-    """The project, such as "openai"."""
-    matches: Callable[[Mapping[str, Tensor]], bool]
-    """Whether weights have this layout, judged by names and numbers of axes alone."""
-    read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    """Theirs, under the names of the network's own state dict; unknown names stay as they are."""
-    write: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    """The network's own, as the project stores them; read(write(x)) is x, bit for bit."""
-    config: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
-    """What `config.json` beside the network's own weights must hold, where the project wants it."""
+    from cmkit.denoiser import Cond, Denoiser, Network, Scales, Scalings
+    from cmkit.models import Models
+    from cmkit.noise import Noise
+    from cmkit.rng import Rng
 
 
 class Part(BaseModel):

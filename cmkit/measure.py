@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from cmkit.errors import NonFiniteError
-from cmkit.kinds import Meter, Metric, Reference
+from cmkit.kinds import Meter, Metric
 from cmkit.sample import SavedImages
+from cmkit.values import Reference
 
 
 class Images(TorchDataset[Tensor]):

@@ -19,16 +19,8 @@ from cmkit.plugins import Registry
 from cmkit.source import Source, meant, read
 
 if TYPE_CHECKING:
-    from cmkit.kinds import (
-        Backbone,
-        Dataset,
-        DataSpec,
-        Metric,
-        Objective,
-        Precond,
-        Rescaler,
-        Sampler,
-    )
+    from cmkit.kinds import Backbone, Dataset, Metric, Objective, Precond, Rescaler, Sampler
+    from cmkit.values import DataSpec
 
 Precision = Literal["auto", "fp32", "bf16"]
 Decay = Annotated[float, Field(gt=0, lt=1)]

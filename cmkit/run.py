@@ -23,7 +23,7 @@ from cmkit import checkpoint as files
 from cmkit.compose import Plan, at, check_disk, precision, ready, with_values
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError, ResourceError
-from cmkit.kinds import DataSpec, Reference, Rescaler
+from cmkit.kinds import Rescaler
 from cmkit.measure import measure
 from cmkit.pictures import grid_png
 from cmkit.plugins import Registry
@@ -45,6 +45,7 @@ from cmkit.search import (
 )
 from cmkit.stop import StopSignal
 from cmkit.train import Step, Training, start, train
+from cmkit.values import DataSpec, Reference
 from cmkit.weights import Downloaded, download
 
 STAGES = ("train", "search", "sample", "metric")

@@ -17,8 +17,9 @@ from torch.utils.data import Dataset as TorchDataset
 from cmkit.compose import autocast
 from cmkit.denoiser import Cond, Denoiser
 from cmkit.errors import NonFiniteError
-from cmkit.kinds import DataSpec, Sampler
-from cmkit.noise import image_labels, image_noise
+from cmkit.kinds import Sampler
+from cmkit.rng import image_labels, image_noise
+from cmkit.values import DataSpec
 
 
 @dataclass(frozen=True)

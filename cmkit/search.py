@@ -16,10 +16,11 @@ from torch import Tensor
 from cmkit.compose import Plan, autocast, cells, minimized, with_values
 from cmkit.denoiser import Denoiser, Encodings
 from cmkit.errors import NonFiniteError
-from cmkit.kinds import Meter, Reference, Rescaler
+from cmkit.kinds import Meter, Rescaler
 from cmkit.measure import meter
 from cmkit.recipe import Recipe
 from cmkit.sample import Draws, RepeatedDraws, starts, to_uint8
+from cmkit.values import Reference
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from cmkit.checkpoint import Checkpoint, load_weights
 from cmkit.compose import Plan, autocast, build, build_companions, build_teacher
-from cmkit.denoiser import Denoiser, Models
+from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError, NonFiniteError
-from cmkit.kinds import Companion
-from cmkit.noise import Rng, shared_dropout
+from cmkit.models import Models
 from cmkit.recipe import TrainTable
+from cmkit.rng import Rng, shared_dropout
+from cmkit.values import Companion
 
 
 @dataclass(frozen=True)

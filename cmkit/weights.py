@@ -32,7 +32,8 @@ from cmkit.source import meant
 
 if TYPE_CHECKING:
     from cmkit.denoiser import Network
-    from cmkit.kinds import Backbone, Layout
+    from cmkit.kinds import Backbone
+    from cmkit.values import Layout
 
 DIFFUSERS = "diffusion_pytorch_model"
 _BLOCK = 1 << 20

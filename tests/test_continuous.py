@@ -13,8 +13,7 @@ from cmkit_std.objectives.ct import CT
 from cmkit_std.objectives.limits import levels, limit, tangent
 from pydantic import ValidationError
 
-from cmkit import Cond, Denoiser, Models, Noise, Phase, Rng
-from cmkit.kinds import DataSpec
+from cmkit import Cond, DataSpec, Denoiser, Models, Noise, Phase, Rng
 from tests.toys import GaussianDenoiser, GaussianFlow, TinyNetwork
 
 CPU = torch.device("cpu")

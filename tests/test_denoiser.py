@@ -2,8 +2,7 @@ import pytest
 import torch
 from cmkit_std.rescalers.global_ import Global
 
-from cmkit import Denoiser, Models, Noise, Phase, RecipeError
-from cmkit.denoiser import consistency_scalings, edm_scalings
+from cmkit import Denoiser, Models, Noise, Phase, RecipeError, consistency_scalings, edm_scalings
 from tests.toys import TinyNetwork
 
 

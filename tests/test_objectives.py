@@ -11,8 +11,7 @@ from cmkit_std.objectives.pd import PD
 from cmkit_std.objectives.weightings import weighting
 from pydantic import ValidationError
 
-from cmkit import Cond, Denoiser, DownloadError, Models, Noise, Phase, Rng, edm_scalings
-from cmkit.kinds import DataSpec
+from cmkit import Cond, DataSpec, Denoiser, DownloadError, Models, Noise, Phase, Rng, edm_scalings
 from tests.toys import GaussianDenoiser, GaussianFlow, TinyNetwork
 
 CPU = torch.device("cpu")

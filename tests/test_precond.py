@@ -32,9 +32,9 @@ from cmkit import (
     edm_scalings,
 )
 from cmkit.compose import build, build_teacher, plan
-from cmkit.denoiser import interchangeable, traits
 from cmkit.recipe import load, schema
 from cmkit.testing import check_precond
+from cmkit.traits import interchangeable, traits
 from tests.toys import TinyNetwork
 
 LINEAR = {"spacing": "linear", "beta_start": 1e-4, "beta_end": 0.02}

@@ -10,9 +10,8 @@ from cmkit_std.rescalers.global_ import Global
 from cmkit_std.samplers.multistep import Multistep
 from torch import Tensor
 
-from cmkit import Cond, DataSpec, Denoiser
+from cmkit import Backbone, Cond, DataSpec, Denoiser
 from cmkit.denoiser import Encodings
-from cmkit.kinds import Backbone
 from cmkit.search import _rows
 
 SMALL = {"channels": 32, "channel_mult": (1, 2, 3), "num_res_blocks": 1, "num_head_channels": 16}

@@ -7,11 +7,12 @@ from torch import nn
 
 from cmkit.denoiser import Network
 from cmkit.errors import CheckpointError
-from cmkit.kinds import Backbone, DataSpec
+from cmkit.kinds import Backbone
 from cmkit.testing.fields import check_fields
 from cmkit.testing.network import check_network, network_input, run
 from cmkit.testing.protocol import Says
 from cmkit.testing.subjects import CONDITIONS, DIGITS, META, equal
+from cmkit.values import DataSpec
 
 
 def check_backbone(backbone: Backbone, data: DataSpec = DIGITS, compile: bool = True) -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from cmkit.denoiser import Cond
-from cmkit.kinds import Dataset, DataSpec, Reference
+from cmkit.kinds import Dataset
 from cmkit.testing.fields import check_fields
 from cmkit.testing.protocol import Says, told
 from cmkit.testing.subjects import CPU, image_shape
+from cmkit.values import DataSpec, Reference
 
 
 def check_dataset(dataset: Dataset) -> None:

@@ -8,12 +8,13 @@ import math
 import torch
 from torch import Tensor
 
-from cmkit.kinds import DataSpec, Metric, Reference
+from cmkit.kinds import Metric
 from cmkit.measure import Images
-from cmkit.noise import image_noise
+from cmkit.rng import image_noise
 from cmkit.testing.fields import check_fields
 from cmkit.testing.protocol import Says
 from cmkit.testing.subjects import CPU, DIGITS, image_shape
+from cmkit.values import DataSpec, Reference
 
 
 def check_metric(

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from cmkit.denoiser import Cond, Denoiser, Network
-from cmkit.kinds import DataSpec
-from cmkit.noise import Noise, image_noise
+from cmkit.noise import Noise
+from cmkit.rng import image_noise
 from cmkit.testing.protocol import Says
 from cmkit.testing.subjects import close, equal, image_shape
+from cmkit.values import DataSpec
 
 
 def check_network(

@@ -9,19 +9,16 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cmkit.denoiser import (
-    TRAITS,
-    Cond,
-    Denoiser,
-    Models,
-    consistency_scalings,
-    edm_scalings,
-)
-from cmkit.kinds import DataSpec, Objective, Phase
-from cmkit.noise import Noise, Rng, image_noise
+from cmkit.denoiser import Cond, Denoiser, consistency_scalings, edm_scalings
+from cmkit.kinds import Objective
+from cmkit.models import Models
+from cmkit.noise import Noise
+from cmkit.rng import Rng, image_noise
 from cmkit.testing.fields import check_fields
 from cmkit.testing.protocol import Says, told
 from cmkit.testing.subjects import CONDITIONS, CPU, DIGITS, Small, image_shape
+from cmkit.traits import TRAITS
+from cmkit.values import DataSpec, Phase
 
 
 def check_objective(objective: Objective, data: DataSpec = DIGITS) -> None:

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from cmkit.denoiser import Cond, Denoiser
-from cmkit.kinds import DataSpec, Sampler
-from cmkit.noise import Noise, image_noise
+from cmkit.kinds import Sampler
+from cmkit.noise import Noise
+from cmkit.rng import image_noise
 from cmkit.testing.fields import check_fields
 from cmkit.testing.protocol import Says, told
 from cmkit.testing.subjects import CPU, DIGITS, META, Small, close, image_shape
+from cmkit.values import DataSpec
 
 
 def check_sampler(sampler: Sampler, data: DataSpec = DIGITS) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cmkit.denoiser import Cond, Network
-from cmkit.kinds import DataSpec
+from cmkit.values import DataSpec
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 DIGITS = DataSpec(channels=1, resolution=8, num_classes=10)

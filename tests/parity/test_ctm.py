@@ -29,8 +29,18 @@ from cmkit_std.samplers.steps import falling
 from cmkit_std.trajectory import denoised, jump, kept_share
 from torch import Tensor
 
-from cmkit import Cond, DataSpec, Denoiser, Models, Network, Noise, Phase
-from cmkit.denoiser import NO_COND, consistency_scalings, edm_scalings
+from cmkit import (
+    Cond,
+    DataSpec,
+    Denoiser,
+    Models,
+    Network,
+    Noise,
+    Phase,
+    consistency_scalings,
+    edm_scalings,
+)
+from cmkit.denoiser import NO_COND
 from tests.parity import harness, test_edm
 from tests.parity.test_openai_unet import options_of
 

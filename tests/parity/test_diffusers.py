@@ -27,8 +27,7 @@ from cmkit_std.samplers import lcm
 from cmkit_std.samplers.multistep import Multistep
 from torch import Tensor
 
-from cmkit import Cond, Denoiser, Models, Network, Noise
-from cmkit.denoiser import consistency_scalings, edm_scalings
+from cmkit import Cond, Denoiser, Models, Network, Noise, consistency_scalings, edm_scalings
 from tests.parity import harness
 from tests.parity.test_openai_denoiser import known_keys
 from tests.parity.test_openai_samplers import formula

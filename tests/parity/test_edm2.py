@@ -25,8 +25,7 @@ from cmkit_std.backbones.edm2_network import (
 )
 from torch import Tensor, nn
 
-from cmkit import Cond, DataSpec, Denoiser, edm_scalings
-from cmkit.kinds import Layout
+from cmkit import Cond, DataSpec, Denoiser, Layout, edm_scalings
 from tests.parity import harness
 
 FIGURES = harness.Figures("edm2.json")

@@ -11,8 +11,7 @@ from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.adm_layouts import places
 from cmkit_std.backbones.adm_unet import UNet
 
-from cmkit import Cond, DataSpec, Denoiser, edm_scalings
-from cmkit.kinds import Layout
+from cmkit import Cond, DataSpec, Denoiser, Layout, edm_scalings
 from tests.parity import harness
 
 FIGURES = harness.Figures("edm.json")

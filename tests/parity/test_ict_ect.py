@@ -15,8 +15,7 @@ from cmkit_std.objectives.ct import CT
 from cmkit_std.objectives.distances import huber_c, pseudo_huber
 from cmkit_std.objectives.ict import ICT, lognormal_mass
 
-from cmkit import Cond, Denoiser, Models, Noise
-from cmkit.denoiser import consistency_scalings
+from cmkit import Cond, Denoiser, Models, Noise, consistency_scalings
 from tests.parity import harness
 from tests.toys import TinyNetwork
 

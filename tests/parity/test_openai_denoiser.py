@@ -12,8 +12,8 @@ from cmkit_std.objectives.schedules import adaptive_num_sigmas, halving_num_step
 from cmkit_std.objectives.weightings import weighting
 from cmkit_std.samplers.ancestral import ancestral_step
 
-from cmkit import Cond, Denoiser, Models, Noise
-from cmkit.denoiser import Scaling, consistency_scalings, edm_scalings
+from cmkit import Cond, Denoiser, Models, Noise, consistency_scalings, edm_scalings
+from cmkit.denoiser import Scaling
 from tests.parity import harness
 from tests.parity.test_openai_unet import BOTH, options_of
 

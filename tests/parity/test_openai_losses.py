@@ -17,8 +17,17 @@ from cmkit_std.objectives.ct import CT
 from cmkit_std.objectives.pd import PD
 
 import cmkit.train
-from cmkit import Cond, Denoiser, Models, Noise, Objective, Phase
-from cmkit.denoiser import Scaling, consistency_scalings, edm_scalings
+from cmkit import (
+    Cond,
+    Denoiser,
+    Models,
+    Noise,
+    Objective,
+    Phase,
+    consistency_scalings,
+    edm_scalings,
+)
+from cmkit.denoiser import Scaling
 from cmkit.recipe import TrainTable
 from tests.parity import harness
 from tests.parity.test_openai_unet import options_of

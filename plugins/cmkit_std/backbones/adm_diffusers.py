@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cmkit import DataSpec, Layout
 from cmkit.errors import CheckpointError
-from cmkit.kinds import DataSpec, Layout
 from cmkit_std.backbones.adm_layouts import TIME_SCALE, head_widths, places
 from cmkit_std.backbones.fitting import check_time_scale
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from cmkit import DataSpec, Layout
 from cmkit.errors import CheckpointError
-from cmkit.kinds import DataSpec, Layout
 from cmkit_std.backbones.adm_layouts import head_widths, is_qkv, places, regrouped
 
 if TYPE_CHECKING:

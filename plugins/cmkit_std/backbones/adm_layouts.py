@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
-from cmkit.kinds import Layout
+from cmkit import Layout
 from cmkit_std.backbones.fitting import check_time_scale
 
 if TYPE_CHECKING:

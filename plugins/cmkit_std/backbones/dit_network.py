@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cmkit.denoiser import Cond, Network, Scales
+from cmkit import Cond, Network, Scales
 from cmkit_std.backbones.adm_unet import (
     GUIDANCE_WAVES,
     MAX_PERIOD,

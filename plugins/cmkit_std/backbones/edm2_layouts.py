@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cmkit.kinds import Layout
+from cmkit import Layout
 from cmkit_std.backbones.adm_layouts import regrouped
 from cmkit_std.backbones.songunet_layouts import official_key, own_key
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cmkit import Backbone, DataSpec
 from cmkit.errors import CheckpointError, RecipeError
-from cmkit.kinds import Backbone, DataSpec
 
 
 def with_preset(given: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from cmkit import Backbone, Precond
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, Precond
 from cmkit.source import inline
 from cmkit_std.preconds.discrete import Discrete
 from cmkit_std.preconds.edm import EDM
@@ -32,7 +32,7 @@ def published(publisher: str, files: Iterable[str]) -> dict[str, str]:
 def check_published(weights: str, backbone: Backbone, precond: Precond, **options: Any) -> None:
     """RecipeError unless these published weights are used with their `options` of the backbone, and
     with a precond that gives the network what it was trained on."""
-    from cmkit.denoiser import interchangeable
+    from cmkit.traits import interchangeable
 
     for name, needed in options.items():
         if (given := getattr(backbone, name) or False) != needed:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cmkit import Backbone, DataSpec, Layout, Precond
 from cmkit.errors import RecipeError
-from cmkit.kinds import Backbone, DataSpec, Layout, Precond
 from cmkit_std.backbones.fitting import check_conditions, check_levels, unet_inputs, with_preset
 from cmkit_std.backbones.published import check_published, published
 

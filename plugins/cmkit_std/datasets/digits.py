@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cmkit import DataError
-from cmkit.kinds import Dataset, DataSpec, Reference
+from cmkit import DataError, Dataset, DataSpec, Reference
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ def batch_indices(n: int, size: int, seed: int, start: int = 0) -> Iterator[np.n
     Each epoch is one shuffle of all n images; batches run across the border of epochs, so every
     image is seen exactly once an epoch whatever the batch size.
     """
-    from cmkit.noise import permutation
+    from cmkit import permutation
 
     epoch, offset = divmod(start * size, n)
     order = permutation(seed, "data", epoch, n)

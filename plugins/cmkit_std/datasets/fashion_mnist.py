@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cmkit import DataError
-from cmkit.kinds import Dataset, DataSpec, Reference
+from cmkit import DataError, Dataset, DataSpec, Reference
 from cmkit_std.datasets.idx import read_idx
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cmkit import DataError
-from cmkit.kinds import Dataset, DataSpec, Reference
+from cmkit import DataError, Dataset, DataSpec, Reference
 
 if TYPE_CHECKING:
     import torch

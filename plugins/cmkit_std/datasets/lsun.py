@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from cmkit import DataError
-from cmkit.kinds import Dataset, DataSpec, Reference
+from cmkit import DataError, Dataset, DataSpec, Reference
 from cmkit_std.datasets.image_folder import ImageFolder
 
 if TYPE_CHECKING:

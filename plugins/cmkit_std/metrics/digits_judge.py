@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from cmkit import DataError
-from cmkit.kinds import DataSpec, Metric, Reference
+from cmkit import DataError, DataSpec, Metric, Reference
 
 if TYPE_CHECKING:
     import torch

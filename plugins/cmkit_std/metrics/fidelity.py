@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from cmkit import CheckpointError, DataError, DownloadError, NonFiniteError, RecipeError
-from cmkit.kinds import DataSpec, Metric, Reference
+from cmkit import (
+    CheckpointError,
+    DataError,
+    DataSpec,
+    DownloadError,
+    Metric,
+    NonFiniteError,
+    RecipeError,
+    Reference,
+)
 
 if TYPE_CHECKING:
     import torch

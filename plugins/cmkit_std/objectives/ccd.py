@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import model_validator
 
 import cmkit
-from cmkit.kinds import DataSpec, Objective, Phase
+from cmkit import DataSpec, Objective, Phase
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import cmkit
-from cmkit.kinds import DataSpec, Objective, Phase
+from cmkit import DataSpec, Objective, Phase
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:

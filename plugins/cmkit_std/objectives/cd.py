@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 import cmkit
-from cmkit.kinds import Objective, Phase
+from cmkit import Objective, Phase
 from cmkit_std.objectives.comparison import Comparison
 from cmkit_std.objectives.schedules import adaptive_num_sigmas, adaptive_target_ema
 

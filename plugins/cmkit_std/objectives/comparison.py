@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cmkit.kinds import DataSpec, Part
+from cmkit import DataSpec, Part
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:

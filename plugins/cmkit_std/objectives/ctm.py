@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 import cmkit
+from cmkit import Companion, DataSpec, Objective, Phase
 from cmkit.errors import RecipeError
-from cmkit.kinds import Companion, DataSpec, Objective, Phase
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:

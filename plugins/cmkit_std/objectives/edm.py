@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 import cmkit
+from cmkit import Objective, Phase
 from cmkit.errors import RecipeError
-from cmkit.kinds import Objective, Phase
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, model_validator
 
 import cmkit
-from cmkit.kinds import Objective, Phase
+from cmkit import Objective, Phase
 
 if TYPE_CHECKING:
     import torch

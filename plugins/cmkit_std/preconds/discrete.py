@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from cmkit import Precond
 from cmkit.errors import RecipeError
-from cmkit.kinds import Precond
 from cmkit_std.preconds.schedule import Schedule, Spacing
 
 if TYPE_CHECKING:

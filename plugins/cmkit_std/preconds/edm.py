@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cmkit.kinds import Precond
+from cmkit import Precond
 
 if TYPE_CHECKING:
     from torch import Tensor

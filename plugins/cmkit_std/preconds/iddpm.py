@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit.kinds import Precond
+from cmkit import Precond
 from cmkit_std.preconds.schedule import Cosine
 
 if TYPE_CHECKING:

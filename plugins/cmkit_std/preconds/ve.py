@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit.kinds import Precond
+from cmkit import Precond
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit.kinds import Rescaler
+from cmkit import Rescaler
 from cmkit_std.rescalers.families import members
 
 if TYPE_CHECKING:

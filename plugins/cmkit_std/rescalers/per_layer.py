@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from cmkit import Rescaler
 from cmkit.errors import RecipeError
-from cmkit.kinds import Rescaler
 from cmkit_std.rescalers.families import Scale, members, spans
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
-from cmkit.kinds import Rescaler
+from cmkit import Rescaler
 from cmkit_std.rescalers.families import Scale, members
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from cmkit import Sampler
 from cmkit.errors import RecipeError
-from cmkit.kinds import Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit.kinds import Sampler
+from cmkit import Sampler
 from cmkit_std.samplers.ancestral import ancestral_step
 from cmkit_std.samplers.steps import estimate, falling
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit.kinds import Sampler
+from cmkit import Sampler
 from cmkit_std.samplers.ablation import Ablation
 from cmkit_std.samplers.steps import Churn
 

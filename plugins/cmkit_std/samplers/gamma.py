@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
+from cmkit import Sampler
 from cmkit.errors import RecipeError
-from cmkit.kinds import Sampler
 from cmkit_std.samplers.steps import falling
 
 if TYPE_CHECKING:

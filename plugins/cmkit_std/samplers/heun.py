@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from cmkit.kinds import Sampler
+from cmkit import Sampler
 from cmkit_std.samplers.steps import Churn, estimate, falling
 
 if TYPE_CHECKING:

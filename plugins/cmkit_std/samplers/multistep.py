@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
+from cmkit import Sampler
 from cmkit.errors import RecipeError
-from cmkit.kinds import Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor

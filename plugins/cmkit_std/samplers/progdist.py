@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit.kinds import Sampler
+from cmkit import Sampler
 from cmkit_std.samplers.steps import estimate, falling
 
 if TYPE_CHECKING:

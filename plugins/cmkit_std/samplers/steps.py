@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from cmkit.kinds import Part
+from cmkit import Part
 
 if TYPE_CHECKING:
     from torch import Tensor

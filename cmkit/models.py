@@ -1,0 +1,73 @@
+"""The copies of one denoiser that training holds: online, target, teacher, averages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cmkit.denoiser import Denoiser
+
+if TYPE_CHECKING:
+    from cmkit.values import Phase
+
+
+@dataclass
+class Models:
+    """The copies of one denoiser that training holds; `ema` maps a decay to its copy.
+
+    With `ema_warmup` a decay is capped by (1 + step) / (10 + step), so that the first, untrained
+    weights are forgotten. `companions` are the further networks that the objective trains, by name.
+    `terms` is what `total` has added up since the last log line: by name,
+    the sum of means and their number, (2,) float32.
+    """
+
+    online: Denoiser
+    target: Denoiser
+    teacher: Denoiser | None = None
+    ema: dict[float, Denoiser] = field(default_factory=dict)
+    ema_warmup: bool = False
+    companions: Mapping[str, nn.Module] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def total(self, **terms: Tensor) -> Tensor:
+        """The sum, (B,), of an objective's terms (B,), whose means the training log shows by name.
+
+        An error about a loss that is not finite names the term. Nothing leaves the device.
+        """
+        for name, term in terms.items():
+            if name not in self.terms:
+                self.terms[name] = torch.zeros(2, device=term.device)
+            kept = self.terms[name]
+            kept[0] += term.detach().mean()
+            kept[1] += 1
+        first, *others = terms.values()
+        for term in others:
+            first = first + term
+        return first
+
+    @torch.no_grad()
+    def update(self, phase: Phase) -> None:
+        """Move the target and every EMA towards the online weights, one fused call a copy.
+
+        The target takes decay `phase.target_ema`; where the objective keeps no target of its own,
+        it is the online network itself and is left alone.
+        """
+        if not phase.update:
+            return
+        online: list[Tensor] = list(self.online.parameters())
+        if self.target is not self.online:
+            torch._foreach_lerp_(list(self.target.parameters()), online, 1 - phase.target_ema)
+        cap = (1 + phase.step) / (10 + phase.step) if self.ema_warmup else 1.0
+        for decay, copied in self.ema.items():
+            torch._foreach_lerp_(list(copied.parameters()), online, 1 - min(decay, cap))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Make the online weights those of every other copy, the teacher among them."""
+        for copied in (self.target, self.teacher, *self.ema.values()):
+            if copied is not None:
+                copied.network.load_state_dict(self.online.network.state_dict())
