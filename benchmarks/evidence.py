@@ -29,7 +29,7 @@ import tomlkit
 import torch
 
 from cmkit import __version__
-from cmkit.checkpoint import atomic_write
+from cmkit.files import atomic_write
 from cmkit.pictures import grid_png
 
 SECOND = 0.821

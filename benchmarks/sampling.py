@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from turns import Contender, Formatter, add_options, medians
 
 from cmkit import Cond, DataSpec, Denoiser
-from cmkit.compose import autocast, pick_device, precision
+from cmkit.device import autocast, pick_device, precision
 
 HEADS = {"num_head_channels": 32, "resblock_updown": True}
 CONFIGS = {

@@ -17,8 +17,8 @@ from sampling import CONFIGS, filled, finished
 from torch import Tensor
 
 from cmkit import Cond, DataSpec, Denoiser
-from cmkit.compose import autocast, pick_device
 from cmkit.denoiser import Encodings
+from cmkit.device import autocast, pick_device
 
 
 def main() -> None:

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from turns import Contender, Formatter, add_options, medians
 
 from cmkit import DataSpec, Models, Rng, discover, shared_dropout
-from cmkit.checkpoint import save_weights
-from cmkit.compose import autocast, pick_device, plan
+from cmkit.compose import plan
+from cmkit.device import autocast, pick_device
 from cmkit.recipe import load
+from cmkit.tensors import save_weights
 from cmkit.train import Training, start, train
 
 EMAS = (0.999, 0.9999, 0.99994322)

@@ -78,7 +78,7 @@ def run(
     stop = StopSignal()
     stop.listen()
     plan, registry = _plan(recipe, set)
-    from cmkit.compose import pick_device
+    from cmkit.device import pick_device
     from cmkit.run import RunFinished, run, run_folder
     from cmkit.ui import Display
 
@@ -108,7 +108,8 @@ def check(
 ) -> None:
     """Check all that `run` would check, and say what it would cost, without running."""
     plan, _ = _plan(recipe, set)
-    from cmkit.compose import check_disk, pick_device
+    from cmkit.compose import check_disk
+    from cmkit.device import pick_device
     from cmkit.run import run_folder
 
     chosen = pick_device(device)
@@ -152,7 +153,7 @@ def sample(
 ) -> None:
     """Draw images from a finished run, with the scales that its search found, or from a recipe
     with weights. An image depends on the seed and its number alone."""
-    from cmkit.compose import pick_device
+    from cmkit.device import pick_device
     from cmkit.draw import draw
 
     recipe, chosen = _drawn_from(source, set, count), pick_device(device)
@@ -193,7 +194,7 @@ def edit(
 ) -> None:
     """Edit pictures with a consistency model that was never trained for it: what is known of a
     picture stays, and the model makes up the rest."""
-    from cmkit.compose import pick_device
+    from cmkit.device import pick_device
     from cmkit.draw import Task, redraw
 
     recipe, chosen = _drawn_from(source, set, len(pictures)), pick_device(device)

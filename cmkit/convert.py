@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cmkit.checkpoint import atomic_write, load_weights, new_folder, same_shapes, save_weights
 from cmkit.compose import conditions_of
 from cmkit.errors import CheckpointError, CmkitError, PluginError, RecipeError
+from cmkit.files import atomic_write, new_folder
 from cmkit.kinds import Backbone
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
 from cmkit.source import meant
+from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout
 from cmkit.weights import DIFFUSERS, Downloaded, Weights, adapt, download, find, read
 

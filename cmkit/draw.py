@@ -12,20 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmkit.checkpoint import atomic_write, new_folder
-from cmkit.compose import (
-    Plan,
-    autocast,
-    check_disk,
-    fit,
-    noise_of,
-    ready,
-    traits_of,
-    with_values,
-)
+from cmkit.compose import Plan, check_disk, fit, noise_of, ready, traits_of, with_values
 from cmkit.denoiser import Denoiser
+from cmkit.device import autocast
 from cmkit.edit import Projection, brightness, check_levels, colorize, edit, inpaint, superres
 from cmkit.errors import CheckpointError, RecipeError, ResourceError
+from cmkit.files import atomic_write, new_folder
 from cmkit.noise import Noise
 from cmkit.pictures import grid_png, png, read_picture
 from cmkit.plugins import Registry

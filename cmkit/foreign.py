@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmkit.checkpoint import save_weights
 from cmkit.errors import CheckpointError, CmkitError, ResourceError
+from cmkit.tensors import save_weights
 
 MAX_BYTES = 64 << 30
 ENTRIES = ("ema", "model_ema", "state_dict", "model", "net")

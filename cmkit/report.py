@@ -35,7 +35,7 @@ def write_report(folder: Path) -> Path:
     Raises CheckpointError when report.json is missing or not one that cmkit wrote, DataError when
     a picture is outside the folder or is no PNG, ResourceError when the disk refuses.
     """
-    from cmkit.checkpoint import atomic_write
+    from cmkit.files import atomic_write
 
     path = folder / "report.json"
     report = _scrub(_read(path))

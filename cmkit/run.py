@@ -20,8 +20,9 @@ import torch
 
 import cmkit
 from cmkit import checkpoint as files
-from cmkit.compose import Plan, at, check_disk, precision, ready, with_values
+from cmkit.compose import Plan, at, check_disk, ready, with_values
 from cmkit.denoiser import Denoiser
+from cmkit.device import precision
 from cmkit.errors import CheckpointError, ResourceError
 from cmkit.kinds import Rescaler
 from cmkit.measure import measure

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from cmkit.compose import autocast
 from cmkit.denoiser import Cond, Denoiser
+from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Sampler
 from cmkit.rng import image_labels, image_noise

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmkit.compose import Plan, autocast, cells, minimized, with_values
+from cmkit.compose import Plan, cells, minimized, with_values
 from cmkit.denoiser import Denoiser, Encodings
+from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Meter, Rescaler
 from cmkit.measure import meter

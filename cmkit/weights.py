@@ -20,15 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cmkit.checkpoint import (
-    atomic_write,
-    cache_folder,
-    is_pickle,
-    lock,
-    read_weights,
-)
+from cmkit.checkpoint import read_weights
 from cmkit.errors import CheckpointError, DownloadError, ResourceError
+from cmkit.files import atomic_write, cache_folder, lock
 from cmkit.source import meant
+from cmkit.tensors import is_pickle
 
 if TYPE_CHECKING:
     from cmkit.denoiser import Network

@@ -12,9 +12,9 @@ from cmkit_std.backbones.adm import ADM
 from safetensors.torch import load_file
 
 from cmkit import CheckpointError, DataSpec, RecipeError, discover
-from cmkit.checkpoint import save_weights
 from cmkit.convert import convert
 from cmkit.recipe import load
+from cmkit.tensors import save_weights
 
 RECIPE = """
 name = "small"

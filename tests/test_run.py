@@ -26,14 +26,16 @@ from cmkit import (
     NonFiniteError,
     discover,
 )
-from cmkit.checkpoint import latest_checkpoint, load_weights, lock, read_jsonl, read_weights
+from cmkit.checkpoint import latest_checkpoint, read_weights
 from cmkit.compose import build, plan, with_values
 from cmkit.draw import draw, drawn_from
+from cmkit.files import lock, read_jsonl
 from cmkit.recipe import load
 from cmkit.run import RunFinished, Sampled, Saved, StageStarted, _keep_recipe, run
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
 from cmkit.search import Cell, Drawn, best, interval, search, verdict
 from cmkit.stop import StopSignal
+from cmkit.tensors import load_weights
 from cmkit.train import Step
 
 RECIPE = """\

@@ -23,7 +23,7 @@ from cmkit_std.backbones.adm import ADM
 from torch import Tensor, nn
 
 from cmkit import CheckpointError, DownloadError
-from cmkit.checkpoint import save_weights
+from cmkit.tensors import save_weights
 from cmkit.weights import Weights, download, find, read
 from tests.toys import TinyNetwork
 

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from cmkit import CheckpointError, DownloadError, RecipeError
-from cmkit.checkpoint import cache_folder, load_weights, read_weights
+from cmkit.checkpoint import read_weights
+from cmkit.files import cache_folder
+from cmkit.tensors import load_weights
 
 Files = Mapping[str, str] | str | None
 """Weights of networks: a file for each name, or a folder; None = the user's cache."""

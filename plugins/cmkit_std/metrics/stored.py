@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from cmkit import CheckpointError, ResourceError
-from cmkit.checkpoint import read_weights, save_weights
+from cmkit.checkpoint import read_weights
+from cmkit.tensors import save_weights
 
 FORMAT = 1
 MAX_BYTES = 4 * 2**30

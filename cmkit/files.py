@@ -1,0 +1,285 @@
+"""Files of runs, written whole or not at all: fsync before rename, locks, JSON lines, and
+what an errno means to a user."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from cmkit.errors import BusyError, CheckpointError, NonFiniteError, ResourceError
+
+TEMPORARY = ".tmp-cmkit-"
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Replace the file `path` by `data`, whole or not at all; ResourceError when it cannot."""
+    data = data.encode() if isinstance(data, str) else data
+    replace_file(path, [data], len(data))
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which becomes `path` when the block ends well; errors as of
+    `atomic_write`."""
+    stage = path.with_name(f"{TEMPORARY}{path.name}")
+    shutil.rmtree(stage, ignore_errors=True)  # of an attempt that was killed
+    with writing(path):
+        stage.mkdir(parents=True)
+        try:
+            yield stage
+            os.replace(stage, path)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+
+
+def replace_file(path: Path, chunks: Iterable[Any], size: int) -> None:
+    temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
+    with writing(path, size):
+        try:
+            write_file(temporary, chunks)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+
+
+_held: set[int] = set()
+
+
+def _release_inherited() -> None:
+    """A forked child must not keep its dead parent's lock alive; close() leaves the parent's."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_release_inherited)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` against other processes; the system lets go of it when this one dies.
+
+    BusyError at once, naming the holder, when it is held. Temporaries of the dead are removed.
+    """
+    path = folder / ".lock"
+    with writing(path):
+        make_folder(folder)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    _held.add(handle)
+    try:
+        with writing(path):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(handle, 4096, 0).decode(errors="replace").strip()
+                raise BusyError(
+                    f"{folder}: in use by {holder or 'another process'};"
+                    " wait for it, stop it, or choose another folder"
+                ) from None
+            start = time.strftime("%Y-%m-%d %H:%M:%S%z")
+            os.ftruncate(handle, 0)
+            holder = f"pid {os.getpid()} on {socket.gethostname()} since {start}"
+            os.pwrite(handle, holder.encode(), 0)
+            sweep(folder)
+        yield
+    finally:
+        if handle in _held:
+            _held.remove(handle)
+            os.close(handle)
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any], durable: bool = False) -> None:
+    """Add one line to the log `path` in a single write.
+
+    `durable` fsyncs the whole log: do so with the last record before a save.
+    """
+    line = to_json(record, path) + b"\n"
+    with writing(path, len(line)):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        handle = os.open(path, flags, 0o666)
+        try:
+            size = os.fstat(handle).st_size
+            if os.write(handle, line) < len(line):
+                os.ftruncate(handle, size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if durable:
+                os.fsync(handle)
+        finally:
+            os.close(handle)
+        if durable:
+            sync_folder(path.parent)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of the log `path`, without torn lines; none when there is no such file."""
+    return [record for _, record in _lines(path)]
+
+
+def truncate_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop torn lines of the log `path`, and records that do not satisfy `keep`."""
+    kept = b"".join(line + b"\n" for line, record in _lines(path) if keep(record))
+    if path.exists() and path.read_bytes() != kept:
+        atomic_write(path, kept)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line, record) of each whole line of the log `path`."""
+    with writing(path):
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield line, record
+
+
+def sweep(folder: Path) -> None:
+    """Remove what dead attempts to write have left in `folder`; only the holder of `lock` may."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(TEMPORARY):
+                _remove(Path(entry.path))
+
+
+def write_file(path: Path, chunks: Iterable[Any]) -> str:
+    """SHA-256 of the new file `path`, hashed while it is written; the file is fsynced."""
+    sha = hashlib.sha256()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
+        for chunk in chunks:
+            sha.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return sha.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    with reading(path):
+        require_regular(path)
+        with path.open("rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents, each durable in its own parent."""
+    if folder.is_dir():
+        return
+    make_folder(folder.absolute().parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.absolute().parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def to_json(record: Mapping[str, Any], path: Path) -> bytes:
+    try:
+        return json.dumps(record, allow_nan=False).encode()
+    except ValueError as error:
+        raise NonFiniteError(f"{path}: {error}; a number is NaN or infinite") from error
+
+
+def cache_folder(name: str) -> Path:
+    """The folder `name` of what the user's cache keeps of cmkit; it need not be there."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "cmkit" / name
+
+
+def require_regular(path: Path) -> None:
+    """A device or a FIFO would be read for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CheckpointError(f"{path}: not a regular file")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    with writing(folder, needed):
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+_CURES = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "free some of your quota or choose another folder",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EIO: "the disk or its connection fails: see dmesg, and choose another folder",
+    errno.EROFS: "mount it read-write or choose another folder",
+    errno.EACCES: "give this user permission or choose another folder",
+    errno.EPERM: "give this user permission or choose another folder",
+}
+
+
+def _resource_error(error: OSError, path: Path, needed: int) -> ResourceError:
+    room = ""
+    if needed and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.absolute().parent).free
+            room = f" ({needed} bytes needed, {free} free)"
+    cure = _CURES.get(error.errno or 0, "check the path, or choose another folder")
+    return ResourceError(f"{path}: {error.strerror or error}{room}; {cure}")
+
+
+@contextlib.contextmanager
+def writing(path: Path, needed: int = 0) -> Iterator[None]:
+    """Inside, an OSError becomes a ResourceError."""
+    try:
+        yield
+    except OSError as error:
+        raise _resource_error(error, path, needed) from error
+
+
+_DAMAGE = {errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENODEV, errno.ENOENT, errno.ENOTDIR}
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside, faults of a file become CheckpointError, and those of the machine ResourceError.
+
+    safetensors reports an errno as text.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        fault = error
+        if number and not getattr(error, "errno", None):
+            fault = OSError(int(number[1]), os.strerror(int(number[1])))
+        if isinstance(fault, OSError) and fault.errno not in _DAMAGE:
+            raise _resource_error(fault, path, 0) from error
+        reason = fault.strerror if isinstance(fault, OSError) else str(fault)
+        raise CheckpointError(f"{path}: {reason}; fetch or save it again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); fetch or save it again") from error
