@@ -237,12 +237,12 @@ def plugins_show(
     json: JsonOption = False,
 ) -> None:
     """Show one part: its fields with types, defaults and meaning, and what to cite."""
+    from cmkit.errors import did_you_mean
     from cmkit.plugins import KINDS, discover
     from cmkit.recipe import fields
-    from cmkit.source import meant
 
     if kind not in KINDS:
-        raise RecipeError(f"plugins show {kind}: no such kind{meant(kind, KINDS)}")
+        raise RecipeError(f"plugins show {kind}: no such kind{did_you_mean(kind, KINDS)}")
     registry = discover()
     row = registry.find(kind, name)
     model = registry.load(kind, name)

@@ -16,12 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit.denoiser import Cond, Denoiser, Guided, Network
 from cmkit.device import precision
-from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError
+from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError, inline
 from cmkit.kinds import Backbone, Metric, Precond, Rescaler, Sampler
 from cmkit.noise import Noise
 from cmkit.plugins import discover
 from cmkit.recipe import Recipe, TeacherTable, load
-from cmkit.source import inline
 from cmkit.tensors import load_weights
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec

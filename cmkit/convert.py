@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from cmkit.compose import conditions_of
-from cmkit.errors import CheckpointError, CmkitError, PluginError, RecipeError
+from cmkit.errors import CheckpointError, CmkitError, PluginError, RecipeError, did_you_mean
 from cmkit.files import atomic_write, new_folder
 from cmkit.kinds import Backbone
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
-from cmkit.source import meant
 from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout
 from cmkit.weights import DIFFUSERS, Downloaded, Weights, adapt, download, find, read
@@ -109,7 +108,7 @@ def _write(own: Mapping[str, Tensor], target: Path, to: str, known: Known) -> No
     layouts = {layout.name: layout for layout in known.backbone.layouts(known.data)}
     if to != OWN and to not in layouts:
         names = [OWN, *layouts]
-        raise RecipeError(f"--to {to}: no layout of this backbone{meant(to, names)}")
+        raise RecipeError(f"--to {to}: no layout of this backbone{did_you_mean(to, names)}")
     layout: Layout | None = layouts.get(to)
     try:
         tensors = layout.write(own) if layout else dict(own)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+
 
 class CmkitError(Exception):
     """A fault that the user can mend. `str(error)` is one line: place, value, cure."""
@@ -66,3 +70,17 @@ class Interrupted(CmkitError):  # noqa: N818
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+def inline(value: object) -> str:
+    """A value as TOML says it on one line."""
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {inline(one)}' for key, one in value.items())} }}"
+    return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word nearest to `word`, or at all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"

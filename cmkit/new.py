@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cmkit.errors import RecipeError
+from cmkit.errors import RecipeError, did_you_mean
 from cmkit.plugins import KINDS
-from cmkit.source import meant
 
 TEMPLATES = Path(__file__).parent / "templates"
 """One working part of each kind, called `mine`."""
@@ -110,7 +109,7 @@ def new(kind: str, name: str, out: Path) -> Path:
     is there already.
     """
     if kind not in KINDS:
-        raise RecipeError(f"new {kind}: no such kind{meant(kind, KINDS)}")
+        raise RecipeError(f"new {kind}: no such kind{did_you_mean(kind, KINDS)}")
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
         raise RecipeError(
             f"new {kind} {name}: a name begins with a lower-case letter, and has lower-case"

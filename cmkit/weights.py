@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from cmkit.checkpoint import read_weights
-from cmkit.errors import CheckpointError, DownloadError, ResourceError
+from cmkit.errors import CheckpointError, DownloadError, ResourceError, did_you_mean
 from cmkit.files import atomic_write, cache_folder, lock
-from cmkit.source import meant
 from cmkit.tensors import is_pickle
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def find(name: str, backbone: Backbone) -> Weights:
         return Weights(name, path)
     if not name.startswith("path:") and re.fullmatch(r"[a-z][a-z0-9-]+:\w[\w.-]*", name):
         raise CheckpointError(
-            f"{name}: no published weights of this backbone{meant(name, backbone.published)};"
+            f"{name}: no published weights of this backbone{did_you_mean(name, backbone.published)};"
             " a file is written path:FILE"
         )
     raise CheckpointError(

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cmkit import Backbone, Precond
-from cmkit.errors import RecipeError
-from cmkit.source import inline
+from cmkit.errors import RecipeError, inline
 from cmkit_std.preconds.discrete import Discrete
 from cmkit_std.preconds.edm import EDM
 

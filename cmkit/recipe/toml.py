@@ -1,13 +1,12 @@
-"""TOML text and the place of every value in it, so that each error can name its line."""
+"""TOML text and the line of every value in it, so that each error can name its place."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import stat
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,13 +145,6 @@ def _lines(text: str) -> dict[tuple[str, ...], int]:
     return lines
 
 
-def inline(value: object) -> str:
-    """A value as TOML says it on one line."""
-    if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{key} = {inline(one)}' for key, one in value.items())} }}"
-    return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)
-
-
 def _split(key: str) -> tuple[str, ...]:
     """Parts of a dotted key; a quoted one may hold dots."""
     return tuple(part.strip().strip("\"'") for part in _DOT.split(key))
@@ -201,10 +193,3 @@ def _override_value(text: str, item: str) -> Any:
         raise RecipeError(
             f"--set {item}: {text!r} is not a TOML value; quote strings: '\"text\"'"
         ) from error
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """A hint at the known word nearest to `word`, or at all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, 1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"

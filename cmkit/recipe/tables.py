@@ -1,0 +1,209 @@
+"""The tables of a recipe that belong to no part: their keys, bounds and defaults."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from cmkit.kinds import Part
+
+Precision = Literal["auto", "fp32", "bf16"]
+Decay = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Batch = Annotated[int, Field(ge=1, le=2**20)]
+MAX_CELLS = 10_000
+"""Of a search; the paper's have 121."""
+
+
+class DenoiserTable(Part):
+    """How a network becomes a denoiser, and where its weights come from."""
+
+    precond: str | dict[str, Any] = "consistency"
+    """What its inputs and output mean: "consistency" for a consistency model, "edm" for a diffusion
+    teacher, or a table with `use` and the options of another precond."""
+    sigma_data: float = Field(0.5, gt=0, le=100)
+    """Standard deviation of the data."""
+    sigma_min: float = Field(0.002, gt=0, le=1)
+    """Noise level at which a consistency model is the identity; other preconds have defaults of
+    their own."""
+    sigma_max: float = Field(80.0, gt=0, le=1e6)
+    """Noise level that sampling starts from; other preconds have defaults of their own."""
+    rho: float = Field(7.0, ge=1, le=100)
+    """Curvature of the Karras grid."""
+    weights: str | None = None
+    """Weights to start from: a .safetensors file, a checkpoint folder, or a run folder."""
+    init: Literal["teacher", "random"] | None = None
+    """What training starts from without `weights`: beside a [teacher] it must be said."""
+    guidance: float | None = Field(None, ge=-1, le=1000)
+    """Classifier-free guidance while sampling: w of x0_hat + w (x0_hat - x0_hat without label), the
+    usual scale less 1. It doubles the evaluations unless the network embeds w."""
+    embeds_guidance: bool = False
+    """Whether the network of `weights` embeds w; known where the recipe has its objective."""
+
+    @model_validator(mode="after")
+    def _levels_rise(self) -> DenoiserTable:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        if self.init and self.weights:
+            raise ValueError(f"init {self.init!r} and weights exclude each other; drop one")
+        return self
+
+
+class TeacherTable(Part):
+    """A frozen model to distil. A table `backbone` in it names a network unlike the student's."""
+
+    weights: str
+    """Weights of the teacher: a .safetensors file, a checkpoint folder, or a run folder."""
+    precond: str | dict[str, Any] = "edm"
+    """What its inputs and output mean: "edm" for a diffusion model, "consistency" for a consistency
+    model, or a table with `use` and the options of another precond."""
+    sigma_data: float | None = Field(None, gt=0, le=100)
+    """Standard deviation of the data that it was trained with; absent = the student's."""
+    sigma_min: float | None = Field(None, ge=0, le=1)
+    """Lowest noise level that it was trained on; absent = what its precond knows, or the
+    student's."""
+    sigma_max: float | None = Field(None, gt=0, le=1e6)
+    """Highest noise level that it was trained on; absent = what its precond knows, or the
+    student's."""
+    conditions: tuple[Literal["label", "text"], ...] | None = Field(None, max_length=2)
+    """What it embeds; absent = what the data have."""
+
+
+class TrainTable(Part):
+    """Training. A step takes `batch` images, drawn as `accumulate` equal parts."""
+
+    steps: Count
+    """Optimizer steps."""
+    batch: Batch
+    """Images a step."""
+    lr: float = Field(1e-4, gt=0, le=10)
+    """Learning rate."""
+    optimizer: Literal["radam", "adamw"] = "radam"
+    """RAdam is what the papers use."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Momentum decays of the optimizer."""
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    """Weight decay, decoupled."""
+    warmup: int = Field(0, ge=0, le=10**9)
+    """Steps over which the learning rate rises linearly from 0."""
+    decay: bool = False
+    """Let the learning rate fall to 0 along a half cosine after the warm-up."""
+    sqrt_decay: Count | None = None
+    """Steps after which the learning rate falls as 1 / sqrt(step), instead of `decay`."""
+    clip_norm: float | None = Field(None, gt=0, le=1e9)
+    """Largest norm of the whole gradient of a network."""
+    accumulate: int = Field(1, ge=1, le=2**20)
+    """Backward passes a step; divides `batch`."""
+    ema: tuple[Decay, ...] = Field((0.999,), min_length=1)
+    """Decays of the averaged copies; samples come from the first."""
+    ema_warmup: bool = True
+    """Cap a decay by (1 + step) / (10 + step), so that early weights are forgotten."""
+    precision: Precision = "auto"
+    """Autocast: bf16 where the device gains by it, unless told."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    save_every: Count = 1000
+    """Steps between checkpoints."""
+    keep: int = Field(2, ge=1, le=1000)
+    """Checkpoints kept."""
+    log_every: Count = 50
+    """Steps between log lines."""
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> TrainTable:
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} is not divisible by accumulate {self.accumulate}")
+        return self
+
+    @model_validator(mode="after")
+    def _rate_falls_one_way(self) -> TrainTable:
+        if self.decay and self.sqrt_decay:
+            raise ValueError(f"decay = true and sqrt_decay = {self.sqrt_decay}: choose one of them")
+        return self
+
+
+class SearchTable(Part):
+    """The search of the rescaler's numbers, on the same noise and labels in every cell."""
+
+    images: int = Field(ge=2, le=10**7)
+    """Images a cell."""
+    grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)]] = Field(
+        min_length=1, max_length=256
+    )
+    """Values of each of the rescaler's numbers: of a field such as skip, or, in
+    quotation marks, of a part of it such as "skip.3", where the rescaler has parts."""
+    method: Literal["grid", "coordinate"] | None = None
+    """Which cells are tried: "grid", the default, every combination; "coordinate" one number after
+    the other, the others at their best so far and at first the rescaler's own."""
+    rounds: int | None = Field(None, ge=1, le=100)
+    """How often "coordinate" goes through the numbers; absent = once."""
+    minimize: str = "fid"
+    """The metric's number that decides."""
+    batch: Batch = 64
+    """Images at a time."""
+    precision: Precision = "auto"
+    """Autocast while sampling."""
+    rerank: int = Field(5, ge=0, le=1000)
+    """Best cells that are scored again on more images, before the winner is chosen; 0 = none."""
+    rerank_images: int = Field(0, ge=0, le=10**7)
+    """Images a cell then; 0 = four times `images`."""
+    confirm_images: int = Field(0, ge=0, le=10**7)
+    """Images a seed when the winner meets the unscaled model on fresh noise; 0 = as `images`."""
+    confirm_seeds: int = Field(5, ge=2, le=1000)
+    """Noise seeds of that comparison."""
+    thumbnails: int = Field(25, ge=1, le=400)
+    """Pictures kept of every cell."""
+
+    @model_validator(mode="after")
+    def _cells_can_be_counted(self) -> SearchTable:
+        values = sum(map(len, self.grid.values()))
+        if self.method == "coordinate":
+            count, cure = float(values * (self.rounds or 1)), "name fewer values"
+        else:
+            count = math.prod(map(len, self.grid.values()), start=1.0)
+            cure = f'name fewer values, or set method = "coordinate", which tries {values:,}'
+            if self.rounds:
+                raise ValueError(f'rounds = {self.rounds} is of method = "coordinate"; add it')
+        if count > MAX_CELLS:
+            raise ValueError(f"{count:.3g} cells, of which {MAX_CELLS:,} are the most: {cure}")
+        return self
+
+
+class SampleTable(Part):
+    """Sampling from the trained, rescaled model."""
+
+    images: Count
+    """Images."""
+    batch: Batch = 64
+    """Images at a time; the images do not depend on it."""
+    precision: Precision = "auto"
+    """Autocast while sampling."""
+
+
+class ExpectedTable(Part):
+    """Scores that others published for this setting, which `cmkit compare` prints beside ours."""
+
+    source: str = Field(min_length=1, max_length=300)
+    """Where the scores were published."""
+    scores: dict[str, float] = Field(min_length=1, max_length=100)
+    """Published values by the metric's name: fid, precision, ..."""
+
+
+PART_TABLES = ("dataset", "backbone", "objective", "rescaler", "sampler")
+CORE_TABLES: dict[str, type[Part]] = {
+    "denoiser": DenoiserTable,
+    "teacher": TeacherTable,
+    "train": TrainTable,
+    "search": SearchTable,
+    "sample": SampleTable,
+    "expected": ExpectedTable,
+}
+KEYS = ("name", "seed", *PART_TABLES, *CORE_TABLES, "metric")
+REQUIRED = ("name", "dataset", "backbone")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
