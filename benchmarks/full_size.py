@@ -25,8 +25,8 @@ from cmkit_std.metrics import fidelity
 from torch import Tensor
 
 from cmkit import DataSpec, discover
-from cmkit.compose import plan
 from cmkit.device import pick_device
+from cmkit.plan import plan
 from cmkit.recipe import load
 from cmkit.run import RunFinished, peak_memory_mib, run
 from cmkit.stop import StopSignal

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from turns import Contender, Formatter, add_options, medians
 
 from cmkit import DataSpec, Models, Rng, discover, shared_dropout
-from cmkit.compose import plan
 from cmkit.device import autocast, pick_device
+from cmkit.plan import plan
 from cmkit.recipe import load
 from cmkit.tensors import save_weights
 from cmkit.train import Training, start, train

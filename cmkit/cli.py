@@ -21,7 +21,7 @@ from cmkit.stop import StopSignal
 if TYPE_CHECKING:
     import torch
 
-    from cmkit.compose import Plan
+    from cmkit.plan import Plan
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
     from cmkit.run import Event
@@ -108,8 +108,8 @@ def check(
 ) -> None:
     """Check all that `run` would check, and say what it would cost, without running."""
     plan, _ = _plan(recipe, set)
-    from cmkit.compose import check_disk
     from cmkit.device import pick_device
+    from cmkit.plan import check_disk
     from cmkit.run import run_folder
 
     chosen = pick_device(device)
@@ -460,7 +460,7 @@ def _plan(recipe: str, overrides: list[str]) -> tuple[Plan, Registry]:
 
     registry = discover()
     loaded = load(find_recipe(recipe), overrides, registry)
-    from cmkit.compose import plan  # the recipe is known to be sound before torch is imported
+    from cmkit.plan import plan  # the recipe is known to be sound before torch is imported
 
     return plan(loaded), registry
 

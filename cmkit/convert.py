@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cmkit.compose import conditions_of
 from cmkit.errors import CheckpointError, CmkitError, PluginError, RecipeError, did_you_mean
 from cmkit.files import atomic_write, new_folder
 from cmkit.kinds import Backbone
+from cmkit.plan import conditions_of
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
 from cmkit.tensors import load_weights, same_shapes, save_weights

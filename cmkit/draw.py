@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cmkit.compose import Plan, check_disk, fit, noise_of, ready, traits_of, with_values
 from cmkit.denoiser import Denoiser
 from cmkit.device import autocast
 from cmkit.edit import Projection, brightness, check_levels, colorize, edit, inpaint, superres
@@ -20,6 +19,7 @@ from cmkit.errors import CheckpointError, RecipeError, ResourceError
 from cmkit.files import atomic_write, new_folder
 from cmkit.noise import Noise
 from cmkit.pictures import grid_png, png, read_picture
+from cmkit.plan import Plan, check_disk, check_fit, for_sampling, noise_of, traits_of, with_values
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, SampleTable, load
 from cmkit.run import (
@@ -268,7 +268,7 @@ def redraw(
 
 def _fitted(recipe: Recipe, classes: Sequence[int], out: Path) -> Plan:
     """The recipe's plan; RecipeError for classes that its model does not have."""
-    plan = fit(recipe)
+    plan = check_fit(recipe)
     number = plan.data.num_classes if "label" in plan.conditions else None
     for label in classes:
         if number is None:
@@ -302,7 +302,7 @@ def _model(plan: Plan, device: torch.device) -> Generator[Event, None, Denoiser]
     for weights in plan.downloads:
         yield from download(weights)
     assert plan.recipe.sample is not None
-    denoiser = ready(plan, device, plan.recipe.sample.precision)
+    denoiser = for_sampling(plan, device, plan.recipe.sample.precision)
     return denoiser.rescaled(plan.recipe.rescaler) if plan.recipe.rescaler else denoiser
 
 

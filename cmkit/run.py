@@ -20,13 +20,13 @@ import torch
 
 import cmkit
 from cmkit import checkpoint as files
-from cmkit.compose import Plan, at, check_disk, ready, with_values
 from cmkit.denoiser import Denoiser
 from cmkit.device import precision
 from cmkit.errors import CheckpointError, ResourceError
 from cmkit.kinds import Rescaler
 from cmkit.measure import measure
 from cmkit.pictures import grid_png
+from cmkit.plan import Plan, check_disk, for_sampling, naming_table, with_values
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe
 from cmkit.sample import Draws, SavedImages, npz, sample
@@ -146,7 +146,7 @@ class Run:
         }
         if any(getattr(recipe, s) and s not in self.status for s in ("search", "metric")):
             for index, metric in enumerate(recipe.metric):
-                with at(recipe, "metric", index):
+                with naming_table(recipe, "metric", index):
                     metric.check_reference(self.plan.data, self.reference, self.device)
         for stage in STAGES:
             if not getattr(recipe, stage):
@@ -343,7 +343,7 @@ class Run:
     def _denoiser(self, name: str) -> Denoiser:
         """What the run samples from, its weights rounded to the `precision` key `name`."""
         plan = replace(self.plan, recipe=trained(self.plan.recipe, self.folder))
-        return ready(plan, self.device, name)
+        return for_sampling(plan, self.device, name)
 
     def _rescaler(self) -> Rescaler | None:
         """The search's winner, or the recipe's own numbers."""

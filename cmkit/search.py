@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmkit.compose import Plan, cells, minimized, with_values
 from cmkit.denoiser import Denoiser, Encodings
 from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Meter, Rescaler
 from cmkit.measure import meter
+from cmkit.plan import Plan, cells, minimized, with_values
 from cmkit.recipe import Recipe
 from cmkit.sample import Draws, RepeatedDraws, starts, to_uint8
 from cmkit.values import Reference

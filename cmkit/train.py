@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from cmkit.checkpoint import Checkpoint
-from cmkit.compose import Plan, build, build_companions, build_teacher
 from cmkit.denoiser import Denoiser
 from cmkit.device import autocast
 from cmkit.errors import CheckpointError, NonFiniteError
 from cmkit.models import Models
+from cmkit.plan import Plan, build, build_companions, build_teacher
 from cmkit.recipe import TrainTable
 from cmkit.rng import Rng, shared_dropout
 from cmkit.tensors import load_weights

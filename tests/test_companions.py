@@ -9,8 +9,8 @@ from torch import nn
 
 from cmkit import CheckpointError, Companion, NonFiniteError, PluginError, discover
 from cmkit.checkpoint import latest_checkpoint, save_checkpoint
-from cmkit.compose import plan
 from cmkit.files import read_jsonl
+from cmkit.plan import plan
 from cmkit.recipe import load
 from cmkit.train import start, train
 from tests.test_run import CPU, RECIPE, events, fingerprint, finish

@@ -26,7 +26,7 @@ from cmkit import (
     discover,
     edm_scalings,
 )
-from cmkit.compose import plan
+from cmkit.plan import plan
 from cmkit.recipe import load
 from cmkit.train import start, train
 from tests.test_teacher import RECIPE, save_weights

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cmkit import RecipeError, discover
-from cmkit.compose import build, plan, with_values
 from cmkit.draw import drawn_from
+from cmkit.plan import build, plan, with_values
 from cmkit.recipe import load
 from cmkit.run import run
 from cmkit.search import Cell, Drawn, descent, most_cells, search, trials

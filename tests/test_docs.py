@@ -10,7 +10,7 @@ import pytest
 from cmkit_std.metrics.fidelity import Fidelity
 
 from cmkit import RecipeError, discover
-from cmkit.compose import plan
+from cmkit.plan import plan
 from cmkit.plugins import KINDS, Hooks
 from cmkit.recipe import load
 

@@ -22,8 +22,8 @@ from cmkit_std.backbones.edm2_network import (
 )
 
 from cmkit import Cond, DataSpec, RecipeError, discover
-from cmkit.compose import plan
 from cmkit.denoiser import NO_COND
+from cmkit.plan import plan
 from cmkit.recipe import load
 from cmkit.testing import check_backbone
 from cmkit.train import start, train

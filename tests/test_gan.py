@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from cmkit import CheckpointError, Cond, DataSpec, DownloadError, RecipeError, Rng, discover
 from cmkit.checkpoint import latest_checkpoint, save_checkpoint
-from cmkit.compose import plan
+from cmkit.plan import plan
 from cmkit.recipe import load
 from cmkit.train import start, train
 from tests.test_ctm import CTM_RECIPE, models_of

@@ -29,7 +29,7 @@ from cmkit import (
     discover,
     edm_scalings,
 )
-from cmkit.compose import plan, ready
+from cmkit.plan import for_sampling, plan
 from cmkit.recipe import load
 from cmkit.sample import Draws, sample
 from cmkit.train import start, train
@@ -329,7 +329,7 @@ def test_evaluations_are_those_that_the_plan_says(planned, embedded):
     put = () if embedded else [('use = "lcm", num_sigmas = 11, skip = 2, w_min = 0.0, w_max = 3.0',
                                 'use = "edm", label_dropout = 0.1')]  # fmt: skip
     found = planned(put=put)
-    denoiser = ready(found, CPU, "fp32")
+    denoiser = for_sampling(found, CPU, "fp32")
     calls = counted(denoiser.network)
     draws = Draws(found.data, 0)
     list(sample(denoiser, found.recipe.sampler, draws, range(2), 2, CPU, "fp32"))

@@ -31,7 +31,7 @@ from cmkit import (
     discover,
     edm_scalings,
 )
-from cmkit.compose import build, build_teacher, plan
+from cmkit.plan import build, build_teacher, plan
 from cmkit.recipe import load, schema
 from cmkit.testing import check_precond
 from cmkit.traits import interchangeable, traits

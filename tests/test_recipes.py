@@ -33,10 +33,10 @@ def test_recipe_is_valid_and_opens_with_its_own_command(path, registry):
     ids=lambda p: p.stem,
 )
 def test_training_recipe_is_whole_and_counts_its_images(path, registry):
-    from cmkit.compose import _stages_are_complete
+    from cmkit.plan.checks import check_stages
 
     recipe = load(path, [], registry)
-    _stages_are_complete(recipe)
+    check_stages(recipe)
     images = recipe.train.steps * recipe.train.batch
     (said,) = re.findall(r"^# Cost: ([\d,]+) training images", path.read_text("utf-8"), re.M)
     assert int(said.replace(",", "")) == images

@@ -27,9 +27,9 @@ from cmkit import (
     discover,
 )
 from cmkit.checkpoint import latest_checkpoint, read_weights
-from cmkit.compose import build, plan, with_values
 from cmkit.draw import draw, drawn_from
 from cmkit.files import lock, read_jsonl
+from cmkit.plan import build, plan, with_values
 from cmkit.recipe import load
 from cmkit.run import RunFinished, Sampled, Saved, StageStarted, _keep_recipe, run
 from cmkit.sample import Draws, SavedImages, sample, to_uint8

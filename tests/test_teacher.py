@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from cmkit import CheckpointError, DataSpec, RecipeError, discover, edm_scalings
 from cmkit.checkpoint import latest_checkpoint, save_checkpoint
-from cmkit.compose import build, build_teacher, plan
+from cmkit.plan import build, build_teacher, plan
 from cmkit.recipe import load, schema
 from cmkit.train import start, train
 

@@ -8,7 +8,7 @@ from cmkit_std.objectives.ct import CT
 
 from cmkit import Models, NonFiniteError, discover
 from cmkit.checkpoint import latest_checkpoint, save_checkpoint
-from cmkit.compose import plan
+from cmkit.plan import plan
 from cmkit.recipe import TrainTable, load
 from cmkit.train import learning_rate, start, train
 from tests.test_run import RECIPE

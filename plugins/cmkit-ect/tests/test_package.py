@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import cmkit
-from cmkit.compose import plan
+from cmkit.plan import plan
 from cmkit.plugins import register
 from cmkit.recipe import load
 from cmkit.train import start, train

@@ -1,0 +1,181 @@
+"""The networks of a recipe: student, teacher and companions, with their weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from cmkit.denoiser import Denoiser, Guided, Network
+from cmkit.device import precision
+from cmkit.errors import CmkitError, PluginError, RecipeError
+from cmkit.kinds import Backbone, Precond
+from cmkit.noise import Noise
+from cmkit.plan.record import Plan
+from cmkit.recipe import Recipe, TeacherTable
+from cmkit.tensors import load_weights
+from cmkit.values import Companion, DataSpec
+from cmkit.weights import adapt, find, read
+
+
+def build(plan: Plan, device: torch.device) -> Denoiser:
+    """The recipe's denoiser on `device`: its given weights, or fresh ones that the seed decides."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.recipe.seed)
+        network = built(plan.recipe.backbone, plan.data, plan.conditions)
+    load_start(plan.recipe, network, plan.data, plan.conditions)
+    network = network.to(device).to(memory_format=torch.channels_last)
+    return denoiser_of(plan.recipe, network)
+
+
+def for_sampling(plan: Plan, device: torch.device, name: str) -> Denoiser:
+    """What is sampled from on `device`, not rescaled yet: the recipe's weights rounded to the
+    `precision` key `name`, and guided if the recipe says so. Training never sees it."""
+    denoiser = build(plan, device)
+    if precision(name, device) == "bf16":
+        denoiser.network.lower(torch.bfloat16)
+    return guided_as_said(plan.recipe, denoiser.eval())
+
+
+def build_teacher(plan: Plan, device: torch.device) -> Denoiser:
+    """The recipe's teacher on `device`, frozen."""
+    table = plan.recipe.teacher
+    assert table is not None
+    with torch.random.fork_rng(devices=[]):
+        teacher = teacher_of(plan.recipe, plan.data)
+    load_into(teacher.network, table.weights, teacher_backbone(plan.recipe), plan.data)
+    teacher.network.to(device).to(memory_format=torch.channels_last)
+    return teacher.eval().requires_grad_(False)
+
+
+def build_companions(plan: Plan, device: torch.device) -> dict[str, Companion]:
+    """What the recipe's objective trains beside the denoiser, on `device`; the seed decides."""
+    objective = plan.recipe.objective
+    assert objective is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.recipe.seed)
+        companions = dict(objective.companions(plan.data))
+    for companion in companions.values():
+        companion.network.to(device)
+    return companions
+
+
+def noise_of(recipe: Recipe) -> Noise:
+    """The noise axis of a recipe; RecipeError for levels that its precond does not know."""
+    table = recipe.denoiser
+    with naming_table(recipe, "denoiser"):
+        return _axis(recipe.precond, table.sigma_min, table.sigma_max, table.rho)
+
+
+def _axis(precond: Precond, low: float, high: float, rho: float) -> Noise:
+    known = precond.known
+    if not known[0] <= low < high <= known[1]:
+        raise RecipeError(
+            f"sigma_min {low:g}, sigma_max {high:g}: its precond knows noise levels {known[0]:g} to"
+            f" {known[1]:g}; set both within, or drop them"
+        )
+    return precond.noise(low, high, rho) or Noise(low, high, rho)
+
+
+def built(backbone: Backbone, data: DataSpec, conditions: frozenset[str]) -> Network:
+    network = backbone.build(data, conditions)
+    if not isinstance(network, Network):
+        raise PluginError(f"backbone.build returned {type(network).__name__}, not cmkit.Network")
+    return network
+
+
+def denoiser_of(recipe: Recipe, network: Network) -> Denoiser:
+    return Denoiser(network, noise_of(recipe), recipe.precond.scalings, recipe.denoiser.sigma_data)
+
+
+def guided_as_said(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
+    """`denoiser` as the recipe samples from it: guided, if it says so; RecipeError where the
+    network cannot be."""
+    w = recipe.denoiser.guidance
+    needs = recipe.objective.needs if recipe.objective else frozenset()
+    embedded = recipe.denoiser.embeds_guidance or "guidance" in needs
+    if w is None:
+        if embedded and (recipe.search or recipe.sample):
+            raise recipe.source.error(
+                ("denoiser",), "the network embeds a guidance weight: say with which guidance to"
+                " sample, such as guidance = 1.0"
+            )  # fmt: skip
+        return denoiser
+    if not embedded and denoiser.network.null_label is None:
+        raise recipe.source.error(
+            ("denoiser", "guidance"),
+            "guidance compares with no label, and the backbone has no null class; set its"
+            " null_class = true, with weights that were trained so, or drop guidance",
+            f" = {w}",
+        )
+    return Guided(denoiser, w, embedded)
+
+
+def teacher_of(recipe: Recipe, data: DataSpec) -> Denoiser:
+    """The recipe's teacher with fresh weights."""
+    table, student = recipe.teacher, recipe.denoiser
+    precond = recipe.teacher_precond
+    assert table is not None
+    assert precond is not None
+    network = built(teacher_backbone(recipe), data, teacher_conditions(table, data))
+    known_low, known_high = precond.known
+    low = (known_low or student.sigma_min) if table.sigma_min is None else table.sigma_min
+    high = table.sigma_max or (known_high if known_high < math.inf else student.sigma_max)
+    noise = _axis(precond, low, high, student.rho)
+    return Denoiser(network, noise, precond.scalings, table.sigma_data or student.sigma_data)
+
+
+def teacher_conditions(table: TeacherTable, data: DataSpec) -> frozenset[str]:
+    if table.conditions is not None:
+        return frozenset(table.conditions)
+    return frozenset({"label"} if data.num_classes else ())
+
+
+def load_start(
+    recipe: Recipe, network: Network, data: DataSpec, conditions: frozenset[str]
+) -> None:
+    """Load what the recipe says that `network` starts from; nothing for fresh weights.
+
+    Where the student embeds more than its teacher, those embeddings keep their fresh weights.
+    """
+    weights, kept = recipe.denoiser.weights, {}
+    if recipe.denoiser.init == "teacher":
+        assert recipe.teacher is not None
+        weights = recipe.teacher.weights
+        if conditions - teacher_conditions(recipe.teacher, data):
+            kept = network.state_dict()
+    if weights:
+        load_into(network, weights, recipe.backbone, data, kept)
+
+
+def load_into(
+    network: Network,
+    weights: str,
+    backbone: Backbone,
+    data: DataSpec,
+    kept: Mapping[str, torch.Tensor] = {},
+) -> None:
+    """Load `weights` into `network`, whatever their layout, with `kept` where they lack names.
+
+    Weights that are still to be downloaded cannot be tried on a network without memory.
+    """
+    found = find(weights, backbone)
+    if found.missing and next(network.parameters()).is_meta:
+        return
+    tensors = adapt(read(found), network, backbone.layouts(data))
+    load_weights(network, {**kept, **tensors}, weights)
+
+
+def teacher_backbone(recipe: Recipe) -> Backbone:
+    return recipe.teacher_backbone or recipe.backbone
+
+
+@contextlib.contextmanager
+def naming_table(recipe: Recipe, *path: str | int) -> Iterator[None]:
+    """Errors raised inside name the recipe's line of this table."""
+    try:
+        yield
+    except CmkitError as error:
+        raise type(error)(str(recipe.source.error(path, str(error)))) from error

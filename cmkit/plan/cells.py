@@ -1,0 +1,49 @@
+"""The cells of a search, and the rescaler and the metric of one cell."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+
+from pydantic import ValidationError
+
+from cmkit.kinds import Metric, Rescaler
+from cmkit.recipe import Recipe
+
+
+def cells(recipe: Recipe) -> Iterator[dict[str, float]]:
+    """Values of each cell of the search's grid, the last axis fastest; where it goes by
+    coordinates, of each that differs from the recipe's own rescaler in one number."""
+    if recipe.search is None or recipe.rescaler is None:
+        return
+    grid = recipe.search.grid
+    if recipe.search.method == "coordinate":
+        yield from ({axis: value} for axis, values in grid.items() for value in values)
+    else:
+        for combined in itertools.product(*grid.values()):
+            yield dict(zip(grid, combined, strict=True))
+
+
+def with_values(recipe: Recipe, values: Mapping[str, float]) -> Rescaler:
+    """The recipe's rescaler with other values of some of its numbers, validated."""
+    assert recipe.rescaler is not None
+    try:
+        return recipe.rescaler.with_values(values)
+    except ValueError as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise recipe.source.error(
+            ("search", "grid"), f"the rescaler refuses {dict(values)}: {reason}"
+        ) from error
+
+
+def minimized(recipe: Recipe) -> Metric:
+    """The cheapest metric that returns the number that the search minimizes."""
+    assert recipe.search is not None
+    key = recipe.search.minimize
+    for metric in recipe.metric:
+        if key in metric.keys():  # noqa: SIM118 - a method of Metric, not of a mapping
+            return metric.only(key)
+    known = ", ".join(key for metric in recipe.metric for key in metric.keys())  # noqa: SIM118
+    raise recipe.source.error(
+        ("search", "minimize"), f"no [[metric]] returns it; known: {known or 'none'}", f" = {key!r}"
+    )

@@ -1,0 +1,277 @@
+"""Cross-checks of a recipe's parts, each an error that names the line and the cure."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cmkit.denoiser import Cond, Denoiser
+from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError, inline
+from cmkit.kinds import Backbone, Precond, Sampler
+from cmkit.noise import Noise
+from cmkit.plan.build import (
+    guided_as_said,
+    load_into,
+    load_start,
+    naming_table,
+    noise_of,
+    teacher_backbone,
+    teacher_of,
+)
+from cmkit.plan.cells import minimized
+from cmkit.plan.record import CONDITIONS, Plan
+from cmkit.plugins import discover
+from cmkit.recipe import Recipe, load
+from cmkit.traits import interchangeable, traits
+from cmkit.values import Companion, DataSpec
+
+
+def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
+    """What the network of a recipe must embed; RecipeError when its backbone cannot."""
+    wanted = {"label"} if data.num_classes else set()
+    if recipe.objective:
+        wanted |= recipe.objective.needs & CONDITIONS
+    if recipe.denoiser.embeds_guidance:
+        wanted.add("guidance")
+    missing = wanted - recipe.backbone.accepts
+    if missing:
+        accepts = ", ".join(sorted(recipe.backbone.accepts)) or "nothing"
+        raise recipe.source.error(
+            ("backbone",),
+            f"cannot embed {', '.join(sorted(missing))}; it accepts {accepts}; choose another"
+            " backbone or objective, or leave the labels out",
+        )
+    return frozenset(wanted)
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """ResourceError when the disk below `out` has no room for the run."""
+    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.disk > free:
+        raise ResourceError(
+            f"{existing}: the run needs about {plan.disk / 2**20:,.0f} MiB and"
+            f" {free / 2**20:,.0f} MiB are free; name another disk with --out, or lower train.keep"
+            " or the number of images"
+        )
+
+
+def check_stages(recipe: Recipe) -> None:
+    needs = {
+        "train": ("objective",),
+        "search": ("rescaler", "sampler", "metric"),
+        "sample": ("sampler",),
+        "metric": ("sample",),
+    }
+    for stage, tables in needs.items():
+        for table in tables:
+            if getattr(recipe, stage) and not getattr(recipe, table):
+                raise recipe.source.error((stage,), f"[{stage}] needs a [{table}] table")
+    if not (recipe.train or recipe.search or recipe.sample):
+        raise recipe.source.error((), "nothing to do: add a [train], [search] or [sample] table")
+    if not recipe.train and not recipe.denoiser.weights:
+        raise recipe.source.error(
+            (), "no weights to sample from: add [train], or denoiser.weights = a file"
+        )
+    _teacher_is_said(recipe)
+    if recipe.search:
+        minimized(recipe)
+        assert recipe.rescaler is not None
+        for name in recipe.search.grid:
+            try:
+                recipe.rescaler.value_of(name)
+            except ValueError as error:
+                raise recipe.source.error(("search", "grid", name), str(error)) from error
+
+
+def _teacher_is_said(recipe: Recipe) -> None:
+    """Whoever needs a teacher has one, and what the student starts from is no guess."""
+    table, needs = recipe.denoiser, recipe.objective.needs if recipe.objective else frozenset()
+    if "teacher" in needs and not recipe.teacher:
+        raise recipe.source.error(
+            ("objective",), "it distils a teacher: add a [teacher] table with its weights"
+        )
+    _scalings_serve(recipe)
+    if table.init == "teacher" and not recipe.teacher:
+        raise recipe.source.error(
+            ("denoiser", "init"), "add a [teacher] table with its weights", ' = "teacher"'
+        )
+    if recipe.train and recipe.teacher and not (table.init or table.weights):
+        raise recipe.source.error(
+            ("teacher",),
+            'say what the student starts from: denoiser.init = "teacher" or "random", or'
+            " denoiser.weights",
+        )
+
+
+CURES = {
+    "boundary": 'the boundary of a consistency model: set denoiser.precond = "consistency", or'
+    " timestep_scaling of precond discrete",
+    "diffusion": 'the scalings of a diffusion model: set denoiser.precond = "edm"',
+    "identity": 'scalings that leave clean images alone: set denoiser.precond = "edm"',
+    "continuous": "a network that hears of every change of sigma: set denoiser.precond ="
+    ' "consistency" or "edm"',
+    "edm": 'the scalings of EDM: set denoiser.precond = "edm"',
+}
+"""What is said where scalings lack a trait."""
+
+
+def traits_of(recipe: Recipe) -> frozenset[str]:
+    """What holds of the recipe's scalings, by `cmkit.denoiser.TRAITS`."""
+    return traits(recipe.precond.scalings, noise_of(recipe), recipe.denoiser.sigma_data)
+
+
+def _scalings_serve(recipe: Recipe) -> None:
+    """RecipeError where the recipe's scalings lack what its objective needs of them."""
+    needs = recipe.objective.needs if recipe.objective else frozenset()
+    held = traits_of(recipe)
+    for name in CURES:
+        if name in needs - held:
+            raise recipe.source.error(
+                ("denoiser", "precond"),
+                f"the objective needs {CURES[name]}",
+                f" = {inline(recipe.denoiser.precond)}",
+            )
+
+
+def check_grids(recipe: Recipe, noise: Noise) -> None:
+    """RecipeError where the noise axis has no grid that the objective asks for, first or last."""
+    assert recipe.train is not None
+    assert recipe.objective is not None
+    for step in (0, recipe.train.steps - 1):
+        if n := recipe.objective.phase(step, recipe.train.steps).num_sigmas:
+            noise.sigmas(n)
+
+
+def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
+    """RecipeError where it is known that `weights` were trained under other scalings."""
+    if weights in backbone.published:
+        backbone.check_published(weights, precond)
+        return
+    path = Path(weights.removeprefix("path:"))
+    folder = path.parent if path.name == "model.safetensors" else path
+    try:
+        trained = load(folder / "recipe.toml", [], discover())
+    except CmkitError:  # no run folder, or one of parts that are not here: nothing is known
+        return
+    if not interchangeable(trained.precond.scalings, precond.scalings):
+        raise RecipeError(
+            f"{weights}: was trained under other scalings; set the precond beside it to"
+            f" {inline(trained.denoiser.precond)}"
+        )
+
+
+def check_teacher(
+    recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]
+) -> None:
+    """The teacher's weights fit its network, it knows the student's noise levels, and the student
+    can start from it where it shall."""
+    table = recipe.teacher
+    assert table is not None
+    with naming_table(recipe, "teacher"), torch.device("meta"):
+        teacher = teacher_of(recipe, data)
+    with naming_table(recipe, "teacher", "weights"):
+        assert recipe.teacher_precond is not None
+        check_weights(table.weights, teacher_backbone(recipe), recipe.teacher_precond)
+        load_into(teacher.network, table.weights, teacher_backbone(recipe), data)
+    own, other = denoiser.noise, teacher.noise
+    if not other.sigma_min <= own.sigma_min < own.sigma_max <= other.sigma_max:
+        raise recipe.source.error(
+            ("teacher",),
+            f"it knows noise levels {other.sigma_min:g} to {other.sigma_max:g}, the student's are"
+            f" {own.sigma_min:g} to {own.sigma_max:g}; set denoiser.sigma_min and sigma_max within",
+        )
+    if recipe.denoiser.init == "teacher":
+        if not interchangeable(teacher.scalings, denoiser.scalings):
+            raise recipe.source.error(
+                ("denoiser", "init"),
+                f"precond {inline(recipe.denoiser.precond)} means another input or output of the"
+                f" network than the teacher's {inline(table.precond)}; let them agree, or set"
+                ' init = "random"',
+                ' = "teacher"',
+            )
+        with naming_table(recipe, "denoiser", "init"):
+            load_start(recipe, denoiser.network, data, conditions)
+    if recipe.objective:
+        with naming_table(recipe, "objective"):
+            recipe.objective.check_networks(denoiser.network, teacher.network)
+    x, cond = _dry_input(data, conditions)
+    with naming_table(recipe, "teacher"), _trying("teacher's backbone"):
+        teacher(x, x.new_empty(1), cond)
+
+
+def dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:
+    """FLOPs of a forward pass of one image; the sampler, if any, is run through on the way."""
+    x, cond = _dry_input(data, conditions)
+    with (
+        naming_table(recipe, "backbone"),
+        _trying("backbone"),
+        FlopCounterMode(display=False) as counter,
+    ):
+        denoiser(x, x.new_empty(1), cond)
+    if recipe.sampler:
+        with naming_table(recipe, "sampler"), _trying("sampler"):
+            _check_sampler(recipe.sampler, guided_as_said(recipe, denoiser), x, cond)
+    return int(counter.get_total_flops())
+
+
+def _dry_input(data: DataSpec, conditions: frozenset[str]) -> tuple[torch.Tensor, Cond]:
+    """One image and its conditions without data."""
+    x = torch.empty(1, data.channels, data.resolution, data.resolution, device="meta")
+    label = torch.empty(1, dtype=torch.int64, device="meta") if "label" in conditions else None
+    levels = conditions & {"guidance", "sigma_to"}
+    return x, Cond(label=label, **{name: x.new_empty(1) for name in levels})
+
+
+@contextlib.contextmanager
+def _trying(kind: str) -> Iterator[None]:
+    """Whatever a part raises on shapes alone is the part's fault."""
+    try:
+        with torch.inference_mode():
+            yield
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise PluginError(
+            f"the {kind} fails on a tensor without data ({type(error).__name__}:"
+            f" {''.join(reason)}); does it make all its tensors on x.device?"
+        ) from error
+
+
+def _check_sampler(sampler: Sampler, denoiser: Denoiser, x: torch.Tensor, cond: Cond) -> None:
+    out = sampler.sample(denoiser, x, cond, lambda k: torch.empty_like(x))
+    if out.shape != x.shape:
+        raise PluginError(f"the sampler returned {tuple(out.shape)} for images {tuple(x.shape)}")
+
+
+def weight_copies(recipe: Recipe) -> int:
+    """Float32 copies of the weights that a run keeps: online, gradient, optimizer, EMAs, target."""
+    if recipe.train is None or recipe.objective is None:
+        return 1
+    return 4 + len(recipe.train.ema) + len(recipe.objective.needs & {"target", "teacher"})
+
+
+def companions_memory(recipe: Recipe, data: DataSpec) -> int:
+    """Bytes of what the objective trains beside the denoiser; PluginError where it cannot be."""
+    if recipe.train is None or recipe.objective is None:
+        return 0
+    with naming_table(recipe, "objective"), torch.device("meta"):
+        companions = recipe.objective.companions(data)
+        for name, companion in companions.items():
+            if not (name.isidentifier() and isinstance(companion, Companion)):
+                raise PluginError(
+                    f"companions() returned {name!r}: {type(companion).__name__}; it must map names"
+                    " such as 'discriminator' to cmkit.Companion"
+                )
+    parameters = [p for c in companions.values() for p in c.network.parameters()]
+    return sum(4 * p.numel() * (4 if p.requires_grad else 1) for p in parameters)
+
+
+def disk_of(recipe: Recipe, data: DataSpec, memory: int) -> int:
+    checkpoints = (recipe.train.keep + 1) * memory if recipe.train else 0
+    pixels = data.channels * data.resolution**2
+    return checkpoints + (recipe.sample.images * pixels if recipe.sample else 0)

@@ -1,0 +1,107 @@
+"""The plan of a recipe: all checks in order, on networks without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from cmkit.plan.build import (
+    built,
+    denoiser_of,
+    guided_as_said,
+    load_start,
+    naming_table,
+    teacher_backbone,
+)
+from cmkit.plan.cells import cells, minimized, with_values
+from cmkit.plan.checks import (
+    check_grids,
+    check_stages,
+    check_teacher,
+    check_weights,
+    companions_memory,
+    conditions_of,
+    disk_of,
+    dry_run,
+    weight_copies,
+)
+from cmkit.plan.record import Plan
+from cmkit.recipe import Recipe
+from cmkit.weights import Weights, find
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The plan of a recipe to run; raises the error of the first check that fails."""
+    check_stages(recipe)
+    return check_fit(recipe)
+
+
+def check_fit(recipe: Recipe) -> Plan:
+    """The plan of a recipe whose parts fit each other, whatever its stages; errors as of `plan`.
+
+    Reads the data set's headers, builds the network without memory (on the `meta` device) and
+    runs the sampler once on it, so that shapes, sites and conditions are tried, not assumed.
+    """
+    data = recipe.data or recipe.dataset.spec()
+    conditions = conditions_of(recipe, data)
+    with naming_table(recipe, "backbone"), torch.device("meta"):
+        network = built(recipe.backbone, data, conditions)
+    denoiser = denoiser_of(recipe, network)
+    sites = denoiser.network.sites
+    if recipe.rescaler:
+        with naming_table(recipe, "rescaler"):
+            denoiser.rescaled(recipe.rescaler)
+    for values in cells(recipe):
+        cell = with_values(recipe, values)
+        with naming_table(recipe, "search", "grid"):
+            cell.bind(sites)
+    if recipe.train and recipe.objective:
+        with naming_table(recipe, "objective"):
+            recipe.objective.check(data)
+            check_grids(recipe, denoiser.noise)
+        with naming_table(recipe, "train", "batch"):
+            recipe.objective.check_batch(recipe.train.batch // recipe.train.accumulate)
+    for index, metric in enumerate(recipe.metric):
+        with naming_table(recipe, "metric", index):
+            metric.check(data, recipe.sample.images if recipe.sample else 0)
+    if recipe.search:
+        with naming_table(recipe, "search", "images"):
+            minimized(recipe).check(data, recipe.search.images)
+    if recipe.denoiser.weights:
+        with naming_table(recipe, "denoiser", "weights"):
+            check_weights(recipe.denoiser.weights, recipe.backbone, recipe.precond)
+            load_start(recipe, denoiser.network, data, conditions)
+    if recipe.teacher:
+        check_teacher(recipe, denoiser, data, conditions)
+    elif recipe.train and recipe.objective:
+        with naming_table(recipe, "objective"):
+            recipe.objective.check_networks(denoiser.network, None)
+    flops = dry_run(recipe, denoiser, data, conditions)
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    memory = 4 * parameters * weight_copies(recipe) + companions_memory(recipe, data)
+    return Plan(
+        recipe=recipe,
+        data=data,
+        conditions=conditions,
+        sites=sites,
+        parameters=parameters,
+        flops=flops,
+        disk=disk_of(recipe, data, memory),
+        memory=memory,
+        downloads=tuple(_downloads(recipe)),
+        nfe=recipe.sampler.nfe * guided_as_said(recipe, denoiser).passes
+        if recipe.sampler
+        else None,
+    )
+
+
+def _downloads(recipe: Recipe) -> Iterator[Weights]:
+    named = {}
+    if recipe.denoiser.weights:
+        named[recipe.denoiser.weights] = recipe.backbone
+    if recipe.teacher:
+        named[recipe.teacher.weights] = teacher_backbone(recipe)
+    for weights, backbone in named.items():
+        if (found := find(weights, backbone)).missing:
+            yield found

@@ -1,0 +1,32 @@
+"""What is known of a recipe before anything heavy starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cmkit.recipe import Recipe
+from cmkit.values import DataSpec
+from cmkit.weights import Weights
+
+CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe whose parts are known to fit, with what it will cost."""
+
+    recipe: Recipe
+    data: DataSpec
+    conditions: frozenset[str]
+    sites: tuple[str, ...]
+    parameters: int
+    flops: int
+    """Floating-point operations of one forward pass for one image."""
+    disk: int
+    """Bytes that the run folder will hold at most, pictures aside."""
+    memory: int
+    """Bytes of weights, their copies and the optimizer's state."""
+    downloads: tuple[Weights, ...] = ()
+    """Published weights that are not here yet."""
+    nfe: int | None = None
+    """Network evaluations a sample, if any are drawn."""
