@@ -123,7 +123,7 @@ def test_public_names_resolve():
 def test_nothing_unpickles():
     """Pickle runs code: torch.load and the pickle modules appear in one child process only."""
     sources = {*(ROOT / "cmkit").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")}
-    for path in sources - {ROOT / "cmkit" / "foreign.py"}:
+    for path in sources - {ROOT / "cmkit" / "weights" / "pickles.py"}:
         tree = ast.parse(path.read_text("utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and node.attr == "load":

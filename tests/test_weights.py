@@ -107,7 +107,7 @@ def test_a_checkpoint_in_a_dict_of_nvidias_own_is_read(tmp_path, monkeypatch):
 def test_a_pickle_is_converted_once(tmp_path, monkeypatch):
     torch.save(state(), tmp_path / "w.pt")
     tensors_of(tmp_path / "w.pt")
-    monkeypatch.setattr("cmkit.foreign.pickle_to_safetensors", None)
+    monkeypatch.setattr("cmkit.weights.pickles.pickle_to_safetensors", None)
     assert same(tensors_of(tmp_path / "w.pt"), state())
 
 

@@ -1,19 +1,11 @@
-"""The weights that a recipe names: a path, or a published file that is downloaded once.
-
-Whatever the file (safetensors, pickle, diffusers folder, run folder) and whoever named its
-tensors, `adapt(read(find(..)))` are those of our network.
-"""
+"""Where weights lie, and their tensors under the names of our network."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import re
-import shutil
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from cmkit.checkpoint import read_weights
-from cmkit.errors import CheckpointError, DownloadError, ResourceError, did_you_mean
-from cmkit.files import atomic_write, cache_folder, lock
+from cmkit.errors import CheckpointError, did_you_mean
+from cmkit.files import atomic_write, cache_folder
 from cmkit.tensors import is_pickle
 
 if TYPE_CHECKING:
@@ -31,8 +23,6 @@ if TYPE_CHECKING:
     from cmkit.values import Layout
 
 DIFFUSERS = "diffusion_pytorch_model"
-_BLOCK = 1 << 20
-_TIMEOUT = 20
 
 
 @dataclass(frozen=True)
@@ -49,15 +39,6 @@ class Weights:
         return self.url is not None and not self.path.exists()
 
 
-@dataclass(frozen=True)
-class Downloaded:
-    """Bytes of a file that are here, of `total` (0 = the server does not say)."""
-
-    name: str
-    done: int
-    total: int
-
-
 def find(name: str, backbone: Backbone) -> Weights:
     """The weights `name`: "path:FILE", "PUBLISHER:NAME" as `backbone` publishes, or a path.
 
@@ -72,7 +53,8 @@ def find(name: str, backbone: Backbone) -> Weights:
         return Weights(name, path)
     if not name.startswith("path:") and re.fullmatch(r"[a-z][a-z0-9-]+:\w[\w.-]*", name):
         raise CheckpointError(
-            f"{name}: no published weights of this backbone{did_you_mean(name, backbone.published)};"
+            f"{name}: no published weights of this backbone"
+            f"{did_you_mean(name, backbone.published)};"
             " a file is written path:FILE"
         )
     raise CheckpointError(
@@ -108,72 +90,6 @@ def adapt(
     return dict(tensors)
 
 
-def download(weights: Weights) -> Iterator[Downloaded]:
-    """Fetch published weights into the user's cache, from where an earlier attempt stopped.
-
-    The file gets its name only once it is whole. DownloadError says where to put it by hand;
-    ResourceError when the disk has no room.
-    """
-    assert weights.url is not None
-    part = weights.path.with_name(f"{weights.path.name}.part")
-    with lock(weights.path.parent):
-        try:
-            yield from _fetch(weights, part)
-        except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-            raise DownloadError(
-                f"{weights.name}: {weights.url}: {getattr(error, 'reason', error)}; go online and"
-                f" run again, or download it elsewhere to {weights.path}"
-            ) from error
-        except OSError as error:
-            raise ResourceError(
-                f"{part}: {error.strerror}; free some space or set XDG_CACHE_HOME"
-            ) from error
-        os.replace(part, weights.path)
-
-
-def _fetch(weights: Weights, part: Path) -> Iterator[Downloaded]:
-    """Append to `part` until it is whole; a server whose file has changed starts it anew."""
-    assert weights.url is not None
-    version = part.with_name(f"{part.name}.etag")
-    have = part.stat().st_size if part.exists() and version.exists() else 0
-    request = urllib.request.Request(weights.url)  # noqa: S310 - the plugin's own address
-    if have:
-        request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", version.read_text("utf-8"))
-    try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)  # noqa: S310
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # nothing is left to send: the part is whole, or of another file
-            raise
-        part.unlink()
-        raise ValueError("the part that was here does not continue; it is removed") from error
-    with response:
-        if response.status != 206:
-            have = 0
-        length = int(response.headers.get("Content-Length") or 0)
-        total = have + length if length else 0
-        free = shutil.disk_usage(part.parent).free
-        if length > free:
-            raise ResourceError(
-                f"{part.parent}: {weights.name} needs {length} bytes, {free} are free; free some"
-                " space or set XDG_CACHE_HOME"
-            )
-        tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        if have == 0 and tag:
-            atomic_write(version, tag)
-        with part.open("ab" if have else "wb") as file:
-            yield Downloaded(weights.name, have, total)
-            while block := response.read(_BLOCK):
-                file.write(block)
-                have += len(block)
-                yield Downloaded(weights.name, have, total)
-            file.flush()
-            os.fsync(file.fileno())
-        if total and have != total:
-            raise ConnectionError(f"{have} of {total} bytes came")
-        version.unlink(missing_ok=True)
-
-
 def _within(folder: Path) -> Path:
     """The weights of a diffusers model or pipeline folder; another folder stays itself."""
     for inner in (folder, folder / "unet"):
@@ -203,7 +119,7 @@ def _converted(path: Path, digest: str) -> Path:
     kept = record.read_text("utf-8") if target.exists() and record.exists() else None
     if kept and kept == _sha256(target, *_identity(target)):
         return target
-    from cmkit.foreign import pickle_to_safetensors
+    from cmkit.weights.pickles import pickle_to_safetensors
 
     folder.mkdir(parents=True, exist_ok=True)
     pickle_to_safetensors(path, target)

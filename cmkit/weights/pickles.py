@@ -46,7 +46,15 @@ def pickle_to_safetensors(source: Path, target: Path) -> None:
     if size > MAX_BYTES:
         raise CheckpointError(f"{source}: {size} bytes are more than {MAX_BYTES}; is it weights?")
     seconds = 60 + size // _BYTES_PER_SECOND
-    command = [sys.executable, "-P", "-m", "cmkit.foreign", str(source), str(target), str(seconds)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "cmkit.weights.pickles",
+        str(source),
+        str(target),
+        str(seconds),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
         child = subprocess.run(command, capture_output=True, env=environment, timeout=2 * seconds)
