@@ -1,0 +1,156 @@
+"""All that a step of training changes, and how a checkpoint brings it back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmkit.checkpoint import Checkpoint
+from cmkit.denoiser import Denoiser
+from cmkit.errors import CheckpointError
+from cmkit.models import Models
+from cmkit.plan import Plan, build, build_companions, build_teacher
+from cmkit.recipe import TrainTable
+from cmkit.tensors import load_weights
+from cmkit.train.optimizer import optimizer_of
+from cmkit.values import Companion
+
+
+@dataclass
+class Training:
+    """All that a step changes, and so all that a checkpoint holds."""
+
+    plan: Plan
+    table: TrainTable
+    device: torch.device
+    models: Models
+    optimizer: torch.optim.Optimizer
+    companions: Mapping[str, Companion] = field(default_factory=dict)
+    step: int = 0
+    window: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Sum of the losses since the last log line; it stays on the device."""
+    counted: int = 0
+    """Losses in `window`."""
+    renewed: bool = False
+    """Whether the teacher is no longer the recipe's."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Every tensor of the state, by file and name."""
+        files = {"online": self.models.online.network.state_dict()}
+        if self.models.target is not self.models.online:
+            files["target"] = self.models.target.network.state_dict()
+        for decay, denoiser in self.models.ema.items():
+            files[f"ema-{decay}"] = denoiser.network.state_dict()
+        if self.renewed:
+            assert self.models.teacher is not None
+            files["teacher"] = self.models.teacher.network.state_dict()
+        for name, companion in self.companions.items():
+            files[f"companion-{name}"] = _kept(companion.network)
+        slots = self.optimizer.state_dict()["state"]
+        files["optimizer"] = {
+            f"{index}.{name}": torch.as_tensor(value)
+            for index, slot in slots.items()
+            for name, value in slot.items()
+        }
+        return files
+
+    def state(self) -> dict[str, Any]:
+        """The rest of the state."""
+        terms = {name: kept.tolist() for name, kept in self.models.terms.items()}
+        return {
+            "step": self.step,
+            "window": self.window.item(),
+            "counted": self.counted,
+            "terms": terms,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint; CheckpointError when it is of another model."""
+        source = str(checkpoint.path)
+        load_weights(self.models.online.network, checkpoint.tensors("online"), source)
+        if self.models.target is not self.models.online:
+            load_weights(self.models.target.network, checkpoint.tensors("target"), source)
+        for decay, denoiser in self.models.ema.items():
+            load_weights(denoiser.network, checkpoint.tensors(f"ema-{decay}"), source)
+        if "teacher" in checkpoint.names:
+            assert self.models.teacher is not None
+            load_weights(self.models.teacher.network, checkpoint.tensors("teacher"), source)
+            self.renewed = True
+        for name, companion in self.companions.items():
+            state, kept = companion.network.state_dict(), _kept(companion.network)
+            frozen = {key: value for key, value in state.items() if key not in kept}
+            tensors = checkpoint.tensors(f"companion-{name}")
+            load_weights(companion.network, {**tensors, **frozen}, source)
+        slots: dict[int, dict[str, Tensor]] = {}
+        for key, value in checkpoint.tensors("optimizer").items():
+            index, _, name = key.partition(".")
+            slots.setdefault(int(index), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        try:
+            self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{source}: its optimizer state does not fit: {error}") from error
+        _lay_out_as_weights(self.optimizer)
+        self.step = checkpoint.step
+        self.window = torch.tensor(checkpoint.state["window"], device=self.device)
+        self.counted = checkpoint.state["counted"]
+        self.models.terms = {
+            name: torch.tensor(kept, device=self.device)
+            for name, kept in checkpoint.state.get("terms", {}).items()
+        }
+
+    def renew_teacher(self) -> None:
+        """Make the online network the teacher, and begin anew from it."""
+        self.models.restart()
+        self.optimizer = optimizer_of(self.table, self.models.online.network, self.companions)
+        self.renewed = True
+
+
+def start(plan: Plan, device: torch.device) -> Training:
+    """A training at step 0."""
+    recipe = plan.recipe
+    assert recipe.train is not None
+    assert recipe.objective is not None
+    online = build(plan, device)
+    frozen = [_frozen(online) for _ in recipe.train.ema]
+    target = _frozen(online) if "target" in recipe.objective.needs else online
+    teacher = build_teacher(plan, device) if "teacher" in recipe.objective.needs else None
+    companions = build_companions(plan, device)
+    models = Models(
+        online=online,
+        target=target,
+        teacher=teacher,
+        ema=dict(zip(recipe.train.ema, frozen, strict=True)),
+        ema_warmup=recipe.train.ema_warmup,
+        companions={name: companion.network for name, companion in companions.items()},
+    )
+    if recipe.train.compile:
+        for denoiser in {id(d): d for d in (online, target, teacher) if d}.values():
+            denoiser.network.compile()
+    optimizer = optimizer_of(recipe.train, online.network, companions)
+    window = torch.zeros((), device=device)
+    return Training(plan, recipe.train, device, models, optimizer, companions, window=window)
+
+
+def _frozen(denoiser: Denoiser) -> Denoiser:
+    return copy.deepcopy(denoiser).requires_grad_(False)
+
+
+def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded averages the strides of their weights: fused kernels take both to be alike."""
+    for weight, slot in optimizer.state.items():
+        for name, value in slot.items():
+            if value.shape == weight.shape:
+                like = torch.empty_like(weight, dtype=value.dtype, device=value.device)
+                slot[name] = like.copy_(value)
+
+
+def _kept(network: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a companion: its state without frozen parameters."""
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}
