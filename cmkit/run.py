@@ -32,16 +32,16 @@ from cmkit.recipe import Recipe
 from cmkit.sample import Draws, SavedImages, npz, sample
 from cmkit.search import (
     Cell,
-    Drawn,
-    Duel,
-    Unfinished,
+    CellsDrawn,
+    Comparison,
+    PartialCells,
     best,
     confirm,
-    descent,
     interval,
     most_cells,
     rerank,
     search,
+    trace,
     verdict,
 )
 from cmkit.stop import StopSignal
@@ -110,8 +110,8 @@ Event = (
     | Step
     | Saved
     | Cell
-    | Drawn
-    | Duel
+    | CellsDrawn
+    | Comparison
     | Sampled
     | Note
     | StageFinished
@@ -220,7 +220,7 @@ class Run:
         found = search(self.plan, denoiser, reference, self.device, tuple(records), begun)
         for cell in self._keeping(partial, found):
             yield cell
-            if isinstance(cell, Drawn):
+            if isinstance(cell, CellsDrawn):
                 continue
             picture = f"search/cell-{cell.index:04d}.png"
             files.atomic_write(self.folder / picture, grid_png(cell.thumbnails))
@@ -250,7 +250,7 @@ class Run:
         versus = confirm(self.plan, denoiser, rescaler, reference, self.device, len(fought), begun)
         for duel in self._keeping(partial, versus):
             yield duel
-            if isinstance(duel, Drawn):
+            if isinstance(duel, CellsDrawn):
                 continue
             record = {"index": duel.index, "plain": duel.plain, "rescaled": duel.rescaled}
             files.append_jsonl(duels, record)
@@ -264,7 +264,7 @@ class Run:
             "precision": precision(table.precision, self.device),
             "method": table.method or "grid",
             "axes": axes,
-            "descent": descent(recipe, records),
+            "descent": trace(recipe, records),
             "cells": [{k: v for k, v in record.items() if k != "index"} for record in records],
             "rerank": {
                 "images": table.rerank_images or 4 * table.images,
@@ -288,7 +288,7 @@ class Run:
         SAVE_SECONDS, and when a signal stops the run."""
         saved = time.monotonic()
         for event in found:
-            if isinstance(event, Drawn):
+            if isinstance(event, CellsDrawn):
                 due = self.stop.signum or time.monotonic() - saved >= SAVE_SECONDS
                 if due and event.unfinished:
                     _keep_unfinished(path, event.unfinished())
@@ -363,14 +363,14 @@ def _kept_samples(folder: Path) -> int:
     return kept
 
 
-def _keep_unfinished(path: Path, unfinished: Unfinished) -> None:
+def _keep_unfinished(path: Path, unfinished: PartialCells) -> None:
     from safetensors.torch import save
 
     about = {"labels": json.dumps(unfinished.labels), "drawn": str(unfinished.drawn)}
     files.atomic_write(path, save(dict(unfinished.tensors), about))
 
 
-def _unfinished(path: Path) -> Unfinished | None:
+def _unfinished(path: Path) -> PartialCells | None:
     """What `_keep_unfinished` wrote; None where there is nothing that can be read, since it only
     saves time."""
     from safetensors import SafetensorError, safe_open
@@ -381,7 +381,7 @@ def _unfinished(path: Path) -> Unfinished | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (FileNotFoundError, SafetensorError):
         return None
-    return Unfinished(tuple(json.loads(about["labels"])), int(about["drawn"]), tensors)
+    return PartialCells(tuple(json.loads(about["labels"])), int(about["drawn"]), tensors)
 
 
 def trained(recipe: Recipe, folder: Path) -> Recipe:

@@ -31,7 +31,7 @@ from cmkit.run import (
     StageStarted,
     peak_memory_mib,
 )
-from cmkit.search import Cell, Drawn, Duel
+from cmkit.search import Cell, CellsDrawn, Comparison
 from cmkit.train import Step
 from cmkit.weights import Downloaded
 
@@ -110,10 +110,10 @@ class Display:
                 shown = " ".join(f"{name} {value:g}" for name, value in moved.items())
                 self.numbers = {"cell": shown or "all 1", "score": _number(score)}
                 self._advance(index + 1, self.numbers)
-            case Duel(index, _, plain, rescaled):
+            case Comparison(index, _, plain, rescaled):
                 self.numbers = {"unscaled": _number(plain), "rescaled": _number(rescaled)}
                 self._advance(index + 1, self.numbers)
-            case Drawn(done, total):
+            case CellsDrawn(done, total):
                 self.numbers["images"] = f"{done:,} of {total:,}"
                 self._advance(self.done, {})
             case Sampled(done, _):

@@ -12,7 +12,7 @@ from cmkit.draw import drawn_from
 from cmkit.plan import build, plan, with_values
 from cmkit.recipe import load
 from cmkit.run import run
-from cmkit.search import Cell, Drawn, descent, most_cells, search, trials
+from cmkit.search import Cell, CellsDrawn, most_cells, search, trace, trials
 from cmkit.stop import StopSignal
 
 RECIPE = """\
@@ -65,7 +65,7 @@ def toy(recipe, monkeypatch):
 
     def scored(plan, denoiser, rescalers, *_):
         drawn.append([tuple(rescaler.value_of(axis) for axis in BEST) for rescaler in rescalers])
-        yield Drawn(0, 1)
+        yield CellsDrawn(0, 1)
         return [(distance(values), torch.empty(0)) for values in drawn[-1]]
 
     monkeypatch.setattr("cmkit.search._scored", scored)
@@ -182,12 +182,12 @@ def test_the_way_is_told_by_the_records_alone(toy):
     start, _ = toy
     recipe, found = start()
     records = kept(found)
-    way = descent(recipe, records)
+    way = trace(recipe, records)
     assert [step["axis"] for step in way] == list(BEST)
     assert [step["cells"] for step in way] == [[0, 1, 2], [2, 3, 4], [3, 5, 6], [6, 7, 8]]
     grid = ("search.method='grid'", "search.grid={skip=[1.0]}")
     recipe, found = start((), *grid)
-    assert descent(recipe, kept(found)) == []
+    assert trace(recipe, kept(found)) == []
 
 
 def test_without_any_score_the_search_stays_where_it_is(recipe):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from cmkit import RecipeError
 from cmkit.denoiser import Encodings
-from cmkit.search import _rows
+from cmkit.search.score import encoder_rows
 from cmkit.testing import check_rescaler
 from tests.test_search import BACKBONES, denoiser, rms, x_and_cond
 
@@ -177,8 +177,8 @@ def test_cells_that_differ_at_lower_levels_share_the_first_step_and_no_other():
     """At sigma_max their scales are equal: the encoder works once for all of them there."""
     model = denoiser(BACKBONES["ddpmpp"])
     every = [PerTimestep(sigmas=(1.0, 80.0), emb=(emb, 1.1)) for emb in (0.5, 1.0, 2.0)]
-    assert _rows(model, every) == [[0, 1, 2]]
-    assert _rows(
+    assert encoder_rows(model, every) == [[0, 1, 2]]
+    assert encoder_rows(
         model, [r.with_values({"emb.1": e}) for r, e in zip(every, (1, 2, 3.0), strict=True)]
     ) == [[0], [1], [2]]
     x, cond = x_and_cond(model)

@@ -33,7 +33,7 @@ from cmkit.plan import build, plan, with_values
 from cmkit.recipe import load
 from cmkit.run import RunFinished, Sampled, Saved, StageStarted, _keep_recipe, run
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
-from cmkit.search import Cell, Drawn, best, interval, search, verdict
+from cmkit.search import Cell, CellsDrawn, best, interval, search, verdict
 from cmkit.stop import StopSignal
 from cmkit.tensors import load_weights
 from cmkit.train import Step
@@ -208,12 +208,12 @@ def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, m
     monkeypatch.setattr("cmkit.run.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
     stop = StopSignal()
     for event in (running := events(recipe, tmp_path / "runs", stop=stop)):
-        if isinstance(event, Drawn) and how == "signal":
+        if isinstance(event, CellsDrawn) and how == "signal":
             stop.signum = signal.SIGTERM
             with pytest.raises(Interrupted, match="what is drawn so far is kept"):
                 next(running)
             break
-        if isinstance(event, Drawn) and event.done:
+        if isinstance(event, CellsDrawn) and event.done:
             running.close()
             break
     monkeypatch.setattr("cmkit.run.SAVE_SECONDS", 1e9)
@@ -221,7 +221,7 @@ def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, m
     add = FidelityMeter.add
     monkeypatch.setattr(FidelityMeter, "add", lambda self, x: drawn.append(len(x)) or add(self, x))
     seen = list(events(recipe, tmp_path / "runs"))
-    halves = [event for event in seen if isinstance(event, Drawn)]
+    halves = [event for event in seen if isinstance(event, CellsDrawn)]
     assert halves[0].done == halves[0].total // 2
     row = halves[0].total // 70
     batches = 4 * 2 + 2 * 3 + 2 * 2 * 2 + 2  # cells, finalists, comparisons, the last metric
@@ -231,7 +231,7 @@ def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, m
 
 def test_a_search_that_is_stopped_again_as_it_goes_on_loses_nothing(whole, recipe, tmp_path):
     """The second stop comes before any image was added to what the first one left."""
-    for seen in (lambda e: isinstance(e, Drawn), lambda e: e == StageStarted("search", 0, 4)):
+    for seen in (lambda e: isinstance(e, CellsDrawn), lambda e: e == StageStarted("search", 0, 4)):
         stop = StopSignal()
         running = events(recipe, tmp_path / "runs", stop=stop)
         next(event for event in running if seen(event))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmkit import Backbone, Cond, DataSpec, Denoiser
 from cmkit.denoiser import Encodings
-from cmkit.search import _rows
+from cmkit.search.score import encoder_rows
 
 SMALL = {"channels": 32, "channel_mult": (1, 2, 3), "num_res_blocks": 1, "num_head_channels": 16}
 SONG = {"channels": 32, "channel_mult": (1, 2, 3), "num_res_blocks": 1}
@@ -121,7 +121,7 @@ def test_one_encoding_serves_a_row_and_no_other():
 def test_rows_hold_the_cells_of_one_embedding():
     model = denoiser()
     every = [Global(skip=s, emb=e) for s in GRID for e in (0.9, 1.0, 1.1)]
-    rows = _rows(model, every)
+    rows = encoder_rows(model, every)
     assert sorted(map(len, rows)) == [5, 5, 5]
     assert sorted(index for row in rows for index in row) == list(range(15))
     assert {len({every[i].emb for i in row}) for row in rows} == {1}
@@ -130,4 +130,4 @@ def test_rows_hold_the_cells_of_one_embedding():
 def test_a_network_without_late_sites_shares_nothing():
     model = denoiser()
     model.network.late = frozenset()
-    assert _rows(model, [Global(), Global(skip=0.9)]) == [[0], [1]]
+    assert encoder_rows(model, [Global(), Global(skip=0.9)]) == [[0], [1]]

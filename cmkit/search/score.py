@@ -1,0 +1,136 @@
+"""The score of cells: images drawn together, handed to the metric as they come."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmkit.denoiser import Denoiser, Encodings
+from cmkit.device import autocast
+from cmkit.errors import NonFiniteError
+from cmkit.kinds import Meter, Rescaler
+from cmkit.measure import meter
+from cmkit.plan import Plan, minimized
+from cmkit.sample import Draws, starts, to_uint8
+from cmkit.values import Reference
+
+
+@dataclass(frozen=True)
+class PartialCells:
+    """Cells drawn together, of which each has `drawn` images so far.
+
+    `labels` say which noise and which scales; `tensors` are the meters' states, each name headed by
+    the cell's place in `labels`.
+    """
+
+    labels: tuple[str, ...]
+    drawn: int
+    tensors: Mapping[str, Tensor]
+
+    def of(self, label: str) -> dict[str, Tensor]:
+        """What there is of one cell."""
+        prefix = f"{self.labels.index(label)}/"
+        found = (name for name in self.tensors if name.startswith(prefix))
+        return {name.removeprefix(prefix): self.tensors[name] for name in found}
+
+
+@dataclass(frozen=True)
+class CellsDrawn:
+    """Images of the next cells drawn so far. The caller may stop here, and keep `unfinished`."""
+
+    done: int
+    total: int
+    unfinished: Callable[[], PartialCells] | None = None
+
+
+def encoder_rows(denoiser: Denoiser, every: Sequence[Rescaler]) -> list[list[int]]:
+    """Cells by equal early scales at sigma_max; without late sites each cell is a row."""
+    sigma = torch.full((1,), denoiser.noise.sigma_max)
+    network = denoiser.network
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    for index, rescaler in enumerate(every):
+        scales = rescaler.bind(network.sites)(sigma)
+        early = {site: s for site, s in scales.items() if site not in network.late}
+        key = tuple(
+            (site, *s.tolist()) if s.ndim else (site, s.item()) for site, s in early.items()
+        )
+        rows.setdefault(key if network.late else (index,), []).append(index)
+    return list(rows.values())
+
+
+@torch.inference_mode()
+def scored(
+    plan: Plan,
+    denoiser: Denoiser,
+    rescalers: Sequence[Rescaler | None],
+    draws: Draws,
+    count: int,
+    reference: Reference,
+    device: torch.device,
+    begun: PartialCells | None,
+) -> Generator[CellsDrawn, None, list[tuple[float | None, Tensor]]]:
+    """Score of `count` images of each rescaler, None where it is not finite, and its first images,
+    uint8 (n, C, H, W). Images go to the metric as they are drawn, and only the first are kept."""
+    table, sampler = plan.recipe.search, plan.recipe.sampler
+    assert table is not None
+    assert sampler is not None
+    cast = autocast(table.precision, device)
+    metric = minimized(plan.recipe)
+    meters = [meter(metric, count, reference, device) for _ in rescalers]
+    finite = torch.ones(len(rescalers), dtype=torch.bool, device=device)
+    thumbnails: list[list[Tensor]] = [[] for _ in rescalers]
+    labels = tuple(
+        json.dumps([draws.purpose, count, rescaler and rescaler.model_dump(mode="json")])
+        for rescaler in rescalers
+    )
+    first = 0
+    if begun and set(labels) <= set(begun.labels):
+        first = begun.drawn
+        for k, label in enumerate(labels):
+            state = begun.of(label)
+            finite[k] = state.pop("finite")
+            thumbnails[k].append(state.pop("thumbnails"))
+            meters[k].restore(state)
+
+    def unfinished(drawn: int) -> PartialCells:
+        tensors: dict[str, Tensor] = {}
+        for k, taken in enumerate(meters):
+            own = {"finite": finite[k].cpu(), "thumbnails": torch.cat(thumbnails[k])}
+            tensors |= {f"{k}/{name}": value for name, value in {**own, **taken.state()}.items()}
+        return PartialCells(labels, drawn, tensors)
+
+    indices, total = range(first, count), count * len(rescalers)
+    for start in starts(draws, denoiser.noise.sigma_max, indices, table.batch, device):
+        drawn = start.rows.start
+        so_far = functools.partial(unfinished, drawn) if drawn else None
+        yield CellsDrawn(drawn * len(rescalers), total, so_far)
+        encodings = Encodings(start.x)
+        for k, rescaler in enumerate(rescalers):
+            model = denoiser.rescaled(rescaler, encodings) if rescaler else denoiser
+            with cast:
+                x0 = sampler.sample(model, start.x, start.cond, start.noise)
+            finite[k] &= x0.isfinite().all()
+            images = to_uint8(x0)
+            meters[k].add(images)
+            if drawn < table.thumbnails:
+                thumbnails[k].append(images[: table.thumbnails - drawn].cpu())
+    return [
+        (_value(taken, table.minimize) if whole else None, torch.cat(shown))
+        for taken, whole, shown in zip(meters, finite.tolist(), thumbnails, strict=True)
+    ]
+
+
+def _value(taken: Meter, key: str) -> float | None:
+    """The number `key`, None where it is not finite."""
+    try:
+        value = taken.values()[key]
+    except NonFiniteError:
+        return None
+    return value if math.isfinite(value) else None
