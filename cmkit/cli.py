@@ -154,7 +154,7 @@ def sample(
     """Draw images from a finished run, with the scales that its search found, or from a recipe
     with weights. An image depends on the seed and its number alone."""
     from cmkit.device import pick_device
-    from cmkit.draw import draw
+    from cmkit.run import draw
 
     recipe, chosen = _drawn_from(source, set, count), pick_device(device)
     events = draw(recipe, recipe.seed if seed is None else seed, label, out, chosen)
@@ -195,7 +195,8 @@ def edit(
     """Edit pictures with a consistency model that was never trained for it: what is known of a
     picture stays, and the model makes up the rest."""
     from cmkit.device import pick_device
-    from cmkit.draw import Task, redraw
+    from cmkit.edit import Task
+    from cmkit.run import redraw
 
     recipe, chosen = _drawn_from(source, set, len(pictures)), pick_device(device)
     edited = Task(task, mask, patch, steps, tuple(sigma))
@@ -466,8 +467,8 @@ def _plan(recipe: str, overrides: list[str]) -> tuple[Plan, Registry]:
 
 
 def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:
-    from cmkit.draw import drawn_from
     from cmkit.plugins import discover
+    from cmkit.run import drawn_from
 
     return drawn_from(find_recipe(source), overrides, discover(), images)
 

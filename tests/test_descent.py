@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from cmkit import RecipeError, discover
-from cmkit.draw import drawn_from
 from cmkit.plan import build, plan, with_values
 from cmkit.recipe import load
-from cmkit.run import run
+from cmkit.run import drawn_from, run
 from cmkit.search import Cell, CellsDrawn, most_cells, search, trace, trials
 from cmkit.stop import StopSignal
 

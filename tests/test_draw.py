@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cmkit import DataSpec
-from cmkit.draw import drawn_from
 from cmkit.plugins import discover
+from cmkit.run import drawn_from
 from tests.test_cli import refused
 
 OPTIONS = {"channels": 8, "channel_mult": (1, 1), "num_res_blocks": 1, "norm_groups": 4}

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
-import json
-import platform
-import resource
-import sys
 import time
-import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import cmkit
 from cmkit import checkpoint as files
 from cmkit.denoiser import Denoiser
 from cmkit.device import precision
-from cmkit.errors import CheckpointError, ResourceError
 from cmkit.kinds import Rescaler
 from cmkit.measure import measure
 from cmkit.pictures import grid_png
-from cmkit.plan import Plan, check_disk, for_sampling, naming_table, with_values
+from cmkit.plan import Plan, for_sampling, naming_table, with_values
 from cmkit.plugins import Registry
-from cmkit.recipe import Recipe
+from cmkit.run.environment import peak_memory_mib
+from cmkit.run.events import Event, Note, Sampled, Saved, StageFinished, StageStarted
+from cmkit.run.folder import keep_partial, kept_samples, partial_cells, trained, winner, write_json
 from cmkit.sample import Draws, SavedImages, npz, sample
 from cmkit.search import (
     Cell,
     CellsDrawn,
-    Comparison,
-    PartialCells,
     best,
     confirm,
     interval,
@@ -45,9 +36,8 @@ from cmkit.search import (
     verdict,
 )
 from cmkit.stop import StopSignal
-from cmkit.train import Step, Training, start, train
-from cmkit.values import DataSpec, Reference
-from cmkit.weights import Downloaded, download
+from cmkit.train import Training, start, train
+from cmkit.values import Reference
 
 STAGES = ("train", "search", "sample", "metric")
 SHARD_IMAGES = 1000
@@ -55,68 +45,6 @@ SHARD_IMAGES = 1000
 SHOWN_IMAGES = 100
 SAVE_SECONDS = 60.0
 """Between two saves of images, or of cells that are being drawn."""
-
-
-@dataclass(frozen=True)
-class StageStarted:
-    """A stage begins, `done` of `total` units already there from an earlier start."""
-
-    stage: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint that survives whatever happens from now on."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Images drawn so far."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Note:
-    """A sentence for the person who watches."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class StageFinished:
-    """A stage is done; `result` is its entry in report.json."""
-
-    stage: str
-    result: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RunFinished:
-    """Every stage is done, and the report written."""
-
-    folder: Path
-    report: dict[str, Any]
-
-
-Event = (
-    StageStarted
-    | Downloaded
-    | Step
-    | Saved
-    | Cell
-    | CellsDrawn
-    | Comparison
-    | Sampled
-    | Note
-    | StageFinished
-    | RunFinished
-)
 
 
 @dataclass
@@ -158,7 +86,7 @@ class Run:
                 result.setdefault("seconds", time.perf_counter() - began)
                 result["peak_memory_mib"] = peak_memory_mib(self.device)
                 self.status[stage] = result
-                _write_json(self.folder / "status.json", self.status)
+                write_json(self.folder / "status.json", self.status)
             yield StageFinished(stage, self.status[stage])
             self.stop.check(f"{stage} is finished and kept")
 
@@ -214,7 +142,7 @@ class Run:
         for log in (cells, reranked, duels):
             files.truncate_jsonl(log, lambda record: True)  # a torn last line
         partial = folder / "unfinished.safetensors"
-        begun = _unfinished(partial)
+        begun = partial_cells(partial)
         records = files.read_jsonl(cells)
         yield StageStarted("search", len(records), most_cells(recipe))
         found = search(self.plan, denoiser, reference, self.device, tuple(records), begun)
@@ -280,7 +208,7 @@ class Run:
                 "verdict": verdict(table.minimize, plain, rescaled),
             },
         }
-        _write_json(self.folder / "search.json", result)
+        write_json(self.folder / "search.json", result)
         partial.unlink(missing_ok=True)
 
     def _keeping(self, path: Path, found: Iterator[Any]) -> Iterator[Any]:
@@ -291,7 +219,7 @@ class Run:
             if isinstance(event, CellsDrawn):
                 due = self.stop.signum or time.monotonic() - saved >= SAVE_SECONDS
                 if due and event.unfinished:
-                    _keep_unfinished(path, event.unfinished())
+                    keep_partial(path, event.unfinished())
                     saved = time.monotonic()
                 self.stop.check(f"what is drawn so far is kept in {path.parent}")
             yield event
@@ -309,7 +237,7 @@ class Run:
         def batches(model: Denoiser, indices: range) -> Iterator[Any]:
             return sample(model, sampler, draws, indices, table.batch, self.device, table.precision)
 
-        kept = done = _kept_samples(folder)
+        kept = done = kept_samples(folder)
         yield StageStarted("sample", done, table.images)
         drawn, saved = [], time.monotonic()
         for batch in batches(scaled, range(done, table.images)):
@@ -349,196 +277,3 @@ class Run:
         """The search's winner, or the recipe's own numbers."""
         found = winner(self.status)
         return with_values(self.plan.recipe, found) if found else self.plan.recipe.rescaler
-
-
-def _kept_samples(folder: Path) -> int:
-    """Samples in the files of `folder` that follow each other from the first on. A file is named
-    after its first image; those behind a gap are drawn again."""
-    kept = 0
-    for path in sorted(folder.glob(f"{'[0-9]' * 7}.npz")):
-        if int(path.stem) == kept:
-            kept += len(SavedImages([path]))
-        else:
-            path.unlink()
-    return kept
-
-
-def _keep_unfinished(path: Path, unfinished: PartialCells) -> None:
-    from safetensors.torch import save
-
-    about = {"labels": json.dumps(unfinished.labels), "drawn": str(unfinished.drawn)}
-    files.atomic_write(path, save(dict(unfinished.tensors), about))
-
-
-def _unfinished(path: Path) -> PartialCells | None:
-    """What `_keep_unfinished` wrote; None where there is nothing that can be read, since it only
-    saves time."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError):
-        return None
-    return PartialCells(tuple(json.loads(about["labels"])), int(about["drawn"]), tensors)
-
-
-def trained(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe that starts from what its training, if any, left in `folder`."""
-    if not recipe.train:
-        return recipe
-    weights = str(folder / "model.safetensors")
-    table = recipe.denoiser.model_copy(update={"weights": weights, "init": None})
-    return replace(recipe, denoiser=table)
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    """What the finished stages of a run folder left to say, by stage."""
-    path = folder / "status.json"
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete it to redo the stages") from error
-
-
-def data_of(folder: Path) -> DataSpec | None:
-    """What a finished run says of its data, which then need not be there; None of any other."""
-    try:
-        report = json.loads((folder / "report.json").read_text("utf-8"))
-        return DataSpec(**report["data"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None  # it is of an earlier version, or yet to be written
-
-
-def winner(status: Mapping[str, Any]) -> dict[str, Any]:
-    """The rescaler's values that the search found best; none before the search is finished."""
-    found = status.get("search")
-    return {axis: found["best"][axis] for axis in found["axes"]} if found else {}
-
-
-def run_folder(plan: Plan, out: Path) -> Path:
-    """Where a plan's run lives: `<out>/<name>-<hash of the resolved recipe>`."""
-    return out / f"{plan.recipe.name}-{plan.recipe.hash}"
-
-
-def run(
-    plan: Plan, registry: Registry, out: Path, device: torch.device, stop: StopSignal
-) -> Iterator[Event]:
-    """Carry a plan out, or go on with it, as events; the last one is RunFinished.
-
-    Raises BusyError when another process holds the folder, Interrupted after a stop signal, and
-    whatever a stage finds. Every error leaves a folder that the same call resumes.
-    """
-    from cmkit.report import write_report
-
-    folder = run_folder(plan, out)
-    check_disk(plan, out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError(
-            f"{folder}: cannot be made: {error.strerror}; name another place with --out"
-        ) from error
-    with files.lock(folder):
-        _keep_recipe(plan, folder)
-        environment = describe_environment(plan, registry, device)
-        _write_json(folder / "environment.json", environment)
-        status = read_status(folder)
-        job = Run(plan, registry, folder, device, stop, status)
-        for weights in plan.downloads:
-            for event in download(weights):
-                yield event
-                stop.check("what came of the weights is kept")
-        yield from job.stages()
-        report = {
-            "schema": 1,
-            "name": plan.recipe.name,
-            "hash": plan.recipe.hash,
-            "recipe": dict(plan.recipe.resolved),
-            "environment": environment,
-            "data": asdict(plan.data),
-            "stages": job.status,
-            "seconds": sum(stage["seconds"] for stage in job.status.values()),
-            "citations": citations(plan, registry),
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        _write_json(folder / "report.json", report)
-        write_report(folder)
-        yield from map(Note, _tell_plugins(registry, folder, report))
-        yield RunFinished(folder, report)
-
-
-def describe_environment(plan: Plan, registry: Registry, device: torch.device) -> dict[str, Any]:
-    """What decides the bits of a run, by a fixed list: no variable or path of this machine."""
-    packages = {"cmkit", "torch", "torchvision", "torch-fidelity", "numpy", "safetensors"}
-    packages |= {registry.find(kind, name).dist for kind, name in plan.recipe.used()}
-    return {
-        "cmkit": cmkit.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "packages": {name: _version(name) for name in sorted(packages)},
-    }
-
-
-def citations(plan: Plan, registry: Registry) -> list[str]:
-    """The references of the parts that a recipe composes, each once, in its order."""
-    found = [registry.find(kind, name).plugin for kind, name in plan.recipe.used()]
-    return list(dict.fromkeys(plugin.cite for plugin in found if plugin and plugin.cite))
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Most memory held so far: of the GPU's allocator there, of the process elsewhere; MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _keep_recipe(plan: Plan, folder: Path) -> None:
-    path, text = folder / "recipe.toml", plan.recipe.toml()
-    if path.exists() and _toml(path) != tomllib.loads(text):  # keys may have changed places
-        raise CheckpointError(
-            f"{path}: is not the recipe that this folder is named after; restore it, or run with"
-            " another --out"
-        )
-    if not path.exists():
-        files.atomic_write(path, text)
-
-
-def _toml(path: Path) -> dict[str, Any] | None:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except ValueError:
-        return None
-
-
-def _tell_plugins(registry: Registry, folder: Path, report: dict[str, Any]) -> Iterator[str]:
-    for implementation in registry.manager.hook.cmkit_run_finished.get_hookimpls():
-        try:
-            implementation.function(
-                **{
-                    name: value
-                    for name, value in {"folder": str(folder), "report": report}.items()
-                    if name in implementation.argnames
-                }
-            )
-        except Exception as error:  # a guest's fault must not spoil a finished run
-            yield f"plugin {implementation.plugin_name}: cmkit_run_finished failed: {error}"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    files.atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "?"

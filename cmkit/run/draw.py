@@ -1,106 +1,27 @@
-"""Images from a finished run, or from a recipe with weights, outside the stages of any run."""
+"""Images drawn or edited from a finished run, outside the stages of any run."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cmkit.denoiser import Denoiser
 from cmkit.device import autocast
-from cmkit.edit import Projection, brightness, check_levels, colorize, edit, inpaint, superres
-from cmkit.errors import CheckpointError, RecipeError, ResourceError
+from cmkit.edit import Task, edit
+from cmkit.errors import RecipeError, ResourceError
 from cmkit.files import atomic_write, new_folder
-from cmkit.noise import Noise
-from cmkit.pictures import grid_png, png, read_picture
-from cmkit.plan import Plan, check_disk, check_fit, for_sampling, noise_of, traits_of, with_values
-from cmkit.plugins import Registry
-from cmkit.recipe import Recipe, SampleTable, load
-from cmkit.run import (
-    Event,
-    Sampled,
-    StageFinished,
-    StageStarted,
-    data_of,
-    read_status,
-    trained,
-    winner,
-)
+from cmkit.pictures import grid_png, png
+from cmkit.plan import Plan, check_disk, check_fit, for_sampling, noise_of, traits_of
+from cmkit.recipe import Recipe
+from cmkit.run.events import Event, Sampled, StageFinished, StageStarted
 from cmkit.sample import Draws, finite_uint8, npz, sample, starts
 from cmkit.weights import download
-
-WHITE = 128
-"""From this grey on a mask is white."""
-
-
-def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, images: int) -> Recipe:
-    """The recipe that only draws `images`, with the weights and the winning scales that the run
-    folder `source` holds, or those of the recipe file `source`. What `overrides` say goes first.
-
-    CheckpointError for a folder without them, RecipeError for a recipe that has yet to be trained.
-    """
-    run = source.is_dir()
-    if run and not (source / "recipe.toml").is_file():
-        raise CheckpointError(
-            f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-HASH, or a"
-            " recipe with denoiser.weights"
-        )
-    recipe = load(source / "recipe.toml" if run else source, overrides, registry)
-    if run:
-        recipe = _finished(recipe, source)
-    elif recipe.train and not _said(recipe, "denoiser", "weights"):
-        raise recipe.source.error(
-            ("train",),
-            f"the model is yet to be trained: run the recipe, and give the folder of that run, such"
-            f" as runs/{recipe.name}-{recipe.hash}",
-        )
-    if not recipe.denoiser.weights:
-        raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
-    table = (recipe.sample or SampleTable(images=images)).model_copy(update={"images": images})
-    gone = dict.fromkeys(("train", "search", "teacher", "teacher_backbone", "teacher_precond"))
-    return replace(recipe, **gone, metric=(), sample=table)
-
-
-def _finished(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe of a run with what its stages left in `folder`."""
-    if not _said(recipe, "denoiser", "weights"):
-        recipe = trained(recipe, folder)
-        if recipe.train and not Path(recipe.denoiser.weights or "").is_file():
-            raise CheckpointError(
-                f"{recipe.denoiser.weights}: not there yet; finish the run first:"
-                f" cmkit run {folder / 'recipe.toml'}"
-            )
-    if recipe.search and recipe.rescaler:
-        axes = [axis for axis in recipe.search.grid if not _said_of(recipe, axis)]
-        found = winner(read_status(folder))
-        families = dict.fromkeys(axis.partition(".")[0] for axis in axes)
-        if axes and not found:
-            raise CheckpointError(
-                f"{folder}: its search has no winner yet; finish the run, or give values yourself:"
-                f" {' '.join(f'--set rescaler.{family}=1.0' for family in families)}"
-            )
-        values = {axis: found[axis] for axis in axes}
-        recipe = replace(recipe, rescaler=with_values(recipe, values))
-    if any(path[0] == "dataset" for path in recipe.source.overrides):
-        return recipe
-    return replace(recipe, data=data_of(folder))
-
-
-def _said(recipe: Recipe, *path: str) -> bool:
-    """Whether --set gave the value at `path`."""
-    return any(path[: len(given)] == given for given in recipe.source.overrides)
-
-
-def _said_of(recipe: Recipe, axis: str) -> bool:
-    """Whether --set gave the rescaler's number `axis`, or that of its family."""
-    names = {"rescaler", axis, axis.partition(".")[0]}
-    return any(path[0] == "rescaler" and path[-1] in names for path in recipe.source.overrides)
 
 
 def draw(
@@ -145,67 +66,6 @@ def draw(
         "seconds": time.perf_counter() - began,
     }
     yield StageFinished("sample", result)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is known of a picture that is edited, and the noise levels of the edit."""
-
-    name: Literal["inpaint", "colorize", "superres"]
-    mask: Path | None = None
-    """The picture whose white part `inpaint` paints anew."""
-    patch: int = 8
-    """The side, in pixels, of the squares whose means `superres` keeps."""
-    steps: int = 40
-    """Points of the Karras grid from sigma_max on, as in the official code."""
-    sigmas: tuple[float, ...] = ()
-    """Falling noise levels below sigma_max instead."""
-
-    def levels(self, noise: Noise) -> list[float]:
-        """Falling noise levels that follow sigma_max; RecipeError where they do not."""
-        check_levels(noise, self.sigmas)
-        grid = noise.sigmas(self.steps, dtype=torch.float64).flip(0)
-        return list(self.sigmas) or grid[1:-1].tolist()
-
-    def known(self, pictures: Sequence[Path], channels: int, side: int) -> Tensor:
-        """The pictures, (n, channels, side, side) in [-1, 1]; `superres` enlarges small ones."""
-        sides = [side]
-        if self.name == "superres" and side % self.patch == 0:
-            sides.append(side // self.patch)
-        read = [read_picture(path, channels, sides) for path in pictures]
-        large = [image if image.shape[-1] == side else self._enlarged(image) for image in read]
-        return torch.stack(large) / 127.5 - 1
-
-    def _enlarged(self, image: Tensor) -> Tensor:
-        return image.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2)
-
-    def kept(self, side: int) -> Tensor | None:
-        """Where the mask is black, bool (side, side); None without a mask."""
-        if (self.name == "inpaint") != (self.mask is not None):
-            raise RecipeError(
-                "--task inpaint wants --mask FILE, white where to paint anew"
-                if self.mask is None
-                else f"--mask {self.mask}: only --task inpaint takes a mask; leave it out"
-            )
-        return None if self.mask is None else read_picture(self.mask, 1, [side])[0] < WHITE
-
-    def projection(self, known: Tensor, kept: Tensor | None) -> Projection:
-        """What puts the known part of `known` back; DataError where the task does not suit."""
-        match self.name:
-            case "inpaint":
-                assert kept is not None
-                return inpaint(known, kept.to(known.device))
-            case "colorize":
-                return colorize(known)
-            case "superres":
-                return superres(known, self.patch)
-
-    def given(self, known: Tensor, kept: Tensor | None) -> Tensor:
-        """The known part as pictures to look at."""
-        project = self.projection(known, kept)
-        if self.name == "colorize":
-            return brightness(known).expand_as(known)
-        return project(torch.zeros_like(known))
 
 
 def redraw(

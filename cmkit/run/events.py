@@ -1,0 +1,73 @@
+"""What a run tells whoever watches it, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmkit.search import Cell, CellsDrawn, Comparison
+from cmkit.train import Step
+from cmkit.weights import Downloaded
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage begins, `done` of `total` units already there from an earlier start."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that survives whatever happens from now on."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Images drawn so far."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence for the person who watches."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class StageFinished:
+    """A stage is done; `result` is its entry in report.json."""
+
+    stage: str
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """Every stage is done, and the report written."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
+Event = (
+    StageStarted
+    | Downloaded
+    | Step
+    | Saved
+    | Cell
+    | CellsDrawn
+    | Comparison
+    | Sampled
+    | Note
+    | StageFinished
+    | RunFinished
+)

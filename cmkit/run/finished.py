@@ -1,0 +1,77 @@
+"""What a finished run means as a recipe: its weights, its scales, its data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cmkit.errors import CheckpointError
+from cmkit.plan import with_values
+from cmkit.plugins import Registry
+from cmkit.recipe import Recipe, SampleTable, load
+from cmkit.run.folder import data_of, read_status, trained, winner
+
+
+def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, images: int) -> Recipe:
+    """The recipe that only draws `images`, with the weights and the winning scales that the run
+    folder `source` holds, or those of the recipe file `source`. What `overrides` say goes first.
+
+    CheckpointError for a folder without them, RecipeError for a recipe that has yet to be trained.
+    """
+    run = source.is_dir()
+    if run and not (source / "recipe.toml").is_file():
+        raise CheckpointError(
+            f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-HASH, or a"
+            " recipe with denoiser.weights"
+        )
+    recipe = load(source / "recipe.toml" if run else source, overrides, registry)
+    if run:
+        recipe = _finished(recipe, source)
+    elif recipe.train and not _said(recipe, "denoiser", "weights"):
+        raise recipe.source.error(
+            ("train",),
+            f"the model is yet to be trained: run the recipe, and give the folder of that run, such"
+            f" as runs/{recipe.name}-{recipe.hash}",
+        )
+    if not recipe.denoiser.weights:
+        raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
+    table = (recipe.sample or SampleTable(images=images)).model_copy(update={"images": images})
+    gone = dict.fromkeys(("train", "search", "teacher", "teacher_backbone", "teacher_precond"))
+    return replace(recipe, **gone, metric=(), sample=table)
+
+
+def _finished(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe of a run with what its stages left in `folder`."""
+    if not _said(recipe, "denoiser", "weights"):
+        recipe = trained(recipe, folder)
+        if recipe.train and not Path(recipe.denoiser.weights or "").is_file():
+            raise CheckpointError(
+                f"{recipe.denoiser.weights}: not there yet; finish the run first:"
+                f" cmkit run {folder / 'recipe.toml'}"
+            )
+    if recipe.search and recipe.rescaler:
+        axes = [axis for axis in recipe.search.grid if not _said_of(recipe, axis)]
+        found = winner(read_status(folder))
+        families = dict.fromkeys(axis.partition(".")[0] for axis in axes)
+        if axes and not found:
+            raise CheckpointError(
+                f"{folder}: its search has no winner yet; finish the run, or give values yourself:"
+                f" {' '.join(f'--set rescaler.{family}=1.0' for family in families)}"
+            )
+        values = {axis: found[axis] for axis in axes}
+        recipe = replace(recipe, rescaler=with_values(recipe, values))
+    if any(path[0] == "dataset" for path in recipe.source.overrides):
+        return recipe
+    return replace(recipe, data=data_of(folder))
+
+
+def _said(recipe: Recipe, *path: str) -> bool:
+    """Whether --set gave the value at `path`."""
+    return any(path[: len(given)] == given for given in recipe.source.overrides)
+
+
+def _said_of(recipe: Recipe, axis: str) -> bool:
+    """Whether --set gave the rescaler's number `axis`, or that of its family."""
+    names = {"rescaler", axis, axis.partition(".")[0]}
+    return any(path[0] == "rescaler" and path[-1] in names for path in recipe.source.overrides)
