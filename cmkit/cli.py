@@ -307,7 +307,7 @@ def compare(
 ) -> None:
     """Print the scores of runs side by side, and beside those that others published."""
     from cmkit.compare import caveats, entries
-    from cmkit.figures import score
+    from cmkit.report import score
 
     compared = entries(runs)
     notes = list(caveats(compared))

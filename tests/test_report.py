@@ -674,8 +674,8 @@ def test_the_page_says_when_a_second_scoring_chose_the_winner(tmp_path, report):
 
 def test_levels_below_zero_are_labelled():
     """A loss that holds the logarithm of a learned weight falls below 0."""
-    from cmkit.report import _curve, _curve_svg
+    from cmkit.report.curve import curve_of, curve_svg
 
     records = [{"step": k, "loss": 0.5 - 0.3 * k, "num_sigmas": 0} for k in range(1, 6)]
-    labels = [label for _, label in _curve_svg(_curve(records))["levels"]]
+    labels = [label for _, label in curve_svg(curve_of(records))["levels"]]
     assert labels == ["-1", "-0.5", "0"]

@@ -1,0 +1,6 @@
+"""The page a person opens: `report.html`, one file made of what a run's folder holds."""
+
+from cmkit.report.figures import score
+from cmkit.report.page import write_report
+
+__all__ = ["score", "write_report"]

@@ -1,0 +1,102 @@
+"""The loss curve on the page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmkit.report.figures import count, number
+
+CURVE_POINTS = 400
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The finite records of a training log; whatever else is in it, a torn line, is left out."""
+    records = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, AttributeError):
+            record = json.loads(line)
+            step, loss, sigmas = map(
+                finite_or_none, map(record.get, ("step", "loss", "num_sigmas"))
+            )
+            if step is not None and loss is not None:
+                records.append({"step": int(step), "loss": loss, "num_sigmas": int(sigmas or 0)})
+    return records
+
+
+def finite_or_none(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def curve_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The loss over the steps, averaged to at most CURVE_POINTS points."""
+    if len(records) < 2:
+        return None
+    size = math.ceil(len(records) / CURVE_POINTS)
+    chunks = [records[i : i + size] for i in range(0, len(records), size)]
+    steps = [chunk[-1]["step"] for chunk in chunks]
+    losses = [statistics.fmean(record["loss"] for record in chunk) for chunk in chunks]
+    sigmas = [chunk[-1]["num_sigmas"] for chunk in chunks]
+    logarithmic = min(losses) > 0 and max(losses) >= 10 * min(losses)
+    return {
+        "steps": steps,
+        "losses": losses,
+        "sigmas": sigmas,
+        "marks": _doublings(steps, sigmas),
+        "log": logarithmic,
+        "smoothed": size,
+    }
+
+
+def _doublings(steps: Sequence[int], sigmas: Sequence[int]) -> list[tuple[int, int]]:
+    """(step, N) wherever N - 1, the intervals, has at least doubled since the last such place."""
+    marks: list[tuple[int, int]] = []
+    for step, sigma in zip(steps, sigmas, strict=True):
+        if sigma and (not marks or sigma - 1 >= 2 * (marks[-1][1] - 1)):
+            marks.append((step, sigma))
+    return marks
+
+
+def curve_svg(curve: Mapping[str, Any]) -> dict[str, Any]:
+    """The curve, its ticks and the doublings of N in per cent of the plot, y downward."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    steps, losses = curve["steps"], curve["losses"]
+    even = MaxNLocator(4, steps=[1, 2, 5, 10])
+    height = math.log if curve["log"] else float
+    low, high = height(min(losses)), height(max(losses))
+    low, high = low - 0.04 * (high - low), high + 0.04 * (high - low) or 1.0
+
+    def x(step: float) -> float:
+        return round(100 * step / (steps[-1] or 1), 3)
+
+    def y(loss: float) -> float:
+        return round(100 * (high - height(loss)) / ((high - low) or 1), 3)
+
+    locator = LogLocator(subs=(1, 2, 5)) if curve["log"] else even
+    ticks = [float(v) for v in locator.tick_values(min(losses), max(losses))]
+    levels = [v for v in ticks if v > 0 or not curve["log"]]
+    across = [float(v) for v in even.tick_values(0, steps[-1])]
+    points = [(x(step), y(loss)) for step, loss in zip(steps, losses, strict=True)]
+    return {
+        "line": " ".join(f"{a},{b}" for a, b in points),
+        "points": points,
+        "levels": [(y(v), number(v)) for v in levels if 4 < y(v) < 100],
+        "across": [(x(v), count(v)) for v in across if 0 <= x(v) <= 100],
+        "marks": [(x(step), sigma) for step, sigma in curve["marks"]],
+    }
+
+
+def curve_data(curve: Mapping[str, Any] | None) -> list[str]:
+    """What the script says of each point of the curve."""
+    if not curve:
+        return []
+    return [
+        f"step {number(step)} · loss {number(loss)}" + (f" · N = {sigmas}" if sigmas else "")
+        for step, loss, sigmas in zip(curve["steps"], curve["losses"], curve["sigmas"], strict=True)
+    ]

@@ -1,0 +1,305 @@
+"""The page: what a run's report says, arranged for the template."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cmkit.errors import CheckpointError, ResourceError
+from cmkit.report.curve import curve_data, curve_of, curve_svg, read_log
+from cmkit.report.figures import LEVELS, colour, count, heatmap_png, loss_png, number, score
+from cmkit.report.images import SHEET_PIXELS, picture_of
+from cmkit.report.search import AXES, FEW, cell_data, confirm_page, search_page
+
+SCHEMA = 1
+
+HERE = Path(__file__).parent
+
+
+def write_report(folder: Path) -> Path:
+    """The path of `report.html`, written with `heatmap.png` and `loss.png` into a run's folder.
+
+    Raises CheckpointError when report.json is missing or not one that cmkit wrote, DataError when
+    a picture is outside the folder or is no PNG, ResourceError when the disk refuses.
+    """
+    from cmkit.files import atomic_write
+
+    path = folder / "report.json"
+    report = _scrub(_read(path))
+    with _malformed(path):
+        stages = report["stages"]
+        search = search_page(stages["search"], folder) if "search" in stages else None
+        curve = curve_of(read_log(folder / "log.jsonl")) if "train" in stages else None
+        files: dict[str, bytes | str] = {}
+        if search:
+            files["heatmap.png"] = heatmap_png(search)
+        if curve:
+            files["loss.png"] = loss_png(curve)
+        files["report.html"] = _render(_page(report, folder, search, curve))
+    for name, content in files.items():
+        atomic_write(folder / name, content)
+    return folder / "report.html"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference with its sign."""
+    return ("+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else "") + score(abs(value), digits)
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours:,} h {minutes:02} min"
+    return f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: {error.strerror}; `cmkit run` writes it when every stage is done"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error}); run the recipe again") from error
+    schema = report.get("schema") if isinstance(report, dict) else None
+    if schema != SCHEMA:
+        raise CheckpointError(
+            f"{path}: schema {schema!r}, but this cmkit reads {SCHEMA}; run the recipe again"
+        )
+    return dict(report)
+
+
+@contextlib.contextmanager
+def _malformed(path: Path) -> Iterator[None]:
+    """Inside, an odd field becomes a CheckpointError, and an OSError a ResourceError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path}: not a report that cmkit wrote ({type(error).__name__}: {error}); run the"
+            " recipe again"
+        ) from error
+    except OSError as error:
+        raise ResourceError(
+            f"{error.filename or path}: cannot be read: {error.strerror}; mend it, then run again"
+        ) from error
+
+
+def _scrub(value: Any) -> Any:
+    """The same value without the home folder's path and without credentials in URLs."""
+    if isinstance(value, dict):
+        return {key: _scrub(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_scrub(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    home = str(Path.home())
+    if len(home) > 1:
+        value = re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?![\w.-])", "~", value)
+    return re.sub(r"(\b\w+://)[^/\s@]*@", r"\1", value)
+
+
+def _page(
+    report: Mapping[str, Any],
+    folder: Path,
+    search: Mapping[str, Any] | None,
+    curve: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """What the template shows."""
+    stages = report["stages"]
+    confirm = stages.get("search", {}).get("confirm")
+    sample = stages.get("sample")
+    return {
+        **{key: report[key] for key in ("name", "hash", "seconds", "citations")},
+        "time": report["time"].replace("T", " ").replace("+00:00", " UTC"),
+        "headlines": list(_headlines(report)),
+        "samples": _samples(sample, folder) if sample else None,
+        "search": search,
+        "confirm": confirm_page(confirm) if confirm else None,
+        "metrics": _metrics(stages["metric"]) if "metric" in stages else None,
+        "train": stages.get("train"),
+        "curve": curve_svg(curve) if curve else None,
+        "costs": _costs(stages),
+        "recipe": _toml(report["recipe"]),
+        "environment": _environment(report["environment"]),
+        "data": {"cells": cell_data(search), "curve": curve_data(curve)},
+    }
+
+
+def _headlines(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(label, value, note) of the few numbers that a reader wants first."""
+    stages = report["stages"]
+    search, metric = stages.get("search"), stages.get("metric")
+    sample, train = stages.get("sample"), stages.get("train")
+    if search and search.get("confirm"):
+        confirm = search["confirm"]
+        before, after = confirm["plain"]["mean"], confirm["rescaled"]["mean"]
+        change = f"{signed(100 * (after - before) / before, 2)} %, " if before else ""
+        seeds = f"{len(confirm['seeds'])} seeds of {number(confirm['images'])} images"
+        yield (
+            f"{search['minimize']} on fresh noise",
+            f"{score(before)} → {score(after)}",
+            change + seeds,
+        )
+    if search:
+        axes, cells = search["axes"], f"of {len(search['cells'])} cells"
+        best = [search["best"][axis] for axis in axes]
+        if len(axes) <= FEW:
+            where = " · ".join(AXES.get(axis, axis) for axis in axes)
+            yield "best scales", " · ".join(map(number, best)), f"{where}, {cells}"
+        else:
+            moved = sum(value != 1 for value in best)
+            yield "best scales", f"{moved} of {len(best)}", f"other than 1, {cells}"
+    if metric and metric["values"]:
+        wanted = search["minimize"] if search else "fid"
+        name = wanted if wanted in metric["values"] else next(iter(metric["values"]))
+        images = f"{number(sample['images'])} images, {_nfe(sample['nfe'])}" if sample else ""
+        yield f"{name} of the samples", score(metric["values"][name]), images
+    if train:
+        yield "parameters", count(train["parameters"]), f"{number(train['steps'])} training steps"
+    yield "time", duration(report["seconds"]), str(report["environment"].get("device", ""))
+
+
+def _nfe(nfe: int) -> str:
+    return "one step each" if nfe == 1 else f"{nfe} evaluations each"
+
+
+def _samples(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    scales = ", ".join(_scales(stage.get("scales", {})))
+    return {
+        "images": stage["images"],
+        "nfe": _nfe(stage["nfe"]),
+        "scales": scales,
+        **{
+            key: picture_of(folder, stage[key], SHEET_PIXELS) if stage.get(key) else None
+            for key in ("before", "after")
+        },
+    }
+
+
+def _scales(scales: Mapping[str, Any]) -> Iterator[str]:
+    """A rescaler's values, those of single sites by their names."""
+    for name, value in scales.items():
+        if isinstance(value, dict):
+            yield from _scales(value)
+        elif isinstance(value, list):
+            yield f"{name} [{', '.join(map(number, value))}]"
+        else:
+            yield f"{name} {number(value)}"
+
+
+def _metrics(stage: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The numbers, grouped by what must stand beside them."""
+    left = dict(stage["values"])
+    groups = []
+    for source in [*stage["provenance"], {}]:
+        names = [name for name in left if name in source.get("numbers", left)]
+        values = {name: left.pop(name) for name in names}
+        facts = {key: _short(value) for key, value in source.items() if key != "numbers"}
+        if values:
+            groups.append({"values": values, "facts": facts})
+    return groups
+
+
+def _short(value: object) -> str:
+    """A fact as text; of a long digest its first 12 digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1…", number(value))
+
+
+def _costs(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each stage's seconds, share of the longest one in per cent, peak memory and work done."""
+    longest = max((stage["seconds"] for stage in stages.values()), default=0) or 1
+    return [
+        {
+            "stage": name,
+            "seconds": stage["seconds"],
+            "share": round(100 * stage["seconds"] / longest, 2),
+            "memory": stage.get("peak_memory_mib"),
+            "work": _work(name, stage),
+        }
+        for name, stage in stages.items()
+    ]
+
+
+def _work(name: str, stage: Mapping[str, Any]) -> str:
+    if name == "train":
+        return f"{number(stage['steps'])} steps, {number(stage['images_per_second'])} images/s"
+    if name == "search":
+        return f"{len(stage['cells'])} cells of {number(stage.get('images'))} images"
+    if name == "sample":
+        return f"{number(stage['images'])} images"
+    return ", ".join(stage["values"]) if name == "metric" else ""
+
+
+def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    packages = environment.get("packages", {})
+    rows = [(key, str(value)) for key, value in environment.items() if key != "packages"]
+    return rows + [(name, str(version)) for name, version in packages.items()]
+
+
+def _toml(recipe: Mapping[str, Any]) -> str:
+    """The recipe as TOML, without the query of a URL, which may be a key."""
+    import tomlkit
+
+    text = tomlkit.dumps(_without_none(recipe)).strip()
+    return re.sub(r"(\b\w+://[^\s?#\"']*)\?[^\s#\"']*", r"\1?…", text)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _render(page: Mapping[str, Any]) -> str:
+    """The page's HTML; the policy in its head lets only this very style and script act."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    # autoescape is a plain True: select_autoescape() does not know the suffix .html.j2
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {f.__name__: f for f in (number, score, signed, duration)}
+    style = (HERE / "report.css").read_text("utf-8") + _ramp()
+    script = (HERE / "report.js").read_text("utf-8")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}';"
+        f" script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
+    )
+    assert "</" not in style + script
+    return environment.get_template("report.html.j2").render(
+        page,
+        policy=policy,
+        style=Markup(style),  # noqa: S704
+        script=Markup(script),  # noqa: S704
+        levels=LEVELS,
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _ramp() -> str:
+    """A rule for each level of the colour scale: the policy forbids style attributes."""
+    colours = [colour(level / (LEVELS - 1)) for level in range(LEVELS)]
+    return "".join(
+        f".q{level} {{ background: {back}; color: {ink}; fill: {back} }}\n"
+        for level, (back, ink) in enumerate(colours)
+    )

@@ -1,0 +1,183 @@
+"""The search on the page: cells in rows, the winner, the comparison on fresh noise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cmkit.report.curve import finite_or_none
+from cmkit.report.figures import LEVELS, number, score
+from cmkit.report.images import CELL_PIXELS, picture_of
+
+AXES = {"skip": "skip (s0)", "emb": "emb (s1)"}
+
+FEW = 4
+"""Numbers of a rescaler that are written out wherever they are spoken of."""
+
+
+def search_page(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The cells of a search in rows, as the page and the heatmap show them."""
+    axes = stage["axes"]
+    names = list(axes)
+    records = stage["cells"]
+    ones = f"({', '.join('1' for _ in names)})" if len(names) <= FEW else "all 1"
+    plain = next((cell for cell in records if all(cell[name] == 1 for name in names)), None)
+    scores = [finite_or_none(cell["score"]) for cell in records]
+    norm = _norm([value for value in scores if value is not None])
+    cells = [
+        {**_cell(record, stage, plain, norm, ones), "index": index}
+        for index, record in enumerate(records)
+    ]
+    for cell in cells:
+        cell["picture"] = picture_of(folder, cell["file"], CELL_PIXELS)
+    layout = _steps(stage, cells) if stage.get("descent") else _grid(stage, cells)
+    shown = [cell for row in layout["rows"] for cell in row["cells"] if cell]
+    return {
+        **layout,
+        "cells": cells,
+        "start": next((cell for cell in shown if cell["winner"]), shown[0]),
+        "plain": next((cell for cell in cells if cell["plain"]), None),
+        "ones": ones,
+        "edges": [name for name in names if _on_edge(stage["best"][name], axes[name])],
+        "minimize": stage["minimize"],
+        "images": stage.get("images"),
+        "reranked": len(stage.get("rerank", {}).get("cells", [])),
+        "rerank_images": stage.get("rerank", {}).get("images"),
+        "norm": norm,
+        "log": type(norm).__name__ == "LogNorm",
+    }
+
+
+def _grid(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A grid's rows: the first axis runs across, all others down, rising upward."""
+    first, *others = axes = stage["axes"]
+    found = {tuple(r[name] for name in axes): c for r, c in zip(stage["cells"], cells, strict=True)}
+    rows = []
+    for high in reversed(list(itertools.product(*(axes[name] for name in others)))):
+        row = [found.get((across, *high)) for across in axes[first]]
+        rows.append({"label": ", ".join(map(number, high)), "cells": row})
+    return {
+        "descent": False,
+        "across": AXES.get(first, first),
+        "down": ", ".join(AXES.get(name, name) for name in others),
+        "columns": [number(value) for value in axes[first]],
+        "rows": rows,
+    }
+
+
+def _steps(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row for each step of a search by coordinates: the values of its axis, rising, the one that
+    the search went on with marked as `kept`."""
+    rows = []
+    for step in stage["descent"]:
+        axis, places = step["axis"], step["cells"]
+        scores = [math.inf if cells[k]["score"] is None else cells[k]["score"] for k in places]
+        kept = places[scores.index(min(scores))]
+        row = []
+        for k in sorted(places, key=lambda k: stage["cells"][k][axis]):
+            own = number(stage["cells"][k][axis])
+            mark = f"{own}, best" if cells[k]["winner"] else own
+            row.append({**cells[k], "name": f"{axis} {own}", "mark": mark, "kept": k == kept})
+        rows.append({"label": AXES.get(axis, axis), "cells": row})
+    width = max(len(row["cells"]) for row in rows)
+    for row in rows:
+        row["cells"] += [None] * (width - len(row["cells"]))
+    return {"descent": True, "across": "", "down": "", "columns": [""] * width, "rows": rows}
+
+
+def _cell(
+    cell: Mapping[str, Any],
+    stage: Mapping[str, Any],
+    plain: Mapping[str, Any] | None,
+    norm: Any,
+    ones: str,
+) -> dict[str, Any]:
+    """What the page says of one cell; `level` is its place on the colour scale."""
+    value = finite_or_none(cell["score"])
+    winner = all(cell[name] == stage["best"][name] for name in stage["axes"])
+    label = _label(cell, stage["axes"])
+    return {
+        "label": label,
+        "name": label,
+        "mark": "best" if winner else ones if cell is plain else "",
+        "score": value,
+        "text": score(value),
+        "level": None if value is None else round(float(norm(value)) * (LEVELS - 1)),
+        "winner": winner,
+        "kept": False,
+        "plain": cell is plain,
+        "note": _against(value, finite_or_none(plain["score"]) if plain else None),
+        "file": cell["samples"],
+    }
+
+
+def _label(cell: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
+    """A cell's values; of many only those that are not 1."""
+    shown = [name for name in axes if len(axes) <= FEW or cell[name] != 1]
+    return ", ".join(f"{name} {number(cell[name])}" for name in shown) or "all 1"
+
+
+def _on_edge(value: float, values: Sequence[float]) -> bool:
+    return len(values) > 2 and value in (min(values), max(values))
+
+
+def _norm(scores: Sequence[float]) -> Any:
+    """A colour scale over the scores: logarithmic where they span a factor of four or more."""
+    from matplotlib.colors import LogNorm, Normalize
+
+    low, high = min(scores, default=0.0), max(scores, default=1.0)
+    return LogNorm(low, high) if low > 0 and high >= 4 * low else Normalize(low, high)
+
+
+def _against(value: float | None, plain: float | None) -> str:
+    if value is None:
+        return "not a number"
+    if plain is None or value == plain:
+        return ""
+    return f"{score(abs(value - plain))} {'below' if value < plain else 'above'} the unscaled one"
+
+
+def confirm_page(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison on fresh noise, with every place on a common scale of 0 to 100."""
+    plain, rescaled, difference = stage["plain"], stage["rescaled"], stage["difference"]
+    ends = [x for one in (plain, rescaled) for x in (one["low"], one["high"], *one["values"])]
+    low, span = min(ends), (max(ends) - min(ends)) or 1.0
+
+    def place(value: float) -> float:
+        return float(round(3 + 94 * (value - low) / span, 2))
+
+    rows = [
+        {
+            "label": label,
+            **{key: one[key] for key in ("mean", "low", "high")},
+            "at": {key: place(one[key]) for key in ("mean", "low", "high")},
+            "dots": [place(value) for value in one["values"]],
+        }
+        for label, one in (("unscaled", plain), ("rescaled", rescaled))
+    ]
+    helps, harms = difference["high"] < 0, difference["low"] > 0
+    return {
+        "rows": rows,
+        "difference": difference,
+        "outcome": "better" if helps else "worse" if harms else "open",
+        "verdict": stage["verdict"],
+        "headline": stage["verdict"].partition(":")[0].rstrip(".") + ".",
+        "seeds": len(plain["values"]),
+        "images": stage.get("images"),
+    }
+
+
+def cell_data(search: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What the script shows of each cell."""
+    return [
+        {
+            "label": cell["label"],
+            "score": cell["text"],
+            "note": cell["note"],
+            "src": cell["picture"]["src"],
+        }
+        for cell in (search["cells"] if search else ())
+    ]
