@@ -1,21 +1,16 @@
-"""The command line: parse, call, print. Imports torch only inside the commands that compute."""
+"""The commands: parse, call, print."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import sys
-import tempfile
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError
+from cmkit.cli.errors import debug_log
+from cmkit.errors import PluginError, RecipeError
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -78,13 +73,13 @@ def run(
     stop = StopSignal()
     stop.listen()
     plan, registry = _plan(recipe, set)
+    from cmkit.cli.display import Display
     from cmkit.device import pick_device
     from cmkit.run import RunFinished, run, run_folder
-    from cmkit.ui import Display
 
     chosen = pick_device(device)
     folder = run_folder(plan, out)
-    _debug_log.folder = folder
+    debug_log.folder = folder
     report: dict[str, Any] = {}
     with Display(chosen, quiet=json) as display:
         display.say(f"run folder: {folder} on {chosen}")
@@ -354,8 +349,8 @@ def convert(
 
     registry = discover()
     loaded = load(find_recipe(recipe), set, registry) if recipe else None
+    from cmkit.cli.display import Display
     from cmkit.convert import convert
-    from cmkit.ui import Display
 
     with Display(None) as display:
         for event in convert(source, target, to, registry, loaded):
@@ -370,89 +365,6 @@ def schema() -> None:
     from cmkit.recipe import schema
 
     _print_json(schema(discover()))
-
-
-def main() -> None:
-    """Run the command line; every error of ours is one line on stderr, and its own exit code."""
-    code = 0
-    try:
-        code = app(standalone_mode=False) or 0
-    except CmkitError as error:
-        code = _fail(error, error.exit_code)
-    except KeyboardInterrupt:
-        code = _say("interrupted; nothing was being written", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except (MemoryError, OSError, RuntimeError) as error:
-        code = _resource(error)
-    except typer.Exit as exit_:
-        code = exit_.exit_code
-    except Exception as error:
-        code = _unexpected(error)
-    sys.exit(code)
-
-
-class _debug_log:  # noqa: N801 - one place that is known only once the run folder is
-    folder: Path | None = None
-
-
-def _fail(error: BaseException, code: int) -> int:
-    if _debug_log.folder and _debug_log.folder.is_dir():
-        _write_debug_log(_debug_log.folder / "debug.log")
-    return _say(f"error: {error}", code)
-
-
-def _resource(error: BaseException) -> int:
-    """Memory and disk end as exit 5 however libraries word them; the rest is our bug."""
-    text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        hint = "lower train.batch, search.batch or sample.batch, or raise train.accumulate"
-        return _fail(
-            ResourceError(f"out of memory: {text.splitlines()[0] if text else ''}; {hint}"), 5
-        )
-    if isinstance(error, OSError) and error.errno in {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EIO,
-        errno.EROFS,
-        errno.EACCES,
-    }:
-        return _fail(
-            ResourceError(f"{error.filename or 'disk'}: {error.strerror}; choose another --out"), 5
-        )
-    return _unexpected(error)
-
-
-def _unexpected(error: BaseException) -> int:
-    if hasattr(error, "format_message"):  # a usage error of the parser that typer brings
-        return _say(f"error: {error.format_message()}; see --help", 2)
-    logs = [Path(tempfile.gettempdir()) / "cmkit-debug.log"]
-    if _debug_log.folder:
-        logs.insert(0, _debug_log.folder / "debug.log")
-    where = next((log for log in logs if _write_debug_log(log)), "the command")
-    return _say(
-        f"error: a bug in cmkit: {type(error).__name__}: {' '.join(str(error).split())[:300]};"
-        f" please report it with {where}",
-        70,
-    )
-
-
-def _write_debug_log(path: Path) -> bool:
-    """Append the traceback of the error in hand; False where that cannot be."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            traceback.print_exc(file=file)
-    except OSError:
-        return False
-    return True
-
-
-def _say(text: str, code: int) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        line = text.encode(sys.stderr.encoding or "ascii", "backslashreplace")
-        print(line.decode(sys.stderr.encoding or "ascii"), file=sys.stderr, flush=True)
-    return code
 
 
 def _plan(recipe: str, overrides: list[str]) -> tuple[Plan, Registry]:
@@ -474,8 +386,8 @@ def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:
 
 
 def _show_until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:
+    from cmkit.cli.display import Display
     from cmkit.run import StageFinished
-    from cmkit.ui import Display
 
     result: dict[str, Any] = {}
     with Display(device, quiet=json) as display:

@@ -1,0 +1,33 @@
+"""The entry point of the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from cmkit.cli.app import app
+from cmkit.cli.errors import fail, resource_error, say, unexpected
+from cmkit.errors import CmkitError
+
+
+def main() -> None:
+    """Run the command line; every error of ours is one line on stderr, and its own exit code."""
+    code = 0
+    try:
+        code = app(standalone_mode=False) or 0
+    except CmkitError as error:
+        code = fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        code = say("interrupted; nothing was being written", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (MemoryError, OSError, RuntimeError) as error:
+        code = resource_error(error)
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except Exception as error:
+        code = unexpected(error)
+    sys.exit(code)

@@ -1,0 +1,74 @@
+"""How the command line ends: one line for every error of ours, and its own exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from cmkit.errors import ResourceError
+
+
+class debug_log:  # noqa: N801 - one place that is known only once the run folder is
+    folder: Path | None = None
+
+
+def fail(error: BaseException, code: int) -> int:
+    if debug_log.folder and debug_log.folder.is_dir():
+        _write_debug_log(debug_log.folder / "debug.log")
+    return say(f"error: {error}", code)
+
+
+def resource_error(error: BaseException) -> int:
+    """Memory and disk end as exit 5 however libraries word them; the rest is our bug."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        hint = "lower train.batch, search.batch or sample.batch, or raise train.accumulate"
+        return fail(
+            ResourceError(f"out of memory: {text.splitlines()[0] if text else ''}; {hint}"), 5
+        )
+    if isinstance(error, OSError) and error.errno in {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.EROFS,
+        errno.EACCES,
+    }:
+        return fail(
+            ResourceError(f"{error.filename or 'disk'}: {error.strerror}; choose another --out"), 5
+        )
+    return unexpected(error)
+
+
+def unexpected(error: BaseException) -> int:
+    if hasattr(error, "format_message"):  # a usage error of the parser that typer brings
+        return say(f"error: {error.format_message()}; see --help", 2)
+    logs = [Path(tempfile.gettempdir()) / "cmkit-debug.log"]
+    if debug_log.folder:
+        logs.insert(0, debug_log.folder / "debug.log")
+    where = next((log for log in logs if _write_debug_log(log)), "the command")
+    return say(
+        f"error: a bug in cmkit: {type(error).__name__}: {' '.join(str(error).split())[:300]};"
+        f" please report it with {where}",
+        70,
+    )
+
+
+def _write_debug_log(path: Path) -> bool:
+    """Append the traceback of the error in hand; False where that cannot be."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        return False
+    return True
+
+
+def say(text: str, code: int) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        line = text.encode(sys.stderr.encoding or "ascii", "backslashreplace")
+        print(line.decode(sys.stderr.encoding or "ascii"), file=sys.stderr, flush=True)
+    return code
