@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cmkit import checkpoint
+from cmkit import checkpoint, files, tensors
 from cmkit.errors import (
     BusyError,
     CheckpointError,
@@ -38,7 +38,7 @@ from cmkit.errors import (
 ROOT = os.geteuid() == 0
 
 
-def tensors() -> dict[str, dict[str, Tensor]]:
+def groups() -> dict[str, dict[str, Tensor]]:
     """Every type and shape that training saves."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, 5, 6, generator=rng)
@@ -73,7 +73,7 @@ def tensors() -> dict[str, dict[str, Tensor]]:
 
 
 def save(root: Path, step: int, keep: int = 2) -> Path:
-    return checkpoint.save_checkpoint(root, step, tensors(), {"loss": 0.5}, keep)
+    return checkpoint.save_checkpoint(root, step, groups(), {"loss": 0.5}, keep)
 
 
 def latest(root: Path) -> checkpoint.Checkpoint | None:
@@ -94,8 +94,8 @@ def test_round_trip_is_bit_identical(tmp_path: Path) -> None:
     found = latest(tmp_path)
     assert folder == tmp_path / "step-00001000" == found.path
     assert (found.step, found.state) == (1000, {"loss": 0.5})
-    assert found.names == tuple(sorted(tensors()))
-    for name, group in tensors().items():
+    assert found.names == tuple(sorted(groups()))
+    for name, group in groups().items():
         loaded = found.tensors(name)
         assert loaded.keys() == group.keys()
         for key, tensor in group.items():
@@ -115,7 +115,7 @@ def test_coreutils_accepts_the_manifest(tmp_path: Path) -> None:
 
 
 def test_files_are_those_that_safetensors_would_write(tmp_path: Path) -> None:
-    group = {k: v.detach().clone().contiguous() for k, v in tensors()["online"].items()}
+    group = {k: v.detach().clone().contiguous() for k, v in groups()["online"].items()}
     theirs = tmp_path / "theirs.safetensors"
     save_file(group, theirs)
     ours = save(tmp_path, 1) / "online.safetensors"
@@ -343,7 +343,7 @@ def test_non_finite_tensor_is_not_saved(tmp_path: Path, bad: float, dtype: torch
 
 def test_non_finite_state_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"state.json"):
-        checkpoint.save_checkpoint(tmp_path, 1, tensors(), {"loss": float("nan")})
+        checkpoint.save_checkpoint(tmp_path, 1, groups(), {"loss": float("nan")})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -375,7 +375,7 @@ def test_weights_that_differ_are_refused_whole(kind: str, key: str) -> None:
     before = copy.deepcopy(network.state_dict())
     given = changed(kind, other.state_dict(), key)
     with pytest.raises(CheckpointError, match=rf"file: .*{key}") as caught:
-        checkpoint.load_weights(network, given, "file")
+        tensors.load_weights(network, given, "file")
     own = str(tuple(before[key].shape))
     theirs = str(tuple(given[key].shape)) if key in given else "absent"
     assert own in str(caught.value)
@@ -385,7 +385,7 @@ def test_weights_that_differ_are_refused_whole(kind: str, key: str) -> None:
 
 def test_only_the_first_three_differences_are_named() -> None:
     with pytest.raises(CheckpointError, match=r"9 tensors do not fit: ") as caught:
-        checkpoint.load_weights(Net(), {}, "file")
+        tensors.load_weights(Net(), {}, "file")
     assert str(caught.value).count(" is absent") == 3
     assert "\n" not in str(caught.value)
 
@@ -397,7 +397,7 @@ def test_weights_not_finite_in_the_networks_type_are_refused_whole(bad: float) -
     given = copy.deepcopy(Net().state_dict())
     given["out.bias"][1] = bad
     with pytest.raises(NonFiniteError, match=r"file: out.bias"):
-        checkpoint.load_weights(network, given, "file")
+        tensors.load_weights(network, given, "file")
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
 
 
@@ -406,7 +406,7 @@ def test_weights_not_finite_in_the_networks_type_are_refused_whole(bad: float) -
 def test_weights_are_converted_to_the_networks_type(own: torch.dtype, given: torch.dtype) -> None:
     network, source = Net().to(own), Net().to(given)
     network = network.to(memory_format=torch.channels_last)
-    checkpoint.load_weights(network, source.state_dict(), "file")
+    tensors.load_weights(network, source.state_dict(), "file")
     for key, value in network.state_dict().items():
         theirs = source.state_dict()[key]
         assert value.dtype == (own if value.is_floating_point() else theirs.dtype)
@@ -418,21 +418,21 @@ def test_read_weights_prefers_the_slowest_ema(tmp_path: Path) -> None:
     save(tmp_path, 1)
     folder = save(tmp_path, 2)
     for path in (folder, tmp_path):
-        assert torch.equal(checkpoint.read_weights(path)["a"], tensors()["ema-0.9999"]["a"])
+        assert torch.equal(checkpoint.read_weights(path)["a"], groups()["ema-0.9999"]["a"])
     folder = checkpoint.save_checkpoint(tmp_path, 3, {"online": {"w": torch.ones(2)}}, {})
     assert checkpoint.read_weights(tmp_path).keys() == {"w"}
 
 
 def test_read_weights_of_a_run_are_its_model_or_its_newest_checkpoint(tmp_path: Path) -> None:
     save(tmp_path / "checkpoints", 1)
-    assert torch.equal(checkpoint.read_weights(tmp_path)["a"], tensors()["ema-0.9999"]["a"])
-    group = tensors()["online"]
+    assert torch.equal(checkpoint.read_weights(tmp_path)["a"], groups()["ema-0.9999"]["a"])
+    group = groups()["online"]
     for _ in range(2):
-        checkpoint.save_weights(tmp_path / "model.safetensors", group)
+        tensors.save_weights(tmp_path / "model.safetensors", group)
     loaded = checkpoint.read_weights(tmp_path)
     assert {k: bits(v) for k, v in loaded.items()} == {k: bits(v) for k, v in group.items()}
     with pytest.raises(NonFiniteError, match=r"model\.safetensors: w holds"):
-        checkpoint.save_weights(tmp_path / "model.safetensors", {"w": torch.tensor([torch.nan])})
+        tensors.save_weights(tmp_path / "model.safetensors", {"w": torch.tensor([torch.nan])})
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "model.safetensors"]
     checkpoint.read_weights(tmp_path)
 
@@ -599,7 +599,7 @@ def test_names_in_a_file_are_never_imported(tmp_path: Path) -> None:
     modules = set(sys.modules)
     assert checkpoint.read_weights(path).keys() == set(names)
     with pytest.raises(CheckpointError):
-        checkpoint.load_weights(Net(), checkpoint.read_weights(path), "file")
+        tensors.load_weights(Net(), checkpoint.read_weights(path), "file")
     assert set(sys.modules) == modules
 
 
@@ -613,7 +613,7 @@ def test_the_kernel_unpickles_nowhere() -> None:
 def test_atomic_write_replaces_whole(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     for data in ("first", b"second", "dritte Fassung, größer"):
-        checkpoint.atomic_write(path, data)
+        files.atomic_write(path, data)
         assert path.read_bytes() == (data if isinstance(data, bytes) else data.encode())
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
@@ -635,19 +635,19 @@ def test_files_are_durable_before_their_writer_returns(
 
     watch("fsync", lambda handle: "folder" if Path(f"/proc/self/fd/{handle}").is_dir() else "file")
     watch("replace", lambda old, new: "replace")
-    checkpoint.atomic_write(tmp_path / "report.html", "x")
+    files.atomic_write(tmp_path / "report.html", "x")
     assert order == ["file", "replace", "folder"]
     order.clear()
-    checkpoint.append_jsonl(tmp_path / "log.jsonl", {"step": 1})
+    files.append_jsonl(tmp_path / "log.jsonl", {"step": 1})
     assert order == []
-    checkpoint.append_jsonl(tmp_path / "log.jsonl", {"step": 2}, durable=True)
+    files.append_jsonl(tmp_path / "log.jsonl", {"step": 2}, durable=True)
     assert order == ["file", "folder"]
 
 
 def test_atomic_write_replaces_a_link_and_not_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "outside")
-    checkpoint.atomic_write(tmp_path / "link", "x")
+    files.atomic_write(tmp_path / "link", "x")
     assert (tmp_path / "outside").read_text() == "precious"
 
 
@@ -665,7 +665,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(
     monkeypatch.setattr(os, call, fail)
     room = r"\(3 bytes needed, \d+ free\)" if number == errno.ENOSPC else ""
     with pytest.raises(ResourceError, match=rf"status.json: .*{room}; ") as caught:
-        checkpoint.atomic_write(path, "new")
+        files.atomic_write(path, "new")
     assert caught.value.exit_code == 5
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -673,25 +673,25 @@ def test_failed_write_leaves_the_old_file_and_no_other(
 
 def test_log_grows_and_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    checkpoint.truncate_jsonl(path, lambda record: True)
+    files.truncate_jsonl(path, lambda record: True)
     assert not path.exists()
-    assert checkpoint.read_jsonl(path) == []
+    assert files.read_jsonl(path) == []
     for step in range(10):
-        checkpoint.append_jsonl(path, {"step": step, "loss": step / 3}, durable=step % 2 == 0)
+        files.append_jsonl(path, {"step": step, "loss": step / 3}, durable=step % 2 == 0)
     whole = path.read_bytes()
     for torn in (b'{"step": 1', b'{"step": 10}', b"\0\0\0\n", b"[1]\n", b"\xff\n", b"[" * 99999):
         path.write_bytes(whole + torn)
-        checkpoint.truncate_jsonl(path, lambda record: True)
+        files.truncate_jsonl(path, lambda record: True)
         assert path.read_bytes() == whole
-    checkpoint.truncate_jsonl(path, lambda record: record["step"] <= 6)
-    assert [record["step"] for record in checkpoint.read_jsonl(path)] == list(range(7))
+    files.truncate_jsonl(path, lambda record: record["step"] <= 6)
+    assert [record["step"] for record in files.read_jsonl(path)] == list(range(7))
     assert whole.startswith(path.read_bytes())
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_log_refuses_non_finite_numbers(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"log.jsonl"):
-        checkpoint.append_jsonl(tmp_path / "log.jsonl", {"loss": float("nan")})
+        files.append_jsonl(tmp_path / "log.jsonl", {"loss": float("nan")})
 
 
 def test_disk_is_checked_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -748,13 +748,13 @@ def test_full_disk_keeps_the_older_checkpoint(
 
 def test_full_disk_leaves_no_torn_line_and_no_torn_file(tmpfs: Path) -> None:
     log, file = tmpfs / "log.jsonl", tmpfs / "status.json"
-    checkpoint.append_jsonl(log, {"step": 1})
-    checkpoint.atomic_write(file, "old")
+    files.append_jsonl(log, {"step": 1})
+    files.atomic_write(file, "old")
     (tmpfs / "ballast").write_bytes(bytes(shutil.disk_usage(tmpfs).free))
     with pytest.raises(ResourceError, match=r"log.jsonl: No space"):
-        checkpoint.append_jsonl(log, {"text": "x" * 20_000})
+        files.append_jsonl(log, {"text": "x" * 20_000})
     with pytest.raises(ResourceError, match=r"status.json: No space"):
-        checkpoint.atomic_write(file, "new" * 20_000)
+        files.atomic_write(file, "new" * 20_000)
     assert log.read_text() == '{"step": 1}\n'
     assert file.read_text() == "old"
 
@@ -768,21 +768,21 @@ def test_read_only_file_system_is_a_resource_error(tmpfs: Path) -> None:
         save(tmpfs / "root", 2)
     with (
         pytest.raises(ResourceError, match=r"\.lock: Read-only file system"),
-        checkpoint.lock(tmpfs),
+        files.lock(tmpfs),
     ):
         pass
 
 
 FILE_LIMIT = """
 import resource, sys, pathlib, torch
-from cmkit import checkpoint, errors
+from cmkit import checkpoint, errors, files, tensors
 root = pathlib.Path(sys.argv[1])
 checkpoint.save_checkpoint(root / "c", 1, {"online": {"a": torch.ones(10)}}, {})
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 for attempt in (
     lambda: checkpoint.save_checkpoint(root / "c", 2, {"online": {"a": torch.ones(10_000)}}, {}),
-    lambda: checkpoint.atomic_write(root / "file", bytes(10_000)),
-    lambda: checkpoint.append_jsonl(root / "log", {"x": "x" * 10_000}),
+    lambda: files.atomic_write(root / "file", bytes(10_000)),
+    lambda: files.append_jsonl(root / "log", {"x": "x" * 10_000}),
 ):
     try:
         attempt()
@@ -806,20 +806,20 @@ def test_limit_on_file_sizes_is_a_resource_error(tmp_path: Path) -> None:
 
 READ_ONLY = """
 import os, sys, pathlib, torch
-from cmkit import checkpoint, errors
+from cmkit import checkpoint, errors, files, tensors
 root = pathlib.Path(sys.argv[1])
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
 def lock():
-    with checkpoint.lock(root):
+    with files.lock(root):
         pass
 for attempt in (
     lambda: checkpoint.save_checkpoint(root / "c", 2, {"online": {"a": torch.ones(10)}}, {}),
     lambda: checkpoint.save_checkpoint(root / "new", 2, {"online": {"a": torch.ones(10)}}, {}),
-    lambda: checkpoint.atomic_write(root / "file", "x"),
-    lambda: checkpoint.append_jsonl(root / "log", {}),
+    lambda: files.atomic_write(root / "file", "x"),
+    lambda: files.append_jsonl(root / "log", {}),
     lock,
     lambda: checkpoint.read_weights(root / "secret.safetensors"),
 ):
@@ -857,20 +857,20 @@ def test_read_only_folder_is_a_resource_error_and_can_be_read() -> None:
 
 def test_lock_is_exclusive_and_names_its_holder(tmp_path: Path) -> None:
     (tmp_path / ".tmp-cmkit-dead").touch()
-    with checkpoint.lock(tmp_path):
+    with files.lock(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
         expected = rf"in use by pid {os.getpid()} on {os.uname().nodename} since \d{{4}}-"
-        with pytest.raises(BusyError, match=expected) as caught, checkpoint.lock(tmp_path):
+        with pytest.raises(BusyError, match=expected) as caught, files.lock(tmp_path):
             pass
         assert caught.value.exit_code == 7
-    with checkpoint.lock(tmp_path):
+    with files.lock(tmp_path):
         pass
 
 
 HOLD = """
 import os, sys, time, pathlib
-from cmkit import checkpoint
-with checkpoint.lock(pathlib.Path(sys.argv[1])):
+from cmkit import files
+with files.lock(pathlib.Path(sys.argv[1])):
     child = os.fork()
     if child == 0:
         time.sleep(60)
@@ -891,22 +891,22 @@ def test_lock_of_a_killed_process_is_free_even_while_its_child_lives(tmp_path: P
         started = time.monotonic()
         with (
             pytest.raises(BusyError, match=rf"pid {holder.pid} on .* since"),
-            checkpoint.lock(tmp_path),
+            files.lock(tmp_path),
         ):
             pass
         assert time.monotonic() - started < 1
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     os.kill(orphan, 0)
-    with checkpoint.lock(tmp_path):
+    with files.lock(tmp_path):
         pass
     os.kill(orphan, signal.SIGKILL)
 
 
 def test_lock_passes_on_errors_of_its_body(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="mine"), checkpoint.lock(tmp_path):
+    with pytest.raises(OSError, match="mine"), files.lock(tmp_path):
         raise OSError("mine")
-    with checkpoint.lock(tmp_path):
+    with files.lock(tmp_path):
         pass
 
 
@@ -918,8 +918,8 @@ def test_every_error_is_one_line_that_ends_in_a_cure(tmp_path: Path) -> None:
         lambda: checkpoint.read_weights(tmp_path / "garbage"),
         lambda: checkpoint.read_weights(tmp_path / "absent"),
         lambda: latest(tmp_path / "root"),
-        lambda: checkpoint.load_weights(Net(), {}, "file"),
-        lambda: checkpoint.atomic_write(tmp_path / "absent" / "file", "x"),
+        lambda: tensors.load_weights(Net(), {}, "file"),
+        lambda: files.atomic_write(tmp_path / "absent" / "file", "x"),
         lambda: save(tmp_path / "garbage", 1),
     ):
         with pytest.raises(CmkitError) as caught:

@@ -149,7 +149,7 @@ def test_a_read_only_folder_is_refused_without_a_trace():
     script = (
         "import contextlib, io, os, sys\n"
         "from cmkit.cli import main\n"
-        "import cmkit.run, cmkit.ui, cmkit.report\n"
+        "import cmkit.run, cmkit.cli.display, cmkit.report\n"
         "os.chdir(sys.argv[1])\n"
         "sys.argv = ['cmkit', 'check', 'tiny.toml']\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()\n"

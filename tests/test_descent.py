@@ -67,7 +67,7 @@ def toy(recipe, monkeypatch):
         yield CellsDrawn(0, 1)
         return [(distance(values), torch.empty(0)) for values in drawn[-1]]
 
-    monkeypatch.setattr("cmkit.search._scored", scored)
+    monkeypatch.setattr("cmkit.search.cells.scored", scored)
 
     @functools.cache
     def built(*overrides):

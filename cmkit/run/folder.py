@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cmkit import checkpoint as files
+from cmkit import files
 from cmkit.errors import CheckpointError
 from cmkit.plan import Plan
 from cmkit.recipe import Recipe

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cmkit import checkpoint as files
+from cmkit import files
 from cmkit.errors import ResourceError
 from cmkit.plan import Plan, check_disk
 from cmkit.plugins import Registry

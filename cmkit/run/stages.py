@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cmkit import checkpoint as files
+from cmkit import checkpoint, files, tensors
 from cmkit.denoiser import Denoiser
 from cmkit.device import precision
 from cmkit.kinds import Rescaler
@@ -94,7 +94,7 @@ class Run:
         root, log = self.folder / "checkpoints", self.folder / "log.jsonl"
         training = start(self.plan, self.device)
         warnings: list[str] = []
-        found = files.latest_checkpoint(root, warnings.append)
+        found = checkpoint.latest_checkpoint(root, warnings.append)
         yield from map(Note, warnings)
         spent = 0.0
         if found:
@@ -117,7 +117,7 @@ class Run:
                 yield self._save(training, root, extra)
             self.stop.check(f"step {event.step} is saved in {self.folder}")
         chosen = training.models.ema[table.ema[0]].network
-        files.save_weights(self.folder / "model.safetensors", chosen.state_dict())
+        tensors.save_weights(self.folder / "model.safetensors", chosen.state_dict())
         seconds = spent + time.perf_counter() - began
         result |= {
             "steps": table.steps,
@@ -129,7 +129,9 @@ class Run:
 
     def _save(self, training: Training, root: Path, extra: dict[str, Any]) -> Saved:
         state = {**training.state(), **extra}
-        files.save_checkpoint(root, training.step, training.tensors(), state, training.table.keep)
+        checkpoint.save_checkpoint(
+            root, training.step, training.tensors(), state, training.table.keep
+        )
         return Saved(training.step)
 
     def _search(self, result: dict[str, Any]) -> Iterator[Event]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from cmkit import checkpoint
+from cmkit import checkpoint, files, tensors
 from cmkit.errors import CmkitError
 
 STEPS, EVERY, KEEP = 6, 2, 1
@@ -26,26 +26,26 @@ STEPS, EVERY, KEEP = 6, 2, 1
 
 def train(run: Path, acked: Path) -> tuple[int, str]:
     """(step resumed from, hash of the final weights): what a trainer does, on 24 numbers."""
-    with checkpoint.lock(run):
+    with files.lock(run):
         found = checkpoint.latest_checkpoint(run / "checkpoints", warn=lambda message: None)
         start = found.step if found else 0
         weights, momentum = torch.linspace(-1, 1, 24).view(4, 6), torch.zeros(4, 6)
         if found:
             weights = found.tensors("online")["weights"].clone()
             momentum = found.tensors("optimizer")["momentum"].clone()
-        checkpoint.truncate_jsonl(run / "log.jsonl", lambda record: record["step"] <= start)
+        files.truncate_jsonl(run / "log.jsonl", lambda record: record["step"] <= start)
         for step in range(start + 1, STEPS + 1):
             momentum.mul_(0.9).add_(torch.sin(weights * step))
             weights.sub_(0.1 * momentum)
             save = step % EVERY == 0
             record = {"step": step, "loss": weights.square().mean().item()}
-            checkpoint.append_jsonl(run / "log.jsonl", record, durable=save)
+            files.append_jsonl(run / "log.jsonl", record, durable=save)
             if save:
                 tensors = {"online": {"weights": weights}, "optimizer": {"momentum": momentum}}
                 checkpoint.save_checkpoint(run / "checkpoints", step, tensors, {}, keep=KEEP)
                 acked.write_text(str(step))
         digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
-        checkpoint.atomic_write(run / "result.txt", digest)
+        files.atomic_write(run / "result.txt", digest)
         return start, digest
 
 
@@ -59,7 +59,7 @@ def files_not_fsynced() -> None:
 
 
 def folders_not_fsynced() -> None:
-    checkpoint._sync_folder = lambda folder: None
+    files.sync_folder = lambda folder: None
 
 
 def overwrite_in_place() -> None:
@@ -70,15 +70,15 @@ def overwrite_in_place() -> None:
         final.mkdir(parents=True, exist_ok=True)
         digests = {}
         for name, group in tensors.items():
-            header, ordered, _ = checkpoint._plan(name, group)
-            data = b"".join(map(bytes, checkpoint._serialized(header, ordered)))
+            header, ordered, _ = tensors.file_plan(name, group)
+            data = b"".join(map(bytes, tensors.serialized(header, ordered)))
             digests[f"{name}.safetensors"] = put(final / f"{name}.safetensors", data)
         state = json.dumps({"step": step, "state": state}).encode()
         digests["state.json"] = put(final / "state.json", state)
         manifest = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
         put(final / "SHA256SUMS", manifest.encode())
-        checkpoint._sync_folder(final)
-        checkpoint._sync_folder(root)
+        files.sync_folder(final)
+        files.sync_folder(root)
 
     def put(path: Path, data: bytes) -> str:
         with path.open("wb") as file:
@@ -107,14 +107,14 @@ def manifest_first() -> None:
     def publish(final: Path, files: dict, text: bytes) -> None:
         final.mkdir()
         names = [*files, "state.json"]
-        checkpoint._write(final / "SHA256SUMS", [f"{0:064x}  {n}\n".encode() for n in names])
-        checkpoint._write(final / "state.json", [text])
+        files.write_file(final / "SHA256SUMS", [f"{0:064x}  {n}\n".encode() for n in names])
+        files.write_file(final / "state.json", [text])
         for name, (header, group, _) in files.items():
-            checkpoint._write(final / name, checkpoint._serialized(header, group))
-        checkpoint._sync_folder(final)
+            files.write_file(final / name, tensors.serialized(header, group))
+        files.sync_folder(final)
 
     checkpoint._stage_and_publish = publish
-    checkpoint._digest = lambda path: f"{0:064x}"
+    files.sha256_of = lambda path: f"{0:064x}"
 
 
 def no_staging() -> None:
@@ -137,7 +137,7 @@ def said_saved_too_early() -> None:
 
 
 def log_not_truncated() -> None:
-    checkpoint.truncate_jsonl = lambda path, keep: None
+    files.truncate_jsonl = lambda path, keep: None
 
 
 MUTANTS = {
@@ -203,7 +203,7 @@ class Judge:
             os._exit(code)
 
     def temporaries(self) -> list[str]:
-        return [str(path) for path in self.run.rglob(f"{checkpoint.TEMPORARY}*")]
+        return [str(path) for path in self.run.rglob(f"{files.TEMPORARY}*")]
 
     def matrix(self, mutant: str | None, mode: str, first: bool) -> dict:
         """Every point of one mode; its failures, or the first one alone."""

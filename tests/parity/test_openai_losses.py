@@ -16,7 +16,7 @@ from cmkit_std.objectives.cd import CD
 from cmkit_std.objectives.ct import CT
 from cmkit_std.objectives.pd import PD
 
-import cmkit.train
+import cmkit.train.loop
 from cmkit import (
     Cond,
     Denoiser,
@@ -228,7 +228,7 @@ def train_loop(case: dict, dtype: torch.dtype) -> dict:
         cmkit.train._optimizer(table, models.online.network),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cmkit.train, "Rng", draws)
+        patch.setattr(cmkit.train.loop, "Rng", draws)
         for _ in itertools.islice(cmkit.train.train(training), config["steps"]):
             pass
     ends = {"student": models.online, "target": models.target}

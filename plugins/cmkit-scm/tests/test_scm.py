@@ -357,10 +357,10 @@ def registry():
 
 
 def plan(tmp_path, registry, *overrides):
-    from cmkit import compose, recipe
+    from cmkit import plan, recipe
 
     (tmp_path / "tiny.toml").write_text(RECIPE)
-    return compose.plan(recipe.load(tmp_path / "tiny.toml", overrides, registry))
+    return plan.plan(recipe.load(tmp_path / "tiny.toml", overrides, registry))
 
 
 def test_recipe_trains_and_says_how_far_the_warm_up_is(tmp_path, registry):
