@@ -21,6 +21,10 @@ _HOMES = {
         "Cond Denoiser Guided Network Scales Scalings consistency_scalings edm_scalings"
     ),
     "cmkit.models": "Models",
+    "cmkit.run.events": (
+        "Cell CellsDrawn Comparison Downloaded Event Note RunFinished Sampled Saved StageFinished"
+        " StageStarted Step"
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME_OF)

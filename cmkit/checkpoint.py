@@ -139,16 +139,13 @@ def verify(folder: Path) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file, or of a checkpoint folder: its slowest EMA, else "online".
 
-    A run folder stands for its `model.safetensors`, or else for its newest checkpoint. Unlike
-    `latest_checkpoint` this only reads, so a run may go on meanwhile. CheckpointError for what is
-    damaged, and for any pickle.
+    A folder of checkpoints stands for the newest of them. Unlike `latest_checkpoint` this only
+    reads, so a run may go on meanwhile. CheckpointError for what is damaged, and for any pickle.
     """
-    path = path / "model.safetensors" if (path / "model.safetensors").exists() else path
     if not path.is_dir():
         return read_safetensors(path)
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     with reading(path):
-        steps = [] if (path / MANIFEST).exists() else _steps(root)
+        steps = [] if (path / MANIFEST).exists() else _steps(path)
     checkpoint = _open(steps[0][1] if steps else path)
     emas = [name for name in checkpoint.names if re.fullmatch(r"ema-[\d.]+", name)]
     return checkpoint.tensors(max(emas, key=lambda name: float(name[4:]), default="online"))

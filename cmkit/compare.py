@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cmkit.errors import CheckpointError
+from cmkit.run.folder import RunFolder
 
 COMPARED = ("extractor", "weights_sha256", "images", "reference", "protocol")
 """Of a number's provenance, what must agree for two numbers to be comparable."""
@@ -48,9 +47,9 @@ def caveats(compared: Sequence[Entry]) -> Iterator[str]:
 
 
 def _entry(folder: Path) -> Entry:
-    path = folder if folder.suffix == ".json" else folder / "report.json"
-    try:
-        report = json.loads(path.read_text("utf-8"))
+    kept = RunFolder(folder)
+    report = kept.report()
+    with kept.reading_report():
         stages, recipe = report["stages"], report["recipe"]
         measured = stages.get("metric", {"values": {}, "provenance": []})
         sampled = stages.get("sample", {})
@@ -70,11 +69,3 @@ def _entry(folder: Path) -> Entry:
             expected=dict(expected["scores"]),
             source=expected.get("source"),
         )
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: {error.strerror}; give folders of finished runs, such as runs/NAME-HASH"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: no report of a run ({error!r}); run its recipe again"
-        ) from error

@@ -17,6 +17,7 @@ from cmkit.kinds import Backbone
 from cmkit.plan import conditions_of
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
+from cmkit.run.folder import RunFolder
 from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout
 from cmkit.weights import DIFFUSERS, Downloaded, Weights, adapt, download, find, read
@@ -56,8 +57,8 @@ def convert(
     """
     if target.exists():
         raise RecipeError(f"{target}: exists already; name a new file, or remove it")
-    if recipe is None and (Path(source) / "recipe.toml").is_file():
-        recipe = load(Path(source) / "recipe.toml", [], registry)
+    if recipe is None and (kept := RunFolder(Path(source)).recipe).is_file():
+        recipe = load(kept, [], registry)
     candidates = [_of_recipe(recipe)] if recipe else list(_published(registry))
     weights = _find(source, candidates)
     if weights.missing:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cmkit.noise import Noise
 
-if TYPE_CHECKING:
-    from cmkit.kinds import Rescaler
-
 Scales = Mapping[str, Tensor]
 """Site -> scale of shape () or (B,); an absent site has scale 1."""
+
+
+class Rescaling(Protocol):
+    """What gives scales to a network's sites: a rescaler."""
+
+    def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
+        """The map sigma (B,) -> scales."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class Denoiser(nn.Module):
             f = self.network(*given)
         return _per_image(c_skip, x) * x + _per_image(c_out, x) * f.to(x.dtype)
 
-    def rescaled(self, rescaler: Rescaler, encodings: Encodings | None = None) -> Denoiser:
+    def rescaled(self, rescaler: Rescaling, encodings: Encodings | None = None) -> Denoiser:
         """The same weights with the scales of `rescaler`; training never sees it.
 
         Models that get the same `encodings` share what they can of the work on its x.
@@ -216,7 +220,7 @@ class Guided(Denoiser):
         without: Tensor = self.inner(x, sigma, replace(cond, guidance=None, label=None))
         return with_label + _per_image(w, x) * (with_label - without)
 
-    def rescaled(self, rescaler: Rescaler, encodings: Encodings | None = None) -> Denoiser:
+    def rescaled(self, rescaler: Rescaling, encodings: Encodings | None = None) -> Denoiser:
         return Guided(self.inner.rescaled(rescaler, encodings), self.w, self.embedded)
 
 

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +172,7 @@ def _length(file: Path) -> int:
 def npz(batches: Sequence[Batch]) -> bytes:
     """The bytes of one `.npz` file: images `arr_0` (N, H, W, C), and labels `arr_1` if any."""
     images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()
-    arrays = {"arr_0": np.ascontiguousarray(images)}
+    arrays: dict[str, Any] = {"arr_0": np.ascontiguousarray(images)}
     labels = [batch.labels for batch in batches if batch.labels is not None]
     if labels:
         arrays["arr_1"] = torch.cat(labels).numpy()

@@ -19,7 +19,7 @@ import cmkit.testing
 from cmkit.cli import app
 from cmkit.errors import CmkitError
 from cmkit.plugins import KINDS, Hooks, discover
-from cmkit.recipe import CORE_TABLES, fields
+from cmkit.recipe import core_tables, fields
 
 PAGE = Path(__file__).parent / "reference.md"
 API = Path(__file__).parent / "api.json"
@@ -64,7 +64,7 @@ def parts() -> str:
 def tables() -> str:
     """The recipe tables that belong to no part."""
     text = ["## Recipe tables\n"]
-    for name, model in CORE_TABLES.items():
+    for name, model in core_tables().items():
         text.append(f"### `[{name}]`\n\n{inspect.getdoc(model)}\n\n{table(model)}")
     return "\n".join(text)
 

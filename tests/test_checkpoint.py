@@ -34,6 +34,7 @@ from cmkit.errors import (
     NonFiniteError,
     ResourceError,
 )
+from cmkit.run import RunFolder
 
 ROOT = os.geteuid() == 0
 
@@ -424,17 +425,20 @@ def test_read_weights_prefers_the_slowest_ema(tmp_path: Path) -> None:
 
 
 def test_read_weights_of_a_run_are_its_model_or_its_newest_checkpoint(tmp_path: Path) -> None:
-    save(tmp_path / "checkpoints", 1)
-    assert torch.equal(checkpoint.read_weights(tmp_path)["a"], groups()["ema-0.9999"]["a"])
+    run = RunFolder(tmp_path)
+    save(run.checkpoints, 1)
+    assert torch.equal(
+        checkpoint.read_weights(run.newest_weights())["a"], groups()["ema-0.9999"]["a"]
+    )
     group = groups()["online"]
     for _ in range(2):
-        tensors.save_weights(tmp_path / "model.safetensors", group)
-    loaded = checkpoint.read_weights(tmp_path)
+        tensors.save_weights(run.weights, group)
+    loaded = checkpoint.read_weights(run.newest_weights())
     assert {k: bits(v) for k, v in loaded.items()} == {k: bits(v) for k, v in group.items()}
     with pytest.raises(NonFiniteError, match=r"model\.safetensors: w holds"):
-        tensors.save_weights(tmp_path / "model.safetensors", {"w": torch.tensor([torch.nan])})
+        tensors.save_weights(run.weights, {"w": torch.tensor([torch.nan])})
     assert sorted(os.listdir(tmp_path)) == ["checkpoints", "model.safetensors"]
-    checkpoint.read_weights(tmp_path)
+    checkpoint.read_weights(run.newest_weights())
 
 
 def test_read_weights_refuses_a_damaged_newest_checkpoint(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_colorize_keeps_brightness_and_adds_colour(cmkit, colours, tmp_path):
 def test_edits_that_cannot_be_are_refused_before_the_model_is_built(
     cmkit, recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("cmkit.run.draw.for_sampling", lambda *_: pytest.fail("built the model"))
+    monkeypatch.setattr("cmkit.run.drawing.for_sampling", lambda *_: pytest.fail("built the model"))
     good = picture(tmp_path / "in" / "a.png")
 
     def edit(*arguments, label=("--label", 1), task="superres"):

@@ -1,49 +1,35 @@
-"""A module imports from its own floor or below; torch stays out of what must start at once."""
+"""A module imports from its own room or from rooms below; torch stays out of what must start at
+once."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import cmkit
 from cmkit import discover
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {
-    0: {"errors", "kinds", "plugins", "source", "recipe", "stop"},
-    1: {"noise", "denoiser", "checkpoint", "foreign", "weights"},
-    2: {
-        "compose",
-        "convert",
-        "train",
-        "sample",
-        "search",
-        "edit",
-        "measure",
-        "pictures",
-        "figures",
-    },
-    3: {"run", "draw", "report", "compare", "testing", "new"},
-    4: {"ui", "cli", "__init__"},
-}
-FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
-FREE_OF_TORCH = [f"cmkit.{name}" for name in sorted(FLOORS[0])] + ["cmkit", "cmkit.cli"]
+ROOMS = """
+errors values stop
+noise rng denoiser traits models kinds plugins functional
+device files run.folder tensors checkpoint
+recipe weights plan
+sample measure pictures train search edit
+report run compare convert
+testing new cli
+""".split()  # noqa: SIM905 - rows are storeys
+"""Modules and packages of the kernel, bottom to top: each imports from itself and what is before
+it, types and imports inside functions included."""
+FOR_PLUGINS = ROOMS[: ROOMS.index("recipe")]
+FREE_OF_TORCH = """
+errors values stop kinds plugins files run.folder recipe report compare cli
+""".split()  # noqa: SIM905
 
 
 def imports(path: Path):
-    """Absolute names of the modules that a file imports at run time, wherever it does so."""
-    tree = ast.parse(path.read_text("utf-8"))
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+    """Absolute names of the modules that a file imports, wherever and for whatever it does so."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -52,35 +38,54 @@ def imports(path: Path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def files(name: str) -> list[Path]:
-    """Those of a module of the kernel, or of a package."""
-    return [*(ROOT / "cmkit").glob(f"{name}.py"), *(ROOT / "cmkit" / name).glob("*.py")]
+def name_of(path: Path) -> str:
+    """The module that a file is, as others import it."""
+    home = ROOT / "plugins" if "plugins" in path.parts else ROOT
+    return ".".join(path.relative_to(home).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_every_module_of_the_kernel_has_a_floor():
-    modules = {path.stem for path in (ROOT / "cmkit").glob("*.py")}
-    packages = {path.parent.name for path in (ROOT / "cmkit").glob("*/__init__.py")}
-    assert modules | packages == set(FLOOR_OF)
+def room_of(module: str) -> str | None:
+    """The longest entry of ROOMS that holds a module of the kernel."""
+    inner = module.removeprefix("cmkit.")
+    held = [room for room in ROOMS if inner == room or inner.startswith(f"{room}.")]
+    return max(held, key=len, default=None) if module.startswith("cmkit.") else None
 
 
-@pytest.mark.parametrize("name", sorted(FLOOR_OF))
-def test_kernel_imports_nothing_above_its_floor_and_no_plugin(name):
-    assert files(name)
-    for target in (target for path in files(name) for target in imports(path)):
-        package, _, rest = target.partition(".")
-        assert package != "cmkit_std", f"{name} imports a plugin"
-        inner = rest.split(".")[0]
-        if package == "cmkit" and inner in FLOOR_OF:
-            assert FLOOR_OF[inner] <= FLOOR_OF[name], f"{name} imports {inner} from above"
+KERNEL = [p for p in sorted((ROOT / "cmkit").rglob("*.py")) if "templates" not in p.parts]
+BUILT_IN = sorted((ROOT / "plugins" / "cmkit_std").rglob("*.py"))
 
 
-def test_built_in_parts_import_only_the_two_lowest_floors():
-    for path in (ROOT / "plugins" / "cmkit_std").rglob("*.py"):
+def test_every_module_of_the_kernel_has_a_room_and_every_room_a_module():
+    found = {room_of(name_of(path)) for path in KERNEL if name_of(path) != "cmkit"}
+    assert found == set(ROOMS)
+
+
+def test_kernel_imports_nothing_above_its_room_and_no_plugin():
+    for path in KERNEL:
+        room = room_of(name_of(path))
         for target in imports(path):
-            package, _, rest = target.partition(".")
-            inner = rest.split(".")[0]
-            if package == "cmkit" and inner in FLOOR_OF:
-                assert FLOOR_OF[inner] <= 1, f"{path.name} imports cmkit.{inner}"
+            assert target.partition(".")[0] != "cmkit_std", f"{path} imports a plugin"
+            other = room_of(target)
+            if room and other:
+                assert ROOMS.index(other) <= ROOMS.index(room), f"{path} imports {target}"
+
+
+def test_built_in_parts_import_only_what_is_made_for_plugins():
+    for path in BUILT_IN:
+        for target in imports(path):
+            assert room_of(target) in {None, *FOR_PLUGINS}, f"{path} imports {target}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Types and imports inside functions included; a package may import from its own modules."""
+    files = {name_of(path): path for path in KERNEL + BUILT_IN}
+    needs = {
+        name: {t for t in imports(path) if t in files and not f"{name}.".startswith(f"{t}.")}
+        for name, path in files.items()
+    }
+    while free := {name for name, targets in needs.items() if not targets & needs.keys()}:
+        needs = {name: targets for name, targets in needs.items() if name not in free}
+    assert not needs
 
 
 def fresh_python(code: str) -> str:
@@ -88,31 +93,27 @@ def fresh_python(code: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", FREE_OF_TORCH)
-def test_importing_it_imports_no_torch(module):
-    assert fresh_python(f"import {module}, sys; print('torch' in sys.modules)") == "False"
-
-
-@pytest.mark.parametrize(
-    "command", [["--help"], ["plugins"], ["plugins", "--json"], ["schema"], ["run", "none.toml"]]
-)
-def test_command_imports_no_torch(command):
-    code = (
-        "import sys, contextlib, io; from cmkit.cli import main\n"
-        f"sys.argv = ['cmkit', *{command!r}]\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()\n"
-        "print('torch' in sys.modules)"
-    )
-    assert fresh_python(code) == "False"
-
-
-def test_built_in_parts_are_described_without_torch():
-    code = (
-        "import sys, cmkit; r = cmkit.discover()\n"
-        "for row in r.rows: r.load(row.kind, row.name).model_json_schema()\n"
-        "print('torch' in sys.modules)"
-    )
-    assert fresh_python(code) == "False"
+def test_what_must_start_at_once_imports_no_torch():
+    """Modules, commands that list or check, and the description of every built-in part."""
+    code = f"""
+import contextlib, importlib, io, sys
+for name in {FREE_OF_TORCH!r}:
+    importlib.import_module(f"cmkit.{{name}}")
+    assert "torch" not in sys.modules, name
+from cmkit.cli import main
+for command in (["--help"], ["plugins"], ["plugins", "--json"], ["schema"], ["run", "none.toml"]):
+    sys.argv = ["cmkit", *command]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main()
+    assert "torch" not in sys.modules, command
+import cmkit
+registry = cmkit.discover()
+for row in registry.rows:
+    registry.load(row.kind, row.name).model_json_schema()
+    assert "torch" not in sys.modules, row
+print("done")
+"""
+    assert fresh_python(code) == "done"
 
 
 def test_public_names_resolve():

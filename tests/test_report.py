@@ -23,6 +23,7 @@ from PIL import Image
 from cmkit.errors import CheckpointError, DataError
 from cmkit.pictures import grid_png
 from cmkit.report import write_report
+from cmkit.run import RunFolder
 from tests.browser import chromium
 
 SKIPS = [0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.06]
@@ -227,7 +228,7 @@ class Page(HTMLParser):
 
 
 def render(folder: Path) -> Page:
-    return Page(write_report(folder).read_text("utf-8"))
+    return Page(write_report(RunFolder(folder)).read_text("utf-8"))
 
 
 def poisoned(value, payload: str):
@@ -282,7 +283,7 @@ def test_no_string_of_a_run_can_act_in_its_report(tmp_path, small, payload):
     stage["provenance"][0]["numbers"] = [next(iter(stage["values"]))]
     content["stages"]["sample"]["after"] = f"gone {payload}".replace("/", "")
     store(tmp_path, content)
-    text = write_report(tmp_path).read_text("utf-8")
+    text = write_report(RunFolder(tmp_path)).read_text("utf-8")
     require_inert(Page(text), payload)
     assert "<" not in payload or payload not in text
 
@@ -447,7 +448,7 @@ def test_three_axes_and_unmeasured_cells_are_drawn(tmp_path, report):
 
 def test_same_run_gives_the_same_bytes(tmp_path, report):
     def artifacts() -> dict[str, bytes]:
-        write_report(tmp_path)
+        write_report(RunFolder(tmp_path))
         return {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
 
     first = artifacts()
@@ -465,14 +466,14 @@ def test_picture_outside_the_folder_is_refused(tmp_path, report, name):
     report["stages"] = {"sample": {**report["stages"]["sample"], "before": name}}
     store(folder, report)
     with pytest.raises(DataError, match="outside the run's folder"):
-        write_report(folder)
+        write_report(RunFolder(folder))
     assert not (folder / "report.html").exists()
 
 
 def test_picture_that_is_no_picture_is_refused(tmp_path, small):
     (tmp_path / "samples_after.png").write_text("<script>alert(1)</script>")
     with pytest.raises(DataError, match=r"samples_after\.png: not a PNG"):
-        write_report(tmp_path)
+        write_report(RunFolder(tmp_path))
 
 
 def test_large_sheets_are_made_smaller_in_the_page_only(tmp_path, small):
@@ -501,7 +502,7 @@ def test_bad_report_is_one_line_that_names_the_file(tmp_path, text, message):
     if text is not None:
         (tmp_path / "report.json").write_text(text)
     with pytest.raises(CheckpointError, match=message) as caught:
-        write_report(tmp_path)
+        write_report(RunFolder(tmp_path))
     assert str(tmp_path / "report.json") in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -519,7 +520,7 @@ def test_home_folder_and_credentials_stay_out_of_the_page(tmp_path, report):
     secret = "https://user:hunter2@host/a.zip?token=hunter3"
     report["recipe"]["dataset"] = {"use": "lsun", "path": f"{Path.home()}/lsun", "url": secret}
     store(tmp_path, report)
-    text = write_report(tmp_path).read_text("utf-8")
+    text = write_report(RunFolder(tmp_path)).read_text("utf-8")
     assert "~/lsun" in text
     assert "hunter" not in text
 
@@ -540,7 +541,7 @@ def opened(browser, folder: Path):
     """The browser at the folder's report, its logs empty."""
     browser.requests()
     browser.log("browser")
-    browser.open(write_report(folder))
+    browser.open(write_report(RunFolder(folder)))
     return browser
 
 
@@ -664,7 +665,7 @@ def test_no_payload_runs_in_a_real_browser(browser, tmp_path, small, payload):
 def test_the_page_says_when_a_second_scoring_chose_the_winner(tmp_path, report):
     def told() -> str:
         store(tmp_path, report)
-        return " ".join(write_report(tmp_path).read_text("utf-8").split())
+        return " ".join(write_report(RunFolder(tmp_path)).read_text("utf-8").split())
 
     assert "scored again" not in told()
     stage = report["stages"]["search"]

@@ -30,8 +30,16 @@ from cmkit.checkpoint import latest_checkpoint, read_weights
 from cmkit.files import lock, read_jsonl
 from cmkit.plan import build, plan, with_values
 from cmkit.recipe import load
-from cmkit.run import RunFinished, Sampled, Saved, StageStarted, draw, drawn_from, run
-from cmkit.run.folder import keep_recipe
+from cmkit.run import (
+    RunFinished,
+    RunFolder,
+    Sampled,
+    Saved,
+    StageStarted,
+    draw,
+    drawn_from,
+    run,
+)
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
 from cmkit.search import Cell, CellsDrawn, best, interval, search, verdict
 from cmkit.stop import StopSignal
@@ -269,17 +277,18 @@ def test_samples_that_are_drawn_are_never_drawn_again(whole, recipe, tmp_path, m
 
 
 def test_a_folder_keeps_its_recipe_whatever_the_order_of_keys(recipe, tmp_path):
-    made, kept = plan(load(recipe, [], discover())), tmp_path / "recipe.toml"
-    keep_recipe(made, tmp_path)
+    text, folder = load(recipe, [], discover()).toml(), RunFolder(tmp_path)
+    kept = folder.recipe
+    folder.keep_recipe(text)
     tables = tomllib.loads(kept.read_text())
     turned = {key: v for key, v in tables.items() if not isinstance(v, dict)}
     turned |= {k: dict(reversed(v.items())) for k, v in tables.items() if isinstance(v, dict)}
     kept.write_text(tomlkit.dumps(turned))
-    keep_recipe(made, tmp_path)
+    folder.keep_recipe(text)
     for other in (kept.read_text().replace("end_scales = 5", "end_scales = 6"), "damaged ["):
         kept.write_text(other)
         with pytest.raises(CheckpointError, match="restore it"):
-            keep_recipe(made, tmp_path)
+            folder.keep_recipe(text)
 
 
 def test_images_drawn_from_a_run_are_its_samples_and_it_stays_untouched(whole, tmp_path):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cmkit.plan import Plan
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
-    from cmkit.run import Event
+    from cmkit.run import Event, RunFolder
 
 app = typer.Typer(
     help="Train, rescale, sample and compare consistency models from swappable parts.",
@@ -79,16 +79,16 @@ def run(
 
     chosen = pick_device(device)
     folder = run_folder(plan, out)
-    debug_log.folder = folder
+    debug_log.folder = folder.path
     report: dict[str, Any] = {}
     with Display(chosen, quiet=json) as display:
-        display.say(f"run folder: {folder} on {chosen}")
+        display.say(f"run folder: {folder.path} on {chosen}")
         for event in run(plan, registry, out, chosen, stop):
             display.show(event)
             if isinstance(event, RunFinished):
                 report = event.report
     if json:
-        _print_json({**report, "folder": str(folder)})
+        _print_json({**report, "folder": str(folder.path)})
     else:
         _print_results(folder, report)
 
@@ -111,7 +111,7 @@ def check(
     check_disk(plan, out)
     facts = {
         "recipe": plan.recipe.name,
-        "folder": str(run_folder(plan, out)),
+        "folder": str(run_folder(plan, out).path),
         "device": str(chosen),
         "parameters": plan.parameters,
         "gflop_per_image": plan.flops / 1e9,
@@ -380,7 +380,7 @@ def _plan(recipe: str, overrides: list[str]) -> tuple[Plan, Registry]:
 
 def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:
     from cmkit.plugins import discover
-    from cmkit.run import drawn_from
+    from cmkit.run.finished import drawn_from
 
     return drawn_from(find_recipe(source), overrides, discover(), images)
 
@@ -432,9 +432,9 @@ def _human(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _print_results(folder: Path, report: dict[str, Any]) -> None:
+def _print_results(folder: RunFolder, report: dict[str, Any]) -> None:
     stages = report["stages"]
-    print(f"report: {folder / 'report.html'}")
+    print(f"report: {folder.page}")
     if "search" in stages:
         found = stages["search"]
         winner = " ".join(f"{axis} = {found['best'][axis]:g}" for axis in found["axes"])

@@ -22,10 +22,20 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from cmkit.run import Event, Note, Sampled, Saved, StageFinished, StageStarted, peak_memory_mib
-from cmkit.search import Cell, CellsDrawn, Comparison
-from cmkit.train import Step
-from cmkit.weights import Downloaded
+from cmkit.run.environment import peak_memory_mib
+from cmkit.run.events import (
+    Cell,
+    CellsDrawn,
+    Comparison,
+    Downloaded,
+    Event,
+    Note,
+    Sampled,
+    Saved,
+    StageFinished,
+    StageStarted,
+    Step,
+)
 
 PLAIN_SECONDS = 5.0
 

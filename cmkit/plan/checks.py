@@ -27,6 +27,7 @@ from cmkit.plan.cells import minimized
 from cmkit.plan.record import CONDITIONS, Plan
 from cmkit.plugins import discover
 from cmkit.recipe import Recipe, load
+from cmkit.run.folder import RunFolder
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec
 
@@ -62,16 +63,11 @@ def check_disk(plan: Plan, out: Path) -> None:
 
 
 def check_stages(recipe: Recipe) -> None:
-    needs = {
-        "train": ("objective",),
-        "search": ("rescaler", "sampler", "metric"),
-        "sample": ("sampler",),
-        "metric": ("sample",),
-    }
-    for stage, tables in needs.items():
-        for table in tables:
-            if getattr(recipe, stage) and not getattr(recipe, table):
-                raise recipe.source.error((stage,), f"[{stage}] needs a [{table}] table")
+    """RecipeError where a stage, or the whole recipe, lacks a table that it needs."""
+    for name, stage in recipe.stages.items():
+        for table in stage.needs:
+            if table not in recipe.resolved:
+                raise recipe.source.error((name,), f"[{name}] needs a [{table}] table")
     if not (recipe.train or recipe.search or recipe.sample):
         raise recipe.source.error((), "nothing to do: add a [train], [search] or [sample] table")
     if not recipe.train and not recipe.denoiser.weights:
@@ -153,10 +149,8 @@ def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
     if weights in backbone.published:
         backbone.check_published(weights, precond)
         return
-    path = Path(weights.removeprefix("path:"))
-    folder = path.parent if path.name == "model.safetensors" else path
     try:
-        trained = load(folder / "recipe.toml", [], discover())
+        trained = load(RunFolder.of_weights(weights).recipe, [], discover())
     except CmkitError:  # no run folder, or one of parts that are not here: nothing is known
         return
     if not interchangeable(trained.precond.scalings, precond.scalings):

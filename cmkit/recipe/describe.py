@@ -8,7 +8,7 @@ from typing import Any
 
 from cmkit.kinds import Part
 from cmkit.plugins import Registry
-from cmkit.recipe.tables import CORE_TABLES, NAME, PART_TABLES, REQUIRED
+from cmkit.recipe.tables import NAME, PART_TABLES, REQUIRED, core_tables
 
 
 def schema(registry: Registry) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def schema(registry: Registry) -> dict[str, Any]:
         "seed": {"type": "integer", "minimum": 0, "default": 0},
     }
     properties |= {kind: choice(kind) for kind in PART_TABLES}
-    properties |= {key: refer(model, name=key) for key, model in CORE_TABLES.items()}
+    properties |= {key: refer(model, name=key) for key, model in core_tables().items()}
     definitions["teacher"]["properties"]["backbone"] = choice("backbone")
     tables, names = choice("precond"), {"enum": registry.names("precond")}
     for key in ("denoiser", "teacher"):

@@ -11,7 +11,16 @@ from cmkit.kinds import Part
 from cmkit.plugins import Registry
 from cmkit.recipe.parts import dumped, part_of, shown_value, validated
 from cmkit.recipe.recipe import Recipe
-from cmkit.recipe.tables import CORE_TABLES, KEYS, NAME, PART_TABLES, REQUIRED
+from cmkit.recipe.tables import (
+    KEYS,
+    NAME,
+    PART_TABLES,
+    REQUIRED,
+    STAGES,
+    StageTable,
+    core_tables,
+    stage_class,
+)
 from cmkit.recipe.toml import Source, read
 
 if TYPE_CHECKING:
@@ -44,15 +53,17 @@ def _resolve(tables: dict[str, Any], source: Source, registry: Registry) -> Reci
             parts[kind], resolved[kind] = part_of(kind, tables[kind], (kind,), source, registry)
     tables, inner = _without_backbone(tables)
     parts["teacher_backbone"] = parts["teacher_precond"] = None
-    for key, model in CORE_TABLES.items():
+    stages: dict[str, Any] = {}
+    for key, model in core_tables().items():
         table = tables.get(key, {} if key == "denoiser" else None)
-        parts[key] = None
+        kept = stages if issubclass(model, StageTable) else parts
+        kept[key] = None
         if table is not None and "precond" in model.model_fields:
             precond, table = _preconditioned(key, model, table, source, registry)
             parts["precond" if key == "denoiser" else "teacher_precond"] = precond
         if table is not None:
-            parts[key] = validated(model, table, (key,), source)
-            resolved[key] = dumped(parts[key])
+            kept[key] = validated(model, table, (key,), source)
+            resolved[key] = dumped(kept[key])
     if inner is not None:
         path = ("teacher", "backbone")
         parts["teacher_backbone"], plain = part_of("backbone", inner, path, source, registry)
@@ -66,7 +77,9 @@ def _resolve(tables: dict[str, Any], source: Source, registry: Registry) -> Reci
     ]
     if pairs:
         resolved["metric"] = [table for _, table in pairs]
+        stages["metric"] = stage_class("metric")()
     parts["metric"] = tuple(part for part, _ in pairs)
+    parts["stages"] = {key: stages[key] for key in STAGES if stages.get(key)}
     return Recipe(name=name, seed=seed, resolved=resolved, source=source, **parts)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cmkit.recipe.tables import (
     PART_TABLES,
@@ -41,15 +41,26 @@ class Recipe:
     objective: Objective | None
     rescaler: Rescaler | None
     sampler: Sampler | None
-    train: TrainTable | None
-    search: SearchTable | None
-    sample: SampleTable | None
+    stages: Mapping[str, Any]
+    """What a run shall do, in order: each stage's table, which carries itself out, by its name."""
     expected: ExpectedTable | None
     metric: tuple[Metric, ...]
     resolved: Mapping[str, Any]
     source: Source
     data: DataSpec | None = None
     """What is known of the data where they need not be asked, as of a finished run."""
+
+    @property
+    def train(self) -> TrainTable | None:
+        return cast("TrainTable | None", self.stages.get("train"))
+
+    @property
+    def search(self) -> SearchTable | None:
+        return cast("SearchTable | None", self.stages.get("search"))
+
+    @property
+    def sample(self) -> SampleTable | None:
+        return cast("SampleTable | None", self.stages.get("sample"))
 
     @property
     def hash(self) -> str:

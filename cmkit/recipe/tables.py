@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from importlib import import_module
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -72,8 +73,15 @@ class TeacherTable(Part):
     """What it embeds; absent = what the data have."""
 
 
-class TrainTable(Part):
-    """Training. A step takes `batch` images, drawn as `accumulate` equal parts."""
+class StageTable(Part):
+    """A table that makes something happen: a stage of a run (see `STAGES`)."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Tables that must stand beside it."""
+
+
+class TrainTable(StageTable):
+    """The keys of [train]."""
 
     steps: Count
     """Optimizer steps."""
@@ -128,8 +136,8 @@ class TrainTable(Part):
         return self
 
 
-class SearchTable(Part):
-    """The search of the rescaler's numbers, on the same noise and labels in every cell."""
+class SearchTable(StageTable):
+    """The keys of [search]."""
 
     images: int = Field(ge=2, le=10**7)
     """Images a cell."""
@@ -175,8 +183,8 @@ class SearchTable(Part):
         return self
 
 
-class SampleTable(Part):
-    """Sampling from the trained, rescaled model."""
+class SampleTable(StageTable):
+    """The keys of [sample]."""
 
     images: Count
     """Images."""
@@ -196,14 +204,30 @@ class ExpectedTable(Part):
 
 
 PART_TABLES = ("dataset", "backbone", "objective", "rescaler", "sampler")
-CORE_TABLES: dict[str, type[Part]] = {
-    "denoiser": DenoiserTable,
-    "teacher": TeacherTable,
-    "train": TrainTable,
-    "search": SearchTable,
-    "sample": SampleTable,
-    "expected": ExpectedTable,
+STAGES = {
+    "train": "cmkit.run.stages.train:Train",
+    "search": "cmkit.run.stages.search:Search",
+    "sample": "cmkit.run.stages.sample:Sample",
+    "metric": "cmkit.run.stages.metric:Measure",
 }
-KEYS = ("name", "seed", *PART_TABLES, *CORE_TABLES, "metric")
+"""What a run does, in order: each stage is the class of its table, named as plugins name parts."""
+KEYS = ("name", "seed", *PART_TABLES, "denoiser", "teacher", *STAGES, "expected")
 REQUIRED = ("name", "dataset", "backbone")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def stage_class(name: str) -> type[StageTable]:
+    """The class of the table [name], which carries the stage out."""
+    module, _, attribute = STAGES[name].partition(":")
+    return getattr(import_module(module), attribute)  # type: ignore[no-any-return]
+
+
+def core_tables() -> dict[str, type[Part]]:
+    """The tables that belong to no part, by key, in the order of the documentation."""
+    stages = {name: stage_class(name) for name in STAGES if name != "metric"}
+    return {
+        "denoiser": DenoiserTable,
+        "teacher": TeacherTable,
+        **stages,
+        "expected": ExpectedTable,
+    }

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cmkit.report.figures import count, number
@@ -15,26 +12,13 @@ from cmkit.report.figures import count, number
 CURVE_POINTS = 400
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The finite records of a training log; whatever else is in it, a torn line, is left out."""
-    records = []
-    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError, AttributeError):
-            record = json.loads(line)
-            step, loss, sigmas = map(
-                finite_or_none, map(record.get, ("step", "loss", "num_sigmas"))
-            )
-            if step is not None and loss is not None:
-                records.append({"step": int(step), "loss": loss, "num_sigmas": int(sigmas or 0)})
-    return records
-
-
 def finite_or_none(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def curve_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The loss over the steps, averaged to at most CURVE_POINTS points."""
+    """The loss over the steps of a training log, averaged to at most CURVE_POINTS points."""
+    records = list(_finite(records))
     if len(records) < 2:
         return None
     size = math.ceil(len(records) / CURVE_POINTS)
@@ -51,6 +35,14 @@ def curve_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "log": logarithmic,
         "smoothed": size,
     }
+
+
+def _finite(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The records of steps with a finite loss."""
+    for record in records:
+        step, loss, sigmas = map(finite_or_none, map(record.get, ("step", "loss", "num_sigmas")))
+        if step is not None and loss is not None:
+            yield {"step": int(step), "loss": loss, "num_sigmas": int(sigmas or 0)}
 
 
 def _doublings(steps: Sequence[int], sigmas: Sequence[int]) -> list[tuple[int, int]]:

@@ -91,11 +91,11 @@ def _draw_cell(axes: Axes, x: int, y: int, cell: Mapping[str, Any], points: floa
     if cell["winner"] or cell["kept"] or cell["plain"]:
         width = 2.4 if cell["winner"] else 1.0
         style = "-" if cell["winner"] or cell["kept"] else "--"
-        line = {"linestyle": style, "linewidth": width}
+        line: dict[str, Any] = {"linestyle": style, "linewidth": width}
         axes.add_patch(Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, fill=False, ec=ink, **line))
     if cell["mark"]:
-        place = {"ha": "center", "va": "center"}
-        axes.text(x, y + 0.27, cell["mark"], color=ink, size=0.55 * points, **place)
+        size = 0.55 * points
+        axes.text(x, y + 0.27, cell["mark"], color=ink, size=size, ha="center", va="center")
 
 
 def loss_png(curve: Mapping[str, Any]) -> bytes:

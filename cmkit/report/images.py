@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from cmkit.errors import DataError
+from cmkit.run.folder import RunFolder
 
 SHEET_PIXELS, CELL_PIXELS = 1280, 640
 TINY_PIXELS = 600
 
 
-def picture_of(folder: Path, name: str, limit: int) -> dict[str, Any]:
+def picture_of(folder: RunFolder, name: str, limit: int) -> dict[str, Any]:
     """An <img>: `src` as a data URI, at most `limit` pixels wide, or no `src` when it is gone."""
-    path = (folder / name).resolve()
-    if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
-        raise DataError(
-            f"{folder / 'report.json'}: picture {name!r} is outside the run's folder; correct it,"
-            " or run the recipe again"
-        )
+    path = folder.picture(name)
     if not path.is_file():
         return {"name": name, "src": None}
     data = path.read_bytes()

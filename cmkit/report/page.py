@@ -3,48 +3,41 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cmkit.errors import CheckpointError, ResourceError
-from cmkit.report.curve import curve_data, curve_of, curve_svg, read_log
+from cmkit.report.curve import curve_data, curve_of, curve_svg
 from cmkit.report.figures import LEVELS, colour, count, heatmap_png, loss_png, number, score
 from cmkit.report.images import SHEET_PIXELS, picture_of
 from cmkit.report.search import AXES, FEW, cell_data, confirm_page, search_page
-
-SCHEMA = 1
+from cmkit.run.folder import RunFolder
 
 HERE = Path(__file__).parent
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: RunFolder) -> Path:
     """The path of `report.html`, written with `heatmap.png` and `loss.png` into a run's folder.
 
     Raises CheckpointError when report.json is missing or not one that cmkit wrote, DataError when
     a picture is outside the folder or is no PNG, ResourceError when the disk refuses.
     """
-    from cmkit.files import atomic_write
-
-    path = folder / "report.json"
-    report = _scrub(_read(path))
-    with _malformed(path):
+    report = _scrub(folder.report())
+    with folder.reading_report():
         stages = report["stages"]
         search = search_page(stages["search"], folder) if "search" in stages else None
-        curve = curve_of(read_log(folder / "log.jsonl")) if "train" in stages else None
-        files: dict[str, bytes | str] = {}
-        if search:
-            files["heatmap.png"] = heatmap_png(search)
-        if curve:
-            files["loss.png"] = loss_png(curve)
-        files["report.html"] = _render(_page(report, folder, search, curve))
-    for name, content in files.items():
-        atomic_write(folder / name, content)
-    return folder / "report.html"
+        curve = curve_of(folder.log()) if "train" in stages else None
+        pictures = {
+            **({"heatmap": heatmap_png(search)} if search else {}),
+            **({"loss": loss_png(curve)} if curve else {}),
+        }
+        page = _render(_page(report, folder, search, curve))
+    for name, png in pictures.items():
+        folder.keep_picture(name, png)
+    folder.keep_page(page)
+    return folder.page
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -63,39 +56,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        report = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: {error.strerror}; `cmkit run` writes it when every stage is done"
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error}); run the recipe again") from error
-    schema = report.get("schema") if isinstance(report, dict) else None
-    if schema != SCHEMA:
-        raise CheckpointError(
-            f"{path}: schema {schema!r}, but this cmkit reads {SCHEMA}; run the recipe again"
-        )
-    return dict(report)
-
-
-@contextlib.contextmanager
-def _malformed(path: Path) -> Iterator[None]:
-    """Inside, an odd field becomes a CheckpointError, and an OSError a ResourceError."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise CheckpointError(
-            f"{path}: not a report that cmkit wrote ({type(error).__name__}: {error}); run the"
-            " recipe again"
-        ) from error
-    except OSError as error:
-        raise ResourceError(
-            f"{error.filename or path}: cannot be read: {error.strerror}; mend it, then run again"
-        ) from error
-
-
 def _scrub(value: Any) -> Any:
     """The same value without the home folder's path and without credentials in URLs."""
     if isinstance(value, dict):
@@ -112,7 +72,7 @@ def _scrub(value: Any) -> Any:
 
 def _page(
     report: Mapping[str, Any],
-    folder: Path,
+    folder: RunFolder,
     search: Mapping[str, Any] | None,
     curve: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
@@ -175,7 +135,7 @@ def _nfe(nfe: int) -> str:
     return "one step each" if nfe == 1 else f"{nfe} evaluations each"
 
 
-def _samples(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _samples(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     scales = ", ".join(_scales(stage.get("scales", {})))
     return {
         "images": stage["images"],
@@ -226,20 +186,10 @@ def _costs(stages: Mapping[str, Any]) -> list[dict[str, Any]]:
             "seconds": stage["seconds"],
             "share": round(100 * stage["seconds"] / longest, 2),
             "memory": stage.get("peak_memory_mib"),
-            "work": _work(name, stage),
+            "work": stage.get("line", ""),
         }
         for name, stage in stages.items()
     ]
-
-
-def _work(name: str, stage: Mapping[str, Any]) -> str:
-    if name == "train":
-        return f"{number(stage['steps'])} steps, {number(stage['images_per_second'])} images/s"
-    if name == "search":
-        return f"{len(stage['cells'])} cells of {number(stage.get('images'))} images"
-    if name == "sample":
-        return f"{number(stage['images'])} images"
-    return ", ".join(stage["values"]) if name == "metric" else ""
 
 
 def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cmkit.report.curve import finite_or_none
 from cmkit.report.figures import LEVELS, number, score
 from cmkit.report.images import CELL_PIXELS, picture_of
+from cmkit.run.folder import RunFolder
 
 AXES = {"skip": "skip (s0)", "emb": "emb (s1)"}
 
@@ -18,7 +18,7 @@ FEW = 4
 """Numbers of a rescaler that are written out wherever they are spoken of."""
 
 
-def search_page(stage: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     """The cells of a search in rows, as the page and the heatmap show them."""
     axes = stage["axes"]
     names = list(axes)
@@ -71,7 +71,7 @@ def _grid(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str
 def _steps(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A row for each step of a search by coordinates: the values of its axis, rising, the one that
     the search went on with marked as `kept`."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for step in stage["descent"]:
         axis, places = step["axis"], step["cells"]
         scores = [math.inf if cells[k]["score"] is None else cells[k]["score"] for k in places]
@@ -83,8 +83,8 @@ def _steps(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[st
             row.append({**cells[k], "name": f"{axis} {own}", "mark": mark, "kept": k == kept})
         rows.append({"label": AXES.get(axis, axis), "cells": row})
     width = max(len(row["cells"]) for row in rows)
-    for row in rows:
-        row["cells"] += [None] * (width - len(row["cells"]))
+    for step_row in rows:
+        step_row["cells"] += [None] * (width - len(step_row["cells"]))
     return {"descent": True, "across": "", "down": "", "columns": [""] * width, "rows": rows}
 
 

@@ -1,28 +1,30 @@
-"""A recipe becomes a folder: stages in order, each finished once, each resumed where it stopped."""
+"""A recipe becomes a folder: stages in order, each finished once, each resumed where it stopped.
 
-from cmkit.run.draw import draw, redraw
-from cmkit.run.environment import peak_memory_mib
-from cmkit.run.events import Event, Note, RunFinished, Sampled, Saved, StageFinished, StageStarted
-from cmkit.run.finished import drawn_from
-from cmkit.run.folder import data_of, read_status, run_folder, trained, winner
-from cmkit.run.runner import run
+Names are imported when they are asked for: `folder` is below the rooms that a run is made of, since
+weights and plans read folders of other runs.
+"""
 
-__all__ = [
-    "Event",
-    "Note",
-    "RunFinished",
-    "Sampled",
-    "Saved",
-    "StageFinished",
-    "StageStarted",
-    "data_of",
-    "draw",
-    "drawn_from",
-    "peak_memory_mib",
-    "read_status",
-    "redraw",
-    "run",
-    "run_folder",
-    "trained",
-    "winner",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "cmkit.run.drawing": "draw redraw",
+    "cmkit.run.environment": "peak_memory_mib",
+    "cmkit.run.events": (
+        "Cell CellsDrawn Comparison Downloaded Event Note RunFinished Sampled Saved StageFinished"
+        " StageStarted Step"
+    ),
+    "cmkit.run.finished": "drawn_from trained",
+    "cmkit.run.folder": "RunFolder",
+    "cmkit.run.runner": "run run_folder",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+__all__ = sorted(_HOME_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'cmkit.run' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)

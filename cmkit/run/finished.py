@@ -10,7 +10,7 @@ from cmkit.errors import CheckpointError
 from cmkit.plan import with_values
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, SampleTable, load
-from cmkit.run.folder import data_of, read_status, trained, winner
+from cmkit.run.folder import RunFolder
 
 
 def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, images: int) -> Recipe:
@@ -19,15 +19,15 @@ def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, image
 
     CheckpointError for a folder without them, RecipeError for a recipe that has yet to be trained.
     """
-    run = source.is_dir()
-    if run and not (source / "recipe.toml").is_file():
+    folder, run = RunFolder(source), source.is_dir()
+    if run and not folder.recipe.is_file():
         raise CheckpointError(
             f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-HASH, or a"
             " recipe with denoiser.weights"
         )
-    recipe = load(source / "recipe.toml" if run else source, overrides, registry)
+    recipe = load(folder.recipe if run else source, overrides, registry)
     if run:
-        recipe = _finished(recipe, source)
+        recipe = _finished(recipe, folder)
     elif recipe.train and not _said(recipe, "denoiser", "weights"):
         raise recipe.source.error(
             ("train",),
@@ -37,33 +37,48 @@ def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, image
     if not recipe.denoiser.weights:
         raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
     table = (recipe.sample or SampleTable(images=images)).model_copy(update={"images": images})
-    gone = dict.fromkeys(("train", "search", "teacher", "teacher_backbone", "teacher_precond"))
-    return replace(recipe, **gone, metric=(), sample=table)
+    return replace(
+        recipe,
+        teacher=None,
+        teacher_backbone=None,
+        teacher_precond=None,
+        metric=(),
+        stages={"sample": table},
+    )
 
 
-def _finished(recipe: Recipe, folder: Path) -> Recipe:
+def trained(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe that starts from what its training, if any, left in `folder`."""
+    if not recipe.train:
+        return recipe
+    weights = {"weights": str(folder.weights), "init": None}
+    return replace(recipe, denoiser=recipe.denoiser.model_copy(update=weights))
+
+
+def _finished(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe of a run with what its stages left in `folder`."""
     if not _said(recipe, "denoiser", "weights"):
         recipe = trained(recipe, folder)
         if recipe.train and not Path(recipe.denoiser.weights or "").is_file():
             raise CheckpointError(
                 f"{recipe.denoiser.weights}: not there yet; finish the run first:"
-                f" cmkit run {folder / 'recipe.toml'}"
+                f" cmkit run {folder.recipe}"
             )
     if recipe.search and recipe.rescaler:
         axes = [axis for axis in recipe.search.grid if not _said_of(recipe, axis)]
-        found = winner(read_status(folder))
+        found = folder.winner()
         families = dict.fromkeys(axis.partition(".")[0] for axis in axes)
         if axes and not found:
+            given = " ".join(f"--set rescaler.{family}=1.0" for family in families)
             raise CheckpointError(
-                f"{folder}: its search has no winner yet; finish the run, or give values yourself:"
-                f" {' '.join(f'--set rescaler.{family}=1.0' for family in families)}"
+                f"{folder.path}: its search has no winner yet; finish the run, or give values"
+                f" yourself: {given}"
             )
         values = {axis: found[axis] for axis in axes}
         recipe = replace(recipe, rescaler=with_values(recipe, values))
     if any(path[0] == "dataset" for path in recipe.source.overrides):
         return recipe
-    return replace(recipe, data=data_of(folder))
+    return replace(recipe, data=folder.data())
 
 
 def _said(recipe: Recipe, *path: str) -> bool:

@@ -1,113 +1,266 @@
-"""The folder of a run: which files it holds, how they are written and read."""
+"""The folder of a run: every file in it is named, written and read here.
+
+    recipe.toml  environment.json  status.json  report.json  report.html  debug.log
+    log.jsonl  checkpoints/step-*  model.safetensors          left by [train]
+    search/*.jsonl, *.png  search.json                        left by [search]
+    samples/*.npz  samples_before.png  samples_after.png      left by [sample]
+
+Imports no torch: reports and comparisons read a folder without it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmkit import files
-from cmkit.errors import CheckpointError
-from cmkit.plan import Plan
-from cmkit.recipe import Recipe
-from cmkit.sample import SavedImages
-from cmkit.search import PartialCells
+from cmkit.errors import CheckpointError, DataError, ResourceError
 from cmkit.values import DataSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def kept_samples(folder: Path) -> int:
-    """Samples in the files of `folder` that follow each other from the first on. A file is named
-    after its first image; those behind a gap are drawn again."""
-    kept = 0
-    for path in sorted(folder.glob(f"{'[0-9]' * 7}.npz")):
-        if int(path.stem) == kept:
-            kept += len(SavedImages([path]))
-        else:
-            path.unlink()
-    return kept
+SCHEMA = 1
+"""Of report.json."""
 
 
-def keep_partial(path: Path, unfinished: PartialCells) -> None:
-    from safetensors.torch import save
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder `path` of a run; it need not be there yet."""
 
-    about = {"labels": json.dumps(unfinished.labels), "drawn": str(unfinished.drawn)}
-    files.atomic_write(path, save(dict(unfinished.tensors), about))
+    path: Path
+
+    @classmethod
+    def of_weights(cls, weights: str) -> RunFolder:
+        """The folder that the key `weights` of a recipe names: a run, or a run's weights."""
+        path = Path(weights.removeprefix("path:"))
+        return cls(path.parent if path.name == "model.safetensors" else path)
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, which makes a folder that of a run."""
+        return self.path / "recipe.toml"
+
+    @property
+    def weights(self) -> Path:
+        """What training left: the first of its averages."""
+        return self.path / "model.safetensors"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def newest_weights(self) -> Path:
+        """The weights, or the checkpoints where training goes on; the folder itself where it is
+        no run's."""
+        return next((p for p in (self.weights, self.checkpoints) if p.exists()), self.path)
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def page(self) -> Path:
+        """The page that a person opens."""
+        return self.path / "report.html"
+
+    @property
+    def debug_log(self) -> Path:
+        return self.path / "debug.log"
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder, made where it is not there, against other processes.
+
+        BusyError when it is held, ResourceError when it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(
+                f"{self.path}: cannot be made: {error.strerror}; name another place with --out"
+            ) from error
+        with files.lock(self.path):
+            yield
+
+    def keep_recipe(self, text: str) -> None:
+        """Write recipe.toml, once; CheckpointError where another recipe stands there."""
+        if not self.recipe.exists():
+            files.atomic_write(self.recipe, text)
+            return
+        try:
+            same = tomllib.loads(self.recipe.read_text("utf-8")) == tomllib.loads(text)
+        except ValueError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{self.recipe}: is not the recipe that this folder is named after; restore it, or"
+                " run with another --out"
+            )
+
+    def keep_environment(self, environment: Mapping[str, Any]) -> None:
+        """Write environment.json: what decides the bits of this start."""
+        _write_json(self.path / "environment.json", environment)
+
+    def status(self) -> dict[str, Any]:
+        """What the finished stages left to say, by stage."""
+        path = self.path / "status.json"
+        try:
+            return dict(json.loads(path.read_text("utf-8")))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: damaged ({error}); delete it to redo the stages"
+            ) from error
+
+    def keep_status(self, status: Mapping[str, Any]) -> None:
+        """Write status.json: from now on its stages are finished."""
+        _write_json(self.path / "status.json", status)
+
+    def winner(self) -> dict[str, Any]:
+        """The rescaler's values that the search found best; none before it is finished."""
+        found = self.status().get("search")
+        return {axis: found["best"][axis] for axis in found["axes"]} if found else {}
+
+    def report(self) -> dict[str, Any]:
+        """report.json; CheckpointError where it is missing or not one that cmkit wrote."""
+        path = self.path if self.path.suffix == ".json" else self.path / "report.json"
+        try:
+            report = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: {error.strerror}; give the folder of a finished run, such as"
+                " runs/NAME-HASH: `cmkit run` writes it when every stage is done"
+            ) from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: damaged ({error}); run the recipe again") from error
+        schema = report.get("schema") if isinstance(report, dict) else None
+        if schema != SCHEMA:
+            raise CheckpointError(
+                f"{path}: schema {schema!r}, but this cmkit reads {SCHEMA}; run the recipe again"
+            )
+        return dict(report)
+
+    @contextlib.contextmanager
+    def reading_report(self) -> Iterator[None]:
+        """Inside, an odd field of report.json becomes a CheckpointError, and an OSError of the
+        folder's files a ResourceError."""
+        path = self.path if self.path.suffix == ".json" else self.path / "report.json"
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(
+                f"{path}: not a report that cmkit wrote ({type(error).__name__}: {error}); run the"
+                " recipe again"
+            ) from error
+        except OSError as error:
+            raise ResourceError(
+                f"{error.filename or path}: cannot be read: {error.strerror}; mend it, then run"
+                " again"
+            ) from error
+
+    def keep_report(self, report: Mapping[str, Any]) -> None:
+        """Write report.json."""
+        _write_json(self.path / "report.json", {"schema": SCHEMA, **report})
+
+    def data(self) -> DataSpec | None:
+        """What a finished run says of its data, which then need not be there; None of any other."""
+        try:
+            return DataSpec(**self.report()["data"])
+        except (CheckpointError, KeyError, TypeError):
+            return None  # it is of an earlier version, or yet to be written
+
+    def log(self) -> list[dict[str, Any]]:
+        """The records of the training log, without torn lines."""
+        return files.read_jsonl(self.path / "log.jsonl")
+
+    def append_log(self, record: Mapping[str, Any], durable: bool = False) -> None:
+        """Add a record to the training log; `durable` before a checkpoint is saved."""
+        files.append_jsonl(self.path / "log.jsonl", record, durable)
+
+    def rewind_log(self, step: int) -> None:
+        """Drop what the training log holds of steps behind `step`."""
+        files.truncate_jsonl(self.path / "log.jsonl", lambda record: record["step"] <= step)
+
+    def scores(self, name: str) -> list[dict[str, Any]]:
+        """The records "cells", "rerank" or "confirm" of a search; a torn last line is removed."""
+        path = self._search() / f"{name}.jsonl"
+        files.truncate_jsonl(path, lambda record: True)
+        return files.read_jsonl(path)
+
+    def append_score(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one record to those of `scores`."""
+        files.append_jsonl(self._search() / f"{name}.jsonl", record)
+
+    def keep_cell(self, index: int, png: bytes) -> str:
+        """Write the samples of a searched cell; the picture's name for `picture`."""
+        name = f"search/cell-{index:04d}.png"
+        files.atomic_write(self.path / name, png)
+        return name
+
+    def keep_search(self, result: Mapping[str, Any]) -> None:
+        """Write search.json; what was kept of unfinished cells is dropped."""
+        _write_json(self.path / "search.json", result)
+        self._unfinished().unlink(missing_ok=True)
+
+    def keep_unfinished(self, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+        """Write what there is of cells that are being drawn."""
+        from safetensors.torch import save
+
+        files.atomic_write(self._unfinished(), save(dict(tensors), dict(about)))
+
+    def unfinished(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """What `keep_unfinished` wrote; None where nothing can be read, as it only saves time."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._unfinished(), "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def sample_files(self) -> list[Path]:
+        """Arrays of samples, in order; a file is named after its first image."""
+        return sorted(self.samples.glob(f"{'[0-9]' * 7}.npz"))
+
+    def keep_samples(self, first: int, npz: bytes) -> None:
+        """Write the samples from image `first` on."""
+        self.samples.mkdir(exist_ok=True)
+        files.atomic_write(self.samples / f"{first:07d}.npz", npz)
+
+    def keep_picture(self, name: str, png: bytes) -> str:
+        """Write the picture `name`.png; its name for `picture`."""
+        files.atomic_write(self.path / f"{name}.png", png)
+        return f"{name}.png"
+
+    def picture(self, name: str) -> Path:
+        """A picture that the report names; DataError where that is outside the folder."""
+        path = (self.path / name).resolve()
+        if Path(name).is_absolute() or not path.is_relative_to(self.path.resolve()):
+            raise DataError(
+                f"{self.path / 'report.json'}: picture {name!r} is outside the run's folder;"
+                " correct it, or run the recipe again"
+            )
+        return path
+
+    def keep_page(self, html: str) -> None:
+        """Write report.html."""
+        files.atomic_write(self.page, html)
+
+    def _search(self) -> Path:
+        folder = self.path / "search"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def _unfinished(self) -> Path:
+        return self._search() / "unfinished.safetensors"
 
 
-def partial_cells(path: Path) -> PartialCells | None:
-    """What `keep_partial` wrote; None where there is nothing that can be read, since it only
-    saves time."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError):
-        return None
-    return PartialCells(tuple(json.loads(about["labels"])), int(about["drawn"]), tensors)
-
-
-def trained(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe that starts from what its training, if any, left in `folder`."""
-    if not recipe.train:
-        return recipe
-    weights = str(folder / "model.safetensors")
-    table = recipe.denoiser.model_copy(update={"weights": weights, "init": None})
-    return replace(recipe, denoiser=table)
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    """What the finished stages of a run folder left to say, by stage."""
-    path = folder / "status.json"
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete it to redo the stages") from error
-
-
-def data_of(folder: Path) -> DataSpec | None:
-    """What a finished run says of its data, which then need not be there; None of any other."""
-    try:
-        report = json.loads((folder / "report.json").read_text("utf-8"))
-        return DataSpec(**report["data"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None  # it is of an earlier version, or yet to be written
-
-
-def winner(status: Mapping[str, Any]) -> dict[str, Any]:
-    """The rescaler's values that the search found best; none before the search is finished."""
-    found = status.get("search")
-    return {axis: found["best"][axis] for axis in found["axes"]} if found else {}
-
-
-def run_folder(plan: Plan, out: Path) -> Path:
-    """Where a plan's run lives: `<out>/<name>-<hash of the resolved recipe>`."""
-    return out / f"{plan.recipe.name}-{plan.recipe.hash}"
-
-
-def keep_recipe(plan: Plan, folder: Path) -> None:
-    path, text = folder / "recipe.toml", plan.recipe.toml()
-    if path.exists() and _toml(path) != tomllib.loads(text):  # keys may have changed places
-        raise CheckpointError(
-            f"{path}: is not the recipe that this folder is named after; restore it, or run with"
-            " another --out"
-        )
-    if not path.exists():
-        files.atomic_write(path, text)
-
-
-def _toml(path: Path) -> dict[str, Any] | None:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except ValueError:
-        return None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     files.atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 
-from cmkit import files
-from cmkit.errors import ResourceError
 from cmkit.plan import Plan, check_disk
 from cmkit.plugins import Registry
+from cmkit.report import write_report
 from cmkit.run.environment import citations, describe_environment
 from cmkit.run.events import Event, Note, RunFinished
-from cmkit.run.folder import keep_recipe, read_status, run_folder, write_json
-from cmkit.run.stages import Run
+from cmkit.run.folder import RunFolder
+from cmkit.run.job import Job
 from cmkit.stop import StopSignal
 from cmkit.weights import download
+
+
+def run_folder(plan: Plan, out: Path) -> RunFolder:
+    """Where a plan's run lives: `<out>/<name>-<hash of the resolved recipe>`."""
+    return RunFolder(out / f"{plan.recipe.name}-{plan.recipe.hash}")
 
 
 def run(
@@ -30,32 +34,22 @@ def run(
     Raises BusyError when another process holds the folder, Interrupted after a stop signal, and
     whatever a stage finds. Every error leaves a folder that the same call resumes.
     """
-    from cmkit.report import write_report
-
-    folder = run_folder(plan, out)
+    recipe, folder = plan.recipe, run_folder(plan, out)
     check_disk(plan, out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError(
-            f"{folder}: cannot be made: {error.strerror}; name another place with --out"
-        ) from error
-    with files.lock(folder):
-        keep_recipe(plan, folder)
+    with folder.held():
+        folder.keep_recipe(recipe.toml())
         environment = describe_environment(plan, registry, device)
-        write_json(folder / "environment.json", environment)
-        status = read_status(folder)
-        job = Run(plan, registry, folder, device, stop, status)
+        folder.keep_environment(environment)
         for weights in plan.downloads:
             for event in download(weights):
                 yield event
                 stop.check("what came of the weights is kept")
+        job = Job(plan, folder, device, stop, folder.status())
         yield from job.stages()
         report = {
-            "schema": 1,
-            "name": plan.recipe.name,
-            "hash": plan.recipe.hash,
-            "recipe": dict(plan.recipe.resolved),
+            "name": recipe.name,
+            "hash": recipe.hash,
+            "recipe": dict(recipe.resolved),
             "environment": environment,
             "data": asdict(plan.data),
             "stages": job.status,
@@ -63,10 +57,11 @@ def run(
             "citations": citations(plan, registry),
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        write_json(folder / "report.json", report)
+        folder.keep_report(report)
         write_report(folder)
-        yield from map(Note, _tell_plugins(registry, folder, report))
-        yield RunFinished(folder, report)
+        report = folder.report()
+        yield from map(Note, _tell_plugins(registry, folder.path, report))
+        yield RunFinished(folder.path, report)
 
 
 def _tell_plugins(registry: Registry, folder: Path, report: dict[str, Any]) -> Iterator[str]:

@@ -20,7 +20,7 @@ def best(scored: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, A
 
 def interval(values: Sequence[float]) -> dict[str, float]:
     """Mean and 95 % confidence interval (Student's t) of independent values."""
-    from scipy.stats import t
+    from scipy.stats import t  # type: ignore[import-untyped]
 
     mean = statistics.fmean(values)
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))

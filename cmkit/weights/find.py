@@ -15,6 +15,7 @@ from torch import Tensor
 from cmkit.checkpoint import read_weights
 from cmkit.errors import CheckpointError, did_you_mean
 from cmkit.files import atomic_write, cache_folder
+from cmkit.run.folder import RunFolder
 from cmkit.tensors import is_pickle
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def read(weights: Weights) -> dict[str, Tensor]:
     """
     path = weights.path
     if path.is_dir():
-        path = _within(path)
+        path = _within(RunFolder(path).newest_weights())
     if weights.url:
         _pin(path, _sha256(path, *_identity(path)))
     if path.is_dir() or not is_pickle(path):

@@ -1,0 +1,30 @@
+"""What a run does, one file a stage; `cmkit.recipe.tables.STAGES` lists them.
+
+A stage is a table of a recipe that can be carried out. Its module imports torch inside functions,
+since recipes are read without it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from cmkit.recipe import StageTable
+
+if TYPE_CHECKING:
+    from cmkit.run.events import Event
+    from cmkit.run.job import Job
+
+
+class Stage(StageTable):
+    """A table with its work, and what the page says of it; `needs` names tables beside it."""
+
+    @abstractmethod
+    def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
+        """The work as events, from where an earlier start stopped; fills `result`, the stage's
+        entry in report.json. What is on the disk is consistent at every event."""
+
+    @abstractmethod
+    def line(self, result: Mapping[str, Any]) -> str:
+        """What was done, in a few words for the page."""

@@ -1,0 +1,32 @@
+"""[[metric]]: numbers of the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cmkit.run.stages import Stage
+
+if TYPE_CHECKING:
+    from cmkit.run.events import Event
+    from cmkit.run.job import Job
+
+
+class Measure(Stage):
+    """Every [[metric]] of the recipe, on the run's samples."""
+
+    needs: ClassVar[tuple[str, ...]] = ("sample",)
+
+    def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
+        """Measure the samples with every metric of the recipe."""
+        from cmkit.measure import measure
+        from cmkit.run.events import StageStarted
+        from cmkit.sample import SavedImages
+
+        metrics, images = job.plan.recipe.metric, SavedImages(job.folder.sample_files())
+        yield StageStarted("metric", 0, len(metrics))
+        values, provenance = measure(metrics, images, job.reference, job.device)
+        result |= {"values": values, "provenance": provenance}
+
+    def line(self, result: Mapping[str, Any]) -> str:
+        return ", ".join(result["values"])

@@ -1,0 +1,133 @@
+"""[search]: the rescaler's numbers, and the winner beside the unscaled model on fresh noise."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cmkit.recipe import SearchTable
+from cmkit.run.stages import Stage
+
+if TYPE_CHECKING:
+    from cmkit.run.events import Event
+    from cmkit.run.job import Job
+    from cmkit.search import PartialCells
+
+
+class Search(SearchTable, Stage):
+    """The search of the rescaler's numbers, on the same noise and labels in every cell."""
+
+    needs: ClassVar[tuple[str, ...]] = ("rescaler", "sampler", "metric")
+
+    def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
+        """Score the cells that have no record yet, the best again, then the winner and (1, 1)."""
+        from cmkit.device import precision
+        from cmkit.pictures import grid_png
+        from cmkit.plan import with_values
+        from cmkit.run.events import Cell, Comparison, StageStarted
+        from cmkit.search import (
+            best,
+            confirm,
+            interval,
+            most_cells,
+            rerank,
+            search,
+            trace,
+            verdict,
+        )
+
+        folder, recipe = job.folder, job.plan.recipe
+        model = job.plan, job.denoiser(self.precision)
+        data, begun = (job.reference, job.device), _unfinished(job)
+        records = folder.scores("cells")
+        yield StageStarted("search", len(records), most_cells(recipe))
+        for event in _keeping(job, search(*model, *data, tuple(records), begun)):
+            yield event
+            if isinstance(event, Cell):
+                picture = folder.keep_cell(event.index, grid_png(event.thumbnails))
+                record = {"index": event.index, **event.values, "score": event.score}
+                records.append({**record, "samples": picture})
+                folder.append_score("cells", records[-1])
+        records.sort(key=lambda record: record["index"])
+        top, finalists = best(records, self.rerank or 1), folder.scores("rerank")
+        if self.rerank:
+            yield StageStarted("rerank", len(finalists), len(top))
+            for event in _keeping(job, rerank(*model, top[len(finalists) :], *data, begun)):
+                yield event
+                if isinstance(event, Cell):
+                    record = {"index": event.index, **event.values, "score": event.score}
+                    finalists.append(record)
+                    folder.append_score("rerank", record)
+            top = best(finalists, 1)
+        winning = {axis: top[0][axis] for axis in self.grid}
+        rescaler, seeds = with_values(recipe, winning), folder.scores("confirm")
+        yield StageStarted("confirm", len(seeds), self.confirm_seeds)
+        for event in _keeping(job, confirm(*model, rescaler, *data, len(seeds), begun)):
+            yield event
+            if isinstance(event, Comparison):
+                seeds.append(
+                    {"index": event.index, "plain": event.plain, "rescaled": event.rescaled}
+                )
+                folder.append_score("confirm", seeds[-1])
+        plain, rescaled = ([seed[name] for seed in seeds] for name in ("plain", "rescaled"))
+        difference = [after - before for before, after in zip(plain, rescaled, strict=True)]
+        result |= {
+            "minimize": self.minimize,
+            "images": self.images,
+            "precision": precision(self.precision, job.device),
+            "method": self.method or "grid",
+            "axes": {axis: list(values) for axis, values in self.grid.items()},
+            "descent": trace(recipe, records),
+            "cells": _without_index(records),
+            "rerank": {
+                "images": self.rerank_images or 4 * self.images,
+                "cells": _without_index(finalists),
+            },
+            "best": {**winning, "score": top[0]["score"]},
+            "confirm": {
+                "images": self.confirm_images or self.images,
+                "seeds": [f"confirm-{seed['index']}" for seed in seeds],
+                "plain": {"values": plain, **interval(plain)},
+                "rescaled": {"values": rescaled, **interval(rescaled)},
+                "difference": interval(difference),
+                "verdict": verdict(self.minimize, plain, rescaled),
+            },
+        }
+        folder.keep_search(result)
+
+    def line(self, result: Mapping[str, Any]) -> str:
+        from cmkit.report.figures import number
+
+        return f"{len(result['cells'])} cells of {number(result['images'])} images"
+
+
+def _without_index(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in r.items() if key != "index"} for r in records]
+
+
+def _keeping(job: Job, found: Iterator[Any]) -> Iterator[Any]:
+    """The events `found`, with cells that are being drawn kept whenever a save is due."""
+    from cmkit.run.events import CellsDrawn
+
+    for event in found:
+        if isinstance(event, CellsDrawn):
+            if job.save_is_due and event.unfinished:
+                partial = event.unfinished()
+                about = {"labels": json.dumps(partial.labels), "drawn": str(partial.drawn)}
+                job.folder.keep_unfinished(partial.tensors, about)
+                job.saved = time.monotonic()
+            job.stop.check(f"what is drawn so far is kept in {job.folder.path}")
+        yield event
+
+
+def _unfinished(job: Job) -> PartialCells | None:
+    """The cells that an earlier start was drawing."""
+    from cmkit.search import PartialCells
+
+    found = job.folder.unfinished()
+    if found is None:
+        return None
+    tensors, about = found
+    return PartialCells(tuple(json.loads(about["labels"])), int(about["drawn"]), tensors)

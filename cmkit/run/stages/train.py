@@ -1,0 +1,67 @@
+"""[train]: an objective trains a network, saved and resumed to the bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cmkit.recipe import TrainTable
+from cmkit.run.stages import Stage
+
+if TYPE_CHECKING:
+    from cmkit.run.events import Event
+    from cmkit.run.job import Job
+
+
+class Train(TrainTable, Stage):
+    """Training. A step takes `batch` images, drawn as `accumulate` equal parts."""
+
+    needs: ClassVar[tuple[str, ...]] = ("objective",)
+
+    def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
+        """Train from the newest intact checkpoint on, and leave the first average as weights."""
+        from cmkit.checkpoint import latest_checkpoint, save_checkpoint
+        from cmkit.run.events import Note, Saved, StageStarted
+        from cmkit.tensors import save_weights
+        from cmkit.train import start, train
+
+        folder, training = job.folder, start(job.plan, job.device)
+        warnings: list[str] = []
+        found = latest_checkpoint(folder.checkpoints, warnings.append)
+        yield from map(Note, warnings)
+        spent, loss = 0.0, None
+        if found:
+            training.restore(found)
+            spent, loss = found.state["seconds"], found.state["loss"]
+            yield Note(f"resuming from step {found.step}")
+        folder.rewind_log(training.step)
+        began = time.perf_counter()
+        yield StageStarted("train", training.step, self.steps)
+        for event in train(training):
+            due = event.step % self.save_every == 0 or event.step == self.steps
+            if event.log:
+                loss = event.log["loss"]
+                folder.append_log({"step": event.step, **event.log}, durable=due)
+            yield event
+            if due or job.stop.signum:
+                seconds = spent + time.perf_counter() - began
+                state = {**training.state(), "seconds": seconds, "loss": loss}
+                groups = training.tensors()
+                save_checkpoint(folder.checkpoints, training.step, groups, state, self.keep)
+                yield Saved(training.step)
+            job.stop.check(f"step {event.step} is saved in {folder.path}")
+        save_weights(folder.weights, training.models.ema[self.ema[0]].network.state_dict())
+        seconds = spent + time.perf_counter() - began
+        result |= {
+            "steps": self.steps,
+            "seconds": seconds,
+            "parameters": job.plan.parameters,
+            "images_per_second": self.steps * self.batch / max(seconds, 1e-9),
+            "final_loss": loss,
+        }
+
+    def line(self, result: Mapping[str, Any]) -> str:
+        from cmkit.report.figures import number
+
+        return f"{number(result['steps'])} steps, {number(result['images_per_second'])} images/s"
