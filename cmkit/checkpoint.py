@@ -33,13 +33,14 @@ from cmkit.files import (
     write_file,
     writing,
 )
-from cmkit.tensors import FilePlan, file_plan, read_safetensors, serialized
+from cmkit.tensors import read_safetensors, require_savable, safetensors_shapes, write_tensors
 
 MANIFEST = "SHA256SUMS"
 STATE = "state.json"
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _MANIFEST = re.compile(rf"(?:[0-9a-f]{{64}}  {_NAME}\n)+")
+_EMA = re.compile(r"ema-[\d.]+\.safetensors")
 _STEP = re.compile(r"step-(\d{8,})")
 
 _BLOCK = 1 << 22
@@ -65,16 +66,16 @@ def save_checkpoint(
         if not re.fullmatch(_NAME, name):
             raise ValueError(f"{name!r} is no file name; use letters, digits, '.', '_' and '-'")
     final = root / f"step-{step:08d}"
-    files = {f"{name}.safetensors": file_plan(name, group) for name, group in tensors.items()}
+    size = sum(require_savable(name, group) for name, group in tensors.items())
     text = to_json({"step": step, "state": dict(state)}, final / STATE)
     with writing(root):
         make_folder(root)
         sweep(root)
     if final.is_symlink() or not _intact(final):
-        needed = len(text) + sum(size for _, _, size in files.values()) + 4096 * (len(files) + 3)
+        needed = len(text) + size + 4096 * (len(tensors) + 3)
         require_space(root, needed)
         with writing(final, needed):
-            _stage_and_publish(final, files, text)
+            _stage_and_publish(final, tensors, text)
     with writing(root):
         sync_folder(root)
         _prune(root, final, keep)
@@ -144,18 +145,37 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_dir():
         return read_safetensors(path)
+    folder = _newest_folder(path)
+    verify(folder)
+    return read_safetensors(_weights_file(folder))
+
+
+def read_shapes(path: Path) -> dict[str, Tensor]:
+    """What `read_weights` gives, on the meta device: from the head of the file, unverified."""
+    return safetensors_shapes(_weights_file(_newest_folder(path)) if path.is_dir() else path)
+
+
+def _newest_folder(path: Path) -> Path:
+    """The checkpoint folder `path`, or the newest one in it."""
     with reading(path):
         steps = [] if (path / MANIFEST).exists() else _steps(path)
-    checkpoint = _open(steps[0][1] if steps else path)
-    emas = [name for name in checkpoint.names if re.fullmatch(r"ema-[\d.]+", name)]
-    return checkpoint.tensors(max(emas, key=lambda name: float(name[4:]), default="online"))
+    return steps[0][1] if steps else path
 
 
-def _stage_and_publish(final: Path, files: Mapping[str, FilePlan], text: bytes) -> None:
+def _weights_file(folder: Path) -> Path:
+    """The file of a checkpoint that is sampled from."""
+    emas = [path for path in folder.glob("ema-*.safetensors") if _EMA.fullmatch(path.name)]
+    slowest = max(emas, key=lambda path: float(path.stem[4:]), default=None)
+    return slowest or folder / "online.safetensors"
+
+
+def _stage_and_publish(
+    final: Path, tensors: Mapping[str, Mapping[str, Tensor]], text: bytes
+) -> None:
     stage = final.with_name(TEMPORARY + final.name)
     try:
         stage.mkdir()
-        _stage(stage, files, text)
+        _stage(stage, tensors, text)
         if os.path.lexists(final):
             os.rename(final, final.with_name(f"{TEMPORARY}damaged-{final.name}"))
         os.rename(stage, final)
@@ -165,14 +185,13 @@ def _stage_and_publish(final: Path, files: Mapping[str, FilePlan], text: bytes) 
     _remember(final)
 
 
-def _stage(stage: Path, files: Mapping[str, FilePlan], text: bytes) -> None:
+def _stage(stage: Path, tensors: Mapping[str, Mapping[str, Tensor]], text: bytes) -> None:
     """Write a whole checkpoint to `stage`, manifest last, every byte of it fsynced."""
-    digests = {}
-    for name, (header, group, _) in files.items():
-        digests[name] = write_file(stage / name, serialized(header, group))
-    digests[STATE] = write_file(stage / STATE, [text])
+    files = {f"{name}.safetensors": group for name, group in tensors.items()}
+    digests = {name: write_tensors(stage / name, group) for name, group in files.items()}
+    digests[STATE] = write_file(stage / STATE, text)
     lines = (f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-    write_file(stage / MANIFEST, ["".join(lines).encode()])
+    write_file(stage / MANIFEST, "".join(lines).encode())
     sync_folder(stage)
 
 

@@ -15,7 +15,7 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ TEMPORARY = ".tmp-cmkit-"
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Replace the file `path` by `data`, whole or not at all; ResourceError when it cannot."""
     data = data.encode() if isinstance(data, str) else data
-    replace_file(path, [data], len(data))
+    with replacing(path, len(data)) as temporary:
+        write_file(temporary, data)
 
 
 @contextlib.contextmanager
@@ -48,11 +49,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def replace_file(path: Path, chunks: Iterable[Any], size: int) -> None:
+@contextlib.contextmanager
+def replacing(path: Path, size: int) -> Iterator[Path]:
+    """A hidden file to write and fsync, of about `size` bytes, which becomes `path` when the block
+    ends well; errors as of `atomic_write`."""
     temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
     with writing(path, size):
         try:
-            write_file(temporary, chunks)
+            yield temporary
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -159,17 +163,14 @@ def sweep(folder: Path) -> None:
                 _remove(Path(entry.path))
 
 
-def write_file(path: Path, chunks: Iterable[Any]) -> str:
-    """SHA-256 of the new file `path`, hashed while it is written; the file is fsynced."""
-    sha = hashlib.sha256()
+def write_file(path: Path, data: bytes) -> str:
+    """SHA-256 of the new file `path` with `data`, which is fsynced."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
     with os.fdopen(os.open(path, flags, 0o666), "wb") as file:
-        for chunk in chunks:
-            sha.update(chunk)
-            file.write(chunk)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return sha.hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
@@ -261,22 +262,22 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
         raise _resource_error(error, path, needed) from error
 
 
+def as_os_error(error: SafetensorError) -> OSError | SafetensorError:
+    """The OSError that safetensors reports as text, with its errno; another error is itself."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
+
+
 _DAMAGE = {errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENODEV, errno.ENOENT, errno.ENOTDIR}
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Inside, faults of a file become CheckpointError, and those of the machine ResourceError.
-
-    safetensors reports an errno as text.
-    """
+    """Inside, faults of a file become CheckpointError, and those of the machine ResourceError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        fault = error
-        if number and not getattr(error, "errno", None):
-            fault = OSError(int(number[1]), os.strerror(int(number[1])))
+        fault = error if isinstance(error, OSError) else as_os_error(error)
         if isinstance(fault, OSError) and fault.errno not in _DAMAGE:
             raise _resource_error(fault, path, 0) from error
         reason = fault.strerror if isinstance(fault, OSError) else str(fault)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -156,14 +156,26 @@ class Rescaler(Part, ABC):
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
         """The map sigma (B,) -> scales; RecipeError when a site that it names is not in `sites`."""
 
-    def value_of(self, name: str) -> float:
-        """The number that a search calls `name`, by default a field; ValueError where there is
-        none."""
+    labels: ClassVar[Mapping[str, str]] = {}
+    """How the page calls a number, where its name alone would not tell a reader of the paper."""
+
+    def numbers(self) -> dict[str, float]:
+        """The numbers that a search can change, by name: by default every numeric field."""
         fields = {field: getattr(self, field) for field in type(self).model_fields}
-        numbers = {field: float(v) for field, v in fields.items() if isinstance(v, int | float)}
+        return {field: float(v) for field, v in fields.items() if isinstance(v, int | float)}
+
+    def value_of(self, name: str) -> float:
+        """The number `name`, which may also be a part of one of `numbers`; ValueError where there
+        is none."""
+        numbers = self.numbers()
         if name not in numbers:
             raise ValueError(f"the rescaler has no such number; known: {', '.join(numbers)}")
         return numbers[name]
+
+    def complete(self, values: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+        """The numbers among `names` that setting `values` decides: these themselves, and the parts
+        of them that have no value of their own."""
+        return {name: values[name] for name in names if name in values}
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """The same policy with other numbers, by the names of `value_of`; ValueError where one of

@@ -58,12 +58,17 @@ class Models:
         """
         if not phase.update:
             return
-        online: list[Tensor] = list(self.online.parameters())
         if self.target is not self.online:
-            torch._foreach_lerp_(list(self.target.parameters()), online, 1 - phase.target_ema)
+            self._move(self.target, 1 - phase.target_ema)
         cap = (1 + phase.step) / (10 + phase.step) if self.ema_warmup else 1.0
         for decay, copied in self.ema.items():
-            torch._foreach_lerp_(list(copied.parameters()), online, 1 - min(decay, cap))
+            self._move(copied, 1 - min(decay, cap))
+
+    def _move(self, copied: Denoiser, weight: float) -> None:
+        """Move what is trained of a copy by `weight` of the way to the online weights."""
+        pairs = zip(copied.parameters(), self.online.parameters(), strict=True)
+        own, online = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
+        torch._foreach_lerp_(own, online, weight)
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import hashlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cmkit.errors import CheckpointError, NonFiniteError
-from cmkit.files import reading, replace_file, require_regular, require_space
+from cmkit.files import as_os_error, reading, replacing, require_regular, require_space
 
 _PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+"""Types of weights, by their name in a safetensors file."""
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Replace the safetensors file `path`, whole or not at all; errors as of `save_checkpoint`."""
-    header, ordered, size = file_plan(path.name, tensors)
+    size = require_savable(path.name, tensors)
     require_space(path.parent, size)
-    replace_file(path, serialized(header, ordered), size)
+    with replacing(path, size) as temporary:
+        write_tensors(temporary, tensors)
 
 
 def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -62,40 +65,37 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
             own[key].copy_(tensor)
 
 
-FilePlan = tuple[bytes, list[Tensor], int]
-"""Header of a safetensors file, its tensors in order, and the size of the whole."""
+def require_savable(name: str, group: Mapping[str, Tensor]) -> int:
+    """About how many bytes the safetensors file `name` of a group of tensors will have.
 
-
-def file_plan(name: str, group: Mapping[str, Tensor]) -> FilePlan:
-    """Layout of `<name>.safetensors`: widest types first, which keeps every tensor aligned."""
-    ordered = sorted(group, key=lambda key: (-group[key].element_size(), key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key in ordered:
-        tensor = group[key]
-        if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
+    NonFiniteError names a tensor with NaN or infinity, CheckpointError one of another kind.
+    """
+    for key, tensor in group.items():
+        if tensor.dtype not in _TYPES.values() or tensor.layout is not torch.strided:
             raise CheckpointError(
                 f"{name}: {key} is {tensor.dtype}, {tensor.layout}, which cannot be saved;"
-                f" convert it to one of {', '.join(_DTYPES.values())}"
+                f" convert it to one of {', '.join(_TYPES)}"
             )
         _require_finite(f"{name}: {key}", tensor, tensor.dtype)
-        start, end = end, end + tensor.nbytes
-        header[key] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    prefix = len(text).to_bytes(8, "little") + text
-    return prefix, [group[key] for key in ordered], len(prefix) + end
+    return sum(tensor.nbytes + len(key) + 100 for key, tensor in group.items())
 
 
-def serialized(header: bytes, group: list[Tensor]) -> Iterator[Any]:
-    """Bytes of a safetensors file; one tensor at a time is brought to the CPU and made dense."""
-    yield header
-    for tensor in group:
-        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def write_tensors(path: Path, group: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the new safetensors file `path`, which is fsynced; OSError where it cannot be."""
+    dense: dict[str, Tensor] = {}
+    storages = set()
+    for name, tensor in group.items():
+        own = tensor.detach().cpu().contiguous()
+        at = own.untyped_storage().data_ptr()
+        dense[name] = own.clone() if at in storages else own  # a file cannot share memory
+        storages.add(at)
+    try:
+        save_file(dense, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise as_os_error(error) from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def same_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
@@ -107,7 +107,7 @@ def _agree(own: Tensor | None, other: Tensor | None) -> bool:
     if own is None or other is None or own.shape != other.shape:
         return False
     if own.is_floating_point() and other.is_floating_point():
-        return other.dtype in _DTYPES
+        return other.dtype in _TYPES.values()
     return own.dtype == other.dtype
 
 
@@ -131,14 +131,39 @@ def _require_finite(place: str, tensor: Tensor, dtype: torch.dtype) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; CheckpointError for anything else."""
+    _require_safetensors(path)
+    with reading(path):
+        return load_file(path)
+
+
+def safetensors_shapes(path: Path) -> dict[str, Tensor]:
+    """What `read_safetensors` gives, on the meta device: only the file's head is read."""
+    _require_safetensors(path)
+    with reading(path), safe_open(path, "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: torch.empty(one.get_shape(), dtype=_type_of(path, one.get_dtype()), device="meta")
+            for name, one in slices.items()
+        }
+
+
+def _type_of(path: Path, name: str) -> torch.dtype:
+    if name not in _TYPES:
+        raise CheckpointError(f"{path}: holds {name}, which are no weights; fetch or save it again")
+    return _TYPES[name]
+
+
+def _require_safetensors(path: Path) -> None:
+    """CheckpointError unless the file begins as safetensors do and holds its whole header."""
     with reading(path):
         require_regular(path)
         with path.open("rb") as file:
             head = file.read(9)
         size = path.stat().st_size
-        length = int.from_bytes(head[:8], "little")
-        if len(head) == 9 and head[8:] == b"{" and length <= size - 8:
-            return load_file(path)
+    length = int.from_bytes(head[:8], "little")
+    if len(head) == 9 and head[8:] == b"{" and length <= size - 8:
+        return
     if is_pickle(path):
         raise CheckpointError(
             f"{path}: a pickle, which can run code, and is not read without conversion;"

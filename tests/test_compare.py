@@ -16,6 +16,7 @@ from cmkit.errors import CheckpointError
 def folder(path: Path, name: str, fid: float, expected: bool = True, **provenance) -> Path:
     path.mkdir()
     report = {
+        "schema": 1,
         "name": name,
         "hash": "0123abcd",
         "recipe": {"name": name},

@@ -94,6 +94,7 @@ def search_stage(folder: Path) -> dict:
         "minimize": "fid",
         "images": 300,
         "axes": {"skip": SKIPS, "emb": EMBS},
+        "labels": {"skip": "skip (s0)", "emb": "emb (s1)"},
         "cells": cells,
         "best": {key: best[key] for key in ("skip", "emb", "score")},
         "confirm": {
@@ -509,10 +510,10 @@ def test_bad_report_is_one_line_that_names_the_file(tmp_path, text, message):
 
 def test_odd_lines_of_the_log_are_left_out(tmp_path, small):
     lines = ['{"step": 9, "loss": NaN}', '{"step": "x", "loss": 1}', "[1]", "\0", '{"loss": 1}']
-    (tmp_path / "log.jsonl").write_text("\n".join(lines), "utf-8")
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     assert not [tag for tag, _ in render(tmp_path).elements if tag == "polyline"]
     lines += ['{"step": 1, "loss": 0}', '{"step": 2, "loss": 0, "num_sigmas": "<b>"}']
-    (tmp_path / "log.jsonl").write_text("\n".join(lines), "utf-8")
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     assert [tag for tag, _ in render(tmp_path).elements if tag == "polyline"]
 
 

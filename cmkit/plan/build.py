@@ -17,7 +17,7 @@ from cmkit.plan.record import Plan
 from cmkit.recipe import Recipe, TeacherTable
 from cmkit.tensors import load_weights
 from cmkit.values import Companion, DataSpec
-from cmkit.weights import adapt, find, read
+from cmkit.weights import adapt, find, read, shapes
 
 
 def build(plan: Plan, device: torch.device) -> Denoiser:
@@ -159,12 +159,14 @@ def load_into(
 ) -> None:
     """Load `weights` into `network`, whatever their layout, with `kept` where they lack names.
 
-    Weights that are still to be downloaded cannot be tried on a network without memory.
+    On a network without memory only names and shapes are tried, and nothing of weights that are
+    still to be downloaded.
     """
-    found = find(weights, backbone)
-    if found.missing and next(network.parameters()).is_meta:
+    found, dry = find(weights, backbone), next(network.parameters()).is_meta
+    if found.missing and dry:
         return
-    tensors = adapt(read(found), network, backbone.layouts(data))
+    given = shapes(found) if dry else read(found)
+    tensors = adapt(given, network, backbone.layouts(data))
     load_weights(network, {**kept, **tensors}, weights)
 
 

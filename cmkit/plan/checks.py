@@ -242,11 +242,16 @@ def _check_sampler(sampler: Sampler, denoiser: Denoiser, x: torch.Tensor, cond: 
         raise PluginError(f"the sampler returned {tuple(out.shape)} for images {tuple(x.shape)}")
 
 
-def weight_copies(recipe: Recipe) -> int:
-    """Float32 copies of the weights that a run keeps: online, gradient, optimizer, EMAs, target."""
+def weights_memory(recipe: Recipe, denoiser: Denoiser) -> int:
+    """Bytes of float32 weights and all that a run keeps of them: of what is trained the gradient,
+    two numbers of the optimizer, the averages and the target; the teacher whole."""
+    every = sum(p.numel() for p in denoiser.parameters())
     if recipe.train is None or recipe.objective is None:
-        return 1
-    return 4 + len(recipe.train.ema) + len(recipe.objective.needs & {"target", "teacher"})
+        return 4 * every
+    trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    needs = recipe.objective.needs
+    copies = 3 + len(recipe.train.ema) + len(needs & {"target"})
+    return 4 * (every + trained * copies + every * len(needs & {"teacher"}))
 
 
 def companions_memory(recipe: Recipe, data: DataSpec) -> int:

@@ -24,7 +24,7 @@ from cmkit.plan.checks import (
     conditions_of,
     disk_of,
     dry_run,
-    weight_copies,
+    weights_memory,
 )
 from cmkit.plan.record import Plan
 from cmkit.recipe import Recipe
@@ -79,7 +79,7 @@ def check_fit(recipe: Recipe) -> Plan:
             recipe.objective.check_networks(denoiser.network, None)
     flops = dry_run(recipe, denoiser, data, conditions)
     parameters = sum(p.numel() for p in denoiser.parameters())
-    memory = 4 * parameters * weight_copies(recipe) + companions_memory(recipe, data)
+    memory = weights_memory(recipe, denoiser) + companions_memory(recipe, data)
     return Plan(
         recipe=recipe,
         data=data,

@@ -12,7 +12,7 @@ from typing import Any
 from cmkit.report.curve import curve_data, curve_of, curve_svg
 from cmkit.report.figures import LEVELS, colour, count, heatmap_png, loss_png, number, score
 from cmkit.report.images import SHEET_PIXELS, picture_of
-from cmkit.report.search import AXES, FEW, cell_data, confirm_page, search_page
+from cmkit.report.search import FEW, axis_label, cell_data, confirm_page, search_page
 from cmkit.run.folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -116,7 +116,7 @@ def _headlines(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         axes, cells = search["axes"], f"of {len(search['cells'])} cells"
         best = [search["best"][axis] for axis in axes]
         if len(axes) <= FEW:
-            where = " · ".join(AXES.get(axis, axis) for axis in axes)
+            where = " · ".join(axis_label(search, axis) for axis in axes)
             yield "best scales", " · ".join(map(number, best)), f"{where}, {cells}"
         else:
             moved = sum(value != 1 for value in best)

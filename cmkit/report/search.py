@@ -12,10 +12,13 @@ from cmkit.report.figures import LEVELS, number, score
 from cmkit.report.images import CELL_PIXELS, picture_of
 from cmkit.run.folder import RunFolder
 
-AXES = {"skip": "skip (s0)", "emb": "emb (s1)"}
-
 FEW = 4
 """Numbers of a rescaler that are written out wherever they are spoken of."""
+
+
+def axis_label(stage: Mapping[str, Any], name: str) -> str:
+    """A number of the rescaler as the page calls it."""
+    return str(stage.get("labels", {}).get(name, name))
 
 
 def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
@@ -61,8 +64,8 @@ def _grid(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str
         rows.append({"label": ", ".join(map(number, high)), "cells": row})
     return {
         "descent": False,
-        "across": AXES.get(first, first),
-        "down": ", ".join(AXES.get(name, name) for name in others),
+        "across": axis_label(stage, first),
+        "down": ", ".join(axis_label(stage, name) for name in others),
         "columns": [number(value) for value in axes[first]],
         "rows": rows,
     }
@@ -81,7 +84,7 @@ def _steps(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[st
             own = number(stage["cells"][k][axis])
             mark = f"{own}, best" if cells[k]["winner"] else own
             row.append({**cells[k], "name": f"{axis} {own}", "mark": mark, "kept": k == kept})
-        rows.append({"label": AXES.get(axis, axis), "cells": row})
+        rows.append({"label": axis_label(stage, axis), "cells": row})
     width = max(len(row["cells"]) for row in rows)
     for step_row in rows:
         step_row["cells"] += [None] * (width - len(step_row["cells"]))

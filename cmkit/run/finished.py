@@ -65,11 +65,13 @@ def _finished(recipe: Recipe, folder: RunFolder) -> Recipe:
                 f" cmkit run {folder.recipe}"
             )
     if recipe.search and recipe.rescaler:
-        axes = [axis for axis in recipe.search.grid if not _said_of(recipe, axis)]
+        said = {path[-1] for path in recipe.source.overrides if path[0] == "rescaler"}
+        values = dict.fromkeys(recipe.search.grid if "rescaler" in said else said, 1.0)
+        decided = recipe.rescaler.complete(values, recipe.search.grid)
+        axes = [axis for axis in recipe.search.grid if axis not in decided]
         found = folder.winner()
-        families = dict.fromkeys(axis.partition(".")[0] for axis in axes)
         if axes and not found:
-            given = " ".join(f"--set rescaler.{family}=1.0" for family in families)
+            given = " ".join(f"--set rescaler.{name}=1.0" for name in recipe.rescaler.numbers())
             raise CheckpointError(
                 f"{folder.path}: its search has no winner yet; finish the run, or give values"
                 f" yourself: {given}"
@@ -84,9 +86,3 @@ def _finished(recipe: Recipe, folder: RunFolder) -> Recipe:
 def _said(recipe: Recipe, *path: str) -> bool:
     """Whether --set gave the value at `path`."""
     return any(path[: len(given)] == given for given in recipe.source.overrides)
-
-
-def _said_of(recipe: Recipe, axis: str) -> bool:
-    """Whether --set gave the rescaler's number `axis`, or that of its family."""
-    names = {"rescaler", axis, axis.partition(".")[0]}
-    return any(path[0] == "rescaler" and path[-1] in names for path in recipe.source.overrides)

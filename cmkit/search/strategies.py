@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cmkit.plan import cells, with_values
+from cmkit.plan import cells
 from cmkit.recipe import Recipe
 
 
@@ -35,18 +35,14 @@ def trials(
 
 
 def _completed(recipe: Recipe, values: Mapping[str, float]) -> dict[str, float]:
-    """The values with those of all other axes: the rescaler's own, but a part of a number, such as
-    "skip.3", follows that number."""
-    rescaler = recipe.rescaler
+    """The values with those of all other axes: what they decide, else the rescaler's own."""
     assert recipe.search is not None
-    assert rescaler is not None
-    moved = with_values(recipe, values)
-    others = {
-        axis: (moved if "." in axis else rescaler).value_of(axis)
+    assert recipe.rescaler is not None
+    decided = recipe.rescaler.complete(values, recipe.search.grid)
+    return {
+        axis: decided[axis] if axis in decided else recipe.rescaler.value_of(axis)
         for axis in recipe.search.grid
-        if axis not in values
     }
-    return {axis: {**others, **values}[axis] for axis in recipe.search.grid}
 
 
 def trace(recipe: Recipe, stored: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

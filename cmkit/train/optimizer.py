@@ -29,10 +29,10 @@ def learning_rate(table: TrainTable, step: int) -> float:
 def optimizer_of(
     table: TrainTable, network: nn.Module, companions: Mapping[str, Companion] = {}
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer, with a group of parameters for each network."""
-    groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
-    for companion in companions.values():
-        trained = [p for p in companion.network.parameters() if p.requires_grad]
+    """The recipe's optimizer of what requires gradients, by name, a group for each network."""
+    groups: list[dict[str, Any]] = [{"params": _trained("online", network)}]
+    for name, companion in companions.items():
+        trained = _trained(f"companion-{name}", companion.network)
         lr_scale = 1 if companion.lr is None else companion.lr / table.lr
         betas = companion.betas or table.betas
         groups.append({"params": trained, "betas": betas, "lr_scale": lr_scale})
@@ -44,3 +44,8 @@ def optimizer_of(
     if table.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
     return torch.optim.RAdam(groups, decoupled_weight_decay=True, foreach=True, **options)
+
+
+def _trained(prefix: str, network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    named = network.named_parameters()
+    return [(f"{prefix}/{name}", p) for name, p in named if p.requires_grad]

@@ -40,24 +40,37 @@ class Training:
     """Whether the teacher is no longer the recipe's."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor of the state, by file and name."""
-        files = {"online": self.models.online.network.state_dict()}
-        if self.models.target is not self.models.online:
-            files["target"] = self.models.target.network.state_dict()
-        for decay, denoiser in self.models.ema.items():
-            files[f"ema-{decay}"] = denoiser.network.state_dict()
+        """Every tensor of the state, by file and name; frozen parameters belong to none."""
+        files = {
+            name: {key: value for key, value in network.state_dict().items() if key not in frozen}
+            for name, (network, frozen) in self._networks().items()
+        }
         if self.renewed:
             assert self.models.teacher is not None
             files["teacher"] = self.models.teacher.network.state_dict()
-        for name, companion in self.companions.items():
-            files[f"companion-{name}"] = _kept(companion.network)
-        slots = self.optimizer.state_dict()["state"]
+        state, names = self.optimizer.state_dict()["state"], _names(self.optimizer)
         files["optimizer"] = {
-            f"{index}.{name}": torch.as_tensor(value)
-            for index, slot in slots.items()
-            for name, value in slot.items()
+            f"{slot}/{names[index]}": torch.as_tensor(value)
+            for index, slots in state.items()
+            for slot, value in slots.items()
         }
         return files
+
+    def _networks(self) -> dict[str, tuple[nn.Module, set[str]]]:
+        """What training changes, by file, with the names of the parameters that stay frozen."""
+        online = self.models.online.network
+        averages = self.models.ema.items()
+        copies: dict[str, nn.Module] = {
+            f"ema-{decay}": copied.network for decay, copied in averages
+        }
+        if self.models.target is not self.models.online:
+            copies["target"] = self.models.target.network
+        own: dict[str, nn.Module] = {"online": online}
+        own |= {f"companion-{name}": made.network for name, made in self.companions.items()}
+        return {
+            **{name: (network, frozen_names(network)) for name, network in own.items()},
+            **{name: (network, frozen_names(online)) for name, network in copies.items()},
+        }
 
     def state(self) -> dict[str, Any]:
         """The rest of the state."""
@@ -72,26 +85,20 @@ class Training:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint; CheckpointError when it is of another model."""
         source = str(checkpoint.path)
-        load_weights(self.models.online.network, checkpoint.tensors("online"), source)
-        if self.models.target is not self.models.online:
-            load_weights(self.models.target.network, checkpoint.tensors("target"), source)
-        for decay, denoiser in self.models.ema.items():
-            load_weights(denoiser.network, checkpoint.tensors(f"ema-{decay}"), source)
+        for name, (network, frozen) in self._networks().items():
+            kept = {key: value for key, value in network.state_dict().items() if key in frozen}
+            load_weights(network, {**checkpoint.tensors(name), **kept}, source)
         if "teacher" in checkpoint.names:
             assert self.models.teacher is not None
             load_weights(self.models.teacher.network, checkpoint.tensors("teacher"), source)
             self.renewed = True
-        for name, companion in self.companions.items():
-            state, kept = companion.network.state_dict(), _kept(companion.network)
-            frozen = {key: value for key, value in state.items() if key not in kept}
-            tensors = checkpoint.tensors(f"companion-{name}")
-            load_weights(companion.network, {**tensors, **frozen}, source)
+        places = {name: index for index, name in _names(self.optimizer).items()}
         slots: dict[int, dict[str, Tensor]] = {}
-        for key, value in checkpoint.tensors("optimizer").items():
-            index, _, name = key.partition(".")
-            slots.setdefault(int(index), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         try:
+            for key, value in checkpoint.tensors("optimizer").items():
+                slot, _, name = key.partition("/")
+                slots.setdefault(places[name], {})[slot] = value
             self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{source}: its optimizer state does not fit: {error}") from error
@@ -117,15 +124,15 @@ def start(plan: Plan, device: torch.device) -> Training:
     assert recipe.train is not None
     assert recipe.objective is not None
     online = build(plan, device)
-    frozen = [_frozen(online) for _ in recipe.train.ema]
-    target = _frozen(online) if "target" in recipe.objective.needs else online
+    averages = [_average(online) for _ in recipe.train.ema]
+    target = _average(online) if "target" in recipe.objective.needs else online
     teacher = build_teacher(plan, device) if "teacher" in recipe.objective.needs else None
     companions = build_companions(plan, device)
     models = Models(
         online=online,
         target=target,
         teacher=teacher,
-        ema=dict(zip(recipe.train.ema, frozen, strict=True)),
+        ema=dict(zip(recipe.train.ema, averages, strict=True)),
         ema_warmup=recipe.train.ema_warmup,
         companions={name: companion.network for name, companion in companions.items()},
     )
@@ -137,8 +144,22 @@ def start(plan: Plan, device: torch.device) -> Training:
     return Training(plan, recipe.train, device, models, optimizer, companions, window=window)
 
 
-def _frozen(denoiser: Denoiser) -> Denoiser:
-    return copy.deepcopy(denoiser).requires_grad_(False)
+def _average(denoiser: Denoiser) -> Denoiser:
+    """A copy without gradients; parameters that training leaves alone are not copied."""
+    shared = {id(p): p for p in denoiser.parameters() if not p.requires_grad}
+    return copy.deepcopy(denoiser, shared).requires_grad_(False)
+
+
+def frozen_names(network: nn.Module) -> set[str]:
+    """Names of the parameters that are not trained."""
+    return {name for name, p in network.named_parameters() if not p.requires_grad}
+
+
+def _names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """Name of each parameter by its place in the optimizer's state."""
+    groups = optimizer.state_dict()["param_groups"]
+    pairs = (zip(group["params"], group["param_names"], strict=True) for group in groups)
+    return {index: name for pair in pairs for index, name in pair}
 
 
 def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
@@ -148,9 +169,3 @@ def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
             if value.shape == weight.shape:
                 like = torch.empty_like(weight, dtype=value.dtype, device=value.device)
                 slot[name] = like.copy_(value)
-
-
-def _kept(network: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint holds of a companion: its state without frozen parameters."""
-    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
-    return {name: tensor for name, tensor in network.state_dict().items() if name not in frozen}

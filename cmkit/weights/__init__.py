@@ -4,6 +4,6 @@ Whatever the file (safetensors, pickle, diffusers folder, run folder) and whoeve
 tensors, `adapt(read(find(..)))` are those of our network."""
 
 from cmkit.weights.download import Downloaded, download
-from cmkit.weights.find import DIFFUSERS, Weights, adapt, find, read
+from cmkit.weights.find import DIFFUSERS, Weights, adapt, find, read, shapes
 
-__all__ = ["DIFFUSERS", "Downloaded", "Weights", "adapt", "download", "find", "read"]
+__all__ = ["DIFFUSERS", "Downloaded", "Weights", "adapt", "download", "find", "read", "shapes"]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cmkit.checkpoint import read_weights
+from cmkit.checkpoint import read_shapes, read_weights
 from cmkit.errors import CheckpointError, did_you_mean
 from cmkit.files import atomic_write, cache_folder
 from cmkit.run.folder import RunFolder
@@ -70,14 +69,22 @@ def read(weights: Weights) -> dict[str, Tensor]:
     A pickle is turned into safetensors first, once for each content, outside this process.
     CheckpointError when it is not what it was on first use, and for anything that is no weights.
     """
+    if weights.url:
+        _pin(weights.path, _sha256(weights.path))
+    return read_weights(_file(weights))
+
+
+def shapes(weights: Weights) -> dict[str, Tensor]:
+    """The tensors of `read` on the meta device: names, types and shapes from the file's head."""
+    return read_shapes(_file(weights))
+
+
+def _file(weights: Weights) -> Path:
+    """The safetensors file, or the folder with checkpoints, that holds `weights`."""
     path = weights.path
     if path.is_dir():
         path = _within(RunFolder(path).newest_weights())
-    if weights.url:
-        _pin(path, _sha256(path, *_identity(path)))
-    if path.is_dir() or not is_pickle(path):
-        return read_weights(path)
-    return read_weights(_converted(path, _sha256(path, *_identity(path))))
+    return path if path.is_dir() or not is_pickle(path) else _converted(path, _sha256(path))
 
 
 def adapt(
@@ -118,25 +125,28 @@ def _converted(path: Path, digest: str) -> Path:
     folder = cache_folder("converted")
     target, record = folder / f"{digest}.safetensors", folder / f"{digest}.sha256"
     kept = record.read_text("utf-8") if target.exists() and record.exists() else None
-    if kept and kept == _sha256(target, *_identity(target)):
+    if kept and kept == _sha256(target):
         return target
     from cmkit.weights.pickles import pickle_to_safetensors
 
     folder.mkdir(parents=True, exist_ok=True)
     pickle_to_safetensors(path, target)
-    atomic_write(record, _sha256(target, *_identity(target)))
+    atomic_write(record, _sha256(target))
     return target
 
 
-def _identity(path: Path) -> tuple[Any, ...]:
-    at = path.stat()
-    return at.st_ino, at.st_size, at.st_mtime_ns
-
-
-@functools.lru_cache(maxsize=8)
-def _sha256(path: Path, *identity: Any) -> str:
+def _sha256(path: Path) -> str:
+    """The file's SHA-256; kept by path, inode, size and time, so that it is computed once."""
     try:
+        at = path.stat()
+        identity = f"{path.resolve()} {at.st_ino} {at.st_size} {at.st_mtime_ns}"
+        record = cache_folder("digests") / hashlib.sha256(identity.encode()).hexdigest()
+        if record.is_file():
+            return record.read_text("utf-8")
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; give another file") from error
+    record.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(record, digest)
+    return digest

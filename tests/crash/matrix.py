@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 
 from cmkit import checkpoint, files, tensors
 from cmkit.errors import CmkitError
@@ -59,20 +60,18 @@ def files_not_fsynced() -> None:
 
 
 def folders_not_fsynced() -> None:
-    files.sync_folder = lambda folder: None
+    files.sync_folder = checkpoint.sync_folder = lambda folder: None
 
 
 def overwrite_in_place() -> None:
-    def save(root: Path, step: int, tensors: dict, state: dict, keep: int) -> None:
+    def overwrite(root: Path, step: int, tensors: dict, state: dict, keep: int) -> None:
         final = root / f"step-{step:08d}"
         for _, older in checkpoint._steps(root):
             os.rename(older, final)
         final.mkdir(parents=True, exist_ok=True)
         digests = {}
         for name, group in tensors.items():
-            header, ordered, _ = tensors.file_plan(name, group)
-            data = b"".join(map(bytes, tensors.serialized(header, ordered)))
-            digests[f"{name}.safetensors"] = put(final / f"{name}.safetensors", data)
+            digests[f"{name}.safetensors"] = put(final / f"{name}.safetensors", save(group))
         state = json.dumps({"step": step, "state": state}).encode()
         digests["state.json"] = put(final / "state.json", state)
         manifest = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
@@ -87,7 +86,7 @@ def overwrite_in_place() -> None:
             os.fsync(file.fileno())
         return hashlib.sha256(data).hexdigest()
 
-    checkpoint.save_checkpoint = save
+    checkpoint.save_checkpoint = overwrite
 
 
 def prune_before_write() -> None:
@@ -104,24 +103,25 @@ def prune_before_write() -> None:
 def manifest_first() -> None:
     """The manifest is a mere marker: written first, in place, and its hashes are not checked."""
 
-    def publish(final: Path, files: dict, text: bytes) -> None:
+    def publish(final: Path, groups: dict, text: bytes) -> None:
         final.mkdir()
-        names = [*files, "state.json"]
-        files.write_file(final / "SHA256SUMS", [f"{0:064x}  {n}\n".encode() for n in names])
-        files.write_file(final / "state.json", [text])
-        for name, (header, group, _) in files.items():
-            files.write_file(final / name, tensors.serialized(header, group))
+        names = [*(f"{name}.safetensors" for name in groups), "state.json"]
+        manifest = "".join(f"{0:064x}  {name}\n" for name in names)
+        files.write_file(final / "SHA256SUMS", manifest.encode())
+        files.write_file(final / "state.json", text)
+        for name, group in groups.items():
+            tensors.write_tensors(final / f"{name}.safetensors", group)
         files.sync_folder(final)
 
     checkpoint._stage_and_publish = publish
-    files.sha256_of = lambda path: f"{0:064x}"
+    checkpoint.sha256_of = lambda path: f"{0:064x}"
 
 
 def no_staging() -> None:
     """atomic_write and save write straight to their final names; a torn one is not noticed."""
-    checkpoint._stage_and_publish = lambda final, files, text: (
+    checkpoint._stage_and_publish = lambda final, groups, text: (
         final.mkdir(exist_ok=True),
-        checkpoint._stage(final, files, text),
+        checkpoint._stage(final, groups, text),
     )
     checkpoint.verify = lambda folder: None
 

@@ -79,6 +79,7 @@ class Search(SearchTable, Stage):
             "precision": precision(self.precision, job.device),
             "method": self.method or "grid",
             "axes": {axis: list(values) for axis, values in self.grid.items()},
+            "labels": dict(rescaler.labels),
             "descent": trace(recipe, records),
             "cells": _without_index(records),
             "rerank": {

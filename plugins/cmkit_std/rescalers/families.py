@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 from pydantic import Field
@@ -11,6 +11,8 @@ from cmkit.errors import RecipeError
 
 Scale = Annotated[float, Field(ge=-100, le=100)]
 """What a feature is multiplied by."""
+LABELS = {"skip": "skip (s0)", "emb": "emb (s1)"}
+"""The families with the names of the paper's listing."""
 
 
 def members(family: str, value: float | tuple[float, ...], sites: Iterable[str]) -> list[str]:
@@ -25,6 +27,12 @@ def members(family: str, value: float | tuple[float, ...], sites: Iterable[str])
             f" {', '.join(sorted({_family(site) for site in every})) or 'none'}"
         )
     return found
+
+
+def decided(values: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Those of `names` that have a value, or else a family with one."""
+    known = ((name, values.get(name, values.get(_family(name)))) for name in names)
+    return {name: value for name, value in known if value is not None}
 
 
 def spans(sites: Iterable[str]) -> str:

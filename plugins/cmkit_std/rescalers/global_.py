@@ -4,13 +4,13 @@ Consistency Models Perform Better, 2024)."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from cmkit import Rescaler
-from cmkit_std.rescalers.families import members
+from cmkit_std.rescalers.families import LABELS, members
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,8 @@ class Global(Rescaler):
 
     `skip` is s0 and `emb` is s1 of the paper's listing and of its Table 2; its prose swaps them.
     """
+
+    labels: ClassVar[Mapping[str, str]] = LABELS
 
     skip: float = Field(1.0, ge=-100, le=100)
     """Scale of the copies that travel from encoder to decoder (s0)."""

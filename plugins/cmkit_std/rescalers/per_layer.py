@@ -8,14 +8,14 @@ rescales the coarsest two stages of the decoder alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from cmkit import Rescaler
 from cmkit.errors import RecipeError
-from cmkit_std.rescalers.families import Scale, members, spans
+from cmkit_std.rescalers.families import LABELS, Scale, decided, members, spans
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ class PerLayer(Rescaler):
     Lists run from the input on. With one number for each family it is `global`, bit for bit. A
     search calls the numbers `skip`, `emb`, and by site `"skip.3"`.
     """
+
+    labels: ClassVar[Mapping[str, str]] = LABELS
 
     skip: Scale | tuple[Scale, ...] = 1.0
     """Scale of the copies that travel from encoder to decoder: one for all, or a list."""
@@ -56,7 +58,7 @@ class PerLayer(Rescaler):
         return lambda sigma: scales(sigma.device, sigma.dtype)
 
     def value_of(self, name: str) -> float:
-        """As of `Rescaler`; a site has the number of its family unless it has its own."""
+        """The number of a family or site; a site has its family's unless it has its own."""
         family, dot, member = name.partition(".")
         if not dot:
             return super().value_of(name)
@@ -67,8 +69,12 @@ class PerLayer(Rescaler):
             raise ValueError(f"rescaler.{family} ends with {family}.{len(value) - 1}")
         return value[int(member)]
 
+    def complete(self, values: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+        """A site follows its family, unless it has a number of its own."""
+        return decided(values, (name for name in names if name in values or name not in self.sites))
+
     def with_values(self, values: Mapping[str, Any]) -> PerLayer:
-        """As of `Rescaler`; sites go to `sites`, and `bind` says whether they exist."""
+        """The same policy with other numbers; those of sites go to `sites`, which `bind` checks."""
         own = {name: value for name, value in values.items() if "." in name}
         rest = {name: value for name, value in values.items() if "." not in name}
         return super().with_values({**rest, "sites": {**self.sites, **own}})

@@ -9,13 +9,13 @@ several steps is open.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from cmkit import Rescaler
-from cmkit_std.rescalers.families import Scale, members
+from cmkit_std.rescalers.families import LABELS, Scale, decided, members
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,8 @@ class PerTimestep(Rescaler):
     Between levels they are linear in ln(sigma), and constant beyond the ends. With one value each
     it is `global`, bit for bit. A search calls the value at the first level `"skip.0"`.
     """
+
+    labels: ClassVar[Mapping[str, str]] = LABELS
 
     sigmas: tuple[Annotated[float, Field(gt=0, le=10_000)], ...] = Field(
         min_length=1, max_length=1000
@@ -85,15 +87,19 @@ class PerTimestep(Rescaler):
         return scales
 
     def value_of(self, name: str) -> float:
-        """As of `Rescaler`; "skip.1" is the value at the second level."""
+        """The number of a family or level; "skip.1" is the value at the second level."""
         if "." not in name:
             return super().value_of(name)
         family, level = self._level(name)
         value: float | tuple[float, ...] = getattr(self, family)
         return value[level] if isinstance(value, tuple) else value
 
+    def complete(self, values: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+        """The value at a level follows its family's."""
+        return decided(values, names)
+
     def with_values(self, values: Mapping[str, Any]) -> PerTimestep:
-        """As of `Rescaler`; a single number becomes a list where one of its levels is named."""
+        """The same policy with other numbers; a level named alone makes its family a list."""
         fields = {name: value for name, value in values.items() if "." not in name}
         for name in (name for name in values if "." in name):
             family, level = self._level(name)
