@@ -29,8 +29,16 @@ TEMPORARY = ".tmp-cmkit-"
 def atomic_write(path: Path, data: bytes | str) -> None:
     """Replace the file `path` by `data`, whole or not at all; ResourceError when it cannot."""
     data = data.encode() if isinstance(data, str) else data
-    with replacing(path, len(data)) as temporary:
-        write_file(temporary, data)
+    temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
+    with writing(path, len(data)):
+        try:
+            write_file(temporary, data)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -47,22 +55,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
-
-
-@contextlib.contextmanager
-def replacing(path: Path, size: int) -> Iterator[Path]:
-    """A hidden file to write and fsync, of about `size` bytes, which becomes `path` when the block
-    ends well; errors as of `atomic_write`."""
-    temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
-    with writing(path, size):
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        sync_folder(path.parent)
 
 
 _held: set[int] = set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cmkit.errors import CheckpointError, NonFiniteError
-from cmkit.files import as_os_error, reading, replacing, require_regular, require_space
+from cmkit.files import (
+    TEMPORARY,
+    as_os_error,
+    reading,
+    require_regular,
+    require_space,
+    sync_folder,
+    writing,
+)
 
 _PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 _TYPES = {
@@ -35,8 +44,12 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Replace the safetensors file `path`, whole or not at all; errors as of `save_checkpoint`."""
     size = require_savable(path.name, tensors)
     require_space(path.parent, size)
-    with replacing(path, size) as temporary:
-        write_tensors(temporary, tensors)
+    with writing(path, size):
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder:
+            whole = Path(folder) / path.name
+            write_tensors(whole, tensors)
+            os.replace(whole, path)
+        sync_folder(path.parent)
 
 
 def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -89,10 +102,13 @@ def write_tensors(path: Path, group: Mapping[str, Tensor]) -> str:
         at = own.untyped_storage().data_ptr()
         dense[name] = own.clone() if at in storages else own  # a file cannot share memory
         storages.add(at)
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode
     try:
         save_file(dense, path, {"format": "pt"})
     except SafetensorError as error:
         raise as_os_error(error) from error
+    path.chmod(mode)  # safetensors makes its files readable for this user alone
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
