@@ -136,3 +136,15 @@ def test_every_built_in_enters_by_its_entry_point():
     assert {
         row.dist for row in discover().rows if row.plugin and "cmkit_std" in row.plugin.target
     } == {"cmkit"}
+
+
+def test_no_package_gives_a_name_of_its_own_modules_to_something_else():
+    """`from cmkit.room import name` would then mean one or the other by the order of imports."""
+    for init in (path for path in KERNEL if path.name == "__init__.py"):
+        names = {
+            a.asname or a.name
+            for n in ast.walk(ast.parse(init.read_text("utf-8")))
+            if isinstance(n, ast.ImportFrom)
+            for a in n.names
+        }
+        assert not names & {path.stem for path in init.parent.glob("*.py")}, init

@@ -8,34 +8,14 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
+from rich import progress
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from cmkit.run import events
 from cmkit.run.environment import peak_memory_mib
-from cmkit.run.events import (
-    Cell,
-    CellsDrawn,
-    Comparison,
-    Downloaded,
-    Event,
-    Note,
-    Sampled,
-    Saved,
-    StageFinished,
-    StageStarted,
-    Step,
-)
 
 PLAIN_SECONDS = 5.0
 
@@ -52,14 +32,14 @@ class Display:
         self.device = device
         self.live = sys.stderr.isatty() and not quiet and not self.console.is_dumb_terminal
         self.quiet = quiet
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.description:<8}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
+        self.progress = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("[bold]{task.description:<8}"),
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("eta"),
+            progress.TimeRemainingColumn(),
             console=self.console,
             expand=True,
         )
@@ -92,39 +72,39 @@ class Display:
         if self._live:
             self._live.__exit__(kind, error, trace)
 
-    def show(self, event: Event) -> None:
+    def show(self, event: events.Event) -> None:
         """Draw one event."""
         match event:
-            case StageStarted(stage, done, total):
+            case events.StageStarted(stage, done, total):
                 self._begin(stage, done, total)
-            case Downloaded(name, done, total):
+            case events.Downloaded(name, done, total):
                 mib = total >> 20
                 if self.stage != name:
                     self._begin(name, done >> 20, mib)
                 self.numbers = {"MiB": f"{done >> 20:,} of {mib:,}" if total else f"{done >> 20:,}"}
                 self._advance(done >> 20, {})
-            case Step(step, _, log):
+            case events.Step(step, _, log):
                 if log:
                     self._remember(log)
                 self._advance(step, log)
-            case Cell(index, total, values, score):
+            case events.Cell(index, total, values, score):
                 moved = {k: v for k, v in values.items() if v != 1} if len(values) > 3 else values
                 shown = " ".join(f"{name} {value:g}" for name, value in moved.items())
                 self.numbers = {"cell": shown or "all 1", "score": _number(score)}
                 self._advance(index + 1, self.numbers)
-            case Comparison(index, _, plain, rescaled):
+            case events.Comparison(index, _, plain, rescaled):
                 self.numbers = {"unscaled": _number(plain), "rescaled": _number(rescaled)}
                 self._advance(index + 1, self.numbers)
-            case CellsDrawn(done, total):
+            case events.CellsDrawn(done, total):
                 self.numbers["images"] = f"{done:,} of {total:,}"
                 self._advance(self.done, {})
-            case Sampled(done, _):
+            case events.Sampled(done, _):
                 self._advance(done, {})
-            case Saved(step):
+            case events.Saved(step):
                 self.say(f"saved step {step}")
-            case Note(text):
+            case events.Note(text):
                 self.say(text)
-            case StageFinished(stage, result):
+            case events.StageFinished(stage, result):
                 self.say(f"{stage} done in {result['seconds']:.1f} s")
 
     def _begin(self, stage: str, done: int, total: int) -> None:

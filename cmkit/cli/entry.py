@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cmkit.cli.app import app
+from cmkit.cli.commands import app
 from cmkit.cli.errors import fail, resource_error, say, unexpected
 from cmkit.errors import CmkitError
 

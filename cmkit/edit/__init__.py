@@ -10,14 +10,3 @@ from cmkit.edit.projections import (
     superres,
 )
 from cmkit.edit.tasks import Task
-
-__all__ = [
-    "Projection",
-    "Task",
-    "brightness",
-    "check_levels",
-    "colorize",
-    "edit",
-    "inpaint",
-    "superres",
-]

@@ -1,7 +1,10 @@
 """A recipe whose parts are known to fit each other, with what it will cost, and the networks built
 from it. Every check happens here, before any heavy work."""
 
-from cmkit.plan.build import (
+from cmkit.plan.checks import CURES, check_disk, conditions_of, traits_of
+from cmkit.plan.fit import check_fit, plan
+from cmkit.plan.grid import cells, minimized, with_values
+from cmkit.plan.networks import (
     build,
     build_companions,
     build_teacher,
@@ -9,26 +12,4 @@ from cmkit.plan.build import (
     naming_table,
     noise_of,
 )
-from cmkit.plan.cells import cells, minimized, with_values
-from cmkit.plan.checks import CURES, check_disk, conditions_of, traits_of
-from cmkit.plan.fit import check_fit, plan
 from cmkit.plan.record import Plan
-
-__all__ = [
-    "CURES",
-    "Plan",
-    "build",
-    "build_companions",
-    "build_teacher",
-    "cells",
-    "check_disk",
-    "check_fit",
-    "conditions_of",
-    "for_sampling",
-    "minimized",
-    "naming_table",
-    "noise_of",
-    "plan",
-    "traits_of",
-    "with_values",
-]

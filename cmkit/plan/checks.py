@@ -14,16 +14,9 @@ from cmkit.denoiser import Cond, Denoiser
 from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError, inline
 from cmkit.kinds import Backbone, Precond, Sampler
 from cmkit.noise import Noise
-from cmkit.plan.build import (
-    guided_as_said,
-    load_into,
-    load_start,
-    naming_table,
-    noise_of,
-    teacher_backbone,
-    teacher_of,
-)
-from cmkit.plan.cells import minimized
+from cmkit.plan import networks
+from cmkit.plan.grid import minimized
+from cmkit.plan.networks import naming_table, noise_of
 from cmkit.plan.record import CONDITIONS, Plan
 from cmkit.plugins import discover
 from cmkit.recipe import Recipe, load
@@ -168,11 +161,11 @@ def check_teacher(
     table = recipe.teacher
     assert table is not None
     with naming_table(recipe, "teacher"), torch.device("meta"):
-        teacher = teacher_of(recipe, data)
+        teacher = networks.teacher_of(recipe, data)
     with naming_table(recipe, "teacher", "weights"):
         assert recipe.teacher_precond is not None
-        check_weights(table.weights, teacher_backbone(recipe), recipe.teacher_precond)
-        load_into(teacher.network, table.weights, teacher_backbone(recipe), data)
+        check_weights(table.weights, networks.teacher_backbone(recipe), recipe.teacher_precond)
+        networks.load_into(teacher.network, table.weights, networks.teacher_backbone(recipe), data)
     own, other = denoiser.noise, teacher.noise
     if not other.sigma_min <= own.sigma_min < own.sigma_max <= other.sigma_max:
         raise recipe.source.error(
@@ -190,7 +183,7 @@ def check_teacher(
                 ' = "teacher"',
             )
         with naming_table(recipe, "denoiser", "init"):
-            load_start(recipe, denoiser.network, data, conditions)
+            networks.load_start(recipe, denoiser.network, data, conditions)
     if recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check_networks(denoiser.network, teacher.network)
@@ -210,7 +203,7 @@ def dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: froz
         denoiser(x, x.new_empty(1), cond)
     if recipe.sampler:
         with naming_table(recipe, "sampler"), _trying("sampler"):
-            _check_sampler(recipe.sampler, guided_as_said(recipe, denoiser), x, cond)
+            _check_sampler(recipe.sampler, networks.guided_as_said(recipe, denoiser), x, cond)
     return int(counter.get_total_flops())
 
 

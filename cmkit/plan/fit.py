@@ -6,26 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from cmkit.plan.build import (
-    built,
-    denoiser_of,
-    guided_as_said,
-    load_start,
-    naming_table,
-    teacher_backbone,
-)
-from cmkit.plan.cells import cells, minimized, with_values
-from cmkit.plan.checks import (
-    check_grids,
-    check_stages,
-    check_teacher,
-    check_weights,
-    companions_memory,
-    conditions_of,
-    disk_of,
-    dry_run,
-    weights_memory,
-)
+from cmkit.plan import checks
+from cmkit.plan.grid import cells, minimized, with_values
+from cmkit.plan.networks import naming_table
 from cmkit.plan.record import Plan
 from cmkit.recipe import Recipe
 from cmkit.weights import Weights, find
@@ -33,7 +16,7 @@ from cmkit.weights import Weights, find
 
 def plan(recipe: Recipe) -> Plan:
     """The plan of a recipe to run; raises the error of the first check that fails."""
-    check_stages(recipe)
+    checks.check_stages(recipe)
     return check_fit(recipe)
 
 
@@ -44,10 +27,10 @@ def check_fit(recipe: Recipe) -> Plan:
     runs the sampler once on it, so that shapes, sites and conditions are tried, not assumed.
     """
     data = recipe.data or recipe.dataset.spec()
-    conditions = conditions_of(recipe, data)
+    conditions = checks.conditions_of(recipe, data)
     with naming_table(recipe, "backbone"), torch.device("meta"):
-        network = built(recipe.backbone, data, conditions)
-    denoiser = denoiser_of(recipe, network)
+        network = networks.built(recipe.backbone, data, conditions)
+    denoiser = networks.denoiser_of(recipe, network)
     sites = denoiser.network.sites
     if recipe.rescaler:
         with naming_table(recipe, "rescaler"):
@@ -59,7 +42,7 @@ def check_fit(recipe: Recipe) -> Plan:
     if recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check(data)
-            check_grids(recipe, denoiser.noise)
+            checks.check_grids(recipe, denoiser.noise)
         with naming_table(recipe, "train", "batch"):
             recipe.objective.check_batch(recipe.train.batch // recipe.train.accumulate)
     for index, metric in enumerate(recipe.metric):
@@ -70,16 +53,16 @@ def check_fit(recipe: Recipe) -> Plan:
             minimized(recipe).check(data, recipe.search.images)
     if recipe.denoiser.weights:
         with naming_table(recipe, "denoiser", "weights"):
-            check_weights(recipe.denoiser.weights, recipe.backbone, recipe.precond)
-            load_start(recipe, denoiser.network, data, conditions)
+            checks.check_weights(recipe.denoiser.weights, recipe.backbone, recipe.precond)
+            networks.load_start(recipe, denoiser.network, data, conditions)
     if recipe.teacher:
-        check_teacher(recipe, denoiser, data, conditions)
+        checks.check_teacher(recipe, denoiser, data, conditions)
     elif recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check_networks(denoiser.network, None)
-    flops = dry_run(recipe, denoiser, data, conditions)
+    flops = checks.dry_run(recipe, denoiser, data, conditions)
     parameters = sum(p.numel() for p in denoiser.parameters())
-    memory = weights_memory(recipe, denoiser) + companions_memory(recipe, data)
+    memory = checks.weights_memory(recipe, denoiser) + checks.companions_memory(recipe, data)
     return Plan(
         recipe=recipe,
         data=data,
@@ -87,10 +70,10 @@ def check_fit(recipe: Recipe) -> Plan:
         sites=sites,
         parameters=parameters,
         flops=flops,
-        disk=disk_of(recipe, data, memory),
+        disk=checks.disk_of(recipe, data, memory),
         memory=memory,
         downloads=tuple(_downloads(recipe)),
-        nfe=recipe.sampler.nfe * guided_as_said(recipe, denoiser).passes
+        nfe=recipe.sampler.nfe * networks.guided_as_said(recipe, denoiser).passes
         if recipe.sampler
         else None,
     )
@@ -101,7 +84,7 @@ def _downloads(recipe: Recipe) -> Iterator[Weights]:
     if recipe.denoiser.weights:
         named[recipe.denoiser.weights] = recipe.backbone
     if recipe.teacher:
-        named[recipe.teacher.weights] = teacher_backbone(recipe)
+        named[recipe.teacher.weights] = networks.teacher_backbone(recipe)
     for weights, backbone in named.items():
         if (found := find(weights, backbone)).missing:
             yield found

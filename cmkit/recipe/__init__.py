@@ -1,7 +1,7 @@
 """One TOML file becomes one validated recipe, every default written out. Free of torch."""
 
 from cmkit.recipe.describe import fields, schema
-from cmkit.recipe.load import load
+from cmkit.recipe.reading import load
 from cmkit.recipe.recipe import Recipe
 from cmkit.recipe.tables import (
     NAME,
@@ -14,19 +14,3 @@ from cmkit.recipe.tables import (
     core_tables,
 )
 from cmkit.recipe.toml import Source
-
-__all__ = [
-    "NAME",
-    "DenoiserTable",
-    "Recipe",
-    "SampleTable",
-    "SearchTable",
-    "Source",
-    "StageTable",
-    "TeacherTable",
-    "TrainTable",
-    "core_tables",
-    "fields",
-    "load",
-    "schema",
-]

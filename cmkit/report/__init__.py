@@ -2,5 +2,3 @@
 
 from cmkit.report.figures import score
 from cmkit.report.page import write_report
-
-__all__ = ["score", "write_report"]

@@ -10,21 +10,6 @@ from cmkit.search import Cell, CellsDrawn, Comparison
 from cmkit.train import Step
 from cmkit.weights import Downloaded
 
-__all__ = [
-    "Cell",
-    "CellsDrawn",
-    "Comparison",
-    "Downloaded",
-    "Event",
-    "Note",
-    "RunFinished",
-    "Sampled",
-    "Saved",
-    "StageFinished",
-    "StageStarted",
-    "Step",
-]
-
 
 @dataclass(frozen=True)
 class StageStarted:

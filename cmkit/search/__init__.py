@@ -4,19 +4,3 @@ from cmkit.search.cells import Cell, Comparison, confirm, rerank, search
 from cmkit.search.score import CellsDrawn, PartialCells
 from cmkit.search.statistics import best, interval, verdict
 from cmkit.search.strategies import most_cells, trace, trials
-
-__all__ = [
-    "Cell",
-    "CellsDrawn",
-    "Comparison",
-    "PartialCells",
-    "best",
-    "confirm",
-    "interval",
-    "most_cells",
-    "rerank",
-    "search",
-    "trace",
-    "trials",
-    "verdict",
-]

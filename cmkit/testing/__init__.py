@@ -16,19 +16,3 @@ from cmkit.testing.precond import check_precond
 from cmkit.testing.protocol import ProtocolError
 from cmkit.testing.rescaler import check_rescaler
 from cmkit.testing.sampler import check_sampler
-
-__all__ = [
-    "ProtocolError",
-    "Verdict",
-    "check_backbone",
-    "check_dataset",
-    "check_fields",
-    "check_manifest",
-    "check_metric",
-    "check_objective",
-    "check_package",
-    "check_part",
-    "check_precond",
-    "check_rescaler",
-    "check_sampler",
-]

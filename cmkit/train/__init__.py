@@ -3,5 +3,3 @@
 from cmkit.train.loop import Step, train
 from cmkit.train.optimizer import learning_rate
 from cmkit.train.training import Training, start
-
-__all__ = ["Step", "Training", "learning_rate", "start", "train"]

@@ -3,7 +3,5 @@
 Whatever the file (safetensors, pickle, diffusers folder, run folder) and whoever named its
 tensors, `adapt(read(find(..)))` are those of our network."""
 
-from cmkit.weights.download import Downloaded, download
-from cmkit.weights.find import DIFFUSERS, Weights, adapt, find, read, shapes
-
-__all__ = ["DIFFUSERS", "Downloaded", "Weights", "adapt", "download", "find", "read", "shapes"]
+from cmkit.weights.fetch import Downloaded, download
+from cmkit.weights.files import DIFFUSERS, Weights, adapt, find, read, shapes

@@ -23,27 +23,18 @@ class Search(SearchTable, Stage):
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Score the cells that have no record yet, the best again, then the winner and (1, 1)."""
+        from cmkit import search
         from cmkit.device import precision
         from cmkit.pictures import grid_png
         from cmkit.plan import with_values
         from cmkit.run.events import Cell, Comparison, StageStarted
-        from cmkit.search import (
-            best,
-            confirm,
-            interval,
-            most_cells,
-            rerank,
-            search,
-            trace,
-            verdict,
-        )
 
         folder, recipe = job.folder, job.plan.recipe
         model = job.plan, job.denoiser(self.precision)
         data, begun = (job.reference, job.device), _unfinished(job)
         records = folder.scores("cells")
-        yield StageStarted("search", len(records), most_cells(recipe))
-        for event in _keeping(job, search(*model, *data, tuple(records), begun)):
+        yield StageStarted("search", len(records), search.most_cells(recipe))
+        for event in _keeping(job, search.search(*model, *data, tuple(records), begun)):
             yield event
             if isinstance(event, Cell):
                 picture = folder.keep_cell(event.index, grid_png(event.thumbnails))
@@ -51,20 +42,20 @@ class Search(SearchTable, Stage):
                 records.append({**record, "samples": picture})
                 folder.append_score("cells", records[-1])
         records.sort(key=lambda record: record["index"])
-        top, finalists = best(records, self.rerank or 1), folder.scores("rerank")
+        top, finalists = search.best(records, self.rerank or 1), folder.scores("rerank")
         if self.rerank:
             yield StageStarted("rerank", len(finalists), len(top))
-            for event in _keeping(job, rerank(*model, top[len(finalists) :], *data, begun)):
+            for event in _keeping(job, search.rerank(*model, top[len(finalists) :], *data, begun)):
                 yield event
                 if isinstance(event, Cell):
                     record = {"index": event.index, **event.values, "score": event.score}
                     finalists.append(record)
                     folder.append_score("rerank", record)
-            top = best(finalists, 1)
+            top = search.best(finalists, 1)
         winning = {axis: top[0][axis] for axis in self.grid}
         rescaler, seeds = with_values(recipe, winning), folder.scores("confirm")
         yield StageStarted("confirm", len(seeds), self.confirm_seeds)
-        for event in _keeping(job, confirm(*model, rescaler, *data, len(seeds), begun)):
+        for event in _keeping(job, search.confirm(*model, rescaler, *data, len(seeds), begun)):
             yield event
             if isinstance(event, Comparison):
                 seeds.append(
@@ -80,7 +71,7 @@ class Search(SearchTable, Stage):
             "method": self.method or "grid",
             "axes": {axis: list(values) for axis, values in self.grid.items()},
             "labels": dict(rescaler.labels),
-            "descent": trace(recipe, records),
+            "descent": search.trace(recipe, records),
             "cells": _without_index(records),
             "rerank": {
                 "images": self.rerank_images or 4 * self.images,
@@ -90,10 +81,10 @@ class Search(SearchTable, Stage):
             "confirm": {
                 "images": self.confirm_images or self.images,
                 "seeds": [f"confirm-{seed['index']}" for seed in seeds],
-                "plain": {"values": plain, **interval(plain)},
-                "rescaled": {"values": rescaled, **interval(rescaled)},
-                "difference": interval(difference),
-                "verdict": verdict(self.minimize, plain, rescaled),
+                "plain": {"values": plain, **search.interval(plain)},
+                "rescaled": {"values": rescaled, **search.interval(rescaled)},
+                "difference": search.interval(difference),
+                "verdict": search.verdict(self.minimize, plain, rescaled),
             },
         }
         folder.keep_search(result)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cmkit.errors import DownloadError, ResourceError
 from cmkit.files import atomic_write, lock
-from cmkit.weights.find import Weights
+from cmkit.weights.files import Weights
 
 _BLOCK = 1 << 20
 _TIMEOUT = 20
