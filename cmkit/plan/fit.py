@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cmkit.plan import checks
+from cmkit.plan import checks, networks
 from cmkit.plan.grid import cells, minimized, with_values
 from cmkit.plan.networks import naming_table
 from cmkit.plan.record import Plan
