@@ -213,7 +213,7 @@ def test_the_readers_memory_is_bounded_by_its_file(tmp_path):
 import resource, sys
 from pathlib import Path
 from cmkit import CheckpointError
-from cmkit.foreign import pickle_to_safetensors
+from cmkit.weights.pickles import pickle_to_safetensors
 try:
     pickle_to_safetensors(*map(Path, sys.argv[1:]))
 except CheckpointError:
