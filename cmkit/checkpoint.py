@@ -1,8 +1,7 @@
-"""Checkpoints: the only module that reads or writes weights and run files.
+"""Checkpoints: folders of safetensors and JSON, with a manifest of SHA-256 digests.
 
-A checkpoint is a folder of safetensors and JSON. Order of a save, each step for its crash:
-stage in a hidden folder, fsync every file, manifest last, fsync the folder, rename, fsync the
-parent, and only then prune. Nothing here unpickles, and no name found in a file is ever imported.
+A save survives a crash at any point: it stages in a hidden folder, fsyncs every file, writes the
+manifest last, fsyncs the folder, renames it, fsyncs the parent, and only then deletes older ones.
 """
 
 from __future__ import annotations
@@ -43,8 +42,6 @@ _MANIFEST = re.compile(rf"(?:[0-9a-f]{{64}}  {_NAME}\n)+")
 _EMA = re.compile(r"ema-[\d.]+\.safetensors")
 _STEP = re.compile(r"step-(\d{8,})")
 
-_BLOCK = 1 << 22
-
 
 def save_checkpoint(
     root: Path,
@@ -53,12 +50,12 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """The folder `root/step-<step>`, durable once this returns; only then are older ones pruned.
+    """The folder `root/step-<step>`, durable once this returns; older ones but `keep` are deleted.
 
     Each entry of `tensors` becomes `<name>.safetensors`, and `state` goes to `state.json`. A step
     that is already there intact is not written again. Call it while holding `lock`.
 
-    NonFiniteError names a tensor with NaN or infinity; ResourceError when the disk will not do.
+    NonFiniteError names a tensor with NaN or infinity; ResourceError when the disk refuses.
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step {step} must be at least 0, and keep {keep} at least 1")
@@ -105,8 +102,8 @@ class Checkpoint:
 def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest intact checkpoint below `root`, None when there is none at all.
 
-    Damaged ones are skipped and told to `warn`; CheckpointError when all are damaged. Call it
-    while holding `lock`, for it removes what dead attempts to save have left.
+    Damaged ones are skipped, with a sentence to `warn`; CheckpointError when all are damaged. Call
+    it while holding `lock`: it removes temporaries of saves that were killed.
     """
     with contextlib.suppress(OSError):
         sweep(root)
@@ -151,7 +148,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_shapes(path: Path) -> dict[str, Tensor]:
-    """What `read_weights` gives, on the meta device: from the head of the file, unverified."""
+    """Names, types and shapes of `read_weights`, as tensors on the meta device.
+
+    Nothing is verified, since only the head of the file is read.
+    """
     return safetensors_shapes(_weights_file(_newest_folder(path)) if path.is_dir() else path)
 
 

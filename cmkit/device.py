@@ -25,8 +25,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what tensors free: to give it back and fault it in again, for every large
-    tensor of a forward pass, costs up to a quarter of the time. Other C libraries do as they do."""
+    """Let glibc keep the memory of freed tensors; other C libraries are left alone."""
+    # Returning it, and faulting it in again for the next large tensor, took up to a quarter of the
+    # time of a forward pass.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     trim_threshold, mmap_threshold = -1, -3
     if mallopt:

@@ -1,5 +1,4 @@
-"""Files of runs, written whole or not at all: fsync before rename, locks, JSON lines, and
-what an errno means to a user."""
+"""Files written whole or not at all, locks, logs of JSON lines, and the cure for each errno."""
 
 from __future__ import annotations
 
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from cmkit.errors import BusyError, CheckpointError, NonFiniteError, ResourceError
 
 TEMPORARY = ".tmp-cmkit-"
+"""How names of unfinished files begin; `sweep` removes them."""
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -43,8 +43,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder to fill, which becomes `path` when the block ends well; errors as of
-    `atomic_write`."""
+    """A hidden folder to fill, which becomes `path` when the block ends without an error."""
     stage = path.with_name(f"{TEMPORARY}{path.name}")
     shutil.rmtree(stage, ignore_errors=True)  # of an attempt that was killed
     with writing(path):
@@ -61,7 +60,7 @@ _held: set[int] = set()
 
 
 def _release_inherited() -> None:
-    """A forked child must not keep its dead parent's lock alive; close() leaves the parent's."""
+    """Close a fork's copies of the locks, so that they end with the process that took them."""
     while _held:
         os.close(_held.pop())
 
@@ -71,9 +70,9 @@ os.register_at_fork(after_in_child=_release_inherited)
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` against other processes; the system lets go of it when this one dies.
+    """Hold `folder` against other processes; the lock ends with this process.
 
-    BusyError at once, naming the holder, when it is held. Temporaries of the dead are removed.
+    BusyError at once, naming the holder, when it is held. Temporaries of killed runs are removed.
     """
     path = folder / ".lock"
     with writing(path):
@@ -148,7 +147,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what dead attempts to write have left in `folder`; only the holder of `lock` may."""
+    """Remove temporaries of killed processes from `folder`; only the holder of `lock` may."""
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(TEMPORARY):
@@ -213,7 +212,7 @@ def cache_folder(name: str) -> Path:
 
 
 def require_regular(path: Path) -> None:
-    """A device or a FIFO would be read for ever."""
+    """CheckpointError unless `path` is a regular file: a device or FIFO would be read for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise CheckpointError(f"{path}: not a regular file")
 

@@ -41,7 +41,10 @@ _TYPES = {
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace the safetensors file `path`, whole or not at all; errors as of `save_checkpoint`."""
+    """Replace the safetensors file `path`, whole or not at all.
+
+    NonFiniteError names a tensor with NaN or infinity; ResourceError when the disk refuses.
+    """
     size = require_savable(path.name, tensors)
     require_space(path.parent, size)
     with writing(path, size):
@@ -159,15 +162,9 @@ def safetensors_shapes(path: Path) -> dict[str, Tensor]:
     with reading(path), safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
-            name: torch.empty(one.get_shape(), dtype=_type_of(path, one.get_dtype()), device="meta")
+            name: torch.empty(one.get_shape(), dtype=_TYPES[one.get_dtype()], device="meta")
             for name, one in slices.items()
         }
-
-
-def _type_of(path: Path, name: str) -> torch.dtype:
-    if name not in _TYPES:
-        raise CheckpointError(f"{path}: holds {name}, which are no weights; fetch or save it again")
-    return _TYPES[name]
 
 
 def _require_safetensors(path: Path) -> None:

@@ -19,7 +19,7 @@ TRAITS = {
 
 
 def traits(scaling: Scaling, noise: Noise, sigma_data: float) -> frozenset[str]:
-    """Which of `TRAITS` hold on a noise axis, found by trying: nobody has to declare them."""
+    """Which of `TRAITS` hold on a noise axis, found by evaluating the scalings."""
     low, high = noise.sigma_min, noise.sigma_max
     ends = torch.tensor([0.0, low], dtype=torch.float64, device="cpu")
     zero, first = zip(*(c.tolist() for c in scaling(ends, sigma_data, low)[:2]), strict=True)
@@ -37,8 +37,8 @@ def traits(scaling: Scaling, noise: Noise, sigma_data: float) -> frozenset[str]:
 
 
 def interchangeable(a: Scaling, b: Scaling) -> bool:
-    """Whether a network trained under one is one for the other: its inputs are the same, and so is
-    what its output means, but for a boundary condition near sigma_min."""
+    """Whether a network trained under `a` can be used under `b`: c_in, c_noise and c_out agree, but
+    for the boundary condition near sigma_min."""
     sigma = _spread(0.1, 10.0)
     pairs = zip(*(scaling(sigma, 0.5, 1e-9)[1:] for scaling in (a, b)), strict=True)
     return all(torch.allclose(one, other, rtol=0.005) for one, other in pairs)

@@ -79,7 +79,7 @@ def check_stages(recipe: Recipe) -> None:
 
 
 def _teacher_is_said(recipe: Recipe) -> None:
-    """Whoever needs a teacher has one, and what the student starts from is no guess."""
+    """Check that a teacher is given where needed, and that the student's start is explicit."""
     table, needs = recipe.denoiser, recipe.objective.needs if recipe.objective else frozenset()
     if "teacher" in needs and not recipe.teacher:
         raise recipe.source.error(
@@ -138,7 +138,7 @@ def check_grids(recipe: Recipe, noise: Noise) -> None:
 
 
 def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
-    """RecipeError where it is known that `weights` were trained under other scalings."""
+    """RecipeError where `weights` are known to have been trained under other scalings."""
     if weights in backbone.published:
         backbone.check_published(weights, precond)
         return
@@ -156,8 +156,8 @@ def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
 def check_teacher(
     recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]
 ) -> None:
-    """The teacher's weights fit its network, it knows the student's noise levels, and the student
-    can start from it where it shall."""
+    """Check that the teacher's weights fit its network, that it was trained on the student's noise
+    levels, and that the student can start from it where the recipe says so."""
     table = recipe.teacher
     assert table is not None
     with naming_table(recipe, "teacher"), torch.device("meta"):
@@ -217,7 +217,7 @@ def _dry_input(data: DataSpec, conditions: frozenset[str]) -> tuple[torch.Tensor
 
 @contextlib.contextmanager
 def _trying(kind: str) -> Iterator[None]:
-    """Whatever a part raises on shapes alone is the part's fault."""
+    """Turn errors of a dry run on meta tensors into PluginError."""
     try:
         with torch.inference_mode():
             yield

@@ -21,7 +21,7 @@ from cmkit.weights import adapt, find, read, shapes
 
 
 def build(plan: Plan, device: torch.device) -> Denoiser:
-    """The recipe's denoiser on `device`: its given weights, or fresh ones that the seed decides."""
+    """The recipe's denoiser on `device`, with its given weights or fresh ones drawn by its seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.recipe.seed)
         network = built(plan.recipe.backbone, plan.data, plan.conditions)
@@ -31,8 +31,8 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
 
 
 def for_sampling(plan: Plan, device: torch.device, name: str) -> Denoiser:
-    """What is sampled from on `device`, not rescaled yet: the recipe's weights rounded to the
-    `precision` key `name`, and guided if the recipe says so. Training never sees it."""
+    """The recipe's denoiser as samples are drawn from it, but for rescaling: its weights rounded to
+    the `precision` key `name`, and guided where the recipe says so."""
     denoiser = build(plan, device)
     if precision(name, device) == "bf16":
         denoiser.network.lower(torch.bfloat16)
@@ -51,7 +51,7 @@ def build_teacher(plan: Plan, device: torch.device) -> Denoiser:
 
 
 def build_companions(plan: Plan, device: torch.device) -> dict[str, Companion]:
-    """What the recipe's objective trains beside the denoiser, on `device`; the seed decides."""
+    """The objective's companions on `device`, with fresh weights drawn by the recipe's seed."""
     objective = plan.recipe.objective
     assert objective is not None
     with torch.random.fork_rng(devices=[]):
@@ -80,6 +80,7 @@ def _axis(precond: Precond, low: float, high: float, rho: float) -> Noise:
 
 
 def built(backbone: Backbone, data: DataSpec, conditions: frozenset[str]) -> Network:
+    """A fresh network; PluginError where the backbone returns something else."""
     network = backbone.build(data, conditions)
     if not isinstance(network, Network):
         raise PluginError(f"backbone.build returned {type(network).__name__}, not cmkit.Network")
@@ -87,12 +88,12 @@ def built(backbone: Backbone, data: DataSpec, conditions: frozenset[str]) -> Net
 
 
 def denoiser_of(recipe: Recipe, network: Network) -> Denoiser:
+    """The recipe's denoiser around `network`."""
     return Denoiser(network, noise_of(recipe), recipe.precond.scalings, recipe.denoiser.sigma_data)
 
 
 def guided_as_said(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
-    """`denoiser` as the recipe samples from it: guided, if it says so; RecipeError where the
-    network cannot be."""
+    """`denoiser`, guided where the recipe samples so; RecipeError where its network cannot be."""
     w = recipe.denoiser.guidance
     needs = recipe.objective.needs if recipe.objective else frozenset()
     embedded = recipe.denoiser.embeds_guidance or "guidance" in needs
@@ -136,7 +137,7 @@ def teacher_conditions(table: TeacherTable, data: DataSpec) -> frozenset[str]:
 def load_start(
     recipe: Recipe, network: Network, data: DataSpec, conditions: frozenset[str]
 ) -> None:
-    """Load what the recipe says that `network` starts from; nothing for fresh weights.
+    """Load the weights that the recipe gives `network`, or its teacher's; none = keep the fresh ones.
 
     Where the student embeds more than its teacher, those embeddings keep their fresh weights.
     """
@@ -176,7 +177,7 @@ def teacher_backbone(recipe: Recipe) -> Backbone:
 
 @contextlib.contextmanager
 def naming_table(recipe: Recipe, *path: str | int) -> Iterator[None]:
-    """Errors raised inside name the recipe's line of this table."""
+    """Inside, an error of ours names the recipe's line of the table at `path`."""
     try:
         yield
     except CmkitError as error:
