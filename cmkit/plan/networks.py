@@ -137,7 +137,7 @@ def teacher_conditions(table: TeacherTable, data: DataSpec) -> frozenset[str]:
 def load_start(
     recipe: Recipe, network: Network, data: DataSpec, conditions: frozenset[str]
 ) -> None:
-    """Load the weights that the recipe gives `network`, or its teacher's; none = keep the fresh ones.
+    """Load the weights that the recipe gives `network`, its own or its teacher's, if any.
 
     Where the student embeds more than its teacher, those embeddings keep their fresh weights.
     """
