@@ -47,9 +47,7 @@ def caveats(compared: Sequence[Entry]) -> Iterator[str]:
 
 
 def _entry(folder: Path) -> Entry:
-    kept = RunFolder(folder)
-    report = kept.report()
-    with kept.reading_report():
+    with RunFolder(folder).reading_report() as report:
         stages, recipe = report["stages"], report["recipe"]
         measured = stages.get("metric", {"values": {}, "provenance": []})
         sampled = stages.get("sample", {})

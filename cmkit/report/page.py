@@ -24,8 +24,8 @@ def write_report(folder: RunFolder) -> Path:
     Raises CheckpointError when report.json is missing or not one that cmkit wrote, DataError when
     a picture is outside the folder or is no PNG, ResourceError when the disk refuses.
     """
-    report = _scrub(folder.report())
-    with folder.reading_report():
+    with folder.reading_report() as written:
+        report = _scrub(written)
         stages = report["stages"]
         search = search_page(stages["search"], folder) if "search" in stages else None
         curve = curve_of(folder.log()) if "train" in stages else None

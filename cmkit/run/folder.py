@@ -1,10 +1,5 @@
 """The folder of a run: every file in it is named, written and read here.
 
-    recipe.toml  environment.json  status.json  report.json  report.html  debug.log
-    log.jsonl  checkpoints/step-*  model.safetensors          left by [train]
-    search/*.jsonl, *.png  search.json                        left by [search]
-    samples/*.npz  samples_before.png  samples_after.png      left by [sample]
-
 Imports no torch: reports and comparisons read a folder without it.
 """
 
@@ -14,7 +9,6 @@ import contextlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +23,24 @@ SCHEMA = 1
 """Of report.json."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder `path` of a run; it need not be there yet."""
 
-    path: Path
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe = path / "recipe.toml"
+        """The resolved recipe, which makes a folder that of a run."""
+        self.weights = path / "model.safetensors"
+        """What training left: the first of its averages."""
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.page = path / "report.html"
+        self.debug_log = path / "debug.log"
+        self._report = path if path.suffix == ".json" else path / "report.json"
+        self._status = path / "status.json"
+        self._log = path / "log.jsonl"
+        self._search = path / "search"
+        self._unfinished = self._search / "unfinished.safetensors"
 
     @classmethod
     def of_weights(cls, weights: str) -> RunFolder:
@@ -41,37 +48,10 @@ class RunFolder:
         path = Path(weights.removeprefix("path:"))
         return cls(path.parent if path.name == "model.safetensors" else path)
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe, which makes a folder that of a run."""
-        return self.path / "recipe.toml"
-
-    @property
-    def weights(self) -> Path:
-        """What training left: the first of its averages."""
-        return self.path / "model.safetensors"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
     def newest_weights(self) -> Path:
         """The weights, or the checkpoints where training goes on; the folder itself where it is
         no run's."""
         return next((p for p in (self.weights, self.checkpoints) if p.exists()), self.path)
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def page(self) -> Path:
-        """The page that a person opens."""
-        return self.path / "report.html"
-
-    @property
-    def debug_log(self) -> Path:
-        return self.path / "debug.log"
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -109,19 +89,18 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """What the finished stages left to say, by stage."""
-        path = self.path / "status.json"
         try:
-            return dict(json.loads(path.read_text("utf-8")))
+            return dict(json.loads(self._status.read_text("utf-8")))
         except FileNotFoundError:
             return {}
         except ValueError as error:
             raise CheckpointError(
-                f"{path}: damaged ({error}); delete it to redo the stages"
+                f"{self._status}: damaged ({error}); delete it to redo the stages"
             ) from error
 
     def keep_status(self, status: Mapping[str, Any]) -> None:
         """Write status.json: from now on its stages are finished."""
-        _write_json(self.path / "status.json", status)
+        _write_json(self._status, status)
 
     def winner(self) -> dict[str, Any]:
         """The rescaler's values that the search found best; none before it is finished."""
@@ -130,7 +109,7 @@ class RunFolder:
 
     def report(self) -> dict[str, Any]:
         """report.json; CheckpointError where it is missing or not one that cmkit wrote."""
-        path = self.path if self.path.suffix == ".json" else self.path / "report.json"
+        path = self._report
         try:
             report = json.loads(path.read_text("utf-8"))
         except OSError as error:
@@ -148,12 +127,12 @@ class RunFolder:
         return dict(report)
 
     @contextlib.contextmanager
-    def reading_report(self) -> Iterator[None]:
-        """Inside, an odd field of report.json becomes a CheckpointError, and an OSError of the
+    def reading_report(self) -> Iterator[dict[str, Any]]:
+        """`report()`; inside, an odd field of it becomes a CheckpointError, and an OSError of the
         folder's files a ResourceError."""
-        path = self.path if self.path.suffix == ".json" else self.path / "report.json"
+        report, path = self.report(), self._report
         try:
-            yield
+            yield report
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise CheckpointError(
                 f"{path}: not a report that cmkit wrote ({type(error).__name__}: {error}); run the"
@@ -167,7 +146,7 @@ class RunFolder:
 
     def keep_report(self, report: Mapping[str, Any]) -> None:
         """Write report.json."""
-        _write_json(self.path / "report.json", {"schema": SCHEMA, **report})
+        _write_json(self._report, {"schema": SCHEMA, **report})
 
     def data(self) -> DataSpec | None:
         """What a finished run says of its data, which then need not be there; None of any other."""
@@ -178,25 +157,26 @@ class RunFolder:
 
     def log(self) -> list[dict[str, Any]]:
         """The records of the training log, without torn lines."""
-        return files.read_jsonl(self.path / "log.jsonl")
+        return files.read_jsonl(self._log)
 
     def append_log(self, record: Mapping[str, Any], durable: bool = False) -> None:
         """Add a record to the training log; `durable` before a checkpoint is saved."""
-        files.append_jsonl(self.path / "log.jsonl", record, durable)
+        files.append_jsonl(self._log, record, durable)
 
     def rewind_log(self, step: int) -> None:
         """Drop what the training log holds of steps behind `step`."""
-        files.truncate_jsonl(self.path / "log.jsonl", lambda record: record["step"] <= step)
+        files.truncate_jsonl(self._log, lambda record: record["step"] <= step)
 
     def scores(self, name: str) -> list[dict[str, Any]]:
         """The records "cells", "rerank" or "confirm" of a search; a torn last line is removed."""
-        path = self._search() / f"{name}.jsonl"
+        self._search.mkdir(exist_ok=True)
+        path = self._search / f"{name}.jsonl"
         files.truncate_jsonl(path, lambda record: True)
         return files.read_jsonl(path)
 
     def append_score(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one record to those of `scores`."""
-        files.append_jsonl(self._search() / f"{name}.jsonl", record)
+        files.append_jsonl(self._search / f"{name}.jsonl", record)
 
     def keep_cell(self, index: int, png: bytes) -> str:
         """Write the samples of a searched cell; the picture's name for `picture`."""
@@ -207,20 +187,20 @@ class RunFolder:
     def keep_search(self, result: Mapping[str, Any]) -> None:
         """Write search.json; what was kept of unfinished cells is dropped."""
         _write_json(self.path / "search.json", result)
-        self._unfinished().unlink(missing_ok=True)
+        self._unfinished.unlink(missing_ok=True)
 
     def keep_unfinished(self, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
         """Write what there is of cells that are being drawn."""
         from safetensors.torch import save
 
-        files.atomic_write(self._unfinished(), save(dict(tensors), dict(about)))
+        files.atomic_write(self._unfinished, save(dict(tensors), dict(about)))
 
     def unfinished(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """What `keep_unfinished` wrote; None where nothing can be read, as it only saves time."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self._unfinished(), "pt") as file:
+            with safe_open(self._unfinished, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
         except (FileNotFoundError, SafetensorError):
             return None
@@ -244,7 +224,7 @@ class RunFolder:
         path = (self.path / name).resolve()
         if Path(name).is_absolute() or not path.is_relative_to(self.path.resolve()):
             raise DataError(
-                f"{self.path / 'report.json'}: picture {name!r} is outside the run's folder;"
+                f"{self._report}: picture {name!r} is outside the run's folder;"
                 " correct it, or run the recipe again"
             )
         return path
@@ -252,14 +232,6 @@ class RunFolder:
     def keep_page(self, html: str) -> None:
         """Write report.html."""
         files.atomic_write(self.page, html)
-
-    def _search(self) -> Path:
-        folder = self.path / "search"
-        folder.mkdir(exist_ok=True)
-        return folder
-
-    def _unfinished(self) -> Path:
-        return self._search() / "unfinished.safetensors"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
