@@ -406,7 +406,7 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
         return path
-    home = Path(__file__).parent
+    home = Path(__file__).parent.parent
     for folder in (home / "recipes", home.parent / "recipes"):
         shipped = folder / f"{name}.toml"
         if shipped.is_file():
