@@ -13,7 +13,7 @@ from cmkit import discover
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"errors", "kinds", "plugins", "source", "recipe", "stop"},
-    1: {"noise", "denoiser", "checkpoint", "foreign", "weights"},
+    1: {"noise", "denoiser", "functional", "checkpoint", "foreign", "weights"},
     2: {
         "compose",
         "convert",

@@ -56,7 +56,7 @@ class PerLayer(Rescaler):
         return lambda sigma: scales(sigma.device, sigma.dtype)
 
     def value_of(self, name: str) -> float:
-        """As of `Rescaler`; a site has the number of its family unless it has its own."""
+        """The number of a field, or of a site: its own in `sites`, otherwise its family's."""
         family, dot, member = name.partition(".")
         if not dot:
             return super().value_of(name)
@@ -68,7 +68,7 @@ class PerLayer(Rescaler):
         return value[int(member)]
 
     def with_values(self, values: Mapping[str, Any]) -> PerLayer:
-        """As of `Rescaler`; sites go to `sites`, and `bind` says whether they exist."""
+        """The same policy with other fields and sites; `bind` refuses sites that do not exist."""
         own = {name: value for name, value in values.items() if "." in name}
         rest = {name: value for name, value in values.items() if "." not in name}
         return super().with_values({**rest, "sites": {**self.sites, **own}})
