@@ -27,10 +27,12 @@ _HOMES = {
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-__all__ = sorted(_HOME_OF)
+__all__ = sorted([*_HOME_OF, "functional"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return importlib.import_module("cmkit.functional")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'cmkit' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -178,12 +178,12 @@ class Denoiser(nn.Module):
         """x0_hat, (B, C, H, W), of noisy images x (B, C, H, W) with noise levels sigma (B,)."""
         scales = self._scales(sigma) if self._scales else {}
         c_skip, c_out, c_in, c_noise = self.scalings(sigma, self.sigma_data, self.noise.sigma_min)
-        given = (_per_image(c_in, x) * x, c_noise, cond, scales)
+        given = (per_image(c_in, x) * x, c_noise, cond, scales)
         if self._encodings and self._encodings.x is x and self.network.late:
             f = self._encodings.network(self.network, *given)
         else:
             f = self.network(*given)
-        return _per_image(c_skip, x) * x + _per_image(c_out, x) * f.to(x.dtype)
+        return per_image(c_skip, x) * x + per_image(c_out, x) * f.to(x.dtype)
 
     def rescaled(self, rescaler: Rescaling, encodings: Encodings | None = None) -> Denoiser:
         """The same weights with the scales of `rescaler`; training never sees it.
@@ -218,12 +218,12 @@ class Guided(Denoiser):
             return x0_hat
         with_label: Tensor = self.inner(x, sigma, replace(cond, guidance=None))
         without: Tensor = self.inner(x, sigma, replace(cond, guidance=None, label=None))
-        return with_label + _per_image(w, x) * (with_label - without)
+        return with_label + per_image(w, x) * (with_label - without)
 
     def rescaled(self, rescaler: Rescaling, encodings: Encodings | None = None) -> Denoiser:
         return Guided(self.inner.rescaled(rescaler, encodings), self.w, self.embedded)
 
 
-def _per_image(c: Tensor, x: Tensor) -> Tensor:
-    """(B,) as (B, 1, 1, 1), in the type of x."""
+def per_image(c: Tensor, x: Tensor) -> Tensor:
+    """c (B,) as (B, 1, 1, 1), in the type of images x: a factor of each image."""
     return c.to(x.dtype).view(-1, *[1] * (x.ndim - 1))

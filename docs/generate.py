@@ -15,6 +15,7 @@ from typing import Any
 import typer
 
 import cmkit
+import cmkit.functional
 import cmkit.testing
 from cmkit.cli import app
 from cmkit.errors import CmkitError
@@ -138,7 +139,11 @@ def api() -> dict[str, str]:
 def names() -> Iterator[tuple[str, Any]]:
     """Every public Python name, and what it is."""
     checks = [name for name in vars(cmkit.testing) if name.startswith("check_")]
-    homes = {"cmkit": cmkit.__all__, "cmkit.testing": [*checks, "ProtocolError", "Verdict"]}
+    homes = {
+        "cmkit": cmkit.__all__,
+        "cmkit.functional": cmkit.functional.__all__,
+        "cmkit.testing": [*checks, "ProtocolError", "Verdict"],
+    }
     for home, public in homes.items():
         for name in sorted(public):
             yield f"{home}.{name}", getattr(sys.modules[home], name)

@@ -11,7 +11,6 @@ import torch
 from cmkit_std.backbones.dit import PRESETS, DiT
 from cmkit_std.backbones.dit_layouts import read, write
 from cmkit_std.backbones.dit_network import guidance_waves
-from cmkit_std.guidance import guided
 from torch.nn.functional import silu
 
 from cmkit import Cond, DataSpec, RecipeError
@@ -210,18 +209,6 @@ def test_same_dropout_seed_drops_the_same_labels():
         outs.append(network(*inputs(), {}))
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
-
-
-@torch.no_grad()
-def test_guided_is_linear_in_the_weight_and_can_leave_channels_alone():
-    a, b = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
-    w = torch.tensor([0.0, -1.0, 2.0], dtype=torch.float64)
-    out = guided(a, b, w)
-    torch.testing.assert_close(out, torch.stack([a[0], b[1], 3 * a[2] - 2 * b[2]]))
-    part = guided(a, b, w, channels=3)
-    torch.testing.assert_close(part[:, :3], out[:, :3])
-    assert torch.equal(part[:, 3:], a[:, 3:])
-    torch.testing.assert_close(guided(a, b, w[2]), 3 * a - 2 * b)
 
 
 @torch.no_grad()

@@ -30,14 +30,14 @@ class Mine(Objective):
         import torch
 
         from cmkit import shared_dropout
+        from cmkit.functional import l2, per_image
 
         sigmas = models.online.noise.sigmas(self.num_sigmas, x0.device)
         i = rng.integers(self.num_sigmas - 1, len(x0))
         low, high = sigmas[i], sigmas[i + 1]
         z = rng.normal_like(x0)
         with shared_dropout(rng):
-            online = models.online(x0 + high.view(-1, 1, 1, 1) * z, high, cond)
+            online = models.online(x0 + per_image(high, x0) * z, high, cond)
         with torch.no_grad(), shared_dropout(rng):
-            target = models.online(x0 + low.view(-1, 1, 1, 1) * z, low, cond)
-        d2 = (online - target).square().flatten(1).mean(1)
-        return torch.log1p(d2 / (2 * self.c**2))
+            target = models.online(x0 + per_image(low, x0) * z, low, cond)
+        return torch.log1p(l2(online, target) / (2 * self.c**2))

@@ -66,22 +66,98 @@ FIDELITY = (
     "generative models in PyTorch. 2020"
 )
 
+BACKBONES = {
+    "adm:ADM": ("The U-Net of the consistency-model papers", ADM),
+    "songunet:SongUNet": (
+        "The U-Nets DDPM++ and NCSN++ of EDM, iCT, ECT and CTM on CIFAR-10",
+        f"{SONG}; {EDM}",
+    ),
+    "edm2:EDM2": ("The magnitude-preserving U-Net of EDM2, and of ECT on ImageNet-64", EDM2),
+    "dit:DiT": ("The diffusion transformer, on pictures or latents", DIT),
+}
+PRECONDS = {
+    "consistency:Consistency": ("Consistency models: the identity at sigma_min", CM),
+    "edm:EDM": ("Diffusion models of EDM", EDM),
+    "discrete:Discrete": (
+        "Whole steps of DDPM, DiT, guided-diffusion and latent diffusion; latent consistency",
+        f"{DDPM}; {LATENT}",
+    ),
+    "vp:VP": ("Variance-preserving diffusion models in continuous time", SONG),
+    "ve:VE": ("Variance-exploding diffusion models", SONG),
+    "iddpm:IDDPM": ("The steps of a cosine schedule, at any noise level", COSINE),
+}
+OBJECTIVES = {
+    "cd:CD": ("Consistency distillation", CM),
+    "ct:CT": ("Consistency training", CM),
+    "ccd:CCD": ("Continuous-time consistency distillation", CM),
+    "cct:CCT": ("Continuous-time consistency training", CM),
+    "ict:ICT": ("Improved consistency training", IMPROVED),
+    "ctm:CTM": ("Consistency trajectory training: jumps between any two noise levels", CTM),
+    "pd:PD": ("Progressive distillation", PROGRESSIVE),
+    "lcm:LCM": (
+        "Latent consistency distillation: a guided teacher, an embedded guidance weight",
+        LATENT,
+    ),
+    "edm:EDM": ("Diffusion training, which makes teachers", EDM),
+}
+SAMPLERS = {
+    "multistep:Multistep": ("One step, or several with fresh noise between them", CM),
+    "lcm:LCM": ("Latent consistency models: several steps at evenly skipped noise levels", LATENT),
+    "gamma:Gamma": (
+        "Consistency trajectory models: long jumps with as much fresh noise as wanted",
+        CTM,
+    ),
+    "ablation:Ablation": (
+        "EDM's sampler, and those of its ablation: VP, VE, iDDPM; Euler, Heun, midpoint",
+        EDM,
+    ),
+    "euler:Euler": ("Diffusion models: first-order steps, deterministic", EDM),
+    "ddim:DDIM": (
+        "Diffusion models: first-order steps with as much fresh noise as wanted",
+        IMPLICIT,
+    ),
+    "heun:Heun": ("Diffusion models: second-order steps with optional churn", EDM),
+    "edm:EDM": ("Diffusion models: the sampler of EDM, unclamped and in float64", EDM),
+    "dpm:DPM": ("Diffusion models: second-order midpoint steps with optional churn", DPM),
+    "ancestral:Ancestral": ("Diffusion models: Euler steps with fresh noise after each", DDPM),
+    "progdist:ProgDist": (
+        "Progressively distilled models: DDIM steps that end at sigma_min",
+        PROGRESSIVE,
+    ),
+}
+RESCALERS = {
+    "global_:Global": ("Two numbers: one for all skips, one for all embeddings", RESCALING),
+    "per_layer:PerLayer": ("A number for every skip and every embedding", RESCALING),
+    "per_timestep:PerTimestep": ("Two numbers that depend on the noise level", RESCALING),
+}
+DATASETS = {
+    "cifar10:CIFAR10": ("60,000 photographs of 10 classes, 32x32, from the binary archive", CIFAR),
+    "digits:Digits": ("1,797 scanned handwritten digits, 8x8, shipped by scikit-learn", DIGITS),
+    "fashion_mnist:FashionMNIST": ("70,000 pictures of clothing, 28x28, from IDX files", FASHION),
+    "image_folder:ImageFolder": ("Your own pictures, one folder or one folder a class", None),
+    "imagenet64:ImageNet64": (
+        "1,281,167 photographs, 64x64, 1,000 classes, from downsampled ImageNet or folders",
+        IMAGENET64,
+    ),
+    "lsun:LSUN": (
+        "Bedrooms, cats or churches, from an LMDB of LSUN or a folder of its pictures",
+        LSUN,
+    ),
+}
+METRICS = {
+    "fidelity:Fidelity": ("FID, sFID, Inception score, KID, precision and recall", FIDELITY),
+    "digits_judge:DigitsJudge": (
+        "How many samples an independent classifier takes for a digit, and of how many classes",
+        None,
+    ),
+}
+
+TINY = {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1}
 examples = {
-    "backbone.adm": {"channels": 16, "norm_groups": 8, "channel_mult": [1, 2], "num_res_blocks": 1},
-    "backbone.songunet": {"channels": 16, "channel_mult": [1, 2], "num_res_blocks": 1},
-    "backbone.edm2": {
-        "channels": 16,
-        "channel_mult": [1, 2],
-        "num_res_blocks": 1,
-        "num_head_channels": 16,
-    },
-    "backbone.dit": {
-        "patch_size": 4,
-        "width": 32,
-        "depth": 2,
-        "num_heads": 2,
-        "time_scale": 1.0,
-    },
+    "backbone.adm": {**TINY, "norm_groups": 8},
+    "backbone.songunet": TINY,
+    "backbone.edm2": {**TINY, "num_head_channels": 16},
+    "backbone.dit": {"patch_size": 4, "width": 32, "depth": 2, "num_heads": 2, "time_scale": 1.0},
     "objective.cd": {"distance": "l2"},
     "objective.ct": {"distance": "l2"},
     "objective.ctm": {"distance": "l2"},
@@ -100,290 +176,19 @@ examples = {
 
 @hookimpl
 def cmkit_register() -> list[Plugin]:
+    """A plugin for each line above, "module:Class": (summary, citation); a part has the name of its
+    module, whose folder is that of its kind."""
+    kinds = {
+        "backbone": BACKBONES,
+        "precond": PRECONDS,
+        "objective": OBJECTIVES,
+        "sampler": SAMPLERS,
+        "rescaler": RESCALERS,
+        "dataset": DATASETS,
+        "metric": METRICS,
+    }
     return [
-        Plugin(
-            "backbone",
-            "adm",
-            "cmkit_std.backbones.adm:ADM",
-            "The U-Net of the consistency-model papers",
-            cite=ADM,
-        ),
-        Plugin(
-            "backbone",
-            "songunet",
-            "cmkit_std.backbones.songunet:SongUNet",
-            "The U-Nets DDPM++ and NCSN++ of EDM, iCT, ECT and CTM on CIFAR-10",
-            cite=f"{SONG}; {EDM}",
-        ),
-        Plugin(
-            "backbone",
-            "edm2",
-            "cmkit_std.backbones.edm2:EDM2",
-            "The magnitude-preserving U-Net of EDM2, and of ECT on ImageNet-64",
-            cite=EDM2,
-        ),
-        Plugin(
-            "backbone",
-            "dit",
-            "cmkit_std.backbones.dit:DiT",
-            "The diffusion transformer, on pictures or latents",
-            cite=DIT,
-        ),
-        Plugin(
-            "precond",
-            "consistency",
-            "cmkit_std.preconds.consistency:Consistency",
-            "Consistency models: the identity at sigma_min",
-            cite=CM,
-        ),
-        Plugin(
-            "precond",
-            "edm",
-            "cmkit_std.preconds.edm:EDM",
-            "Diffusion models of EDM",
-            cite=EDM,
-        ),
-        Plugin(
-            "precond",
-            "discrete",
-            "cmkit_std.preconds.discrete:Discrete",
-            "Whole steps of DDPM, DiT, guided-diffusion and latent diffusion; latent consistency",
-            cite=f"{DDPM}; {LATENT}",
-        ),
-        Plugin(
-            "precond",
-            "vp",
-            "cmkit_std.preconds.vp:VP",
-            "Variance-preserving diffusion models in continuous time",
-            cite=SONG,
-        ),
-        Plugin(
-            "precond",
-            "ve",
-            "cmkit_std.preconds.ve:VE",
-            "Variance-exploding diffusion models",
-            cite=SONG,
-        ),
-        Plugin(
-            "precond",
-            "iddpm",
-            "cmkit_std.preconds.iddpm:IDDPM",
-            "The steps of a cosine schedule, at any noise level",
-            cite=COSINE,
-        ),
-        Plugin(
-            "objective",
-            "cd",
-            "cmkit_std.objectives.cd:CD",
-            "Consistency distillation",
-            cite=CM,
-        ),
-        Plugin(
-            "objective",
-            "ct",
-            "cmkit_std.objectives.ct:CT",
-            "Consistency training",
-            cite=CM,
-        ),
-        Plugin(
-            "objective",
-            "ccd",
-            "cmkit_std.objectives.ccd:CCD",
-            "Continuous-time consistency distillation",
-            cite=CM,
-        ),
-        Plugin(
-            "objective",
-            "cct",
-            "cmkit_std.objectives.cct:CCT",
-            "Continuous-time consistency training",
-            cite=CM,
-        ),
-        Plugin(
-            "objective",
-            "ict",
-            "cmkit_std.objectives.ict:ICT",
-            "Improved consistency training",
-            cite=IMPROVED,
-        ),
-        Plugin(
-            "objective",
-            "ctm",
-            "cmkit_std.objectives.ctm:CTM",
-            "Consistency trajectory training: jumps between any two noise levels",
-            cite=CTM,
-        ),
-        Plugin(
-            "objective",
-            "pd",
-            "cmkit_std.objectives.pd:PD",
-            "Progressive distillation",
-            cite=PROGRESSIVE,
-        ),
-        Plugin(
-            "objective",
-            "lcm",
-            "cmkit_std.objectives.lcm:LCM",
-            "Latent consistency distillation: a guided teacher, an embedded guidance weight",
-            cite=LATENT,
-        ),
-        Plugin(
-            "objective",
-            "edm",
-            "cmkit_std.objectives.edm:EDM",
-            "Diffusion training, which makes teachers",
-            cite=EDM,
-        ),
-        Plugin(
-            "sampler",
-            "multistep",
-            "cmkit_std.samplers.multistep:Multistep",
-            "One step, or several with fresh noise between them",
-            cite=CM,
-        ),
-        Plugin(
-            "sampler",
-            "lcm",
-            "cmkit_std.samplers.lcm:LCM",
-            "Latent consistency models: several steps at evenly skipped noise levels",
-            cite=LATENT,
-        ),
-        Plugin(
-            "sampler",
-            "gamma",
-            "cmkit_std.samplers.gamma:Gamma",
-            "Consistency trajectory models: long jumps with as much fresh noise as wanted",
-            cite=CTM,
-        ),
-        Plugin(
-            "sampler",
-            "ablation",
-            "cmkit_std.samplers.ablation:Ablation",
-            "EDM's sampler, and those of its ablation: VP, VE, iDDPM; Euler, Heun, midpoint",
-            cite=EDM,
-        ),
-        Plugin(
-            "sampler",
-            "euler",
-            "cmkit_std.samplers.euler:Euler",
-            "Diffusion models: first-order steps, deterministic",
-            cite=EDM,
-        ),
-        Plugin(
-            "sampler",
-            "ddim",
-            "cmkit_std.samplers.ddim:DDIM",
-            "Diffusion models: first-order steps with as much fresh noise as wanted",
-            cite=IMPLICIT,
-        ),
-        Plugin(
-            "sampler",
-            "heun",
-            "cmkit_std.samplers.heun:Heun",
-            "Diffusion models: second-order steps with optional churn",
-            cite=EDM,
-        ),
-        Plugin(
-            "sampler",
-            "edm",
-            "cmkit_std.samplers.edm:EDM",
-            "Diffusion models: the sampler of EDM, unclamped and in float64",
-            cite=EDM,
-        ),
-        Plugin(
-            "sampler",
-            "dpm",
-            "cmkit_std.samplers.dpm:DPM",
-            "Diffusion models: second-order midpoint steps with optional churn",
-            cite=DPM,
-        ),
-        Plugin(
-            "sampler",
-            "ancestral",
-            "cmkit_std.samplers.ancestral:Ancestral",
-            "Diffusion models: Euler steps with fresh noise after each",
-            cite=DDPM,
-        ),
-        Plugin(
-            "sampler",
-            "progdist",
-            "cmkit_std.samplers.progdist:ProgDist",
-            "Progressively distilled models: DDIM steps that end at sigma_min",
-            cite=PROGRESSIVE,
-        ),
-        Plugin(
-            "rescaler",
-            "global",
-            "cmkit_std.rescalers.global_:Global",
-            "Two numbers: one for all skips, one for all embeddings",
-            cite=RESCALING,
-        ),
-        Plugin(
-            "rescaler",
-            "per_layer",
-            "cmkit_std.rescalers.per_layer:PerLayer",
-            "A number for every skip and every embedding",
-            cite=RESCALING,
-        ),
-        Plugin(
-            "rescaler",
-            "per_timestep",
-            "cmkit_std.rescalers.per_timestep:PerTimestep",
-            "Two numbers that depend on the noise level",
-            cite=RESCALING,
-        ),
-        Plugin(
-            "dataset",
-            "cifar10",
-            "cmkit_std.datasets.cifar10:CIFAR10",
-            "60,000 photographs of 10 classes, 32x32, from the binary archive",
-            cite=CIFAR,
-        ),
-        Plugin(
-            "dataset",
-            "digits",
-            "cmkit_std.datasets.digits:Digits",
-            "1,797 scanned handwritten digits, 8x8, shipped by scikit-learn",
-            cite=DIGITS,
-        ),
-        Plugin(
-            "dataset",
-            "fashion_mnist",
-            "cmkit_std.datasets.fashion_mnist:FashionMNIST",
-            "70,000 pictures of clothing, 28x28, from IDX files",
-            cite=FASHION,
-        ),
-        Plugin(
-            "dataset",
-            "image_folder",
-            "cmkit_std.datasets.image_folder:ImageFolder",
-            "Your own pictures, one folder or one folder a class",
-        ),
-        Plugin(
-            "dataset",
-            "imagenet64",
-            "cmkit_std.datasets.imagenet64:ImageNet64",
-            "1,281,167 photographs, 64x64, 1,000 classes, from downsampled ImageNet or folders",
-            cite=IMAGENET64,
-        ),
-        Plugin(
-            "dataset",
-            "lsun",
-            "cmkit_std.datasets.lsun:LSUN",
-            "Bedrooms, cats or churches, from an LMDB of LSUN or a folder of its pictures",
-            cite=LSUN,
-        ),
-        Plugin(
-            "metric",
-            "fidelity",
-            "cmkit_std.metrics.fidelity:Fidelity",
-            "FID, sFID, Inception score, KID, precision and recall",
-            cite=FIDELITY,
-        ),
-        Plugin(
-            "metric",
-            "digits_judge",
-            "cmkit_std.metrics.digits_judge:DigitsJudge",
-            "How many samples an independent classifier takes for a digit, and of how many classes",
-        ),
+        Plugin(kind, target.partition(":")[0].rstrip("_"), f"cmkit_std.{kind}s.{target}", *about)
+        for kind, parts in kinds.items()
+        for target, about in parts.items()
     ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cmkit import Cond, Denoiser
 from cmkit.denoiser import NO_COND
+from cmkit.functional import per_image
 
 Outer = Literal["euler", "variance", "euler_variance_mixed"]
 """How G is made of x and g. The published models have "euler"; the others are sony/ctm's trials."""
@@ -34,7 +35,7 @@ def jump(
     """
     g = denoiser(x, sigma, replace(cond, sigma_to=sigma_to))
     kept = kept_share(outer, sigma, sigma_to, denoiser.sigma_data, denoiser.noise.sigma_min)
-    return _per_image(kept) * x + _per_image(1 - sigma_to / sigma) * g
+    return per_image(kept, x) * x + per_image(1 - sigma_to / sigma, x) * g
 
 
 def denoised(
@@ -53,7 +54,7 @@ def denoised(
     slope = above / (above**2 + denoiser.sigma_data**2)
     if outer == "euler_variance_mixed":
         slope = (1 + slope) / (sigma + 1)
-    return g + _per_image(1 - sigma * slope) * x
+    return g + per_image(1 - sigma * slope, x) * x
 
 
 def kept_share(
@@ -67,7 +68,3 @@ def kept_share(
     to, from_ = variances
     variance = (to / from_).sqrt()
     return variance if outer == "variance" else (sigma_to + variance) / (sigma + 1)
-
-
-def _per_image(share: Tensor) -> Tensor:
-    return share.view(-1, 1, 1, 1)

@@ -20,7 +20,6 @@ from cmkit_std.discrete import (
     zero_terminal_snr,
 )
 from cmkit_std.objectives.lcm import LCM
-from cmkit_std.objectives.solvers import euler
 from cmkit_std.preconds.discrete import Discrete
 from cmkit_std.preconds.schedule import Schedule
 from cmkit_std.samplers import lcm
@@ -28,6 +27,7 @@ from cmkit_std.samplers.multistep import Multistep
 from torch import Tensor
 
 from cmkit import Cond, Denoiser, Models, Network, Noise, consistency_scalings, edm_scalings
+from cmkit.functional import euler
 from tests.parity import harness
 from tests.parity.test_openai_denoiser import known_keys
 from tests.parity.test_openai_samplers import formula
@@ -373,7 +373,7 @@ def ddim_step(case: dict, dtype: torch.dtype) -> dict:
     low, high = sigmas[index], sigmas[index + 1]
     x0, z = (FIGURES.tensor(inputs[k], dtype) for k in ("pred_x0", "pred_noise"))
     x = x0 + high.view(-1, 1, 1, 1) * z
-    stepped = euler(lambda x, sigma, cond: x0, x, high, low, Cond())
+    stepped = euler(lambda x, sigma, cond: x0, x, high, low)
     return {"x_prev": alpha_of(low) * stepped}
 
 

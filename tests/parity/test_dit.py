@@ -12,9 +12,8 @@ from cmkit_std.backbones.adm_unet import sinusoids
 from cmkit_std.backbones.dit import PRESETS, DiT
 from cmkit_std.backbones.dit_layouts import matches, read, write
 from cmkit_std.backbones.dit_network import Block, Final, Transformer
-from cmkit_std.guidance import guided
 
-from cmkit import Cond, DataSpec
+from cmkit import Cond, DataSpec, Denoiser, Guided, Scalings
 from tests.parity import harness
 
 FIGURES = harness.Figures("dit.json")
@@ -110,7 +109,8 @@ def forward(case: dict, dtype: torch.dtype) -> dict:
 
 
 def guidance(case: dict, dtype: torch.dtype) -> dict:
-    """The second half of the official output is guided as well, and unguided elsewhere."""
+    """The official code guides the first three channels alone; the second half of its output is
+    guided there as well, and has no label elsewhere."""
     network = network_of(case, dtype)
     inputs = case["inputs"]
     x = FIGURES.tensor(inputs["x"], dtype)
@@ -120,9 +120,16 @@ def guidance(case: dict, dtype: torch.dtype) -> dict:
     assert (labels[half:] == network.null_label).all()
     with_label = network.outputs(x[:half], t[:half], Cond(label=labels[:half]), {})
     without = network.outputs(x[:half], t[:half], Cond(), {})
-    w = torch.tensor(case["config"]["cfg_scale"] - 1, dtype=dtype)
-    out = guided(with_label, without, w, channels=3)
-    return {"out": torch.cat([out, torch.cat([out[:, :3], without[:, 3:]], dim=1)])}
+    guided = Guided(Denoiser(network, scalings=plain), case["config"]["cfg_scale"] - 1)
+    first = guided(x[:half], t[:half], Cond(label=labels[:half]))[:, :3]
+    others = torch.cat([with_label, without])[:, 3:]
+    return {"out": torch.cat([first.repeat(2, 1, 1, 1), others], dim=1)}
+
+
+def plain(sigma, sigma_data, sigma_min) -> Scalings:
+    """Those with which a denoiser is its network: D(x, t) = F(x, t)."""
+    one = torch.ones_like(sigma)
+    return Scalings(0 * one, one, one, sigma)
 
 
 def training(case: dict, dtype: torch.dtype) -> dict:

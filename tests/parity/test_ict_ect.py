@@ -12,10 +12,10 @@ import math
 import pytest
 import torch
 from cmkit_std.objectives.ct import CT
-from cmkit_std.objectives.distances import huber_c, pseudo_huber
 from cmkit_std.objectives.ict import ICT, lognormal_mass
 
 from cmkit import Cond, Denoiser, Models, Noise, consistency_scalings
+from cmkit.functional import huber_c, pseudo_huber
 from tests.parity import harness
 from tests.toys import TinyNetwork
 

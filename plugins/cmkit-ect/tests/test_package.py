@@ -60,6 +60,8 @@ def test_a_module_uses_public_names_of_cmkit_alone(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             assert all(not a.name.startswith(("cmkit.", "cmkit_std")) for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "cmkit.functional":
+            assert {a.name for a in node.names} <= set(cmkit.functional.__all__)
         elif isinstance(node, ast.ImportFrom):
             assert not node.module.startswith(("cmkit.", "cmkit_std"))
             names |= {a.name for a in node.names} if node.module == "cmkit" else set()

@@ -213,7 +213,7 @@ def test_forward_derivative_is_the_central_difference(network):
     x, sigma, z = noisy()
     forward, difference = (
         trigflow.tangent(made, x, sigma, z, Cond(), 1.0, name, rng())
-        for name in trigflow.DERIVATIVES
+        for name in ("forward", "difference")
     )
     torch.testing.assert_close(forward, difference, rtol=1e-4, atol=1e-6)
 
@@ -233,7 +233,7 @@ def test_forward_derivative_goes_through_the_unet_of_cmkit():
     with torch.no_grad():
         forward, difference = (
             trigflow.tangent(made, x, sigma, z, cond, 1.0, name, rng())
-            for name in trigflow.DERIVATIVES
+            for name in ("forward", "difference")
         )
     torch.testing.assert_close(forward, difference, rtol=1e-4, atol=1e-4)
 

@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 import cmkit
 from cmkit import DataSpec, Objective, Phase
+from cmkit_std.objectives.comparison import LpipsNet, LpipsWeights, check_distance
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:
@@ -37,10 +38,8 @@ class CCD(Objective):
     discrete one. The published runs do not."""
     weighting: Weighting = "uniform"
     """Weight of the loss by sigma."""
-    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """Backbone of LPIPS."""
-    lpips_weights: str | None = None
-    """A .safetensors file of that backbone's weights; absent = torch.hub's folder."""
+    lpips_net: LpipsNet = "vgg"
+    lpips_weights: LpipsWeights = None
 
     @model_validator(mode="after")
     def _lpips_needs_stop_gradient(self) -> CCD:
@@ -49,10 +48,7 @@ class CCD(Objective):
         return self
 
     def check(self, data: DataSpec) -> None:
-        if self.distance == "lpips":
-            from cmkit_std.objectives.distances import check_lpips
-
-            check_lpips(self.lpips_net, self.lpips_weights)
+        check_distance(self)
 
     def phase(self, step: int, total: int) -> Phase:
         return Phase(step)
@@ -62,20 +58,21 @@ class CCD(Objective):
         and the teacher's slope (x - D(x, sigma)) / sigma (theorems 3 to 5)."""
         import torch
 
+        from cmkit.functional import derivative, per_image, slope
         from cmkit_std.objectives.distances import distance
-        from cmkit_std.objectives.limits import levels, limit, tangent
-        from cmkit_std.objectives.solvers import slope
+        from cmkit_std.objectives.limits import levels, limit
 
         assert models.teacher is not None
         online = models.online
         sigma, gap = levels(online.noise, rng.uniform(len(x0)).to(x0.dtype))
-        x = x0 + sigma.view(-1, 1, 1, 1) * rng.normal_like(x0)
+        x = x0 + per_image(sigma, x0) * rng.normal_like(x0)
         with torch.no_grad():
-            dx = slope(models.teacher, x, sigma, cond)
+            dx = slope(x, sigma, models.teacher(x, sigma, cond))
+        at, along = (x, sigma), (dx, torch.ones_like(sigma))
         with torch.set_grad_enabled(not self.stop_gradient):
-            v = tangent(online, x, sigma, dx, cond, rng)
+            _, v = derivative(lambda x, sigma: online(x, sigma, cond), at, along, rng)
         if self.gap == "grid":
-            v = v * gap.view(-1, 1, 1, 1)
+            v = v * per_image(gap, v)
         if self.stop_gradient:
             with cmkit.shared_dropout(rng):
                 f = online(x, sigma, cond)

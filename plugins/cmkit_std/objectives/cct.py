@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import cmkit
 from cmkit import DataSpec, Objective, Phase
+from cmkit_std.objectives.comparison import LpipsNet, LpipsWeights, check_distance
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:
@@ -32,16 +33,11 @@ class CCT(Objective):
     discrete one. The published runs do not."""
     weighting: Weighting = "uniform"
     """Weight of the loss by sigma."""
-    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """Backbone of LPIPS."""
-    lpips_weights: str | None = None
-    """A .safetensors file of that backbone's weights; absent = torch.hub's folder."""
+    lpips_net: LpipsNet = "vgg"
+    lpips_weights: LpipsWeights = None
 
     def check(self, data: DataSpec) -> None:
-        if self.distance == "lpips":
-            from cmkit_std.objectives.distances import check_lpips
-
-            check_lpips(self.lpips_net, self.lpips_weights)
+        check_distance(self)
 
     def phase(self, step: int, total: int) -> Phase:
         return Phase(step)
@@ -51,16 +47,18 @@ class CCT(Objective):
         (theorem 6)."""
         import torch
 
-        from cmkit_std.objectives.limits import levels, limit, tangent
+        from cmkit.functional import derivative, per_image
+        from cmkit_std.objectives.limits import levels, limit
 
         online = models.online
         sigma, gap = levels(online.noise, rng.uniform(len(x0)).to(x0.dtype))
         z = rng.normal_like(x0)
-        x = x0 + sigma.view(-1, 1, 1, 1) * z
+        x = x0 + per_image(sigma, x0) * z
+        at, along = (x, sigma), (z, torch.ones_like(sigma))
         with torch.no_grad():
-            v = tangent(online, x, sigma, z, cond, rng)
+            _, v = derivative(lambda x, sigma: online(x, sigma, cond), at, along, rng)
         if self.gap == "grid":
-            v = v * gap.view(-1, 1, 1, 1)
+            v = v * per_image(gap, v)
         with cmkit.shared_dropout(rng):
             f = online(x, sigma, cond)
         d = limit(self.distance, f, v, self.lpips_net, self.lpips_weights)

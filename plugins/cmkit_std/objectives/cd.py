@@ -64,17 +64,18 @@ class CD(Comparison, Objective):
         x = x0 + sigma_{i+1} z."""
         import torch
 
-        from cmkit_std.objectives.solvers import SOLVERS
+        from cmkit import functional
 
         assert models.teacher is not None
+        solve = getattr(functional, self.solver)
         sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         i = rng.integers(phase.num_sigmas - 1, len(x0))
         low, high = sigmas[i], sigmas[i + 1]
-        x = x0 + high.view(-1, 1, 1, 1) * rng.normal_like(x0)
+        x = x0 + functional.per_image(high, x0) * rng.normal_like(x0)
         with cmkit.shared_dropout(rng):
             online = models.online(x, high, cond)
         with torch.no_grad():
-            x_low = SOLVERS[self.solver](models.teacher, x, high, low, cond)
+            x_low = solve(models.teacher, x, high, low, cond)
             with cmkit.shared_dropout(rng):
                 target = models.target(x_low, low, cond)
         return self.compared(online, target, high, models.online.sigma_data)

@@ -65,12 +65,14 @@ class CT(Comparison, Objective):
         """d(f(x0 + sigma_{i+1} z, sigma_{i+1}), f_target(x0 + sigma_i z, sigma_i)), (B,)."""
         import torch
 
+        from cmkit.functional import per_image
+
         sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         i = rng.integers(phase.num_sigmas - 1, len(x0))
         low, high = sigmas[i], sigmas[i + 1]
         z = rng.normal_like(x0)
         with cmkit.shared_dropout(rng):
-            online = models.online(x0 + high.view(-1, 1, 1, 1) * z, high, cond)
+            online = models.online(x0 + per_image(high, x0) * z, high, cond)
         with torch.no_grad(), cmkit.shared_dropout(rng):
-            target = models.target(x0 + low.view(-1, 1, 1, 1) * z, low, cond)
+            target = models.target(x0 + per_image(low, x0) * z, low, cond)
         return self.compared(online, target, high, models.online.sigma_data)

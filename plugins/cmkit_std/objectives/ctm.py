@@ -13,6 +13,13 @@ from pydantic import Field, model_validator
 import cmkit
 from cmkit import Companion, DataSpec, Objective, Phase
 from cmkit.errors import RecipeError
+from cmkit_std.objectives.comparison import (
+    Distance,
+    HuberC,
+    LpipsNet,
+    LpipsWeights,
+    check_distance,
+)
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:
@@ -23,8 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Jumps:
-    """Noisy images x (B, C, H, W), where each starts on the grid (t), where the teacher's solver
-    takes it (u = t - gap) and where both jump to (s <= u); t, u, s (B,) int64."""
+    """Noisy images x (B, C, H, W) at grid points t, the points u = t - gap that the teacher's
+    solver goes to, and the points s <= u that both jump to; t, u, s (B,) int64."""
 
     sigmas: Tensor
     x: Tensor
@@ -60,18 +67,15 @@ class CTM(Objective):
     """The target's decay."""
     solver: Literal["heun", "euler"] = "heun"
     """How the teacher makes each grid step of the gap: two evaluations, or one."""
-    distance: Literal["l1", "l2", "l2-32", "lpips", "pseudo_huber"] = "lpips"
+    distance: Distance = "lpips"
     """How the two images are compared; "l2-32" is l2 at 32 pixels."""
     weighting: Weighting = "uniform"
     """Weight of the distance by sigma_t."""
     gap_power: float = Field(0.0, ge=0, le=10)
     """Exponent of a further weight 1 / (1 - sigma_s / sigma_t)."""
-    huber_c: float | None = Field(None, ge=0, le=1e6)
-    """c of the pseudo-Huber distance; absent = 0.00054 sqrt(d)."""
-    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """Backbone of LPIPS."""
-    lpips_weights: str | None = None
-    """A .safetensors file of that backbone's weights; absent = torch.hub's folder."""
+    huber_c: HuberC = None
+    lpips_net: LpipsNet = "vgg"
+    lpips_weights: LpipsWeights = None
     dsm_weight: float = Field(1.0, ge=0, le=1e6)
     """Weight of denoising score matching; 0 = without."""
     dsm_adaptive: bool = True
@@ -118,10 +122,7 @@ class CTM(Objective):
         return self
 
     def check(self, data: DataSpec) -> None:
-        if self.distance == "lpips":
-            from cmkit_std.objectives.distances import check_lpips
-
-            check_lpips(self.lpips_net, self.lpips_weights)
+        check_distance(self)
         if self.gan_weight:
             from cmkit_std.objectives.projected_gan import weights_of
 
@@ -189,7 +190,9 @@ class CTM(Objective):
         return models.total(**terms)
 
     def jumps(self, noise: Noise, x0: Tensor, phase: Phase, rng: Rng) -> Jumps:
-        """Where jumps from noisy x0 start and end."""
+        """Random start and end points of jumps, and the noisy x0 at the start."""
+        from cmkit.functional import per_image
+
         assert phase.num_sigmas is not None
         sigmas = noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         # One number for the batch: the solver makes as many steps for every image.
@@ -197,7 +200,7 @@ class CTM(Objective):
         u = rng.integers(phase.num_sigmas - gap, len(x0))
         s = (rng.uniform(len(x0)).double() * (u + 1)).long()
         t = u + gap
-        x = x0 + sigmas[t].view(-1, 1, 1, 1) * rng.normal_like(x0)
+        x = x0 + per_image(sigmas[t], x0) * rng.normal_like(x0)
         return Jumps(sigmas, x, t, u, s, gap)
 
     def estimate(self, models: Models, jumps: Jumps, cond: Cond, rng: Rng) -> Tensor:
@@ -216,17 +219,16 @@ class CTM(Objective):
         """The distance of `estimate` to the image of the jump from u to s, weighted, (B,)."""
         import torch
 
+        from cmkit import functional
         from cmkit_std.objectives.distances import distance
-        from cmkit_std.objectives.solvers import SOLVERS
 
         assert models.teacher is not None
+        solve = getattr(functional, self.solver)
         sigmas, t = jumps.sigmas, jumps.t
         with torch.no_grad():
             x_u = jumps.x
             for k in range(jumps.gap):
-                x_u = SOLVERS[self.solver](
-                    models.teacher, x_u, sigmas[t - k], sigmas[t - k - 1], cond
-                )
+                x_u = solve(models.teacher, x_u, sigmas[t - k], sigmas[t - k - 1], cond)
             target = self.estimate(models, replace(jumps, x=x_u, t=jumps.u), cond, rng)
         d = distance(
             self.distance, estimate, target, self.huber_c, self.lpips_net, self.lpips_weights
@@ -266,27 +268,29 @@ class CTM(Objective):
     def score_matching(self, models: Models, x0: Tensor, cond: Cond, rng: Rng) -> Tensor:
         """w(sigma) mean (D(x0 + sigma z, sigma) - x0)^2, (B,), with D(x, sigma) = g(x, sigma,
         sigma)."""
-        from cmkit_std.objectives.distances import l2
+        from cmkit.functional import l2, per_image
         from cmkit_std.trajectory import denoised
 
         sigma = self.noise_levels(models.online.noise, x0, rng)
-        x = x0 + sigma.view(-1, 1, 1, 1) * rng.normal_like(x0)
+        x = x0 + per_image(sigma, x0) * rng.normal_like(x0)
         with cmkit.shared_dropout(rng):
             x0_hat = denoised(models.online, x, sigma, cond)
         return weighting(self.dsm_weighting, sigma, models.online.sigma_data) * l2(x0_hat, x0)
 
     def noise_levels(self, noise: Noise, x0: Tensor, rng: Rng) -> Tensor:
-        """Noise levels of score matching for images x0, (B,): the first half lognormal, the others
-        by a uniform place on the upper part of the Karras grid."""
+        """Noise levels of score matching, (B,): lognormal for the first half of the images x0,
+        uniform over the upper part of the Karras grid for the other."""
         import torch
 
+        from cmkit.functional import lognormal_sigma
+
         half = len(x0) // 2
-        z = rng.normal_like(x0.new_empty(half))
+        lognormal = lognormal_sigma(x0[:half], self.p_mean, self.p_std, rng)
         place = self.grid_share * rng.uniform(len(x0) - half).to(x0.dtype)
-        return torch.cat([(self.p_mean + self.p_std * z).exp(), noise.sigma_at(1 - place)])
+        return torch.cat([lognormal, noise.sigma_at(1 - place)])
 
     def gap_weights(self, num_sigmas: int) -> Tensor:
-        """What the probabilities of gaps of 1 .. H steps are in proportion to, (H,)."""
+        """Unnormalised probabilities of gaps of 1 .. H grid steps, (H,)."""
         import torch
 
         most = self.max_gap or num_sigmas - 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cmkit import Rng
+from cmkit.functional import per_image
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,11 @@ class Augmentation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The augmented images, in the order brightness, saturation, contrast."""
-        x = x + _per_image(self.brightness, x)
+        x = x + per_image(self.brightness, x)
         grey = x.mean(1, keepdim=True)
-        x = grey + (x - grey) * _per_image(self.saturation, x)
+        x = grey + (x - grey) * per_image(self.saturation, x)
         mean = x.mean((1, 2, 3), keepdim=True)
-        x = mean + (x - mean) * _per_image(self.contrast, x)
+        x = mean + (x - mean) * per_image(self.contrast, x)
         return self.cut(self.move(x))
 
     def move(self, x: Tensor) -> Tensor:
@@ -88,7 +89,3 @@ def _product(axes: list[Tensor]) -> Tensor:
     """Where both hold, (B, H, W), of rows (B, H) and columns (B, W)."""
     rows, columns = axes
     return rows.unsqueeze(2) & columns.unsqueeze(1)
-
-
-def _per_image(number: Tensor, x: Tensor) -> Tensor:
-    return number.to(x.dtype).view(-1, 1, 1, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmkit import CheckpointError, DownloadError
+from cmkit.functional import l2, pseudo_huber
 
 LPIPS_BACKBONES = {
     "vgg": "vgg16-397923af.pth",
@@ -48,11 +48,6 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().flatten(1).mean(1)
 
 
-def l2(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference of each image, (B,)."""
-    return (a - b).square().flatten(1).mean(1)
-
-
 def l2_32(a: Tensor, b: Tensor) -> Tensor:
     """`l2` of the images resized to 32 pixels, (B,)."""
     return l2(
@@ -61,25 +56,10 @@ def l2_32(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
-def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
-    """sqrt(||a - b||^2 + c^2) - c of each whole image, (B,) (iCT, eq. 7).
-
-    c is `huber_c` of the numbers in an image unless given.
-    """
-    difference = (a - b).flatten(1)
-    c = huber_c(difference.shape[1]) if c is None else c
-    return (difference.square().sum(1) + c * c).sqrt() - c
-
-
 def huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     """Mean of sqrt((a - b)^2 + c^2) - c of each number of an image by itself, (B,), as the code of
     Latent Consistency Models has it."""
     return (((a - b).square() + c * c).sqrt() - c).flatten(1).mean(1)
-
-
-def huber_c(d: int) -> float:
-    """0.00054 sqrt(d) for images of d numbers (iCT, section 3.3)."""
-    return 0.00054 * math.sqrt(d)
 
 
 def lpips(a: Tensor, b: Tensor, net: str = "vgg", weights: str | None = None) -> Tensor:

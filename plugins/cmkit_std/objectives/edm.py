@@ -3,6 +3,7 @@ Diffusion-Based Generative Models, 2022, equations 2 and 8)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -50,17 +51,20 @@ class EDM(Objective):
     def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
         """w(sigma) mean (D(x0 + sigma z, sigma) - x0)^2, (B,), with levels of the grid or
         ln(sigma) ~ N(p_mean, p_std^2)."""
-        from cmkit_std.guidance import dropped
-        from cmkit_std.objectives.distances import l2
+        import torch
+
+        from cmkit.functional import l2, lognormal_sigma, per_image
 
         if self.label_dropout:
-            null = models.online.network.null_label
-            cond = dropped(cond, self.label_dropout, null, rng)
+            assert cond.label is not None
+            drop = rng.uniform(len(x0)) < self.label_dropout
+            label = torch.where(drop, models.online.network.null_label, cond.label)
+            cond = replace(cond, label=label)
         if self.noise_levels == "grid":
             sigma = models.online.noise.sigma_at(rng.uniform(len(x0)).to(x0.dtype))
         else:
-            sigma = (self.p_mean + self.p_std * rng.normal_like(x0.new_empty(len(x0)))).exp()
+            sigma = lognormal_sigma(x0, self.p_mean, self.p_std, rng)
         z = rng.normal_like(x0)
         with cmkit.shared_dropout(rng):
-            x0_hat = models.online(x0 + sigma.view(-1, 1, 1, 1) * z, sigma, cond)
+            x0_hat = models.online(x0 + per_image(sigma, x0) * z, sigma, cond)
         return weighting(self.weighting, sigma, models.online.sigma_data) * l2(x0_hat, x0)

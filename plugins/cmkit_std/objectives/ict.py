@@ -60,7 +60,7 @@ class ICT(Objective):
         """
         import torch
 
-        from cmkit_std.objectives.distances import pseudo_huber
+        from cmkit.functional import per_image, pseudo_huber
 
         noise, num_sigmas = models.online.noise, phase.num_sigmas
         sigmas = noise.sigmas(num_sigmas, x0.device, x0.dtype)
@@ -69,9 +69,9 @@ class ICT(Objective):
         low, high = sigmas[i], sigmas[i + 1]
         z = rng.normal_like(x0)
         with cmkit.shared_dropout(rng):
-            online = models.online(x0 + high.view(-1, 1, 1, 1) * z, high, cond)
+            online = models.online(x0 + per_image(high, x0) * z, high, cond)
         with torch.no_grad(), cmkit.shared_dropout(rng):
-            target = models.online(x0 + low.view(-1, 1, 1, 1) * z, low, cond)
+            target = models.online(x0 + per_image(low, x0) * z, low, cond)
         return pseudo_huber(online, target, self.huber_c) / (high - low)
 
 

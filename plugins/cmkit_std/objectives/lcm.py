@@ -73,23 +73,24 @@ class LCM(Objective):
         with x = x0 + sigma_i z and w ~ U[w_min, w_max] of each image."""
         import torch
 
-        from cmkit_std.objectives.distances import huber, l2
-        from cmkit_std.objectives.solvers import SOLVERS
+        from cmkit import functional
+        from cmkit_std.objectives.distances import huber
 
         assert models.teacher is not None
+        solve = getattr(functional, self.solver)
         assert phase.num_sigmas is not None
         sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         i = 1 + rng.integers(phase.num_sigmas - 1, len(x0))
         low, high = sigmas[(i - self.skip).clamp(min=0)], sigmas[i]
-        x = x0 + high.view(-1, 1, 1, 1) * rng.normal_like(x0)
+        x = x0 + functional.per_image(high, x0) * rng.normal_like(x0)
         w = self.w_min + (self.w_max - self.w_min) * rng.uniform(len(x0)).to(x0.dtype)
         cond = replace(cond, guidance=w)
         with cmkit.shared_dropout(rng):
             online = models.online(x, high, cond)
         with torch.no_grad():
-            x_low = SOLVERS[self.solver](cmkit.Guided(models.teacher), x, high, low, cond)
+            x_low = solve(cmkit.Guided(models.teacher), x, high, low, cond)
             with cmkit.shared_dropout(rng):
                 target = models.target(x_low, low, cond)
-        return (
-            huber(online, target, self.huber_c) if self.distance == "huber" else l2(online, target)
-        )
+        if self.distance == "l2":
+            return functional.l2(online, target)
+        return huber(online, target, self.huber_c)

@@ -3,13 +3,13 @@ Models, 2022), on the noise levels of EDM as openai/consistency_models has it.""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 import cmkit
 from cmkit import Objective, Phase
-from cmkit_std.objectives.comparison import Comparison
+from cmkit_std.objectives.comparison import Comparison, Distance
 from cmkit_std.objectives.schedules import halving_num_steps
 from cmkit_std.objectives.weightings import Weighting
 
@@ -34,7 +34,7 @@ class PD(Comparison, Objective):
     round_steps: int = Field(50_000, ge=1, le=10**9)
     """Training steps a round; the round of 2 Euler steps takes twice as many, that of 1 the
     rest."""
-    distance: Literal["l1", "l2", "l2-32", "lpips", "pseudo_huber"] = "l2"
+    distance: Distance = "l2"
     """How the two estimates are compared; "l2-32" is l2 at 32 pixels."""
     weighting: Weighting = "truncated-snr"
     """Weight of the loss by the noise level that the student starts from."""
@@ -47,22 +47,23 @@ class PD(Comparison, Objective):
         return Phase(step, 2 * steps + 1, renew_teacher=ends, log={"num_steps": steps})
 
     def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
-        """d(D(x, sigma), x0_hat), (B,), with x = x0 + sigma z: from (x, sigma) to x0_hat leads the
-        line through the point where two Euler steps of the teacher arrive."""
+        """d(D(x, sigma''), x0_hat), (B,), with x = x0 + sigma'' z, where x0_hat is the estimate
+        with which one Euler step from x arrives where two of the teacher do, from sigma'' over
+        sigma' to sigma."""
         import torch
 
-        from cmkit_std.objectives.solvers import euler
+        from cmkit.functional import euler, per_image
 
         assert models.teacher is not None
         assert phase.num_sigmas is not None
         sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         i = 2 * rng.integers(phase.num_sigmas // 2, len(x0))
         low, middle, high = sigmas[i], sigmas[i + 1], sigmas[i + 2]
-        x = x0 + high.view(-1, 1, 1, 1) * rng.normal_like(x0)
+        x = x0 + per_image(high, x0) * rng.normal_like(x0)
         with cmkit.shared_dropout(rng):
             student = models.online(x, high, cond)
         with torch.no_grad():
             x_middle = euler(models.teacher, x, high, middle, cond)
             x_low = euler(models.teacher, x_middle, middle, low, cond)
-            x0_hat = x - (high / (low - high)).view(-1, 1, 1, 1) * (x_low - x)
+            x0_hat = x - per_image(high / (low - high), x) * (x_low - x)
         return self.compared(student, x0_hat, high, models.online.sigma_data)

@@ -58,7 +58,7 @@ class PerLayer(Rescaler):
         return lambda sigma: scales(sigma.device, sigma.dtype)
 
     def value_of(self, name: str) -> float:
-        """The number of a family or site; a site has its family's unless it has its own."""
+        """The number of a field, or of a site: its own in `sites`, otherwise its family's."""
         family, dot, member = name.partition(".")
         if not dot:
             return super().value_of(name)
@@ -74,7 +74,7 @@ class PerLayer(Rescaler):
         return decided(values, (name for name in names if name in values or name not in self.sites))
 
     def with_values(self, values: Mapping[str, Any]) -> PerLayer:
-        """The same policy with other numbers; those of sites go to `sites`, which `bind` checks."""
+        """The same policy with other fields and sites; `bind` refuses sites that do not exist."""
         own = {name: value for name, value in values.items() if "." in name}
         rest = {name: value for name, value in values.items() if "." not in name}
         return super().with_values({**rest, "sites": {**self.sites, **own}})

@@ -87,7 +87,7 @@ class PerTimestep(Rescaler):
         return scales
 
     def value_of(self, name: str) -> float:
-        """The number of a family or level; "skip.1" is the value at the second level."""
+        """The number of a field, or at a level: "skip.1" is the value at the second one."""
         if "." not in name:
             return super().value_of(name)
         family, level = self._level(name)
@@ -99,7 +99,7 @@ class PerTimestep(Rescaler):
         return decided(values, names)
 
     def with_values(self, values: Mapping[str, Any]) -> PerTimestep:
-        """The same policy with other numbers; a level named alone makes its family a list."""
+        """The same policy with other numbers; where a level is named, one number becomes a list."""
         fields = {name: value for name, value in values.items() if "." not in name}
         for name in (name for name in values if "." in name):
             family, level = self._level(name)
@@ -110,7 +110,7 @@ class PerTimestep(Rescaler):
         return super().with_values(fields)
 
     def _level(self, name: str) -> tuple[str, int]:
-        """Family and place of the level that "skip.1" names."""
+        """("skip", 1) of "skip.1"; ValueError where there is no such level."""
         family, _, level = name.partition(".")
         if family not in ("skip", "emb") or not level.isdecimal() or int(level) >= len(self.sigmas):
             last = len(self.sigmas) - 1

@@ -7,10 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from cmkit import Sampler
-from cmkit_std.samplers.steps import estimate, falling
+from cmkit_std.samplers.steps import Clamp, Walk, estimator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,28 +15,22 @@ if TYPE_CHECKING:
     from cmkit import Cond, Denoiser
 
 
-class Ancestral(Sampler):
+class Ancestral(Walk):
     """Each Euler step goes below the next noise level, and fresh noise leads back up to it.
     For diffusion models, such as of denoiser.precond = "edm"."""
 
-    steps: int = Field(40, ge=2, le=10_000)
-    """Points of the sigma grid; the last step goes from sigma_min to 0."""
-    clamp: bool = True
-    """Clamp each estimate to [-1, 1]; false for latents."""
-
-    @property
-    def nfe(self) -> int:
-        return self.steps
+    clamp: Clamp = True
 
     def sample(
         self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
     ) -> Tensor:
         """x0_hat + sigma_down / sigma (x - x0_hat) + sigma_up z; no noise after the last step."""
-        levels = [*falling(denoiser.noise, self.steps), 0.0]
-        for k, (sigma, sigma_next) in enumerate(pairwise(levels), 1):
-            x0 = estimate(denoiser, x, sigma, cond, self.clamp)
+        from cmkit.functional import euler
+
+        denoise = estimator(denoiser, self.clamp)
+        for k, (sigma, sigma_next) in enumerate(pairwise(self.levels(denoiser.noise)), 1):
             down, up = ancestral_step(sigma, sigma_next)
-            x = x0 + down / sigma * (x - x0)
+            x = euler(denoise, x, sigma, down, cond)
             if up > 0:
                 x = x + up * noise(k)
         return x

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit import Sampler
 from cmkit_std.samplers.ancestral import ancestral_step
-from cmkit_std.samplers.steps import estimate, falling
+from cmkit_std.samplers.steps import Clamp, Steps, Walk, estimator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,32 +19,27 @@ if TYPE_CHECKING:
     from cmkit import Cond, Denoiser
 
 
-class DDIM(Sampler):
+class DDIM(Walk):
     """Steps down the sigma grid that put back a share of fresh noise: none with eta = 0, which is
     sampler `euler`, all that DDPM has with eta = 1, which is `ancestral`.
     For diffusion models, such as of denoiser.precond = "edm"."""
 
-    steps: int = Field(50, ge=2, le=10_000)
-    """Points of the sigma grid; the last step goes from sigma_min to 0."""
+    steps: Steps = 50
     eta: float = Field(0.0, ge=0, le=1)
     """Share of the fresh noise."""
-    clamp: bool = True
-    """Clamp each estimate to [-1, 1]; false for latents."""
-
-    @property
-    def nfe(self) -> int:
-        return self.steps
+    clamp: Clamp = True
 
     def sample(
         self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
     ) -> Tensor:
         """x0_hat + sqrt(sigma'^2 - up^2) (x - x0_hat) / sigma + up z, with
         up = eta sigma' sqrt(1 - (sigma' / sigma)^2); no noise after the last step."""
-        levels = [*falling(denoiser.noise, self.steps), 0.0]
-        for k, (sigma, sigma_next) in enumerate(pairwise(levels), 1):
-            x0 = estimate(denoiser, x, sigma, cond, self.clamp)
+        from cmkit.functional import euler
+
+        denoise = estimator(denoiser, self.clamp)
+        for k, (sigma, sigma_next) in enumerate(pairwise(self.levels(denoiser.noise)), 1):
             up = self.eta * ancestral_step(sigma, sigma_next)[1]
-            x = x0 + math.sqrt(sigma_next**2 - up**2) / sigma * (x - x0)
+            x = euler(denoise, x, sigma, math.sqrt(sigma_next**2 - up**2), cond)
             if up > 0:
                 x = x + up * noise(k)
         return x

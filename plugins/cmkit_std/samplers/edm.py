@@ -6,11 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from cmkit import Sampler
 from cmkit_std.samplers.ablation import Ablation
-from cmkit_std.samplers.steps import Churn
+from cmkit_std.samplers.steps import Churn, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,12 +15,11 @@ if TYPE_CHECKING:
     from cmkit import Cond, Denoiser
 
 
-class EDM(Churn, Sampler):
+class EDM(Churn):
     """The sampler of EDM: as `heun`, but estimates are not clamped and x is kept in float64;
     `ablation` has its variants. For diffusion models, such as of denoiser.precond = "edm"."""
 
-    steps: int = Field(18, ge=2, le=10_000)
-    """Points of the sigma grid; the last step goes from sigma_min to 0."""
+    steps: Steps = 18
 
     @property
     def nfe(self) -> int:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, model_validator
 
 from cmkit import Sampler
-from cmkit.errors import RecipeError
-from cmkit_std.samplers.steps import falling
+from cmkit_std.samplers.steps import between, falling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,12 +66,6 @@ class Gamma(Sampler):
 
     def levels(self, noise: Noise) -> list[float]:
         """Noise levels from sigma_max down to sigma_min, nfe + 1 of them."""
-        low, high = noise.sigma_min, noise.sigma_max
         if not self.sigmas:
             return falling(noise, self.nfe + 1)
-        if not (self.sigmas[0] < high and self.sigmas[-1] > low):
-            raise RecipeError(
-                f"sampler.sigmas = {list(self.sigmas)}: must lie between sigma_min {low} and"
-                f" sigma_max {high}"
-            )
-        return [high, *self.sigmas, low]
+        return [noise.sigma_max, *between(self.sigmas, noise), noise.sigma_min]

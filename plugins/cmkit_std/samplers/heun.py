@@ -7,8 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from cmkit import Sampler
-from cmkit_std.samplers.steps import Churn, estimate, falling
+from cmkit_std.samplers.steps import Churn, Clamp, estimator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,12 +15,11 @@ if TYPE_CHECKING:
     from cmkit import Cond, Denoiser
 
 
-class Heun(Churn, Sampler):
+class Heun(Churn):
     """Steps of second order down the sigma grid; deterministic unless s_churn is above 0.
     For diffusion models, such as of denoiser.precond = "edm"."""
 
-    clamp: bool = True
-    """Clamp each estimate to [-1, 1]; false for latents."""
+    clamp: Clamp = True
 
     @property
     def nfe(self) -> int:
@@ -31,14 +29,11 @@ class Heun(Churn, Sampler):
         self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
     ) -> Tensor:
         """The slope is the mean of those at both ends; the last step, to 0, is Euler's."""
-        levels = [*falling(denoiser.noise, self.steps), 0.0]
-        for k, (sigma, sigma_next) in enumerate(pairwise(levels), 1):
+        from cmkit.functional import euler, heun
+
+        denoise = estimator(denoiser, self.clamp)
+        for k, (sigma, sigma_next) in enumerate(pairwise(self.levels(denoiser.noise)), 1):
             x, sigma = self.churned(x, sigma, k, noise)
-            slope = (x - estimate(denoiser, x, sigma, cond, self.clamp)) / sigma
-            x_next = x + (sigma_next - sigma) * slope
-            if sigma_next > 0:
-                x0_next = estimate(denoiser, x_next, sigma_next, cond, self.clamp)
-                slope_next = (x_next - x0_next) / sigma_next
-                x_next = x + (sigma_next - sigma) * (slope + slope_next) / 2
-            x = x_next
+            step = heun if sigma_next > 0 else euler
+            x = step(denoise, x, sigma, sigma_next, cond)
         return x

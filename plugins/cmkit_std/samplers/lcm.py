@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from cmkit import Sampler
-from cmkit_std.samplers.steps import estimate, falling
+from cmkit_std.samplers.steps import Clamp, Walk, estimator, falling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,17 +16,16 @@ if TYPE_CHECKING:
     from cmkit import Cond, Denoiser
 
 
-class LCM(Sampler):
-    """As `multistep`, at noise levels that are spread evenly over the grid of training, and with
-    sigma z for the fresh noise, although the estimate already holds sigma_min of it."""
+class LCM(Walk):
+    """Multistep consistency sampling at noise levels spread evenly over the grid of training. The
+    fresh noise is sigma z, although the estimate already has noise of sigma_min."""
 
     steps: int = Field(4, ge=1, le=10_000)
     """Noise levels, the first of them sigma_max."""
     grid: int = Field(50, ge=1, le=10_000)
     """Intervals of the grid that the levels are taken from; objective lcm crosses each in one
     step: num_sigmas / skip."""
-    clamp: bool = True
-    """Clamp each estimate to [-1, 1]; false for latents."""
+    clamp: Clamp = True
 
     @model_validator(mode="after")
     def _grid_has_the_steps(self) -> LCM:
@@ -35,23 +33,20 @@ class LCM(Sampler):
             raise ValueError(f"steps {self.steps} must not be above grid {self.grid}")
         return self
 
-    @property
-    def nfe(self) -> int:
-        return self.steps
-
     def sample(
         self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
     ) -> Tensor:
         """x0 = f(x, sigma_max); then x = x0 + sigma z, x0 = f(x, sigma)."""
+        f = estimator(denoiser, self.clamp)
         levels = falling(denoiser.noise, self.grid + 1)
         first, *others = (levels[i] for i in skipped(self.grid, self.steps))
-        x0 = estimate(denoiser, x, first, cond, self.clamp)
+        x0 = f(x, first, cond)
         for k, sigma in enumerate(others, 1):
-            x0 = estimate(denoiser, x0 + sigma * noise(k), sigma, cond, self.clamp)
+            x0 = f(x0 + sigma * noise(k), sigma, cond)
         return x0
 
 
 def skipped(grid: int, steps: int) -> list[int]:
-    """Which of a falling list of `grid` levels `steps` steps visit: floor(k (grid / steps)), whose
-    rounding, as in diffusers, now and then takes 14 for 15."""
+    """Indices of the levels that `steps` steps visit in a falling list of `grid`:
+    floor(k (grid / steps)), in floating point as in diffusers, so that 15 may come out as 14."""
     return [int(k * (grid / steps)) for k in range(steps)]

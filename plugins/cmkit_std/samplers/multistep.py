@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, model_validator
 
 from cmkit import Sampler
-from cmkit.errors import RecipeError
+from cmkit_std.samplers.steps import Clamp, between
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +25,7 @@ class Multistep(Sampler):
 
     sigmas: tuple[Annotated[float, Field(gt=0, le=10_000)], ...] = Field((), max_length=1000)
     """Noise levels after the first step, falling; [0.821] makes two steps."""
-    clamp: bool = True
-    """Clamp each estimate to [-1, 1]; false for latents."""
+    clamp: Clamp = True
 
     @model_validator(mode="after")
     def _sigmas_fall(self) -> Multistep:
@@ -43,13 +42,9 @@ class Multistep(Sampler):
     ) -> Tensor:
         """x0 = f(x, sigma_max); then x = x0 + sqrt(sigma^2 - sigma_min^2) z, x0 = f(x, sigma)."""
         low, high = denoiser.noise.sigma_min, denoiser.noise.sigma_max
-        if self.sigmas and not (self.sigmas[0] < high and self.sigmas[-1] > low):
-            raise RecipeError(
-                f"sampler.sigmas = {list(self.sigmas)}: must lie between sigma_min {low} and"
-                f" sigma_max {high}"
-            )
+        sigmas = between(self.sigmas, denoiser.noise)
         x0 = self.estimate(denoiser, x, high, cond)
-        for k, sigma in enumerate(self.sigmas, 1):
+        for k, sigma in enumerate(sigmas, 1):
             x = x0 + math.sqrt(sigma**2 - low**2) * noise(k)
             x0 = self.estimate(denoiser, x, sigma, cond)
         return x0

@@ -1,19 +1,30 @@
-"""What the samplers that walk down the sigma grid share: the grid, an estimate, churn."""
+"""What samplers share that walk down the sigma grid: the grid, the estimate, churn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from cmkit import Part
+from cmkit import Sampler
+from cmkit.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cmkit import Cond, Denoiser, Noise
+
+Steps = Annotated[
+    int,
+    Field(
+        ge=2,
+        le=10_000,
+        description="Points of the sigma grid; the last step goes from sigma_min to 0.",
+    ),
+]
+Clamp = Annotated[bool, Field(description="Clamp each estimate to [-1, 1]; false for latents.")]
 
 
 def falling(noise: Noise, n: int) -> list[float]:
@@ -23,22 +34,48 @@ def falling(noise: Noise, n: int) -> list[float]:
     return noise.sigmas(n, dtype=torch.float64).flip(0).tolist()
 
 
-def estimate(denoiser: Denoiser, x: Tensor, sigma: float, cond: Cond, clamp: bool) -> Tensor:
-    """x0_hat, (B, C, H, W), of images x (B, C, H, W) that are all at noise level sigma.
+def between(sigmas: tuple[float, ...], noise: Noise) -> list[float]:
+    """The falling `sigmas` of a recipe; RecipeError unless sigma_min < sigmas < sigma_max."""
+    low, high = noise.sigma_min, noise.sigma_max
+    if sigmas and not (sigmas[0] < high and sigmas[-1] > low):
+        raise RecipeError(
+            f"sampler.sigmas = {list(sigmas)}: must lie between sigma_min {low} and"
+            f" sigma_max {high}"
+        )
+    return list(sigmas)
 
-    A trajectory model is told to jump to where it stands: its estimate as a diffusion model.
+
+def estimator(denoiser: Denoiser, clamp: bool) -> Callable[[Tensor, float, Cond], Tensor]:
+    """The function (x, sigma, cond) -> x0_hat of images x (B, C, H, W) at one noise level sigma.
+
+    A trajectory model gives its estimate as a diffusion model, a jump to where it stands.
     """
     from cmkit_std.trajectory import denoised
 
-    x0 = denoised(denoiser, x, x.new_full((len(x),), sigma), cond)
-    return x0.clamp(-1, 1) if clamp else x0
+    def estimate(x: Tensor, sigma: float, cond: Cond) -> Tensor:
+        x0 = denoised(denoiser, x, x.new_full((len(x),), sigma), cond)
+        return x0.clamp(-1, 1) if clamp else x0
+
+    return estimate
 
 
-class Churn(Part):
-    """Options of a walk that first steps back up to sigma (1 + gamma) with fresh noise."""
+class Walk(Sampler):
+    """A sampler that visits the sigma grid from sigma_max to sigma_min, and then 0."""
 
-    steps: int = Field(40, ge=2, le=10_000)
-    """Points of the sigma grid; the last step goes from sigma_min to 0."""
+    steps: Steps = 40
+
+    @property
+    def nfe(self) -> int:
+        return self.steps
+
+    def levels(self, noise: Noise) -> list[float]:
+        """The noise levels between the steps, falling to 0, steps + 1 of them."""
+        return [*falling(noise, self.steps), 0.0]
+
+
+class Churn(Walk):
+    """A walk that first goes back up to sigma (1 + gamma) with fresh noise at each step."""
+
     s_churn: float = Field(0.0, ge=0, le=1e6)
     """Noise to add over the whole walk: gamma = min(s_churn / steps, sqrt(2) - 1); 0 = none."""
     s_tmin: float = Field(0.0, ge=0, le=1e6)

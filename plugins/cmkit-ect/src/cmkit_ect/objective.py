@@ -55,15 +55,18 @@ class ECT(Objective):
         """
         import torch
 
-        sigma = (self.p_mean + self.p_std * rng.normal_like(x0.new_empty(len(x0)))).exp()
+        from cmkit.functional import lognormal_sigma, per_image, pseudo_huber
+
+        sigma = lognormal_sigma(x0, self.p_mean, self.p_std, rng)
         r = self.lower(sigma, phase)
         z = rng.normal_like(x0)
         with cmkit.shared_dropout(rng):
-            online = models.online(x0 + sigma.view(-1, 1, 1, 1) * z, sigma, cond)
+            online = models.online(x0 + per_image(sigma, x0) * z, sigma, cond)
         with torch.no_grad(), cmkit.shared_dropout(rng):
-            target = models.online(x0 + r.view(-1, 1, 1, 1) * z, r, cond)
-        target = torch.where((r > 0).view(-1, 1, 1, 1), target, x0)
-        return self.weight(sigma, r, models.online.sigma_data) * self.distance(online, target)
+            target = models.online(x0 + per_image(r, x0) * z, r, cond)
+        target = torch.where(per_image(r, x0) > 0, target, x0)
+        d = pseudo_huber(online, target, self.c)
+        return self.weight(sigma, r, models.online.sigma_data) * d
 
     def lower(self, sigma: Tensor, phase: Phase) -> Tensor:
         """r = max(0, sigma (1 - q^-(stage + 1) n(sigma))), (B,), below sigma (section 3.2)."""
@@ -79,13 +82,3 @@ class ECT(Objective):
         if self.weighting == "snr":
             return sigma**-2 + sigma_data**-2
         return 1 / (sigma - r)
-
-    def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """sqrt(||a - b||^2 + c^2) - c of each whole image, (B,); no gradient where a = b."""
-        import torch
-
-        difference = (a - b).flatten(1)
-        if self.c == 0:
-            # Unlike the square root of a sum, this norm has gradient 0, not NaN, at 0.
-            return torch.linalg.vector_norm(difference, dim=1)
-        return (difference.square().sum(1) + self.c**2).sqrt() - self.c

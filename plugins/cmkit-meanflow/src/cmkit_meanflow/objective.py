@@ -56,14 +56,15 @@ class MeanFlow(Objective):
         """
         import torch
 
+        from cmkit.functional import lognormal_sigma, per_image
         from cmkit_meanflow import velocity
 
         noise = models.online.noise
-        logits = self.p_mean + self.p_std * rng.normal_like(x0.new_empty(2, len(x0)))
-        low, sigma = logits.exp().clamp(noise.sigma_min, noise.sigma_max).sort(0).values
+        two = lognormal_sigma(x0.repeat(2, 1, 1, 1), self.p_mean, self.p_std, rng).view(2, -1)
+        low, sigma = two.clamp(noise.sigma_min, noise.sigma_max).sort(0).values
         sigma_to = torch.where(rng.uniform(len(x0)) < self.equal, sigma, low)
         z = rng.normal_like(x0)
-        x = x0 + sigma.view(-1, 1, 1, 1) * z
+        x = x0 + per_image(sigma, x0) * z
         with torch.no_grad():
             target = velocity.target(
                 models.online, x, sigma, sigma_to, z, cond, self.derivative, rng

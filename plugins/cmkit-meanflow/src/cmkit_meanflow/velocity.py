@@ -6,18 +6,15 @@ a noisy image as cmkit's denoisers take it.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import cmkit
 from cmkit import Cond, Denoiser, Rng
-
-Function = Callable[[Tensor, Tensor], Tensor]
+from cmkit.functional import derivative, difference, per_image
 
 
 def average(denoiser: Denoiser, x: Tensor, sigma: Tensor, sigma_to: Tensor, cond: Cond) -> Tensor:
@@ -26,7 +23,7 @@ def average(denoiser: Denoiser, x: Tensor, sigma: Tensor, sigma_to: Tensor, cond
     u = (x_t - x0_hat) / t = (x - (1 + sigma) x0_hat) / sigma.
     """
     x0_hat = denoiser(x, sigma, replace(cond, sigma_to=sigma_to))
-    sigma = sigma.view(-1, 1, 1, 1)
+    sigma = per_image(sigma, x)
     return (x - (1 + sigma) * x0_hat) / sigma
 
 
@@ -37,7 +34,7 @@ def target(
     sigma_to: Tensor,
     slope: Tensor,
     cond: Cond,
-    derivative: str,
+    how: Literal["forward", "difference"],
     rng: Rng,
 ) -> Tensor:
     """v - (t - r) du/dt, (B, C, H, W), where images x move by `slope` = dx/dsigma (equation 6).
@@ -47,40 +44,14 @@ def target(
     `cmkit.shared_dropout(rng)` in every call of the network.
     """
 
-    def call(x: Tensor, sigma: Tensor) -> Tensor:
-        with cmkit.shared_dropout(rng):
-            return average(denoiser, x, sigma, sigma_to, cond)
-
+    u = partial(average, denoiser, sigma_to=sigma_to, cond=cond)
     length = (sigma - sigma_to) * (1 + sigma) / (1 + sigma_to)
-    along = (length.view(-1, 1, 1, 1) * slope, length)
-    with torch.autocast(x.device.type, enabled=False):
-        change = DERIVATIVES[derivative](call, (x, sigma), along)
-    return (1 + sigma.view(-1, 1, 1, 1)) * slope - x - change
-
-
-def forward(call: Function, at: tuple[Tensor, Tensor], along: tuple[Tensor, Tensor]) -> Tensor:
-    """The derivative of `call` along a direction, by forward-mode differentiation."""
-    # Of PyTorch's kernels of attention only the plain one has a forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        # PyTorch imports a module of its own that still uses torch.jit.script.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.*")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch.*")
-        derivative: Tensor = torch.func.jvp(call, at, along)[1]
-    return derivative
-
-
-def difference(call: Function, at: tuple[Tensor, Tensor], along: tuple[Tensor, Tensor]) -> Tensor:
-    """The same by central differences over a small part of sigma: two calls of the network, and
-    rounding of about eps^(2/3)."""
-    x, sigma = at
-    # The direction is longer than sigma at high noise levels, where a step along it would leave
-    # the path.
-    size = along[1].abs() / sigma
-    h = torch.finfo(x.dtype).eps ** (1 / 3) / size.clamp(min=1)
-    step = h.view(-1, 1, 1, 1)
-    ahead = call(x + step * along[0], sigma + h * along[1])
-    behind = call(x - step * along[0], sigma - h * along[1])
-    return (ahead - behind) / (2 * step)
-
-
-DERIVATIVES = {"forward": forward, "difference": difference}
+    at, along = (x, sigma), (per_image(length, x) * slope, length)
+    if how == "forward":
+        _, change = derivative(u, at, along, rng)
+    else:
+        # At high noise levels the direction is longer than sigma: a step would leave the path.
+        size = length.abs() / sigma
+        step = torch.finfo(x.dtype).eps ** (1 / 3) / size.clamp(min=1)
+        change = difference(u, at, along, rng, step)
+    return (1 + per_image(sigma, x)) * slope - x - change

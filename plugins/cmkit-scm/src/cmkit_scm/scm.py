@@ -76,25 +76,26 @@ class SCM(Objective):
         """
         import torch
 
+        from cmkit.functional import l2, lognormal_sigma, per_image, slope
         from cmkit_scm import trigflow
 
         online = models.online
-        sigma = (self.p_mean + self.p_std * rng.normal_like(x0.new_empty(len(x0)))).exp()
+        sigma = lognormal_sigma(x0, self.p_mean, self.p_std, rng)
         sigma = sigma.clamp(online.noise.sigma_min, online.noise.sigma_max)
         z = rng.normal_like(x0)
-        x = x0 + sigma.view(-1, 1, 1, 1) * z
+        x = x0 + per_image(sigma, x0) * z
         with torch.no_grad():
-            slope = z
+            dx = z
             if self.distil:
                 assert models.teacher is not None
-                slope = (x - models.teacher(x, sigma, cond)) / sigma.view(-1, 1, 1, 1)
+                dx = slope(x, sigma, models.teacher(x, sigma, cond))
             share = self.tangent_share(phase.step)
-            g = trigflow.tangent(online, x, sigma, slope, cond, share, self.derivative, rng)
-            size = g.square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1)
-            g = g / (size + self.c)
+            g = trigflow.tangent(online, x, sigma, dx, cond, share, self.derivative, rng)
+            size = g.square().flatten(1).mean(1).sqrt()
+            g = g / (per_image(size, g) + self.c)
         with cmkit.shared_dropout(rng):
             f = trigflow.network(online, x, sigma, cond)
-        loss = (f - f.detach() - g).square().flatten(1).mean(1)
+        loss = l2(f - f.detach(), g)
         loss = loss / sigma if self.prior == "inverse_sigma" else loss
         if not self.learned_weight:
             return models.total(matching=loss)
