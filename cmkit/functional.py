@@ -92,7 +92,7 @@ def derivative(
         else:  # torch.func would draw other masks in channels_last memory
             with forward_ad.dual_level():
                 duals = map(forward_ad.make_dual, at, along)
-                value, change = forward_ad.unpack_dual(f(*duals))  # type: ignore[no-untyped-call]
+                value, change = forward_ad.unpack_dual(f(*duals))
     return value, torch.zeros_like(value) if change is None else change
 
 
