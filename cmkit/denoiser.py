@@ -32,7 +32,7 @@ class Cond:
     guidance: Tensor | None = None
     """Guidance weight w of LCM, (B,)."""
     sigma_to: Tensor | None = None
-    """Target noise level s of CTM, (B,)."""
+    """Target noise level s of CTM, (B,); a network gets c_noise of it."""
     text: Tensor | None = None
     """Text features, (B, L, D)."""
 
@@ -56,6 +56,7 @@ class Network(nn.Module):
     counted from the input on; "emb.0" .. one per block that reads the embedding.
 
     Under autocast the output is float32; conditions that the network was not built for are ignored.
+    `cond.sigma_to` comes as c_noise too: that of the target noise level.
 
     A network whose first part does not depend on the scales of some sites may name them in `late`
     and offer `decode(encode(..), scales)` for `forward`: a search then encodes once for all.
@@ -178,6 +179,9 @@ class Denoiser(nn.Module):
         """x0_hat, (B, C, H, W), of noisy images x (B, C, H, W) with noise levels sigma (B,)."""
         scales = self._scales(sigma) if self._scales else {}
         c_skip, c_out, c_in, c_noise = self.scalings(sigma, self.sigma_data, self.noise.sigma_min)
+        if cond.sigma_to is not None:
+            target = self.scalings(cond.sigma_to, self.sigma_data, self.noise.sigma_min)
+            cond = replace(cond, sigma_to=target.c_noise)
         given = (per_image(c_in, x) * x, c_noise, cond, scales)
         if self._encodings and self._encodings.x is x and self.network.late:
             f = self._encodings.network(self.network, *given)

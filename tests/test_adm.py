@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
-from cmkit_std.backbones.adm_unet import mixed, upsampled, weighted
+from cmkit_std.backbones.cpu import bfloat16_attention, conv1x1, upsampled
 
 from cmkit import Cond, DataSpec, RecipeError
 from cmkit.testing import check_backbone
@@ -61,7 +61,7 @@ def test_emb_scales_act_before_the_activation_and_leave_the_main_path_alone():
 def test_skip_scales_act_on_the_copy_at_the_concatenation_alone():
     network = network_of(FILM)
     seen = {}
-    for name, stage in (("middle", network.middle), ("first", network.decoder[0])):
+    for name, stage in (("middle", network.middle), ("first", network.decoder[0][0])):
         stage.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
     last = [site for site in network.sites if site.startswith("skip")][-1]
     network(*inputs(), {last: torch.tensor(0.3)})
@@ -82,7 +82,7 @@ def test_sampling_in_bfloat16_compiles_to_one_graph():
 def test_attention_by_bfloat16_products_is_the_fused_one_up_to_rounding():
     q, k, v = torch.randn(3, 2, 4, 96, 32)
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    rounded = weighted(
+    rounded = bfloat16_attention(
         *(t.transpose(1, 2).contiguous().transpose(1, 2).bfloat16() for t in (q, k, v))
     )
     assert (rounded.float() - exact).std() < 0.01 * exact.std()
@@ -105,7 +105,7 @@ def test_pointwise_convolution_is_a_matrix_product_in_every_type(dtype):
     x, weight, bias = torch.randn(2, 8, 4, 4), torch.randn(6, 8, 1, 1), torch.randn(6)
     exact = torch.einsum("bchw,oc->bohw", x.double(), weight[:, :, 0, 0].double())
     exact += bias.view(-1, 1, 1).double()
-    found = mixed(*(each.to(dtype) for each in (x, weight, bias)))
+    found = conv1x1(*(each.to(dtype) for each in (x, weight, bias)))
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=16 * torch.finfo(dtype).eps)
 
@@ -132,7 +132,7 @@ def test_target_level_speaks_through_its_own_weights_alone():
     seen = []
     network._blocks[2].film_s.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     network(x, c_noise, cond, {})
-    silu, s = torch.nn.functional.silu, 0.25 * cond.sigma_to.log()
+    silu, s = torch.nn.functional.silu, cond.sigma_to
     torch.testing.assert_close(seen, [silu(network.time_s(network._sinusoids(s)))])
     for block in network._blocks:
         torch.nn.init.zeros_(block.film_s.weight)

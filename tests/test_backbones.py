@@ -61,10 +61,11 @@ def test_weights_rounded_once_give_the_images_of_weights_rounded_at_each_call(of
 
 @BACKBONES
 def test_gradient_checkpointing_changes_no_gradient(of, options):
-    grads, calls, dropped = [], [], "class_dropout" if of is test_dit else "dropout"
+    grads, calls = [], []
+    dropout = {} if of is test_dit else {"dropout": 0.3}
     for flag in (False, True):
         torch.manual_seed(0)
-        network = of.network_of({**options, dropped: 0.3, "gradient_checkpointing": flag}).train()
+        network = of.network_of({**options, **dropout, "gradient_checkpointing": flag}).train()
         block = next(m for m in network.modules() if hasattr(m, "film"))
         inner = next(m for m in block.children() if m is not block.film)
         inner.register_forward_pre_hook(lambda *_, flag=flag: calls.append(flag))

@@ -44,7 +44,7 @@ class Pairs(Network):
         self.inner, self.both = TinyNetwork(), torch.nn.Linear(2, 1)
 
     def forward(self, x, c_noise, cond, scales):
-        to = c_noise if cond.sigma_to is None else 0.25 * cond.sigma_to.log() + 1
+        to = c_noise if cond.sigma_to is None else cond.sigma_to + 1
         shift = self.both(torch.stack([c_noise, to], 1).to(x.dtype)).view(-1, 1, 1, 1)
         return self.inner(x, c_noise, cond, scales) + shift
 

@@ -7,11 +7,8 @@ import re
 import pytest
 import torch
 from cmkit_std.backbones.edm2 import EDM2
-from cmkit_std.backbones.edm2_network import (
-    CLIP,
-    Block,
+from cmkit_std.backbones.edm2.magnitude import (
     Conv,
-    EDM2UNet,
     Fourier,
     Linear,
     Weighted,
@@ -20,6 +17,7 @@ from cmkit_std.backbones.edm2_network import (
     mp_sum,
     normalized,
 )
+from cmkit_std.backbones.edm2.network import CLIP, Block, EDM2UNet
 
 from cmkit import Cond, DataSpec, RecipeError, discover
 from cmkit.denoiser import NO_COND
@@ -178,7 +176,7 @@ def test_emb_scales_act_before_the_activation_and_each_on_its_own_block():
     x, c_noise, cond = inputs()
     for scales in ({}, {"emb.1": torch.tensor(0.3)}, {"emb.0": torch.tensor(0.3)}):
         network(x, c_noise, cond, scales)
-    emb = mp_sum(embedded[0], network._label(c_noise, cond), 0.5)
+    emb = mp_sum(embedded[0], network._label(cond), 0.5)
     torch.testing.assert_close(seen, [mp_silu(emb), mp_silu(0.3 * emb), mp_silu(emb)])
 
 
@@ -219,8 +217,8 @@ def test_label_chooses_a_row_and_no_label_is_the_vector_of_zeros():
     plain.load_state_dict(network.state_dict())
     x, c_noise, cond = inputs()
     one_hot = torch.eye(10)[cond.label] * 10**0.5
-    torch.testing.assert_close(network._label(c_noise, cond), network.label(one_hot))
-    assert not network._label(c_noise, NO_COND).any()
+    torch.testing.assert_close(network._label(cond), network.label(one_hot))
+    assert not network._label(NO_COND).any()
     mixed = Cond(label=torch.tensor([4, 10, 0]))
     out, absent = network(x, c_noise, mixed, {}), plain(x, c_noise, Cond(), {})
     assert torch.equal(network(x, c_noise, Cond(), {}), absent)

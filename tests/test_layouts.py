@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
-from cmkit_std.backbones.adm_layouts import places
-from cmkit_std.backbones.adm_unet import Attention, Downsample, ResBlock, Upsample
+from cmkit_std.backbones.adm.network import Attention, ResBlock
+from cmkit_std.backbones.adm.places import places
 from cmkit_std.backbones.dit import DiT
+from cmkit_std.backbones.layers import Downsample, Upsample
 from cmkit_std.backbones.songunet import SongUNet
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -23,6 +23,7 @@ from cmkit import (
     Cond,
     DataSpec,
     Denoiser,
+    Guided,
     Network,
     Noise,
     PluginError,
@@ -216,6 +217,25 @@ def test_at_its_boundary_a_consistency_model_ignores_its_network(precond):
     out = Denoiser(TinyNetwork(), axis(precond), precond.scalings).eval()(x, sigma)
     kept = 1.0 if isinstance(precond, Consistency) else (1 + low**2) ** -0.5
     assert torch.equal(out, x) if kept == 1 else torch.allclose(out, kept * x)
+
+
+@pytest.mark.parametrize("name", PRECONDS)
+def test_a_network_hears_its_target_level_by_the_number_that_means_this_level(name):
+    precond, seen = PRECONDS[name], []
+
+    class Ears(TinyNetwork):
+        def forward(self, x, c_noise, cond, scales):
+            seen.append((c_noise, cond.sigma_to))
+            return super().forward(x, c_noise, cond, scales)
+
+    sigma = torch.linspace(*precond.levels, 5, dtype=torch.float64)
+    denoiser = Denoiser(Ears().double(), axis(precond), precond.scalings)
+    x, cond = torch.zeros(5, 1, 8, 8, dtype=torch.float64), Cond(sigma_to=sigma.flip(0))
+    for model in (denoiser, Guided(denoiser, w=1.0)):
+        model(x, sigma, cond)
+    assert len(seen) == 3
+    assert all(torch.equal(c_noise.flip(0), to) for c_noise, to in seen)
+    assert torch.equal(cond.sigma_to, sigma.flip(0)), "callers speak of noise levels"
 
 
 def test_networks_are_interchangeable_where_inputs_and_meaning_agree():

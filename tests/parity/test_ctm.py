@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
-from cmkit_std.backbones.adm_layouts import from_openai, to_openai
-from cmkit_std.backbones.adm_unet import UNet
+from cmkit_std.backbones.adm.network import UNet
+from cmkit_std.backbones.adm.openai import from_openai, to_openai
 from cmkit_std.objectives import distances
 from cmkit_std.objectives.ctm import CTM, gradient_norm, gradient_ratio
 from cmkit_std.objectives.weightings import weighting
@@ -42,7 +42,7 @@ from cmkit import (
 )
 from cmkit.denoiser import NO_COND
 from tests.parity import harness, test_edm
-from tests.parity.test_openai_unet import options_of
+from tests.parity.test_openai_unet import data_of, options_of
 
 FIGURES = harness.Figures("ctm.json")
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
@@ -66,8 +66,8 @@ def labels(case: dict) -> Cond:
 def unet(config: dict, dtype: torch.dtype, prefix: str = "", sigma_to: bool = True) -> UNet:
     """The ADM of an official configuration, with its formula-filled weights."""
     options = options_of(config).model_copy(update={"time_scale": 1000.0})
-    sizes = (config["in_channels"], config["out_channels"], config["image_size"])
-    network = UNet(options, *sizes, config["num_classes"], sigma_to=sigma_to).to(dtype)
+    data, conditions = data_of(config)
+    network = options.build(data, conditions | ({"sigma_to"} if sigma_to else set())).to(dtype)
     shapes = {key: tuple(t.shape) for key, t in to_openai(network.state_dict()).items()}
     network.load_state_dict(from_openai(FIGURES.weights(shapes, dtype, prefix)))
     return network.eval()
@@ -101,7 +101,7 @@ def adm_forward(case: dict, dtype: torch.dtype) -> dict:
     return {
         "params": sum(p.numel() for p in network.parameters()),
         "state_dict": {key: list(t.shape) for key, t in state.items()},
-        "out": network(x, 0.25 * t.log(), replace(cond, sigma_to=s), {}),
+        "out": network(x, 0.25 * t.log(), replace(cond, sigma_to=0.25 * s.log()), {}),
         "out_without_s": network(x, 0.25 * t.log(), cond, {}),
     }
 
@@ -134,7 +134,7 @@ def dhariwal_forward(case: dict, dtype: torch.dtype) -> dict:
     assert layout.matches(weights)
     network.load_state_dict(layout.read(weights))
     t, s = (test_edm.unscaled(case["inputs"][name], dtype) for name in ("t", "s_sigma"))
-    cond = replace(labels(case), sigma_to=s)
+    cond = replace(labels(case), sigma_to=0.25 * s.log())
     return {
         "params": sum(p.numel() for p in network.parameters()),
         "state_dict": {key: list(t.shape) for key, t in state.items()},
@@ -188,6 +188,7 @@ class Raw(Denoiser):
     def forward(self, x, sigma, cond=NO_COND):
         skip, out = (c.view(-1, 1, 1, 1) for c in raw_scalings(sigma))
         c_in = (sigma**2 + self.sigma_data**2).rsqrt().view(-1, 1, 1, 1)
+        cond = replace(cond, sigma_to=0.25 * cond.sigma_to.log())
         return skip * x + out * self.network(c_in * x, 0.25 * sigma.log(), cond, {})
 
 
@@ -202,7 +203,8 @@ class Corrected(Network):
         out = self.inner(x, c_noise, cond, scales)
         if self.rescaling:
             t = (4 * c_noise).exp()
-            out = out * ((t**2 - cond.sigma_to**2).sqrt() / t).view(-1, 1, 1, 1)
+            s = (4 * cond.sigma_to).exp()
+            out = out * ((t**2 - s**2).sqrt() / t).view(-1, 1, 1, 1)
         return out + self.teacher(x, c_noise, Cond(label=cond.label), scales)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pytest
 import torch
-from cmkit_std.backbones.adm_unet import guidance_waves
+from cmkit_std.backbones.embedding import guidance_waves
 from cmkit_std.discrete import (
     DiscreteNoise,
     lcm_boundary,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
-from cmkit_std.backbones.adm_layouts import from_openai, to_openai
+from cmkit_std.backbones.adm.openai import from_openai, to_openai
 
 from cmkit import Cond, DataSpec, Layout
 from tests.parity import harness

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from cmkit_std.backbones import dit_network
-from cmkit_std.backbones.adm_unet import sinusoids
-from cmkit_std.backbones.dit import PRESETS, DiT
-from cmkit_std.backbones.dit_layouts import matches, read, write
-from cmkit_std.backbones.dit_network import Block, Final, Transformer
+from cmkit_std.backbones.dit import DiT
+from cmkit_std.backbones.dit import network as dit_network
+from cmkit_std.backbones.dit.layouts import matches, read, write
+from cmkit_std.backbones.dit.network import Block, Final, Transformer
+from cmkit_std.backbones.dit.options import PRESETS
+from cmkit_std.backbones.embedding import mlp
+from cmkit_std.backbones.layers import sinusoids
+from cmkit_std.objectives.edm import dropped
 
 from cmkit import Cond, DataSpec, Denoiser, Guided, Scalings
 from tests.parity import harness
@@ -24,11 +28,11 @@ FIELDS = {
     "depth": "depth",
     "num_heads": "num_heads",
     "mlp_ratio": "mlp_ratio",
-    "class_dropout_prob": "class_dropout",
     "learn_sigma": "learn_sigma",
 }
 """Argument of the official DiT -> field of ours."""
 OF_THE_DATA = {"input_size", "in_channels", "num_classes"}
+OF_TRAINING = {"class_dropout_prob", "cfg_scale"}
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["f64", "f32"])
@@ -43,9 +47,10 @@ def dtype(request):
 def network_of(case: dict, dtype: torch.dtype) -> Transformer:
     """The case's network with its formula-filled weights."""
     config = case["config"]
-    unknown = config.keys() - FIELDS.keys() - OF_THE_DATA - {"cfg_scale"}
+    unknown = config.keys() - FIELDS.keys() - OF_THE_DATA - OF_TRAINING
     assert not unknown, f"unknown options {unknown}"
     fields = {FIELDS[name]: value for name, value in config.items() if name in FIELDS}
+    fields["null_class"] = config.get("class_dropout_prob", 0) > 0
     data = DataSpec(config["in_channels"], config["input_size"], config["num_classes"])
     return filled(DiT(**fields, time_scale=1.0).build(data, LABEL), case, dtype)
 
@@ -138,14 +143,12 @@ def training(case: dict, dtype: torch.dtype) -> dict:
     inputs = case["inputs"]
     x = FIGURES.tensor(inputs["x"], dtype).requires_grad_()
     t, labels = FIGURES.tensor(inputs["t"], dtype), torch.tensor(inputs["y"])
-    rows = []
-    network.label.register_forward_pre_hook(lambda _module, args: rows.append(args[0]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", lambda *_shape, **_: torch.tensor(inputs["rand"]))
-        out = network.outputs(x, t, Cond(label=labels), {})
-    null = case["config"]["num_classes"]
-    assert rows[0].tolist() == [
-        null if dropped else y for y, dropped in zip(inputs["y"], inputs["dropped"], strict=True)
+    draws, null = torch.tensor(inputs["rand"]), case["config"]["num_classes"]
+    rng = SimpleNamespace(uniform=lambda n: draws)
+    cond = dropped(Cond(label=labels), case["config"]["class_dropout_prob"], null, rng)
+    out = network.outputs(x, t, cond, {})
+    assert cond.label.tolist() == [
+        null if drop else y for y, drop in zip(inputs["y"], inputs["dropped"], strict=True)
     ]
     formula = re.fullmatch(r"mean\(out \* (X\(out\.shape, .*\))\)", inputs["loss"])
     assert formula, f"unknown loss {inputs['loss']}"
@@ -186,7 +189,7 @@ def layer_figures(layer: Block | Final, case: dict, dtype: torch.dtype) -> dict:
 
 def noise_level(case: dict, dtype: torch.dtype) -> dict:
     assert case["config"]["frequency_embedding_size"] == dit_network.WAVES
-    layer = dit_network.embedder(case["config"]["hidden_size"])
+    layer = mlp(dit_network.WAVES, case["config"]["hidden_size"])
     # On its own the official module has no outer name, by which the figures fill it.
     names = {
         key: write({f"time.{key}": torch.empty(0)}).popitem()[0].removeprefix("t_embedder.")

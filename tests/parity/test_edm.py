@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cmkit_std.backbones.adm_unet import sinusoids
-from cmkit_std.backbones.songunet import PRESETS
+from cmkit_std.backbones.layers import sinusoids
 from cmkit_std.backbones.songunet import SongUNet as Options
-from cmkit_std.backbones.songunet_layouts import PREFIX, matches, read, write
-from cmkit_std.backbones.songunet_network import Block, Conv, Fourier, Positional, SongUNet
+from cmkit_std.backbones.songunet.layers import Conv, Fourier, Positional
+from cmkit_std.backbones.songunet.layouts import PREFIX, matches, read, write
+from cmkit_std.backbones.songunet.network import Block, SongUNet
+from cmkit_std.backbones.songunet.options import PRESETS
 from cmkit_std.objectives.weightings import weighting
 from cmkit_std.preconds.iddpm import IDDPM
 from cmkit_std.preconds.ve import VE
@@ -169,7 +170,7 @@ def forward(case: dict, dtype: torch.dtype) -> dict:
     if "D" in case["expect"]:
         actual["trace"] = dict(seen)
         if network.label is not None:
-            context = network._context(cond, None)
+            context = network._label(cond)
             actual["trace"]["map_label"] = context
         denoiser = Augmented(network, augment)
         actual["D"] = denoiser(*noisy(case, dtype), cond)
@@ -187,7 +188,7 @@ def gradients(case: dict, dtype: torch.dtype) -> dict:
     network = filled_network(case, dtype)
     x = FIGURES.tensor(case["inputs"]["x"], dtype).requires_grad_()
     c_noise = FIGURES.tensor(case["inputs"]["c_noise"], dtype)
-    out = network(x, c_noise, cond_of(case), {}, augment_of(case, dtype))
+    out = network(x, c_noise, cond_of(case), {}, augment=augment_of(case, dtype))
     formula = re.fullmatch(r"mean\(F \* (X\(F\.shape, .*\))\)", case["inputs"]["loss"])
     assert formula, f"unknown loss {case['inputs']['loss']}"
     loss = (out * FIGURES.tensor(formula[1], dtype, F=out)).mean()
@@ -349,7 +350,7 @@ def towards(case: dict, dtype: torch.dtype) -> dict:
     assert inputs["rescaled_t"] == "250*ln(t), rounded to float32"
     assert inputs["rescaled_s"] == "250*ln(s)"
     t, s = (unscaled(inputs[name], dtype) for name in ("t", "s_sigma"))
-    cond = Cond(label=cond_of(case).label, sigma_to=s)
+    cond = Cond(label=cond_of(case).label, sigma_to=0.25 * s.log())
     state = write(network.state_dict())
     return {
         "params": sum(p.numel() for p in network.parameters()),

@@ -9,12 +9,9 @@ import re
 import pytest
 import torch
 from cmkit_std.backbones.edm2 import EDM2
-from cmkit_std.backbones.edm2_layouts import PREFIX, UNCERTAINTY
-from cmkit_std.backbones.edm2_network import (
-    BRANCH,
-    Block,
+from cmkit_std.backbones.edm2.layouts import PREFIX, UNCERTAINTY
+from cmkit_std.backbones.edm2.magnitude import (
     Conv,
-    EDM2UNet,
     Fourier,
     Linear,
     filters,
@@ -23,6 +20,7 @@ from cmkit_std.backbones.edm2_network import (
     mp_sum,
     normalized,
 )
+from cmkit_std.backbones.edm2.network import BRANCH, Block, EDM2UNet
 from torch import Tensor, nn
 
 from cmkit import Cond, DataSpec, Denoiser, Layout, edm_scalings

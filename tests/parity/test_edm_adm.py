@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
-from cmkit_std.backbones.adm_layouts import places
-from cmkit_std.backbones.adm_unet import UNet
+from cmkit_std.backbones.adm.network import UNet
+from cmkit_std.backbones.adm.places import places
 
 from cmkit import Cond, DataSpec, Denoiser, Layout, edm_scalings
 from tests.parity import harness

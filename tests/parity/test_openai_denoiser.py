@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cmkit_std.backbones.adm_layouts import from_openai, to_openai
-from cmkit_std.backbones.adm_unet import UNet
+from cmkit_std.backbones.adm.openai import from_openai, to_openai
 from cmkit_std.objectives.ct import CT
 from cmkit_std.objectives.edm import EDM
 from cmkit_std.objectives.schedules import adaptive_num_sigmas, halving_num_steps
@@ -15,7 +14,7 @@ from cmkit_std.samplers.ancestral import ancestral_step
 from cmkit import Cond, Denoiser, Models, Noise, consistency_scalings, edm_scalings
 from cmkit.denoiser import Scaling
 from tests.parity import harness
-from tests.parity.test_openai_unet import BOTH, options_of
+from tests.parity.test_openai_unet import BOTH, data_of, options_of
 
 FIGURES = harness.Figures("openai_denoiser.json")
 SCALINGS: dict[bool, Scaling] = {False: edm_scalings, True: consistency_scalings}
@@ -26,9 +25,7 @@ def denoiser_of(config: dict, figures: harness.Figures, dtype: torch.dtype) -> D
     """A formula-filled network as the denoiser that an official configuration describes."""
     net = config["net"]
     options = options_of(net).model_copy(update={"time_scale": 1000.0})
-    network = UNet(
-        options, net["in_channels"], net["out_channels"], net["image_size"], net["num_classes"]
-    )
+    network = options.build(*data_of(net))
     shapes = {key: tuple(t.shape) for key, t in to_openai(network.state_dict()).items()}
     network.to(dtype).load_state_dict(from_openai(figures.weights(shapes, dtype)))
     return Denoiser(

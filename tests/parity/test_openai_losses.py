@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cmkit_std.backbones.adm_layouts import from_openai, to_openai
-from cmkit_std.backbones.adm_unet import UNet
+from cmkit_std.backbones.adm.openai import from_openai, to_openai
 from cmkit_std.objectives.cd import CD
 from cmkit_std.objectives.ct import CT
 from cmkit_std.objectives.pd import PD
@@ -30,7 +29,7 @@ from cmkit import (
 from cmkit.denoiser import Scaling
 from cmkit.recipe import TrainTable
 from tests.parity import harness
-from tests.parity.test_openai_unet import options_of
+from tests.parity.test_openai_unet import data_of, options_of
 
 FIGURES = harness.Figures("openai_losses.json")
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
@@ -78,8 +77,7 @@ def denoiser_of(case: dict, scalings: Scaling, prefix: str, dtype: torch.dtype) 
     """The case's network with its formula-filled weights, as a denoiser."""
     config, net = case["config"], case["config"]["net"]
     options = options_of(net).model_copy(update={"time_scale": 1000.0})
-    sizes = (net["in_channels"], net["out_channels"], net["image_size"], net["num_classes"])
-    network = UNet(options, *sizes).to(dtype)
+    network = options.build(*data_of(net)).to(dtype)
     shapes = {key: tuple(t.shape) for key, t in to_openai(network.state_dict()).items()}
     network.load_state_dict(from_openai(FIGURES.weights(shapes, dtype, prefix)))
     levels = {name: config[name] for name in ("sigma_min", "sigma_max", "rho") if name in config}

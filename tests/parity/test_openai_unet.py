@@ -7,10 +7,13 @@ import re
 
 import pytest
 import torch
-from cmkit_std.backbones import adm_unet
-from cmkit_std.backbones.adm import ADM, PRESETS
-from cmkit_std.backbones.adm_layouts import from_openai, to_openai
-from cmkit_std.backbones.adm_unet import Attention, Downsample, ResBlock, UNet, Upsample, attend
+from cmkit_std.backbones.adm import ADM
+from cmkit_std.backbones.adm import network as adm_network
+from cmkit_std.backbones.adm.network import Attention, ResBlock, UNet
+from cmkit_std.backbones.adm.openai import from_openai, to_openai
+from cmkit_std.backbones.adm.options import PRESETS
+from cmkit_std.backbones.layers import MAX_PERIOD, Downsample, Upsample, attend, sinusoids
+from torch import nn
 from torch.nn import functional as F
 
 from cmkit import Cond, DataSpec
@@ -50,16 +53,20 @@ def options_of(config: dict) -> ADM:
     return ADM(**fields, time_scale=1.0)
 
 
+def data_of(config: dict) -> tuple[DataSpec, frozenset[str]]:
+    """The data and the conditions of arguments of the official UNetModel."""
+    data = DataSpec(config["in_channels"], config["image_size"], config["num_classes"])
+    return data, frozenset({"label"} if data.num_classes else ())
+
+
 def unet_of(case: dict, dtype: torch.dtype) -> UNet:
     """The case's network with its formula-filled weights."""
     config = case["config"]
-    network = UNet(
-        options_of(config),
-        config["in_channels"],
-        config["out_channels"],
-        config["image_size"],
-        config["num_classes"],
-    )
+    network = options_of(config).build(*data_of(config))
+    if (channels := config["out_channels"]) != config["in_channels"]:
+        # Ours has the channels of its images; one official network has more outputs.
+        network.out_channels = channels
+        network.conv_out = nn.Conv2d(network.conv_out.in_channels, channels, 3, padding=1)
     return filled(network, case, dtype)
 
 
@@ -194,7 +201,7 @@ def legacy_attention(case: dict, dtype: torch.dtype) -> dict:
     """Our network always attends in the working type; the official defect is put in here."""
     with pytest.MonkeyPatch.context() as patch:
         if dtype == torch.float32:
-            patch.setattr(adm_unet, "attend", in_float16)
+            patch.setattr(adm_network, "attend", in_float16)
         return {"out": run_of(case, dtype)(case["inputs"]["timesteps"])}
 
 
@@ -205,9 +212,9 @@ def float16_torso(case: dict, dtype: torch.dtype) -> dict:
 
 
 def embedding(case: dict, dtype: torch.dtype) -> dict:
-    assert case["config"] == {"max_period": adm_unet.MAX_PERIOD}
+    assert case["config"] == {"max_period": MAX_PERIOD}
     t = FIGURES.tensor(case["inputs"]["timesteps"], dtype)
-    return {f"dim{dim}": adm_unet.sinusoids(t, dim) for dim in case["inputs"]["dims"]}
+    return {f"dim{dim}": sinusoids(t, dim) for dim in case["inputs"]["dims"]}
 
 
 def res_block(case: dict, dtype: torch.dtype) -> dict:

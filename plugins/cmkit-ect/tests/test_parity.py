@@ -9,7 +9,7 @@ import torch
 from cmkit_ect.objective import ECT
 from cmkit_ect.sampler import ECTSampler
 from cmkit_std.backbones.songunet import SongUNet
-from cmkit_std.backbones.songunet_layouts import read, write
+from cmkit_std.backbones.songunet.layouts import read, write
 from torch import Tensor
 
 from cmkit import Cond, DataSpec, Denoiser, Models, Noise, consistency_scalings, edm_scalings

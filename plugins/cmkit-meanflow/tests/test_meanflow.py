@@ -31,7 +31,7 @@ class Tiny(Network):
         self.dropout = torch.nn.Dropout(0.5)
 
     def forward(self, x, c_noise, cond, scales):
-        emb = torch.sin(4 * c_noise) + torch.cos(cond.sigma_to.log())
+        emb = torch.sin(4 * c_noise) + torch.cos(4 * cond.sigma_to)
         h = self.first(x) + emb.view(-1, 1, 1, 1)
         return self.second(self.dropout(torch.tanh(h)))
 

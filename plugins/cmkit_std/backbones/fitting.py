@@ -1,31 +1,36 @@
-"""Whether the options of a backbone fit the data and the conditions: one place for all of them."""
+"""Options of a backbone: presets, and whether they fit the data and the conditions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from cmkit import Backbone, DataSpec
-from cmkit.errors import CheckpointError, RecipeError
+from pydantic import model_validator
 
-
-def with_preset(given: Any, presets: Mapping[str, Mapping[str, Any]]) -> Any:
-    """A table's keys over those of the preset that it names; anything else as it is."""
-    if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
-        return given
-    return {**presets.get(given["preset"], {}), **given}
+from cmkit import Backbone, DataSpec, Part
+from cmkit.errors import RecipeError
 
 
-def unet_inputs(data: DataSpec, conditions: frozenset[str]) -> dict[str, Any]:
-    """What a U-Net's constructor is told of the data and the conditions."""
-    return {
-        "in_channels": data.channels,
-        "out_channels": data.channels,
-        "resolution": data.resolution,
-        "num_classes": data.num_classes if "label" in conditions else None,
-        "guidance": "guidance" in conditions,
-        "sigma_to": "sigma_to" in conditions,
-    }
+class Options(Part):
+    """Options of a backbone; the field `preset` names one of the sets `presets` of them."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        """A table's keys over those of the preset that it names."""
+        if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
+            return given
+        return {**cls.presets.get(given["preset"], {}), **given}
+
+
+class UNetOptions(Options):
+    """Options of a U-Net, with fields `channels` and `channel_mult`."""
+
+    def levels(self, resolution: int) -> list[tuple[int, int]]:
+        """(width in channels, side in pixels) of each level, the finest first."""
+        return [(self.channels * m, resolution >> n) for n, m in enumerate(self.channel_mult)]
 
 
 def check_conditions(
@@ -63,14 +68,4 @@ def check_levels(
             f"backbone.attention_resolutions = {list(attention_resolutions or ())}: no"
             f" level has {', '.join(map(str, missing))} pixels; choose among"
             f" {', '.join(map(str, sides))}"
-        )
-
-
-def check_time_scale(given: float, known: float, project: str) -> None:
-    """CheckpointError unless c_noise is scaled as `project` scales it: names and shapes do not
-    tell, and other steps draw other pictures."""
-    if given != known:
-        raise CheckpointError(
-            f"backbone.time_scale = {given}: {project} computes with {known:g}; give that, or"
-            " weights of another project"
         )

@@ -51,15 +51,10 @@ class EDM(Objective):
     def loss(self, models: Models, x0: Tensor, cond: Cond, phase: Phase, rng: Rng) -> Tensor:
         """w(sigma) mean (D(x0 + sigma z, sigma) - x0)^2, (B,), with levels of the grid or
         ln(sigma) ~ N(p_mean, p_std^2)."""
-        import torch
-
         from cmkit.functional import l2, lognormal_sigma, per_image
 
         if self.label_dropout:
-            assert cond.label is not None
-            drop = rng.uniform(len(x0)) < self.label_dropout
-            label = torch.where(drop, models.online.network.null_label, cond.label)
-            cond = replace(cond, label=label)
+            cond = dropped(cond, self.label_dropout, models.online.network.null_label, rng)
         if self.noise_levels == "grid":
             sigma = models.online.noise.sigma_at(rng.uniform(len(x0)).to(x0.dtype))
         else:
@@ -68,3 +63,12 @@ class EDM(Objective):
         with cmkit.shared_dropout(rng):
             x0_hat = models.online(x0 + per_image(sigma, x0) * z, sigma, cond)
         return weighting(self.weighting, sigma, models.online.sigma_data) * l2(x0_hat, x0)
+
+
+def dropped(cond: Cond, probability: float, null_label: int | None, rng: Rng) -> Cond:
+    """`cond` with the label of each image replaced by the null label with this probability."""
+    import torch
+
+    assert cond.label is not None
+    drop = rng.uniform(len(cond.label)) < probability
+    return replace(cond, label=torch.where(drop, null_label, cond.label))

@@ -22,9 +22,9 @@ class LCM(Objective):
     """Latent consistency distillation: as `cd`, but the teacher is guided by a weight w that the
     student embeds, and its solver skips grid points. On this axis its DDIM step is Euler's.
 
-    The teacher must know what no label is: a backbone with null_class = true (dit: or
-    class_dropout), trained with objective.label_dropout. Student: denoiser.init = "teacher". Sample
-    with denoiser.guidance = w and sampler `lcm`.
+    The teacher must know what no label is: a backbone with null_class = true, trained with
+    objective.label_dropout. Student: denoiser.init = "teacher". Sample with denoiser.guidance = w
+    and sampler `lcm`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset(

@@ -37,7 +37,7 @@ class VE(Precond):
         from cmkit import Scalings
 
         one = sigma.new_ones(sigma.shape)
-        return Scalings(one, sigma, one, (0.5 * sigma).log())
+        return Scalings(one, sigma, one, (0.5 * sigma + 1e-44).log())
 
     def drawn(self, u: Tensor) -> Tensor:
         """Noise levels of training, uniform in ln(sigma), from uniform draws u."""

@@ -48,7 +48,7 @@ class PerLayer(Rescaler):
         def scales(device: torch.device, dtype: torch.dtype) -> Scales:
             import torch
 
-            # Networks embed anew wherever the next block's scale is another tensor.
+            # One tensor a value: networks reuse an activation while the scale is the same object.
             values = {
                 value: torch.tensor(value, device=device, dtype=dtype)
                 for value in set(used.values())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from cmkit import Layout
-from cmkit_std.backbones.fitting import check_time_scale
-
-if TYPE_CHECKING:
-    from cmkit_std.backbones.dit import DiT
+from cmkit_std.backbones.dit.options import DiTOptions
+from cmkit_std.backbones.layouts import check_time_scale, renamed
 
 _NAMES = {
     "patch": "x_embedder",
@@ -29,7 +26,7 @@ _OWN_NAMES = {official: own for own, official in _NAMES.items()}
 _MARKS = {"x_embedder.proj.weight", "t_embedder.mlp.0.weight", "blocks.0.adaLN_modulation.1.weight"}
 
 
-def layout(options: DiT) -> Layout:
+def layout(options: DiTOptions) -> Layout:
     """The layout of facebookresearch/DiT, whose networks take steps as they are."""
 
     def checked(convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Any:
@@ -49,14 +46,9 @@ def matches(state: Mapping[str, Tensor]) -> bool:
 
 def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official weights under the names of a `Transformer`; no copies. Unknown names stay."""
-    return {_renamed(key, _OWN_NAMES): tensor for key, tensor in state.items()}
+    return {renamed(key, _OWN_NAMES): tensor for key, tensor in state.items()}
 
 
 def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a `Transformer`, or of one of its blocks, under official names; no copies."""
-    return {_renamed(key, _NAMES): tensor for key, tensor in state.items()}
-
-
-def _renamed(key: str, names: Mapping[str, str]) -> str:
-    pattern = "|".join(re.escape(name) for name in names)
-    return re.sub(rf"(?<![^.])(?:{pattern})(?![^.])", lambda match: names[match[0]], key)
+    return {renamed(key, _NAMES): tensor for key, tensor in state.items()}

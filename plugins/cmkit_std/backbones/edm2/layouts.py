@@ -7,16 +7,13 @@ heads, head width), so those filters are permuted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from cmkit import Layout
-from cmkit_std.backbones.adm_layouts import regrouped
-from cmkit_std.backbones.songunet_layouts import official_key, own_key
-
-if TYPE_CHECKING:
-    from cmkit_std.backbones.edm2 import EDM2
+from cmkit_std.backbones.edm2.options import EDM2Options
+from cmkit_std.backbones.layouts import from_edm_qkv, to_edm_qkv
+from cmkit_std.backbones.songunet.layouts import official_key, own_key
 
 PREFIX = "unet."
 """The official network is a member of its preconditioning."""
@@ -46,7 +43,7 @@ _NAMES = {
 _OWN_NAMES = {theirs: ours for ours, theirs in _NAMES.items()}
 
 
-def layout(options: EDM2) -> Layout:
+def layout(options: EDM2Options) -> Layout:
     """The layout of EDM2's U-Net with the heads of `options`."""
 
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,7 +52,7 @@ def layout(options: EDM2) -> Layout:
             if official.startswith(UNCERTAINTY):
                 continue
             if official.endswith("attn_qkv.weight"):
-                tensor = regrouped(tensor, (heads(tensor), -1, 3), (2, 0, 1))
+                tensor = from_edm_qkv(tensor, heads(tensor))
             own[own_key(official.removeprefix(PREFIX), _OWN_NAMES)] = tensor
         return own
 
@@ -63,7 +60,7 @@ def layout(options: EDM2) -> Layout:
         official = {}
         for key, tensor in state.items():
             if key.endswith("attention.qkv.weight"):
-                tensor = regrouped(tensor, (3, heads(tensor), -1), (1, 2, 0))
+                tensor = to_edm_qkv(tensor, heads(tensor))
             official[PREFIX + official_key(key, _NAMES)] = tensor
         return official
 

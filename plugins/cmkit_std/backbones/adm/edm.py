@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from cmkit import DataSpec, Layout
 from cmkit.errors import CheckpointError
-from cmkit_std.backbones.adm_layouts import head_widths, is_qkv, places, regrouped
+from cmkit_std.backbones.adm.options import ADMOptions
+from cmkit_std.backbones.adm.places import head_widths, is_qkv, places
+from cmkit_std.backbones.layouts import EDM_BLOCK, from_edm_qkv, to_edm_qkv
 
-if TYPE_CHECKING:
-    from cmkit_std.backbones.adm import ADM
-
-_BLOCK = {
-    "norm1": "norm0",
-    "conv1": "conv0",
-    "film": "affine",
-    "film_s": "affine_s",
-    "norm2": "norm1",
-    "conv2": "conv1",
-    "shortcut": "skip",
-}
 _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
 _FIXED = {
     "use_scale_shift_norm": True,
@@ -36,7 +25,7 @@ _FILTER = 0.25
 """Each of the 2 x 2 taps of the resampling filters, buffers that are the same everywhere."""
 
 
-def layout(options: ADM, data: DataSpec) -> Layout:
+def layout(options: ADMOptions, data: DataSpec) -> Layout:
     """The layout of DhariwalUNet: a block and its attention share one name, channels of queries,
     keys and values have the order (heads, head width, three), labels enter a linear layer.
 
@@ -59,7 +48,7 @@ def layout(options: ADM, data: DataSpec) -> Layout:
             if name == "label.weight":
                 tensor = tensor.t().contiguous()
             elif is_qkv(name):
-                tensor = regrouped(tensor, (heads(tensor), -1, 3), (2, 0, 1))
+                tensor = from_edm_qkv(tensor, heads(tensor))
             own[name] = tensor
         return own
 
@@ -78,7 +67,7 @@ def layout(options: ADM, data: DataSpec) -> Layout:
             if key == "label.weight":
                 tensor = tensor.t().contiguous()
             elif is_qkv(key):
-                tensor = regrouped(tensor, (3, heads(tensor), -1), (1, 2, 0))
+                tensor = to_edm_qkv(tensor, heads(tensor))
             theirs[f"{names[module]}.{leaf}"] = tensor
             block, _, layer = module.rpartition(".")
             if block in resampling and (layer, leaf) == ("conv1", "weight"):
@@ -89,7 +78,7 @@ def layout(options: ADM, data: DataSpec) -> Layout:
     return Layout("edm", _matches, read, write)
 
 
-def _check(options: ADM, data: DataSpec) -> None:
+def _check(options: ADMOptions, data: DataSpec) -> None:
     for name, only in _FIXED.items():
         if (given := getattr(options, name)) != only:
             raise CheckpointError(
@@ -110,7 +99,7 @@ def _check(options: ADM, data: DataSpec) -> None:
             )
 
 
-def _check_sigma_to(options: ADM, embedded: bool) -> None:
+def _check_sigma_to(options: ADMOptions, embedded: bool) -> None:
     if embedded and not options.label_sigma_to:
         raise CheckpointError(
             "backbone.label_sigma_to = false: sony/ctm's DhariwalUNet computes with true; give"
@@ -118,7 +107,7 @@ def _check_sigma_to(options: ADM, embedded: bool) -> None:
         )
 
 
-def _modules(options: ADM, data: DataSpec) -> dict[str, str]:
+def _modules(options: ADMOptions, data: DataSpec) -> dict[str, str]:
     """Module of ours -> of DhariwalUNet, whose names hold the side of the pictures in pixels."""
     _check(options, data)
     side = [f"{n}x{n}" for _, n in options.levels(data.resolution)]
@@ -141,7 +130,7 @@ def _modules(options: ADM, data: DataSpec) -> dict[str, str]:
             block = f"enc.{side[place.level + 1]}_down"
         else:
             block = f"dec.{side[place.level - 1]}_up"
-        inner = _ATTENTION if place.kind == "attention" else _BLOCK
+        inner = _ATTENTION if place.kind == "attention" else EDM_BLOCK
         names |= {f"{place.key}.{own}": f"{block}.{theirs}" for own, theirs in inner.items()}
     return {own: f"model.{theirs}" for own, theirs in names.items()}
 

@@ -1,23 +1,15 @@
-"""The U-Net of the consistency-model papers (Dhariwal, Nichol: Diffusion Models Beat GANs on Image
-Synthesis, 2021; as in openai/consistency_models)."""
+"""Options of backbone `adm`, and what follows from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cmkit import Backbone, DataSpec, Layout, Precond
+from cmkit import DataSpec
 from cmkit.errors import RecipeError
-from cmkit_std.backbones.fitting import check_conditions, check_levels, unet_inputs, with_preset
-from cmkit_std.backbones.published import check_published, published
+from cmkit_std.backbones.fitting import UNetOptions, check_levels
 
-if TYPE_CHECKING:
-    from cmkit_std.backbones.adm_unet import UNet
-
-OPENAI_KINDS = (("edm", "_ema"), ("cd", "_l2"), ("cd", "_lpips"), ("ct", ""))
-"""Published models of each data set: how they were trained, and how their file's name ends."""
 _OPENAI = {"num_head_channels": 64, "resblock_updown": True}
 PRESETS: dict[str, dict[str, Any]] = {
     "openai-imagenet64": {
@@ -54,36 +46,11 @@ PRESETS |= {
 """Sizes of the published checkpoints (openai/consistency_models, scripts/launch.sh;
 openai/guided-diffusion, README)."""
 
-_OPENAI_FILES = (
-    *(f"{kind}_imagenet64{end}" for kind, end in OPENAI_KINDS),
-    *(f"{kind}_{data}256{end}" for data in ("bedroom", "cat") for kind, end in OPENAI_KINDS),
-)
-_GUIDED_FILES = (
-    "64x64_diffusion",
-    "128x128_diffusion",
-    "256x256_diffusion",
-    "256x256_diffusion_uncond",
-    "lsun_bedroom",
-    "lsun_cat",
-    "lsun_horse",
-    "lsun_horse_nodropout",
-)
 
+class ADMOptions(UNetOptions):
+    """Fields of `ADM`."""
 
-class ADM(Backbone):
-    """Convolutional U-Net with attention at coarse levels, the network of CD, CT, iCT and CTM.
-
-    Embeds labels, the guidance weight of LCM, and the target noise level of CTM by a second path
-    beside that of sigma. The weight starts without effect, so that it can be added to trained
-    weights.
-    """
-
-    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
-    published: ClassVar[dict[str, str]] = {
-        **published("openai", _OPENAI_FILES),
-        **published("edm", ["imagenet-64x64-cond-adm"]),
-        **published("guided-diffusion", _GUIDED_FILES),
-    }
+    presets: ClassVar = PRESETS
 
     preset: (
         Literal[
@@ -143,51 +110,6 @@ class ADM(Backbone):
     gradient_checkpointing: bool = False
     """Recompute residual blocks in the backward pass: less memory, a third more time."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
-        return with_preset(given, PRESETS)
-
-    @classmethod
-    def known(cls) -> Iterator[tuple[ADM, DataSpec, frozenset[str]]]:
-        """The networks of the presets, with the data that they were trained on."""
-        yield cls(preset="openai-imagenet64"), DataSpec(3, 64, 1000), frozenset({"label"})
-        yield cls(preset="openai-lsun256"), DataSpec(3, 256), frozenset()
-        yield cls(preset="guided-diffusion-64"), DataSpec(3, 64, 1000), frozenset({"label"})
-        yield cls(preset="guided-diffusion-128"), DataSpec(3, 128, 1000), frozenset({"label"})
-        yield cls(preset="guided-diffusion-256"), DataSpec(3, 256, 1000), frozenset({"label"})
-        yield cls(preset="guided-diffusion-256"), DataSpec(3, 256), frozenset()
-
-    def check_published(self, weights: str, precond: Precond) -> None:
-        publisher, _, file = weights.partition(":")
-        options: dict[str, Any] = {"time_scale": 1000 if publisher == "openai" else 1}
-        if publisher == "guided-diffusion":
-            options["learn_sigma"] = True
-            options["new_attention_order"] = file.startswith("64x64")
-        check_published(weights, self, precond, **options)
-
-    def build(self, data: DataSpec, conditions: frozenset[str]) -> UNet:
-        """A fresh U-Net; RecipeError when the options do not fit each other or the data."""
-        self._check(data, conditions)
-        from cmkit_std.backbones.adm_unet import UNet
-
-        return UNet(self, **unet_inputs(data, conditions))
-
-    def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
-        """Layouts of openai/consistency_models, guided-diffusion, diffusers and EDM."""
-        from cmkit_std.backbones import adm_diffusers, adm_edm, adm_layouts
-
-        return (
-            adm_layouts.openai(self),
-            adm_layouts.guided_diffusion(self),
-            adm_diffusers.layout(self, data),
-            adm_edm.layout(self, data),
-        )
-
-    def levels(self, resolution: int) -> list[tuple[int, int]]:
-        """(width in channels, side in pixels) of each level, the finest first."""
-        return [(self.channels * m, resolution >> n) for n, m in enumerate(self.channel_mult)]
-
     def attends(self, side: int) -> bool:
         """Whether a level of `side` pixels has attention."""
         if self.attention_resolutions is None:
@@ -204,8 +126,8 @@ class ADM(Backbone):
         """Groups of a GroupNorm of `width` channels."""
         return min(self.norm_groups, width // self.norm_channels)
 
-    def _check(self, data: DataSpec, conditions: frozenset[str]) -> None:
-        check_conditions("adm", self, data, conditions)
+    def check(self, data: DataSpec) -> None:
+        """RecipeError when the options do not fit each other or the data."""
         check_levels(data.resolution, self.channel_mult, self.attention_resolutions)
         for width, side in self.levels(data.resolution):
             self._check_norm(width)

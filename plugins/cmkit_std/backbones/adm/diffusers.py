@@ -4,18 +4,17 @@ converted consistency models."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cmkit import DataSpec, Layout
 from cmkit.errors import CheckpointError
-from cmkit_std.backbones.adm_layouts import TIME_SCALE, head_widths, places
-from cmkit_std.backbones.fitting import check_time_scale
-
-if TYPE_CHECKING:
-    from cmkit_std.backbones.adm import ADM
+from cmkit_std.backbones.adm.openai import TIME_SCALE
+from cmkit_std.backbones.adm.options import ADMOptions
+from cmkit_std.backbones.adm.places import head_widths, places
+from cmkit_std.backbones.layouts import check_time_scale
 
 _ENDS = {
     "time.0": "time_embedding.linear_1",
@@ -37,7 +36,7 @@ _ATTENTION = {"norm": "group_norm", "qkv": "to_qkv", "proj": "to_out.0"}
 _PROJECTIONS = (".qkv.weight", ".proj.weight")
 
 
-def layout(options: ADM, data: DataSpec) -> Layout:
+def layout(options: ADMOptions, data: DataSpec) -> Layout:
     """The layout of UNet2DModel; queries, keys and values are linear layers of their own in it."""
 
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,7 +67,7 @@ def layout(options: ADM, data: DataSpec) -> Layout:
     return Layout("diffusers", _matches, read, write, config)
 
 
-def unet2d_config(options: ADM, data: DataSpec, conditional: bool) -> dict[str, Any]:
+def unet2d_config(options: ADMOptions, data: DataSpec, conditional: bool) -> dict[str, Any]:
     """The `config.json` of a UNet2DModel that computes what `options` build for `data`.
 
     It takes 250 ln(sigma) for a time step, as CMStochasticIterativeScheduler gives it.
@@ -101,11 +100,11 @@ def unet2d_config(options: ADM, data: DataSpec, conditional: bool) -> dict[str, 
     }
 
 
-def _classes(options: ADM, data: DataSpec) -> int | None:
+def _classes(options: ADMOptions, data: DataSpec) -> int | None:
     return data.num_classes and data.num_classes + options.null_class
 
 
-def _check(options: ADM, data: DataSpec) -> None:
+def _check(options: ADMOptions, data: DataSpec) -> None:
     if options.channel_mult[0] != 1:
         raise CheckpointError(
             f"backbone.channel_mult = {list(options.channel_mult)}: the first level of diffusers'"
@@ -133,7 +132,7 @@ def _check(options: ADM, data: DataSpec) -> None:
     check_time_scale(options.time_scale, TIME_SCALE, "diffusers' CMStochasticIterativeScheduler")
 
 
-def _modules(options: ADM, data: DataSpec) -> dict[str, str]:
+def _modules(options: ADMOptions, data: DataSpec) -> dict[str, str]:
     """Module of ours -> of UNet2DModel, whose names follow level and kind."""
     _check(options, data)
     last = len(options.channel_mult) - 1

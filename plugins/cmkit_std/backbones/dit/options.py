@@ -1,18 +1,14 @@
-"""The diffusion transformer (Peebles, Xie: Scalable Diffusion Models with Transformers, 2022)."""
+"""Options of backbone `dit`, and whether they fit."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cmkit import Backbone, DataSpec, Layout, Precond
+from cmkit import DataSpec
 from cmkit.errors import RecipeError
-from cmkit_std.backbones.fitting import check_conditions, with_preset
-from cmkit_std.backbones.published import check_published, published
-
-if TYPE_CHECKING:
-    from cmkit_std.backbones.dit_network import Transformer
+from cmkit_std.backbones.fitting import Options
 
 _SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -22,7 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depth": depth,
         "num_heads": heads,
         "learn_sigma": True,
-        "class_dropout": 0.1,
+        "null_class": True,
     }
     for size, (width, depth, heads) in _SIZES.items()
     for patch in (2, 4, 8)
@@ -30,15 +26,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Sizes of the published family (table 1), with what its checkpoints hold beside them."""
 
 
-class DiT(Backbone):
-    """Vision transformer on patches of a picture or of its latents, steered by adaptive norms.
+class DiTOptions(Options):
+    """Fields of `DiT`."""
 
-    Embeds labels, the guidance weight of LCM, and the target noise level of CTM; the last two
-    start as the identity, so that they can be added to trained weights.
-    """
-
-    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
-    published: ClassVar[dict[str, str]] = published("dit", ["DiT-XL-2-256x256", "DiT-XL-2-512x512"])
+    presets: ClassVar = PRESETS
 
     preset: (
         Literal[
@@ -71,48 +62,17 @@ class DiT(Backbone):
     learn_sigma: bool = False
     """With a second half of output channels, the variances that official weights predict; unused
     here."""
-    class_dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability with which a label is replaced by the null class in training; above 0 there is
-    such a class, and an absent label means it."""
     null_class: bool = False
-    """With the null class even if `class_dropout` is 0: for a student that drops no labels of a
-    teacher that did."""
+    """One row more in the table of labels, for no class; an absent label then means it. Guidance
+    needs it, and objective.label_dropout trains it."""
     time_scale: float = Field(1000.0, gt=0, le=1e6)
     """Factor of c_noise, such as ln(sigma) / 4, before its sinusoids; official weights need 1, with
     precond discrete, whose c_noise are the steps 0 to 999 that they saw."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more time."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
-        return with_preset(given, PRESETS)
-
-    def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
-        """The layout of facebookresearch/DiT."""
-        from cmkit_std.backbones import dit_layouts
-
-        return (dit_layouts.layout(self),)
-
-    def check_published(self, weights: str, precond: Precond) -> None:
-        check_published(weights, self, precond, time_scale=1)
-
-    def build(self, data: DataSpec, conditions: frozenset[str]) -> Transformer:
-        """A fresh transformer; RecipeError when the options do not fit each other or the data."""
-        self._check(data, conditions)
-        from cmkit_std.backbones.dit_network import Transformer
-
-        return Transformer(
-            self,
-            channels=data.channels,
-            resolution=data.resolution,
-            num_classes=data.num_classes if "label" in conditions else None,
-            guidance="guidance" in conditions,
-            sigma_to="sigma_to" in conditions,
-        )
-
-    def _check(self, data: DataSpec, conditions: frozenset[str]) -> None:
-        check_conditions("dit", self, data, conditions)
+    def check(self, data: DataSpec) -> None:
+        """RecipeError when the options do not fit each other or the data."""
         if data.resolution % self.patch_size:
             fitting = _divisors(data.resolution, self.patch_size)
             raise RecipeError(

@@ -1,20 +1,15 @@
-"""The U-Nets DDPM++ and NCSN++ (Song et al.: Score-Based Generative Modeling through Stochastic
-Differential Equations, 2020) as EDM builds them (Karras, Aittala, Aila, Laine, 2022)."""
+"""Options of backbone `songunet`, and what follows from them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
-from cmkit import Backbone, DataSpec, Layout, Precond
+from cmkit import DataSpec
 from cmkit.errors import RecipeError
-from cmkit_std.backbones.fitting import check_conditions, check_levels, unet_inputs, with_preset
-from cmkit_std.backbones.published import check_published, published
-
-if TYPE_CHECKING:
-    from cmkit_std.backbones.songunet_network import SongUNet as Network
+from cmkit_std.backbones.fitting import UNetOptions, check_levels
 
 _CIFAR10 = {
     "channels": 128,
@@ -41,27 +36,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Sizes of EDM's networks for CIFAR-10 (EDM, table 7)."""
 
-_EDM_DATA = (
-    "cifar10-32x32-cond",
-    "cifar10-32x32-uncond",
-    "ffhq-64x64-uncond",
-    "afhqv2-64x64-uncond",
-)
-_EDM_FILES = tuple(f"{data}-{network}" for data in _EDM_DATA for network in ("vp", "ve"))
-"""Files of EDM; those of "vp" are DDPM++, those of "ve" NCSN++. All need augment_dim = 9, those
-of 64 pixels channel_mult = [1, 2, 2, 2]."""
 
+class SongUNetOptions(UNetOptions):
+    """Fields of `SongUNet`."""
 
-class SongUNet(Backbone):
-    """Convolutional U-Net of EDM on CIFAR-10: DDPM++, on which ECT, CTM and iCT build, and NCSN++.
-
-    Embeds labels, the guidance weight of LCM, and the target noise level of CTM by a second path
-    beside that of sigma. The weight starts without effect, so that it can be added to trained
-    weights.
-    """
-
-    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
-    published: ClassVar[dict[str, str]] = published("edm", _EDM_FILES)
+    presets: ClassVar = PRESETS
 
     preset: Literal["ddpmpp", "ncsnpp"] | None = None
     """A published architecture with its sizes for CIFAR-10; fields given beside it win."""
@@ -99,22 +78,14 @@ class SongUNet(Backbone):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability with which an activation of a residual block is dropped in training; on CIFAR-10
     EDM takes 0.13, ECT 0.2, iCT 0.3."""
-    label_dropout: float = Field(0.0, ge=0, le=1)
-    """Probability with which an image's label is withheld in training; above 0 there is a null
-    class."""
     null_class: bool = False
     """With a class more, for none: zeros in the place of a label's vector, which are what EDM's
-    label_dropout leaves, so that it takes no weights. Guidance needs it, and label_dropout, here or
-    the objective's, trains it."""
+    label_dropout leaves, so that it takes no weights. Guidance needs it, and
+    objective.label_dropout trains it."""
     augment_dim: int = Field(0, ge=0, le=1024)
     """Width of EDM's augmentation labels: 9 in its published weights. They embed as zeros here."""
     gradient_checkpointing: bool = False
     """Recompute residual blocks in the backward pass: less memory, a third more time."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
-        return with_preset(given, PRESETS)
 
     @field_validator("resample_filter")
     @classmethod
@@ -123,32 +94,12 @@ class SongUNet(Backbone):
             raise ValueError(f"resample_filter {list(taps)} must have an even number of taps")
         return taps
 
-    def check_published(self, weights: str, precond: Precond) -> None:
-        check_published(weights, self, precond)
-
-    def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
-        """The layout of NVlabs/edm, which locuslab/ect and sony/ctm share."""
-        from cmkit_std.backbones.songunet_layouts import matches, read, write
-
-        return (Layout("edm", matches, read, write),)
-
-    def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
-        """A fresh U-Net; RecipeError when the options do not fit each other or the data."""
-        self._check(data, conditions)
-        from cmkit_std.backbones.songunet_network import SongUNet as Network
-
-        return Network(self, **unet_inputs(data, conditions))
-
-    def levels(self, resolution: int) -> list[tuple[int, int]]:
-        """(width in channels, side in pixels) of each level, the finest first."""
-        return [(self.channels * m, resolution >> n) for n, m in enumerate(self.channel_mult)]
-
     def attends(self, side: int) -> bool:
         """Whether a level of `side` pixels has attention."""
         return side in ((16,) if self.attention_resolutions is None else self.attention_resolutions)
 
-    def _check(self, data: DataSpec, conditions: frozenset[str]) -> None:
-        check_conditions("songunet", self, data, conditions)
+    def check(self, data: DataSpec) -> None:
+        """RecipeError when the options do not fit each other or the data."""
         check_levels(data.resolution, self.channel_mult, self.attention_resolutions)
         for width in self._normed():
             if width % norm_groups(width):

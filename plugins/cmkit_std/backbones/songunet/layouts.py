@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from cmkit_std.backbones.layouts import EDM_BLOCK, from_edm_qkv, renamed, to_edm_qkv
+
 PREFIX = "model."
 """The official network is a member of its preconditioning."""
 
@@ -35,13 +37,7 @@ _NAMES = {
     "time.2": "map_layer1",
     "time_s.0": "map_layer0_s",
     "time_s.2": "map_layer1_s",
-    "norm1": "norm0",
-    "conv1": "conv0",
-    "film": "affine",
-    "film_s": "affine_s",
-    "norm2": "norm1",
-    "conv2": "conv1",
-    "shortcut": "skip",
+    **EDM_BLOCK,
     "attention.norm": "norm2",
     "attention.qkv": "qkv",
     "attention.proj": "proj",
@@ -68,8 +64,7 @@ def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if official == "u":
             continue
         key = own_key(official.removeprefix(PREFIX), _OWN_NAMES)
-        # Rows (head width, three) -> (three, head width).
-        own[key] = _transposed(tensor, (-1, 3)) if ".attention.qkv." in f".{key}" else tensor
+        own[key] = from_edm_qkv(tensor, heads=1) if ".attention.qkv." in f".{key}" else tensor
     return own
 
 
@@ -77,7 +72,7 @@ def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a `SongUNet` under their official names."""
     return {
         PREFIX + official_key(key, _NAMES): (
-            _transposed(tensor, (3, -1)) if ".attention.qkv." in f".{key}" else tensor
+            to_edm_qkv(tensor, heads=1) if ".attention.qkv." in f".{key}" else tensor
         )
         for key, tensor in state.items()
     }
@@ -87,27 +82,17 @@ def official_key(key: str, names: Mapping[str, str]) -> str:
     """Our name of a weight as EDM has it; `names` are those of the layers inside a block."""
     place = re.fullmatch(r"(encoder|decoder)\.(\d+)\.([a-z_]+)((?:\.\d+)?)(\..+)", key)
     if not place:
-        return _renamed(key, names)
+        return renamed(key, names)
     stage, side, layer, number, rest = place.groups()
     layer = _PLACES.get(layer, layer) + number[1:]
-    return f"{_STAGES[stage]}.{side}x{side}_{layer}{_renamed(rest, names)}"
+    return f"{_STAGES[stage]}.{side}x{side}_{layer}{renamed(rest, names)}"
 
 
 def own_key(key: str, names: Mapping[str, str]) -> str:
     """EDM's name of a weight as we have it; the inverse of `official_key` with inverse `names`."""
     place = re.fullmatch(r"(enc|dec)\.(\d+)x\2_([a-z_]+)(\d*)(\..+)", key)
     if not place:
-        return _renamed(key, names)
+        return renamed(key, names)
     stage, side, layer, number, rest = place.groups()
     layer = _OWN_PLACES.get(layer, layer) + (number and f".{number}")
-    return f"{_OWN_STAGES[stage]}.{side}.{layer}{_renamed(rest, names)}"
-
-
-def _renamed(key: str, names: Mapping[str, str]) -> str:
-    pattern = "|".join(re.escape(name) for name in names)
-    return re.sub(rf"(?<![^.])(?:{pattern})(?![^.])", lambda match: names[match[0]], key)
-
-
-def _transposed(tensor: Tensor, rows: tuple[int, int]) -> Tensor:
-    """`tensor` with its first axis, of order `rows`, in the other order."""
-    return tensor.unflatten(0, rows).transpose(0, 1).flatten(0, 1)
+    return f"{_OWN_STAGES[stage]}.{side}.{layer}{renamed(rest, names)}"

@@ -1,21 +1,16 @@
-"""Weights of `adm` as openai/consistency_models, sony/ctm and openai/guided-diffusion keep them,
-and what its layouts share."""
+"""Weights of `adm` as openai/consistency_models, sony/ctm and openai/guided-diffusion keep them."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
 from cmkit import Layout
-from cmkit_std.backbones.fitting import check_time_scale
-
-if TYPE_CHECKING:
-    from cmkit_std.backbones.adm import ADM
+from cmkit_std.backbones.adm.options import ADMOptions
+from cmkit_std.backbones.adm.places import is_qkv
+from cmkit_std.backbones.layouts import check_time_scale, regrouped, renamed
 
 _NAMES = {
     "time": "time_embed",
@@ -44,7 +39,7 @@ _OWN_NAMES = {official: own for own, official in _NAMES.items()}
 
 def to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a `UNet`, or of one of its blocks, under their official names; no copies."""
-    return {_renamed(key, _NAMES): tensor for key, tensor in state.items()}
+    return {renamed(key, _NAMES): tensor for key, tensor in state.items()}
 
 
 def from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -52,16 +47,11 @@ def from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Attention projections stored as 1-D convolutions, (C', C, 1), become (C', C, 1, 1).
     """
-    own = {_renamed(key, _OWN_NAMES): tensor for key, tensor in state.items()}
+    own = {renamed(key, _OWN_NAMES): tensor for key, tensor in state.items()}
     return {
         key: tensor[..., None] if tensor.ndim == 3 else tensor  # no other weight has 3 axes
         for key, tensor in own.items()
     }
-
-
-def _renamed(key: str, names: Mapping[str, str]) -> str:
-    pattern = "|".join(re.escape(name) for name in names)
-    return re.sub(rf"(?<![^.])(?:{pattern})(?![^.])", lambda match: names[match[0]], key)
 
 
 def _has_attention_of_rank(rank: int, state: Mapping[str, Tensor]) -> bool:
@@ -70,7 +60,7 @@ def _has_attention_of_rank(rank: int, state: Mapping[str, Tensor]) -> bool:
     return "input_blocks.0.0.weight" in state and qkv is not None and qkv.ndim == rank
 
 
-def openai(options: ADM) -> Layout:
+def layout(options: ADMOptions) -> Layout:
     """The layout of openai/consistency_models; also of sony/ctm, which adds `time_embed_s` and
     `emb_layers_s`."""
 
@@ -85,7 +75,7 @@ def openai(options: ADM) -> Layout:
     return Layout("openai", partial(_has_attention_of_rank, 4), read, write)
 
 
-def guided_diffusion(options: ADM) -> Layout:
+def guided_diffusion(options: ADMOptions) -> Layout:
     """The layout of openai/guided-diffusion: attention by 1-D convolutions, with channels of
     queries, keys and values in the order (heads, three, head width) unless `new_attention_order`.
 
@@ -118,70 +108,3 @@ def guided_diffusion(options: ADM) -> Layout:
         return to_openai(flat)
 
     return Layout("guided-diffusion", partial(_has_attention_of_rank, 3), read, write)
-
-
-def is_qkv(key: str) -> bool:
-    """Whether a key of a `UNet` is of the projection to queries, keys and values."""
-    return key.endswith((".qkv.weight", ".qkv.bias"))
-
-
-def regrouped(rows: Tensor, shape: tuple[int, int, int], order: tuple[int, int, int]) -> Tensor:
-    """`rows` (a b c, ...) seen as (a, b, c, ...), with these three axes in another `order`.
-
-    One of a, b, c is -1. Rows that they do not divide are those of another network, whose shapes
-    will be refused: they come back as they are.
-    """
-    known = -math.prod(shape)
-    if not known or len(rows) % known:
-        return rows
-    return rows.unflatten(0, shape).permute(*order, *range(3, rows.ndim + 2)).flatten(0, 2)
-
-
-class Place(NamedTuple):
-    """Where a part of a `UNet` stands: its name in the state dict, and its number `i` among those
-    of its kind in its level."""
-
-    key: str
-    part: Literal["encoder", "middle", "decoder"]
-    kind: Literal["block", "attention", "resample"]
-    level: int
-    i: int
-
-
-def places(options: ADM, resolution: int) -> Iterator[Place]:
-    """The residual blocks, attentions and changes of resolution of a `UNet`, in forward order."""
-    levels = options.levels(resolution)
-    last, stage = len(levels) - 1, 1
-    for level, (_, side) in enumerate(levels):
-        for i in range(options.num_res_blocks):
-            yield Place(f"encoder.{stage}.0", "encoder", "block", level, i)
-            if options.attends(side):
-                yield Place(f"encoder.{stage}.1", "encoder", "attention", level, i)
-            stage += 1
-        if level < last:
-            yield Place(f"encoder.{stage}.0", "encoder", "resample", level, 0)
-            stage += 1
-    yield Place("middle.0", "middle", "block", last, 0)
-    yield Place("middle.1", "middle", "attention", last, 0)
-    yield Place("middle.2", "middle", "block", last, 1)
-    stage = 0
-    for level, (_, side) in reversed(list(enumerate(levels))):
-        for i in range(options.num_res_blocks + 1):
-            yield Place(f"decoder.{stage}.0", "decoder", "block", level, i)
-            if options.attends(side):
-                yield Place(f"decoder.{stage}.1", "decoder", "attention", level, i)
-            if level and i == options.num_res_blocks:
-                layer = 2 if options.attends(side) else 1
-                yield Place(f"decoder.{stage}.{layer}", "decoder", "resample", level, 0)
-            stage += 1
-
-
-def head_widths(options: ADM, resolution: int) -> list[int]:
-    """Different widths, in channels, of the attention heads of a `UNet`, rising."""
-    levels = options.levels(resolution)
-    found = set()
-    for place in places(options, resolution):
-        if place.kind == "attention":
-            width = levels[place.level][0]
-            found.add(width // max(1, options.heads(width, place.part == "decoder")))
-    return sorted(found)
