@@ -365,7 +365,7 @@ def test_weight_of_the_recipe_reaches_the_network_that_embeds_it():
 def test_what_cannot_be_guided_is_refused_before_any_work(planned, changes, said, monkeypatch):
     if "null_class = false" in str(changes):
         weights = filled(ADM(**SMALL).build(DATA, LABEL)).state_dict()
-        monkeypatch.setattr("cmkit.plan.networks.read", lambda _found: weights)
+        monkeypatch.setattr("cmkit.plan.networks.shapes", lambda _found: weights)
     with pytest.raises(RecipeError, match=said) as caught:
         planned(**changes)
     assert "\n" not in str(caught.value)

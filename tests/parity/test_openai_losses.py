@@ -28,6 +28,7 @@ from cmkit import (
 )
 from cmkit.denoiser import Scaling
 from cmkit.recipe import TrainTable
+from cmkit.train.optimizer import optimizer_of
 from tests.parity import harness
 from tests.parity.test_openai_unet import data_of, options_of
 
@@ -223,7 +224,7 @@ def train_loop(case: dict, dtype: torch.dtype) -> dict:
         table,
         torch.device("cpu"),
         models,
-        cmkit.train._optimizer(table, models.online.network),
+        optimizer_of(table, models.online.network),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cmkit.train.loop, "Rng", draws)
