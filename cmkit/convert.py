@@ -1,4 +1,4 @@
-"""Weights of one project in the names, shapes and orders of another, bit for bit."""
+"""Weights in the names, shapes and orders of another project, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cmkit.recipe import Recipe, load
 from cmkit.run.folder import RunFolder
 from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout
-from cmkit.weights import DIFFUSERS, Downloaded, Weights, adapt, download, find, read
+from cmkit.weights import DIFFUSERS, Downloaded, adapt, download, find, read
 
 if TYPE_CHECKING:
     from cmkit.denoiser import Network
@@ -37,7 +37,7 @@ class Known:
     conditions: frozenset[str]
 
     def network(self) -> Network:
-        """The network, without memory."""
+        """The network on the meta device."""
         with torch.device("meta"):
             return self.backbone.build(self.data, self.conditions)
 
@@ -59,8 +59,13 @@ def convert(
         raise RecipeError(f"{target}: exists already; name a new file, or remove it")
     if recipe is None and (kept := RunFolder(Path(source)).recipe).is_file():
         recipe = load(kept, [], registry)
-    candidates = [_of_recipe(recipe)] if recipe else list(_published(registry))
-    weights = _find(source, candidates)
+    if recipe:
+        data = recipe.dataset.spec()
+        candidates = [Known(recipe.backbone, data, conditions_of(recipe, data))]
+    else:
+        candidates = list(_published(registry))
+    named = [known for known in candidates if source in known.backbone.published]
+    weights = find(source, (named or candidates)[0].backbone)
     if weights.missing:
         yield from download(weights)
     tensors = read(weights)
@@ -82,27 +87,15 @@ def convert(
     )
 
 
-def _of_recipe(recipe: Recipe) -> Known:
-    data = recipe.dataset.spec()
-    return Known(recipe.backbone, data, conditions_of(recipe, data))
-
-
 def _published(registry: Registry) -> Iterator[Known]:
     for name in registry.names("backbone"):
         try:
             backbone = registry.load("backbone", name)
-        except PluginError:  # `cmkit plugins` tells of it; it cannot be what is sought
+        except PluginError:  # a broken part; `cmkit plugins` lists it
             continue
         assert issubclass(backbone, Backbone)
         for known in backbone.known():
             yield Known(*known)
-
-
-def _find(source: str, candidates: list[Known]) -> Weights:
-    for known in candidates:
-        if source in known.backbone.published:
-            return find(source, known.backbone)
-    return find(source, candidates[0].backbone)
 
 
 def _write(own: Mapping[str, Tensor], target: Path, to: str, known: Known) -> None:

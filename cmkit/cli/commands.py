@@ -390,7 +390,7 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
         return path
-    home = Path(__file__).parent
+    home = Path(__file__).parent.parent
     shipped = (folder / "recipes" / f"{name}.toml" for folder in (home, home.parent))
     return next(filter(Path.is_file, shipped), path)
 

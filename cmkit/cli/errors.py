@@ -1,4 +1,4 @@
-"""How the command line ends: one line for every error of ours, and its own exit code."""
+"""How the command line ends: one line on stderr for every error, and its exit code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def unexpected(error: BaseException) -> int:
 
 
 def _write_debug_log(path: Path) -> bool:
-    """Append the traceback of the error in hand; False where that cannot be."""
+    """Append the traceback of the current error; False where the file cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)

@@ -23,7 +23,13 @@ def check_manifest(manifest: str | Sequence[Plugin], seconds: float = 1.0) -> No
     processor time for the module itself, beyond cmkit's own.
     """
     report = Report(manifest if isinstance(manifest, str) else "manifest")
-    plugins = list(_registered(report, manifest) if isinstance(manifest, str) else manifest)
+    plugins = _registered(report, manifest) if isinstance(manifest, str) else list(manifest)
+    report.require(
+        isinstance(plugins, list) and bool(plugins) and {*map(type, plugins)} == {Plugin},
+        "cmkit_register returns a list of cmkit.Plugin",
+        f"{shown(plugins)}",
+        "return [cmkit.Plugin(kind, name, target, summary)]",
+    )
     seen: set[tuple[str, str]] = set()
     for plugin in plugins:
         _check_plugin(report, plugin, seen)
@@ -44,7 +50,7 @@ def check_manifest(manifest: str | Sequence[Plugin], seconds: float = 1.0) -> No
     )
 
 
-def _registered(report: Report, module: str) -> list[Plugin]:
+def _registered(report: Report, module: str) -> Any:
     with report.trying("a manifest can be imported", "try `python -c 'import ...'`"):
         found = importlib.import_module(module)
     register: Any = getattr(found, "cmkit_register", None)
@@ -55,23 +61,10 @@ def _registered(report: Report, module: str) -> list[Plugin]:
         "write one, decorated, that returns a list of cmkit.Plugin",
     )
     with report.trying("cmkit_register takes nothing", "compare docs/plugins.md"):
-        plugins = register()
-    report.require(
-        isinstance(plugins, list) and len(plugins) > 0,
-        "cmkit_register returns a list of cmkit.Plugin",
-        f"{shown(plugins)}",
-        "return [cmkit.Plugin(kind, name, target, summary)]",
-    )
-    return plugins
+        return register()
 
 
 def _check_plugin(report: Report, plugin: Plugin, seen: set[tuple[str, str]]) -> None:
-    report.require(
-        isinstance(plugin, Plugin),
-        "cmkit_register returns a list of cmkit.Plugin",
-        f"{plugin!r} in it",
-        "cmkit.Plugin(kind, name, target, summary)",
-    )
     key = (plugin.kind, plugin.name)
     report.require(
         key not in seen,

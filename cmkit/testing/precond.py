@@ -31,7 +31,7 @@ def check_precond(precond: Precond, compile: bool = True) -> None:
         _scaled(report, precond, sigma.to(device, dtype), noise)
     found = _scaled(report, precond, sigma, noise)
     _check_numbers(report, found, sigma)
-    _check_images(report, precond, found, sigma, noise)
+    _check_images(report, precond, sigma, noise)
     if compile:
         _check_compile(report, precond, sigma, noise)
 
@@ -122,15 +122,10 @@ def _check_numbers(report: Report, found: Scalings, sigma: Tensor) -> None:
     )
 
 
-def _check_images(
-    report: Report, precond: Precond, found: Scalings, sigma: Tensor, noise: Noise
-) -> None:
-    again = precond.scalings(sigma, DATA, noise.sigma_min)
-    apart = precond.scalings(sigma.flip(0), DATA, noise.sigma_min)
-    low = precond.scalings(sigma.float(), DATA, noise.sigma_min)
-    for name, value, same, turned, rounded in zip(
-        Scalings._fields, found, again, apart, low, strict=True
-    ):
+def _check_images(report: Report, precond: Precond, sigma: Tensor, noise: Noise) -> None:
+    inputs = (sigma, sigma, sigma.flip(0), sigma.float())
+    every = (precond.scalings(given, DATA, noise.sigma_min) for given in inputs)
+    for name, value, same, turned, rounded in zip(Scalings._fields, *every, strict=True):
         report.require(
             equal(same, value) and equal(turned.flip(0), value),
             "the scalings of an image follow from its own sigma",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cmkit.denoiser import Cond, Denoiser
+from cmkit.denoiser import NO_COND, Cond, Denoiser
 from cmkit.kinds import Sampler
 from cmkit.noise import Noise
 from cmkit.testing.protocol import Report, report_on, shown
@@ -53,15 +53,17 @@ def check_sampler(sampler: Sampler, data: DataSpec = DIGITS) -> None:
     report.like(meta, walk.x.to(META), "the images", dtype=False)
 
 
-class _Walk:
-    """A run of a sampler on four images, checked; with `swap` all but the first are others."""
+class _Walk(Denoiser):
+    """A run of a sampler on four images, of which `swap` replaces all but the first, and the
+    denoiser that it is given, which checks each call."""
 
     def __init__(
         self, report: Report, data: DataSpec, device: torch.device = CPU, swap: bool = False
     ):
+        super().__init__(Small(data), Noise())
+        self.eval().to(device)
         self.report, self.device, self.draws = report, device, draws(data)
         self.rows = [0, 11, 12, 13] if swap else [0, 1, 2, 3]
-        self.inner = Denoiser(Small(data), Noise()).eval().to(device)
         self.cond = Cond(label=self.draws.labels(self.rows)).to(device)
         self.x = 80.0 * self.draws.noise(self.rows, 0).to(device)
         self.calls = 0
@@ -70,7 +72,7 @@ class _Walk:
     def sample(self, sampler: Sampler) -> Tensor:
         before = self.x.clone()
         with torch.inference_mode(), self.report.untouched("sample"):
-            out = sampler.sample(_Watcher(self), self.x, self.cond, self._noise)
+            out = sampler.sample(self, self.x, self.cond, self.draw)
         self.report.require(
             self.device is META or torch.equal(before, self.x),
             "x is left alone",
@@ -79,7 +81,7 @@ class _Walk:
         )
         return out
 
-    def _noise(self, k: int) -> Tensor:
+    def draw(self, k: int) -> Tensor:
         self.report.require(
             isinstance(k, int) and k >= 1 and k not in self.drawn,
             "noise(k) is asked for once for each k = 1, 2, ..",
@@ -89,20 +91,10 @@ class _Walk:
         self.drawn.add(k)
         return self.draws.noise(self.rows, k).to(self.device)
 
-
-class _Watcher(Denoiser):
-    """The denoiser of a walk, which counts its calls and checks what it is given."""
-
-    def __init__(self, walk: _Walk):
-        super().__init__(walk.inner.network, walk.inner.noise)
-        self.walk = walk
-        self.eval()
-
-    def forward(self, x: Tensor, sigma: Tensor, cond: Cond = Cond()) -> Tensor:  # noqa: B008
-        walk, report = self.walk, self.walk.report
-        walk.calls += 1
-        report.like(x, walk.x, "the noisy images", dtype=False)
-        report.require(
+    def forward(self, x: Tensor, sigma: Tensor, cond: Cond = NO_COND) -> Tensor:
+        self.calls += 1
+        self.report.like(x, self.x, "the noisy images", dtype=False)
+        self.report.require(
             isinstance(sigma, Tensor)
             and sigma.shape == x.shape[:1]
             and sigma.device == x.device
@@ -111,16 +103,16 @@ class _Watcher(Denoiser):
             f"{shown(sigma)}",
             "x.new_full((len(x),), sigma)",
         )
-        report.require(
+        self.report.require(
             sigma.is_meta or bool((sigma > 0).all()),
             "the denoiser is called at noise levels above 0",
             f"sigma = {sigma.tolist() if not sigma.is_meta else ''}",
             "end the walk at sigma_min, or take the last estimate as it is",
         )
-        report.require(
-            walk.cond.label is None or cond.label is not None,
+        self.report.require(
+            self.cond.label is None or cond.label is not None,
             "the denoiser sees the conditions",
             "it was called without the label",
             "pass cond on: denoiser(x, sigma, cond)",
         )
-        return walk.inner(x, sigma, cond)
+        return super().forward(x, sigma, cond)
