@@ -41,10 +41,6 @@ class Known:
         with torch.device("meta"):
             return self.backbone.build(self.data, self.conditions)
 
-    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors` under our names, if they are in a layout that this network can have."""
-        return adapt(tensors, self.network(), self.backbone.layouts(self.data))
-
 
 def convert(
     source: str, target: Path, to: str, registry: Registry, recipe: Recipe | None = None
@@ -70,17 +66,18 @@ def convert(
         yield from download(weights)
     tensors = read(weights)
     for known in candidates:
+        network = known.network()
         try:
-            own = known.named(tensors)
+            own = adapt(tensors, network, known.backbone.layouts(known.data))
         except CheckpointError:  # they have a layout of this network's, but not its options
             if recipe:
                 raise
             continue
-        if same_shapes(own, known.network().state_dict()):
+        if same_shapes(own, network.state_dict()):
             _write(own, target, to, known)
             return
     if recipe:  # name the first differences
-        load_weights(known.network(), own, source)
+        load_weights(network, own, source)
     raise CheckpointError(
         f"{source}: its {len(tensors)} tensors ({', '.join(list(tensors)[:2])}, ..) fit no"
         " published network; name the recipe with their backbone by --recipe"
@@ -94,8 +91,7 @@ def _published(registry: Registry) -> Iterator[Known]:
         except PluginError:  # a broken part; `cmkit plugins` lists it
             continue
         assert issubclass(backbone, Backbone)
-        for known in backbone.known():
-            yield Known(*known)
+        yield from (Known(*known) for known in backbone.known())
 
 
 def _write(own: Mapping[str, Tensor], target: Path, to: str, known: Known) -> None:

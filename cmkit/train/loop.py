@@ -19,7 +19,7 @@ from cmkit.train.training import Training
 
 @dataclass(frozen=True)
 class Step:
-    """A finished step; `log` is empty but every `log_every` steps."""
+    """A finished step; `log` has numbers every `log_every` steps, and is empty between."""
 
     step: int
     total: int
