@@ -10,12 +10,12 @@ from typing import Any
 from cmkit.run.folder import RunFolder
 
 COMPARED = ("extractor", "weights_sha256", "images", "reference", "protocol")
-"""Of a number's provenance, what must agree for two numbers to be comparable."""
+"""Keys of provenance that must agree for two numbers to be comparable."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run: its scores, what they were measured with, and the published ones if any."""
+    """The scores of one run with their provenance, and the published ones if any."""
 
     name: str
     scores: Mapping[str, float]
@@ -27,8 +27,8 @@ class Entry:
     @property
     def differences(self) -> dict[str, float]:
         """Ours minus published, of the scores that both have."""
-        both = [key for key in self.scores if key in self.expected]
-        return {key: self.scores[key] - self.expected[key] for key in both}
+        ours, published = self.scores, self.expected
+        return {key: ours[key] - published[key] for key in ours if key in published}
 
 
 def entries(folders: Sequence[Path]) -> list[Entry]:
@@ -39,9 +39,9 @@ def entries(folders: Sequence[Path]) -> list[Entry]:
 def caveats(compared: Sequence[Entry]) -> Iterator[str]:
     """One sentence for each score whose values were not measured alike."""
     for key in dict.fromkeys(key for entry in compared for key in entry.scores):
-        told = [entry.provenance.get(key, {}) for entry in compared if key in entry.scores]
+        found = [entry.provenance.get(key, {}) for entry in compared if key in entry.scores]
         for fact in COMPARED:
-            values = list(dict.fromkeys(str(record.get(fact)) for record in told))
+            values = list(dict.fromkeys(str(record.get(fact)) for record in found))
             if len(values) > 1:
                 yield f"{key}: not comparable, {fact} differs: {', '.join(values)}"
 

@@ -1,4 +1,4 @@
-"""Weights of one project in the names, shapes and orders of another, bit for bit."""
+"""Weights in the names, shapes and orders of another project, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cmkit.recipe import Recipe, load
 from cmkit.run.folder import RunFolder
 from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout
-from cmkit.weights import DIFFUSERS, Downloaded, Weights, adapt, download, find, read
+from cmkit.weights import DIFFUSERS, Downloaded, adapt, download, find, read
 
 if TYPE_CHECKING:
     from cmkit.denoiser import Network
@@ -37,13 +37,9 @@ class Known:
     conditions: frozenset[str]
 
     def network(self) -> Network:
-        """The network, without memory."""
+        """The network on the meta device."""
         with torch.device("meta"):
             return self.backbone.build(self.data, self.conditions)
-
-    def named(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors` under our names, if they are in a layout that this network can have."""
-        return adapt(tensors, self.network(), self.backbone.layouts(self.data))
 
 
 def convert(
@@ -59,50 +55,43 @@ def convert(
         raise RecipeError(f"{target}: exists already; name a new file, or remove it")
     if recipe is None and (kept := RunFolder(Path(source)).recipe).is_file():
         recipe = load(kept, [], registry)
-    candidates = [_of_recipe(recipe)] if recipe else list(_published(registry))
-    weights = _find(source, candidates)
+    if recipe:
+        data = recipe.dataset.spec()
+        candidates = [Known(recipe.backbone, data, conditions_of(recipe, data))]
+    else:
+        candidates = list(_published(registry))
+    named = [known for known in candidates if source in known.backbone.published]
+    weights = find(source, (named or candidates)[0].backbone)
     if weights.missing:
         yield from download(weights)
     tensors = read(weights)
     for known in candidates:
+        network = known.network()
         try:
-            own = known.named(tensors)
+            own = adapt(tensors, network, known.backbone.layouts(known.data))
         except CheckpointError:  # they have a layout of this network's, but not its options
             if recipe:
                 raise
             continue
-        if same_shapes(own, known.network().state_dict()):
+        if same_shapes(own, network.state_dict()):
             _write(own, target, to, known)
             return
     if recipe:  # name the first differences
-        load_weights(known.network(), own, source)
+        load_weights(network, own, source)
     raise CheckpointError(
         f"{source}: its {len(tensors)} tensors ({', '.join(list(tensors)[:2])}, ..) fit no"
         " published network; name the recipe with their backbone by --recipe"
     )
 
 
-def _of_recipe(recipe: Recipe) -> Known:
-    data = recipe.dataset.spec()
-    return Known(recipe.backbone, data, conditions_of(recipe, data))
-
-
 def _published(registry: Registry) -> Iterator[Known]:
     for name in registry.names("backbone"):
         try:
             backbone = registry.load("backbone", name)
-        except PluginError:  # `cmkit plugins` tells of it; it cannot be what is sought
+        except PluginError:  # a broken part; `cmkit plugins` lists it
             continue
         assert issubclass(backbone, Backbone)
-        for known in backbone.known():
-            yield Known(*known)
-
-
-def _find(source: str, candidates: list[Known]) -> Weights:
-    for known in candidates:
-        if source in known.backbone.published:
-            return find(source, known.backbone)
-    return find(source, candidates[0].backbone)
+        yield from (Known(*known) for known in backbone.known())
 
 
 def _write(own: Mapping[str, Tensor], target: Path, to: str, known: Known) -> None:

@@ -1,4 +1,4 @@
-"""Numbers about images, with what must stand beside them."""
+"""Metrics of images, with their provenance."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Images(TorchDataset[Tensor]):
 
 
 class Kept:
-    """The meter of a metric that has none: it keeps every image on the CPU, and then measures."""
+    """A meter for a metric that has none: keeps every image on the CPU, and measures at the end."""
 
     def __init__(self, metric: Metric, reference: Reference, device: torch.device):
         self.metric, self.reference, self.device = metric, reference, device
@@ -41,11 +41,11 @@ class Kept:
         self.parts.append(images.cpu())
 
     def values(self) -> dict[str, float]:
-        """What the metric gives of all of them."""
+        """The metric's numbers of all images."""
         return self.metric.measure(Images(torch.cat(self.parts)), self.reference, self.device)
 
     def state(self) -> dict[str, Tensor]:
-        """{"images": (N, C, H, W)}, or nothing of no image."""
+        """{"images": (N, C, H, W)}, empty before the first image."""
         return {"images": torch.cat(self.parts)} if self.parts else {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -54,7 +54,7 @@ class Kept:
 
 
 def meter(metric: Metric, images: int, reference: Reference, device: torch.device) -> Meter:
-    """What measures as many `images` as they are drawn."""
+    """A meter of as many `images`, which are added as they are drawn."""
     return metric.meter(images, reference, device) or Kept(metric, reference, device)
 
 
@@ -64,18 +64,16 @@ def measure(
     reference: Reference,
     device: torch.device,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """({name: value}, provenance of each metric); NonFiniteError names a value that is none."""
+    """({name: value}, provenance of each metric); NonFiniteError where a value is not finite."""
     values: dict[str, float] = {}
     provenance = []
     for metric in metrics:
         numbers = metric.measure(images, reference, device)
         for key, value in numbers.items():
             if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"metric {key} = {value} on {len(images)} images; look at the samples"
-                )
+                where = f"on {len(images)} images; look at the samples"
+                raise NonFiniteError(f"metric {key} = {value} {where}")
         values |= numbers
-        provenance.append(
-            {"numbers": sorted(numbers), "images": len(images), **metric.provenance()}
-        )
+        about = {"numbers": sorted(numbers), "images": len(images)}
+        provenance.append({**about, **metric.provenance()})
     return values, provenance

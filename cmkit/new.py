@@ -1,4 +1,4 @@
-"""Writes a package with one part of its own, which passes its own tests: where authors start."""
+"""A new package with one part, which passes its own tests: where authors start."""
 
 from __future__ import annotations
 
@@ -105,8 +105,7 @@ DIFFUSION = {
 def new(kind: str, name: str, out: Path) -> Path:
     """The folder of a new package `cmkit-NAME` below `out`.
 
-    RecipeError for a kind that there is not, a name that cannot be a module's, or a folder that
-    is there already.
+    RecipeError for an unknown kind, a name that no module can have, or a folder that exists.
     """
     if kind not in KINDS:
         raise RecipeError(f"new {kind}: no such kind{did_you_mean(kind, KINDS)}")

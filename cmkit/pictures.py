@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-"""What is read. Pillow knows dozens more; some of them (PostScript) are programs."""
+"""Formats that are read. Pillow knows dozens more, some of which (PostScript) are programs."""
 CELL_PIXELS = 48
 GAP_GREY = 64
 
@@ -36,9 +36,8 @@ def grid_png(images: Tensor, columns: int | None = None) -> bytes:
     factor = max(1, CELL_PIXELS // height)
     large = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     gap = max(2, factor // 2)
-    framed = large.new_full(
-        (rows * columns, channels, *(n + gap for n in large.shape[2:])), GAP_GREY
-    )
+    cell = [n + gap for n in large.shape[2:]]
+    framed = large.new_full((rows * columns, channels, *cell), GAP_GREY)
     framed[:count, :, : large.shape[2], : large.shape[3]] = large
     sheet = rearrange(framed, "(r k) c h w -> (r h) (k w) c", k=columns)[:-gap, :-gap]
     return png(sheet.movedim(-1, 0))
@@ -57,7 +56,7 @@ def png(image: Tensor) -> bytes:
 def read_picture(path: Path, channels: int, sides: Collection[int]) -> Tensor:
     """The picture file `path`, uint8 (channels, side, side) of one of `sides`.
 
-    A grey picture fills three channels. DataError for any other mismatch, and for no picture.
+    A grey picture fills three channels. DataError for a file that is no such picture.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -77,7 +76,7 @@ def read_picture(path: Path, channels: int, sides: Collection[int]) -> Tensor:
 
 
 def _misfit(image: Image, channels: int, sides: Collection[int]) -> str:
-    """Why the model cannot take a picture, "" if it can."""
+    """Why the model cannot take a picture; "" if it can."""
     if channels not in (1, 3):
         return f"a picture, and the model makes {channels} channels; pictures have 1 or 3"
     if image.width != image.height or image.width not in sides:

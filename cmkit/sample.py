@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import io
+import itertools
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,13 +35,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Draws:
-    """Which noise and labels samples get: functions of (seed, purpose, image index) alone."""
+    """Noise and labels of samples: functions of (seed, purpose, image index)."""
 
     data: DataSpec
     seed: int
     purpose: str = "sample"
     classes: tuple[int, ...] = ()
-    """Labels to take in turns instead: image k gets the one at k modulo their number."""
+    """Labels instead of drawn ones: image k gets the one at k modulo their number."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,12 +63,12 @@ class Draws:
 
 @dataclass(frozen=True)
 class RepeatedDraws(Draws):
-    """Draws that are kept in memory, for models that are compared on the same noise."""
+    """Draws kept in memory, for models that are compared on the same noise."""
 
     kept: dict[tuple[Sequence[int], int], Tensor] = field(default_factory=dict, compare=False)
 
     def noise(self, indices: Sequence[int], k: int) -> Tensor:
-        """As of `Draws`, computed once for the same `indices`."""
+        """The k-th draw of these images, computed once."""
         if (indices, k) not in self.kept:
             self.kept[indices, k] = super().noise(indices, k)
         return self.kept[indices, k]
@@ -85,7 +86,7 @@ def sample(
 ) -> Iterator[Batch]:
     """Batches of samples in the order of `indices`; the samples do not depend on `batch`.
 
-    Raises NonFiniteError instead of yielding images that are none.
+    Raises NonFiniteError when a pixel is not finite.
     """
     cast = autocast(precision, device)
     for start in starts(draws, denoiser.noise.sigma_max, indices, batch, device):
@@ -96,7 +97,7 @@ def sample(
 
 @dataclass(frozen=True)
 class Start:
-    """What a sampler is given for the images `rows`, and their labels on the CPU."""
+    """The inputs of a sampler for the images `rows`, and their labels on the CPU."""
 
     rows: range
     x: Tensor
@@ -108,7 +109,7 @@ class Start:
 def starts(
     draws: Draws, sigma_max: float, indices: range, batch: int, device: torch.device
 ) -> Iterator[Start]:
-    """The start of each batch of `indices`, on `device`."""
+    """Inputs of a sampler for each batch of `indices`, on `device`."""
     for first in range(indices.start, indices.stop, batch):
         rows = range(first, min(first + batch, indices.stop))
         labels = draws.labels(rows)
@@ -121,7 +122,7 @@ def starts(
 
 
 def finite_uint8(x0: Tensor, rows: range) -> Tensor:
-    """`to_uint8` of the images `rows`, on the CPU; NonFiniteError where they hold no numbers."""
+    """`to_uint8` of the images `rows`, on the CPU; NonFiniteError where a pixel is not finite."""
     if not x0.isfinite().all():
         raise NonFiniteError(
             f"sample: images {rows.start} to {rows.stop - 1} hold NaN or infinity;"
@@ -131,7 +132,8 @@ def finite_uint8(x0: Tensor, rows: range) -> Tensor:
 
 
 def to_uint8(x0: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255, rounded to the nearest (EDM), so that data survive the round trip."""
+    """[-1, 1] -> uint8 from 0 to 255."""
+    # Rounded to the nearest as EDM does: x0 = pixels / 127.5 - 1 then gives the pixels again.
     return (x0.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -143,9 +145,7 @@ class SavedImages(TorchDataset[Tensor]):
 
     def __init__(self, files: Sequence[Path]):
         self.files = list(files)
-        self.starts = [0]
-        for file in self.files:
-            self.starts.append(self.starts[-1] + _length(file))
+        self.starts = [0, *itertools.accumulate(map(_length, self.files))]
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
@@ -162,7 +162,7 @@ class SavedImages(TorchDataset[Tensor]):
 
 
 def _length(file: Path) -> int:
-    """Images in a `.npz` file, by the head of `arr_0`."""
+    """Number of images in a `.npz` file, by the header of `arr_0`."""
     with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
         np.lib.format.read_magic(stream)
         shape, _, _ = np.lib.format.read_array_header_1_0(stream)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a flag that stages look at between two units of work."""
+"""SIGINT and SIGTERM as a flag, which stages check between two units of work."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from cmkit.errors import Interrupted
 
 
 class StopSignal:
-    """SIGINT and SIGTERM, once, as a flag; the second time they act at once.
+    """A flag that the first SIGINT or SIGTERM sets; the second ends the process at once.
 
-    The run saves at the next step, cell or batch and ends with Interrupted.
+    With the flag set, a run saves at the next step, cell or batch and ends with Interrupted.
     """
 
     def __init__(self) -> None:
         self.signum = 0
 
     def listen(self) -> None:
-        """Take the signals over; only the main thread may."""
+        """Handle the signals; call it in the main thread."""
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._received)
 
@@ -29,7 +29,7 @@ class StopSignal:
         self.signum = signum
 
     def check(self, saved: str) -> None:
-        """Raise Interrupted if a signal has come; `saved` says what is safe."""
+        """Raise Interrupted if the flag is set; `saved` says what is kept."""
         if self.signum:
             name = signal.Signals(self.signum).name
             raise Interrupted(f"{name}: {saved}; run the same command again to go on", self.signum)

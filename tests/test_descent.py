@@ -11,7 +11,7 @@ from cmkit import RecipeError, discover
 from cmkit.plan import build, plan, with_values
 from cmkit.recipe import load
 from cmkit.run import drawn_from, run
-from cmkit.search import Cell, CellsDrawn, most_cells, search, trace, trials
+from cmkit.search import Cell, CellsDrawn, Scoring, most_cells, search, trace, trials
 from cmkit.stop import StopSignal
 
 RECIPE = """\
@@ -62,7 +62,7 @@ def toy(recipe, monkeypatch):
     """search(overrides, stored) whose score is the distance from BEST, and what it has drawn."""
     drawn = []
 
-    def scored(plan, denoiser, rescalers, *_):
+    def scored(scoring, rescalers, *_):
         drawn.append([tuple(rescaler.value_of(axis) for axis in BEST) for rescaler in rescalers])
         yield CellsDrawn(0, 1)
         return [(distance(values), torch.empty(0)) for values in drawn[-1]]
@@ -76,7 +76,8 @@ def toy(recipe, monkeypatch):
 
     def start(stored=(), *overrides):
         made, denoiser = built(*overrides)
-        return made.recipe, search(made, denoiser, None, CPU, stored)
+        scoring = Scoring(made, made.recipe.search, denoiser, None, CPU)
+        return made.recipe, search(scoring, stored)
 
     return start, drawn
 

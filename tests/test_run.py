@@ -41,7 +41,7 @@ from cmkit.run import (
     run,
 )
 from cmkit.sample import Draws, SavedImages, sample, to_uint8
-from cmkit.search import Cell, CellsDrawn, best, interval, search, verdict
+from cmkit.search import Cell, CellsDrawn, Scoring, best, interval, search, verdict
 from cmkit.stop import StopSignal
 from cmkit.tensors import load_weights
 from cmkit.train import Step
@@ -205,7 +205,9 @@ def test_a_search_hands_images_to_the_metric_as_they_are_drawn(recipe, monkeypat
     monkeypatch.setattr(FidelityMeter, "add", lambda self, x: sizes.add(len(x)) or add(self, x))
     monkeypatch.setattr(Fidelity, "measure", None)
     made = plan(load(recipe, [], discover()))
-    found = list(search(made, build(made, CPU), made.recipe.dataset.reference(), CPU))
+    reference = made.recipe.dataset.reference()
+    scoring = Scoring(made, made.recipe.search, build(made, CPU), reference, CPU)
+    found = list(search(scoring))
     assert len([event for event in found if isinstance(event, Cell)]) == 4
     assert sizes == {35}
 

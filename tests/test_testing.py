@@ -1,4 +1,4 @@
-"""Every built-in part keeps the laws that strangers' parts are held to, and each law has teeth."""
+"""Every built-in part keeps the laws that others' parts are held to, and each law has teeth."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_an_honest_backbone_passes():
         ("sites", "names such as 'skip.0'"),
         ("shape", "shape and the device of x"),
         ("bf16", "under autocast as well"),
-        ("deaf", "deaf to cond.label"),
+        ("deaf", "does not depend on cond.label"),
         ("global", "`forward` leaves the global generators alone"),
         ("buffer", "in eval mode F follows from its arguments"),
         ("batch", "does not depend on the others of its batch"),

@@ -1,4 +1,4 @@
-"""The commands: parse, call, print."""
+"""The commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cmkit.cli.errors import debug_log
-from cmkit.errors import PluginError, RecipeError
+from cmkit.errors import PluginError, RecipeError, did_you_mean
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ SeedOption = Annotated[
 SetOption = Annotated[
     list[str],
     typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value, written as in TOML."),
+]
+LabelOption = Annotated[
+    list[int], typer.Option(help="Class of every image; several are taken in turns.")
 ]
 OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -136,9 +139,7 @@ def sample(
     source: SourceArgument,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images to draw.")] = 16,
     seed: SeedOption = None,
-    label: Annotated[
-        list[int], typer.Option(help="Class of every image; give several to take them in turns.")
-    ] = [],  # noqa: B006
+    label: LabelOption = [],  # noqa: B006
     out: Annotated[
         Path, typer.Option(help="A grid FILE.png, arrays FILE.npz, or a FOLDER of PNG files.")
     ] = Path("samples.png"),
@@ -177,9 +178,7 @@ def edit(
         list[float], typer.Option(help="A noise level below sigma_max instead; several must fall.")
     ] = [],  # noqa: B006
     seed: SeedOption = None,
-    label: Annotated[
-        list[int], typer.Option(help="Class of every picture, or of each in turns.")
-    ] = [],  # noqa: B006
+    label: LabelOption = [],  # noqa: B006
     out: Annotated[
         Path, typer.Option(help="A grid FILE.png of pairs, before and after, or a FOLDER.")
     ] = Path("edited.png"),
@@ -212,18 +211,11 @@ def plugins(context: typer.Context, json: JsonOption = False) -> None:
         _print_json({"schema": 1, "plugins": rows})
         return
     heads = ("kind", "name", "package", "what it is")
-    _print_table(
-        heads,
-        [
-            (
-                row["kind"],
-                row["name"],
-                f"{row['package']} {row['version']}",
-                f"BROKEN: {row['broken']}" if row["broken"] else row["summary"],
-            )
-            for row in rows
-        ],
-    )
+    lines = []
+    for row in rows:
+        about = f"BROKEN: {row['broken']}" if row["broken"] else row["summary"]
+        lines.append((row["kind"], row["name"], f"{row['package']} {row['version']}", about))
+    _print_table(heads, lines)
 
 
 @plugins_app.command("show")
@@ -233,7 +225,6 @@ def plugins_show(
     json: JsonOption = False,
 ) -> None:
     """Show one part: its fields with types, defaults and meaning, and what to cite."""
-    from cmkit.errors import did_you_mean
     from cmkit.plugins import KINDS, discover
     from cmkit.recipe import fields
 
@@ -307,28 +298,21 @@ def compare(
     compared = entries(runs)
     notes = list(caveats(compared))
     if json:
-        _print_json(
-            {
-                "schema": 1,
-                "runs": [{**vars(entry), "differences": entry.differences} for entry in compared],
-                "caveats": notes,
-            }
-        )
+        rows = [{**vars(entry), "differences": entry.differences} for entry in compared]
+        _print_json({"schema": 1, "runs": rows, "caveats": notes})
         return
     keys = list(dict.fromkeys(k for e in compared for k in (*e.scores, *e.expected)))
     facts = list(dict.fromkeys(k for e in compared for k in e.facts))
-    rows = []
+    blank, lines = [""] * len(facts), []
     for entry in compared:
-        shown = [_human(entry.facts.get(fact, 1)) for fact in facts]
-        rows.append([entry.name, *shown, *(score(entry.scores.get(key)) for key in keys)])
+        values = [_human(entry.facts.get(fact, 1)) for fact in facts]
+        lines.append([entry.name, *values, *(score(entry.scores.get(key)) for key in keys)])
         if entry.source:
-            blank = [""] * len(facts)
             published = [score(entry.expected.get(key)) for key in keys]
-            rows.append([f"  {entry.source}", *blank, *published])
-            differences = entry.differences
-            signed = [f"{differences[key]:+.3g}" if key in differences else "" for key in keys]
-            rows.append(["  difference", *blank, *signed])
-    _print_table(["run", *facts, *keys], rows)
+            lines.append([f"  {entry.source}", *blank, *published])
+            signed = {key: f"{value:+.3g}" for key, value in entry.differences.items()}
+            lines.append(["  difference", *blank, *(signed.get(key, "") for key in keys)])
+    _print_table(["run", *facts, *keys], lines)
     for note in notes:
         print(f"note: {note}")
 
@@ -350,7 +334,7 @@ def convert(
     registry = discover()
     loaded = load(find_recipe(recipe), set, registry) if recipe else None
     from cmkit.cli.display import Display
-    from cmkit.convert import convert
+    from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
 
     with Display(None) as display:
         for event in convert(source, target, to, registry, loaded):
@@ -407,11 +391,8 @@ def find_recipe(name: str) -> Path:
     if path.suffix == ".toml" or path.exists():
         return path
     home = Path(__file__).parent.parent
-    for folder in (home / "recipes", home.parent / "recipes"):
-        shipped = folder / f"{name}.toml"
-        if shipped.is_file():
-            return shipped
-    return path
+    shipped = (folder / "recipes" / f"{name}.toml" for folder in (home, home.parent))
+    return next(filter(Path.is_file, shipped), path)
 
 
 def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

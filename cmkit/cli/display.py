@@ -1,11 +1,11 @@
-"""Draws the events of a run: a live display on a terminal, plain lines in a pipe; all on stderr."""
+"""The events of a run on stderr: a live display on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 from rich import progress
@@ -18,19 +18,15 @@ from cmkit.run import events
 from cmkit.run.environment import peak_memory_mib
 
 PLAIN_SECONDS = 5.0
+"""Between two plain lines of a stage."""
 
 
 class Display:
-    """A context in which `show` is told every event, in order.
-
-    Animated only when stderr is a terminal: environment variables that force colour must not fill
-    a log file with cursor movements.
-    """
+    """A context in which `show` takes every event, in order."""
 
     def __init__(self, device: Any, quiet: bool = False):
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.device = device
-        self.live = sys.stderr.isatty() and not quiet and not self.console.is_dumb_terminal
         self.quiet = quiet
         self.progress = progress.Progress(
             progress.SpinnerColumn(),
@@ -43,34 +39,30 @@ class Display:
             console=self.console,
             expand=True,
         )
-        self.numbers: dict[str, str] = {}
-        self.losses: list[float] = []
-        self.task: Any = None
-        self.stage = ""
-        self.total = self.done = 0
-        self.began = self.printed = 0.0
-        self.first = 0
-        self._live: Live | None = None
-
-    def __enter__(self) -> Display:
-        if self.live:
-            self._live = Live(
+        self.live: Live | None = None
+        # The console would take FORCE_COLOR for a terminal, and fill log files with cursor moves.
+        if sys.stderr.isatty() and not quiet and not self.console.is_dumb_terminal:
+            self.live = Live(
                 get_renderable=self._render,
                 console=self.console,
                 refresh_per_second=8,
                 transient=True,
             )
-            self._live.__enter__()
+        self.numbers: dict[str, str] = {}
+        self.losses: list[float] = []
+        self.task: Any = None
+        self.stage = ""
+        self.first = self.done = self.total = 0
+        self.began = self.printed = 0.0
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self.live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live:
-            self._live.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.live.stop()
 
     def show(self, event: events.Event) -> None:
         """Draw one event."""
@@ -82,24 +74,24 @@ class Display:
                 if self.stage != name:
                     self._begin(name, done >> 20, mib)
                 self.numbers = {"MiB": f"{done >> 20:,} of {mib:,}" if total else f"{done >> 20:,}"}
-                self._advance(done >> 20, {})
+                self._advance(done >> 20)
             case events.Step(step, _, log):
                 if log:
                     self._remember(log)
-                self._advance(step, log)
+                self._advance(step)
             case events.Cell(index, total, values, score):
                 moved = {k: v for k, v in values.items() if v != 1} if len(values) > 3 else values
                 shown = " ".join(f"{name} {value:g}" for name, value in moved.items())
                 self.numbers = {"cell": shown or "all 1", "score": _number(score)}
-                self._advance(index + 1, self.numbers)
+                self._advance(index + 1)
             case events.Comparison(index, _, plain, rescaled):
                 self.numbers = {"unscaled": _number(plain), "rescaled": _number(rescaled)}
-                self._advance(index + 1, self.numbers)
+                self._advance(index + 1)
             case events.CellsDrawn(done, total):
                 self.numbers["images"] = f"{done:,} of {total:,}"
-                self._advance(self.done, {})
+                self._advance(self.done)
             case events.Sampled(done, _):
-                self._advance(done, {})
+                self._advance(done)
             case events.Saved(step):
                 self.say(f"saved step {step}")
             case events.Note(text):
@@ -108,13 +100,10 @@ class Display:
                 self.say(f"{stage} done in {result['seconds']:.1f} s")
 
     def _begin(self, stage: str, done: int, total: int) -> None:
-        self.stage, self.total, self.first = stage, total, done
-        self.done = done
-        self.began = time.monotonic()
-        self.printed = 0.0
-        self.numbers = {}
-        self.losses = []
-        if self._live:
+        self.stage, self.first, self.done, self.total = stage, done, done, total
+        self.began, self.printed = time.monotonic(), 0.0
+        self.numbers, self.losses = {}, []
+        if self.live:
             for task in self.progress.tasks:
                 self.progress.update(task.id, visible=False)
             self.task = self.progress.add_task(stage, total=total, completed=done)
@@ -130,9 +119,9 @@ class Display:
             "memory": f"{peak_memory_mib(self.device):,.0f} MiB",
         }
 
-    def _advance(self, done: int, changed: Any) -> None:
+    def _advance(self, done: int) -> None:
         self.done = done
-        if self._live:
+        if self.live:
             self.progress.update(self.task, completed=done)
             return
         now = time.monotonic()
@@ -162,10 +151,7 @@ def sparkline(values: Iterable[float], width: int) -> str:
     """A curve of at most `width` block characters, each the mean of a stretch of `values`."""
     values = list(values)
     stretch = max(1, -(-len(values) // width))
-    means = [
-        sum(values[i : i + stretch]) / len(values[i : i + stretch])
-        for i in range(0, len(values), stretch)
-    ]
+    means = [statistics.fmean(values[i : i + stretch]) for i in range(0, len(values), stretch)]
     low, high = min(means), max(means)
     marks = "▁▂▃▄▅▆▇█"
     return "".join(marks[round((v - low) / ((high - low) or 1) * (len(marks) - 1))] for v in means)

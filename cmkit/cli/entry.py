@@ -13,8 +13,7 @@ from cmkit.errors import CmkitError
 
 
 def main() -> None:
-    """Run the command line; every error of ours is one line on stderr, and its own exit code."""
-    code = 0
+    """Run the command line; each error is one line on stderr, and an exit code."""
     try:
         code = app(standalone_mode=False) or 0
     except CmkitError as error:
@@ -22,6 +21,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = say("interrupted; nothing was being written", 130)
     except BrokenPipeError:
+        # Python writes what is left in stdout as it ends, and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (MemoryError, OSError, RuntimeError) as error:

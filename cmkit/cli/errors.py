@@ -1,4 +1,4 @@
-"""How the command line ends: one line for every error of ours, and its own exit code."""
+"""How the command line ends: one line on stderr for every error, and its exit code."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 
 from cmkit.errors import ResourceError
 
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES}
 
-class debug_log:  # noqa: N801 - one place that is known only once the run folder is
+
+class debug_log:  # noqa: N801 - a variable of the module, which `run` sets once it knows its folder
     folder: Path | None = None
 
 
@@ -23,23 +25,15 @@ def fail(error: BaseException, code: int) -> int:
 
 
 def resource_error(error: BaseException) -> int:
-    """Memory and disk end as exit 5 however libraries word them; the rest is our bug."""
+    """The exit code of an error that libraries raise: 5 for memory and disk, else a bug."""
     text = str(error)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        first = text.partition("\n")[0]
         hint = "lower train.batch, search.batch or sample.batch, or raise train.accumulate"
-        return fail(
-            ResourceError(f"out of memory: {text.splitlines()[0] if text else ''}; {hint}"), 5
-        )
-    if isinstance(error, OSError) and error.errno in {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EIO,
-        errno.EROFS,
-        errno.EACCES,
-    }:
-        return fail(
-            ResourceError(f"{error.filename or 'disk'}: {error.strerror}; choose another --out"), 5
-        )
+        return fail(ResourceError(f"out of memory: {first}; {hint}"), ResourceError.exit_code)
+    if isinstance(error, OSError) and error.errno in DISK:
+        where = f"{error.filename or 'disk'}: {error.strerror}"
+        return fail(ResourceError(f"{where}; choose another --out"), ResourceError.exit_code)
     return unexpected(error)
 
 
@@ -58,7 +52,7 @@ def unexpected(error: BaseException) -> int:
 
 
 def _write_debug_log(path: Path) -> bool:
-    """Append the traceback of the error in hand; False where that cannot be."""
+    """Append the traceback of the current error; False where the file cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)

@@ -15,7 +15,7 @@ from cmkit.errors import DataError, RecipeError
 from cmkit.noise import Noise
 
 Projection = Callable[[Tensor], Tensor]
-"""x0_hat -> the nearest images that have what is known, (B, C, H, W) -> (B, C, H, W)."""
+"""x0_hat -> the nearest images with the known part, (B, C, H, W) -> (B, C, H, W)."""
 
 LUMINANCE = (0.2989, 0.5870, 0.1140)
 """Weights of red, green and blue in the brightness of a pixel (ITU-R BT.601)."""
@@ -29,11 +29,11 @@ def edit(
     cond: Cond,
     noise: Callable[[int], Tensor],
 ) -> Tensor:
-    """Images (B, C, H, W) that have what `project` knows, from x = sigma_max * z.
+    """Images (B, C, H, W) with the known part that `project` puts back, from x = sigma_max * z.
 
-    Multistep consistency sampling through the falling noise levels `sigmas`, with the known part
-    put back into every estimate; noise(k), k >= 1, is the k-th standard normal draw. RecipeError
-    when the levels do not fall between sigma_max and sigma_min.
+    Multistep consistency sampling through the falling noise levels `sigmas`, with `project` on
+    every estimate; noise(k), k >= 1, is the k-th standard normal draw. RecipeError when the levels
+    do not fall between sigma_max and sigma_min.
     """
     check_levels(denoiser.noise, sigmas)
     low, high = denoiser.noise.sigma_min, denoiser.noise.sigma_max
@@ -55,8 +55,8 @@ def check_levels(noise: Noise, sigmas: Sequence[float]) -> None:
 
 
 def colorize(known: Tensor) -> Projection:
-    """Puts the brightness of `known` (B, 3, H, W) back: a a^T known + (1 - a a^T) x0_hat for each
-    pixel, a = LUMINANCE / |LUMINANCE|."""
+    """The projection to the brightness of `known` (B, 3, H, W): for each pixel
+    a a^T known + (1 - a a^T) x0_hat, a = LUMINANCE / |LUMINANCE|."""
     if known.shape[1] != 3:
         raise DataError(f"colorize needs images of 3 channels, not {known.shape[1]}")
     a = torch.tensor(LUMINANCE, dtype=torch.float64)
@@ -70,8 +70,8 @@ def brightness(images: Tensor) -> Tensor:
 
 
 def superres(known: Tensor, patch: int = 8) -> Projection:
-    """Puts the means of `known` over squares of `patch` pixels back; each x0_hat keeps its own
-    detail. Enlarge low-resolution images by repeating pixels first."""
+    """The projection to the means of `known` over squares of `patch` pixels; `known` is as large as
+    x0_hat, so repeat the pixels of low-resolution images first."""
     height, width = known.shape[-2:]
     if height % patch or width % patch:
         raise DataError(f"superres: {height}x{width} images do not divide into {patch}x{patch}")
@@ -83,5 +83,5 @@ def superres(known: Tensor, patch: int = 8) -> Projection:
 
 
 def inpaint(known: Tensor, mask: Tensor) -> Projection:
-    """Puts `known` back where `mask`, bool and broadcast to (B, C, H, W), is true."""
+    """The projection to `known` where `mask`, bool and broadcast to (B, C, H, W), is true."""
     return lambda x0: torch.where(mask, known, x0)

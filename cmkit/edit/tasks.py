@@ -1,4 +1,4 @@
-"""What is known of a picture that is edited, and the noise levels of the edit."""
+"""The editing tasks: what is known of a picture, and the noise levels."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from cmkit.noise import Noise
 from cmkit.pictures import read_picture
 
 WHITE = 128
-"""From this grey on a mask is white."""
+"""The darkest grey of a mask that counts as white."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is known of a picture that is edited, and the noise levels of the edit."""
+    """An editing task: which part of a picture is known, and the noise levels."""
 
     name: Literal["inpaint", "colorize", "superres"]
     mask: Path | None = None
@@ -44,12 +44,11 @@ class Task:
         sides = [side]
         if self.name == "superres" and side % self.patch == 0:
             sides.append(side // self.patch)
-        read = [read_picture(path, channels, sides) for path in pictures]
-        large = [image if image.shape[-1] == side else self._enlarged(image) for image in read]
+        large = []
+        for image in (read_picture(path, channels, sides) for path in pictures):
+            factor = side // image.shape[-1]
+            large.append(image.repeat_interleave(factor, 1).repeat_interleave(factor, 2))
         return torch.stack(large) / 127.5 - 1
-
-    def _enlarged(self, image: Tensor) -> Tensor:
-        return image.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2)
 
     def kept(self, side: int) -> Tensor | None:
         """Where the mask is black, bool (side, side); None without a mask."""
@@ -62,7 +61,7 @@ class Task:
         return None if self.mask is None else read_picture(self.mask, 1, [side])[0] < WHITE
 
     def projection(self, known: Tensor, kept: Tensor | None) -> Projection:
-        """What puts the known part of `known` back; DataError where the task does not suit."""
+        """The projection to the known part; DataError where the images do not suit the task."""
         match self.name:
             case "inpaint":
                 assert kept is not None
@@ -73,7 +72,7 @@ class Task:
                 return superres(known, self.patch)
 
     def given(self, known: Tensor, kept: Tensor | None) -> Tensor:
-        """The known part as pictures to look at."""
+        """The known part as images to look at."""
         project = self.projection(known, kept)
         if self.name == "colorize":
             return brightness(known).expand_as(known)

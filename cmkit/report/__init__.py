@@ -1,4 +1,4 @@
-"""The page a person opens: `report.html`, one file made of what a run's folder holds."""
+"""`report.html`: one page of all that a run's folder holds."""
 
 from cmkit.report.figures import score
 from cmkit.report.page import write_report

@@ -23,22 +23,19 @@ def curve_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         return None
     size = math.ceil(len(records) / CURVE_POINTS)
     chunks = [records[i : i + size] for i in range(0, len(records), size)]
-    steps = [chunk[-1]["step"] for chunk in chunks]
+    steps, sigmas = ([chunk[-1][key] for chunk in chunks] for key in ("step", "num_sigmas"))
     losses = [statistics.fmean(record["loss"] for record in chunk) for chunk in chunks]
-    sigmas = [chunk[-1]["num_sigmas"] for chunk in chunks]
-    logarithmic = min(losses) > 0 and max(losses) >= 10 * min(losses)
     return {
         "steps": steps,
         "losses": losses,
         "sigmas": sigmas,
         "marks": _doublings(steps, sigmas),
-        "log": logarithmic,
-        "smoothed": size,
+        "log": min(losses) > 0 and max(losses) >= 10 * min(losses),
     }
 
 
 def _finite(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The records of steps with a finite loss."""
+    """Step, loss and N of the records with a finite loss; a torn last line may lack any."""
     for record in records:
         step, loss, sigmas = map(finite_or_none, map(record.get, ("step", "loss", "num_sigmas")))
         if step is not None and loss is not None:
@@ -46,7 +43,7 @@ def _finite(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _doublings(steps: Sequence[int], sigmas: Sequence[int]) -> list[tuple[int, int]]:
-    """(step, N) wherever N - 1, the intervals, has at least doubled since the last such place."""
+    """(step, N) wherever the number of intervals, N - 1, has at least doubled since the last."""
     marks: list[tuple[int, int]] = []
     for step, sigma in zip(steps, sigmas, strict=True):
         if sigma and (not marks or sigma - 1 >= 2 * (marks[-1][1] - 1)):
@@ -55,7 +52,7 @@ def _doublings(steps: Sequence[int], sigmas: Sequence[int]) -> list[tuple[int, i
 
 
 def curve_svg(curve: Mapping[str, Any]) -> dict[str, Any]:
-    """The curve, its ticks and the doublings of N in per cent of the plot, y downward."""
+    """Curve, ticks and doublings of N as the template draws them: per cent of the plot, y down."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     steps, losses = curve["steps"], curve["losses"]
@@ -85,7 +82,7 @@ def curve_svg(curve: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def curve_data(curve: Mapping[str, Any] | None) -> list[str]:
-    """What the script says of each point of the curve."""
+    """The text that the page shows at each point of the curve."""
     if not curve:
         return []
     return [

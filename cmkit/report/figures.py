@@ -1,4 +1,4 @@
-"""A run's figures as PNG, and numbers as people read them."""
+"""The figures of a run as PNG, and numbers as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS, LEVELS = "viridis_r", 24
 
 
 def number(value: object, digits: int = 3) -> str:
-    """A value as people read it: three digits, thousands apart, and a dash where there is none."""
+    """A value as text: three digits, commas between thousands, a dash for None and NaN."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"  # noqa: RUF001
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -26,7 +26,7 @@ def number(value: object, digits: int = 3) -> str:
 
 
 def score(value: object, digits: int = 3) -> str:
-    """A measured number: as many digits whatever they are, so that 20 among 19.6 is 20.0."""
+    """A measured number with trailing zeros: 20.0 beside 19.6."""
     if isinstance(value, float) and 0 < abs(value) < 10**digits:
         return f"{value:#.{digits}g}".rstrip(".")
     return number(value, digits)
@@ -41,7 +41,7 @@ def count(value: float) -> str:
 
 
 def colour(share: float) -> tuple[str, str]:
-    """(fill, legible ink) at a place of the scale; low scores are bright."""
+    """(fill, legible text) at a place of the colour scale, 0 to 1; low scores are bright."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -51,8 +51,8 @@ def colour(share: float) -> tuple[str, str]:
 
 
 def heatmap_png(search: Mapping[str, Any]) -> bytes:
-    """The search as a PNG: winner framed, unscaled cell framed by dashes, values written in, and
-    what a search by coordinates kept framed by a thin line."""
+    """A PNG of the scored cells. Frames: thick for the winner, thin for what a search by
+    coordinates kept, dashed for the unscaled cell."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure

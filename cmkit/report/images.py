@@ -1,4 +1,4 @@
-"""Pictures on the page, as data URIs of bounded size."""
+"""Pictures as data URIs of bounded size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TINY_PIXELS = 600
 
 
 def picture_of(folder: RunFolder, name: str, limit: int) -> dict[str, Any]:
-    """An <img>: `src` as a data URI, at most `limit` pixels wide, or no `src` when it is gone."""
+    """Attributes of an <img> at most `limit` pixels wide; `src` is None when the file is gone."""
     path = folder.picture(name)
     if not path.is_file():
         return {"name": name, "src": None}

@@ -57,7 +57,8 @@ def duration(seconds: float) -> str:
 
 
 def _scrub(value: Any) -> Any:
-    """The same value without the home folder's path and without credentials in URLs."""
+    """The same value without the home folder's path and without credentials in URLs: pages are
+    handed around."""
     if isinstance(value, dict):
         return {key: _scrub(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -76,7 +77,7 @@ def _page(
     search: Mapping[str, Any] | None,
     curve: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """What the template shows."""
+    """The variables of the template."""
     stages = report["stages"]
     confirm = stages.get("search", {}).get("confirm")
     sample = stages.get("sample")
@@ -100,18 +101,13 @@ def _page(
 def _headlines(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(label, value, note) of the few numbers that a reader wants first."""
     stages = report["stages"]
-    search, metric = stages.get("search"), stages.get("metric")
-    sample, train = stages.get("sample"), stages.get("train")
-    if search and search.get("confirm"):
-        confirm = search["confirm"]
+    search, metric, sample, train = map(stages.get, ("search", "metric", "sample", "train"))
+    if search and (confirm := search.get("confirm")):
         before, after = confirm["plain"]["mean"], confirm["rescaled"]["mean"]
         change = f"{signed(100 * (after - before) / before, 2)} %, " if before else ""
         seeds = f"{len(confirm['seeds'])} seeds of {number(confirm['images'])} images"
-        yield (
-            f"{search['minimize']} on fresh noise",
-            f"{score(before)} → {score(after)}",
-            change + seeds,
-        )
+        label = f"{search['minimize']} on fresh noise"
+        yield label, f"{score(before)} → {score(after)}", change + seeds
     if search:
         axes, cells = search["axes"], f"of {len(search['cells'])} cells"
         best = [search["best"][axis] for axis in axes]
@@ -136,16 +132,12 @@ def _nfe(nfe: int) -> str:
 
 
 def _samples(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
-    scales = ", ".join(_scales(stage.get("scales", {})))
-    return {
-        "images": stage["images"],
-        "nfe": _nfe(stage["nfe"]),
-        "scales": scales,
-        **{
-            key: picture_of(folder, stage[key], SHEET_PIXELS) if stage.get(key) else None
-            for key in ("before", "after")
-        },
+    facts = {"images": stage["images"], "nfe": _nfe(stage["nfe"])}
+    pictures = {
+        key: picture_of(folder, stage[key], SHEET_PIXELS) if stage.get(key) else None
+        for key in ("before", "after")
     }
+    return {**facts, **pictures, "scales": ", ".join(_scales(stage.get("scales", {})))}
 
 
 def _scales(scales: Mapping[str, Any]) -> Iterator[str]:
@@ -160,7 +152,7 @@ def _scales(scales: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _metrics(stage: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The numbers, grouped by what must stand beside them."""
+    """The numbers, grouped by their provenance."""
     left = dict(stage["values"])
     groups = []
     for source in [*stage["provenance"], {}]:
@@ -173,7 +165,7 @@ def _metrics(stage: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _short(value: object) -> str:
-    """A fact as text; of a long digest its first 12 digits."""
+    """A fact as text, long digests cut to 12 digits."""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1…", number(value))
 
 
@@ -202,18 +194,12 @@ def _toml(recipe: Mapping[str, Any]) -> str:
     """The recipe as TOML, without the query of a URL, which may be a key."""
     import tomlkit
 
-    text = tomlkit.dumps(_without_none(recipe)).strip()
+    text = tomlkit.dumps(recipe).strip()
     return re.sub(r"(\b\w+://[^\s?#\"']*)\?[^\s#\"']*", r"\1?…", text)
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
-
-
 def _render(page: Mapping[str, Any]) -> str:
-    """The page's HTML; the policy in its head lets only this very style and script act."""
+    """The page as HTML, whose Content-Security-Policy allows its own style and script alone."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 

@@ -13,29 +13,31 @@ from cmkit.report.images import CELL_PIXELS, picture_of
 from cmkit.run.folder import RunFolder
 
 FEW = 4
-"""Numbers of a rescaler that are written out wherever they are spoken of."""
+"""Up to so many numbers of a rescaler are all written out."""
 
 
 def axis_label(stage: Mapping[str, Any], name: str) -> str:
-    """A number of the rescaler as the page calls it."""
+    """The name of a rescaler's number on the page."""
     return str(stage.get("labels", {}).get(name, name))
 
 
 def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     """The cells of a search in rows, as the page and the heatmap show them."""
-    axes = stage["axes"]
-    names = list(axes)
-    records = stage["cells"]
-    ones = f"({', '.join('1' for _ in names)})" if len(names) <= FEW else "all 1"
-    plain = next((cell for cell in records if all(cell[name] == 1 for name in names)), None)
+    axes, records, best = stage["axes"], stage["cells"], stage["best"]
+    ones = f"({', '.join('1' for _ in axes)})" if len(axes) <= FEW else "all 1"
+    plain = next((cell for cell in records if all(cell[name] == 1 for name in axes)), None)
     scores = [finite_or_none(cell["score"]) for cell in records]
     norm = _norm([value for value in scores if value is not None])
-    cells = [
-        {**_cell(record, stage, plain, norm, ones), "index": index}
-        for index, record in enumerate(records)
+    cells = []
+    for index, record in enumerate(records):
+        picture = picture_of(folder, record["samples"], CELL_PIXELS)
+        cell = _cell(record, stage, plain, norm, ones)
+        cells.append({**cell, "index": index, "picture": picture})
+    edges = [
+        name
+        for name, values in axes.items()
+        if len(values) > 2 and best[name] in (min(values), max(values))
     ]
-    for cell in cells:
-        cell["picture"] = picture_of(folder, cell["file"], CELL_PIXELS)
     layout = _steps(stage, cells) if stage.get("descent") else _grid(stage, cells)
     shown = [cell for row in layout["rows"] for cell in row["cells"] if cell]
     return {
@@ -44,7 +46,7 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
         "start": next((cell for cell in shown if cell["winner"]), shown[0]),
         "plain": next((cell for cell in cells if cell["plain"]), None),
         "ones": ones,
-        "edges": [name for name in names if _on_edge(stage["best"][name], axes[name])],
+        "edges": edges,
         "minimize": stage["minimize"],
         "images": stage.get("images"),
         "reranked": len(stage.get("rerank", {}).get("cells", [])),
@@ -55,7 +57,7 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
 
 
 def _grid(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A grid's rows: the first axis runs across, all others down, rising upward."""
+    """Rows of a grid: the first axis runs across, all others down, rising upward."""
     first, *others = axes = stage["axes"]
     found = {tuple(r[name] for name in axes): c for r, c in zip(stage["cells"], cells, strict=True)}
     rows = []
@@ -72,8 +74,8 @@ def _grid(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str
 
 
 def _steps(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A row for each step of a search by coordinates: the values of its axis, rising, the one that
-    the search went on with marked as `kept`."""
+    """A row for each step of a search by coordinates: the values of its axis, rising; `kept` is
+    the one that the search went on with."""
     rows: list[dict[str, Any]] = []
     for step in stage["descent"]:
         axis, places = step["axis"], step["cells"]
@@ -98,7 +100,7 @@ def _cell(
     norm: Any,
     ones: str,
 ) -> dict[str, Any]:
-    """What the page says of one cell; `level` is its place on the colour scale."""
+    """The text and marks of one cell; `level` is its place on the colour scale."""
     value = finite_or_none(cell["score"])
     winner = all(cell[name] == stage["best"][name] for name in stage["axes"])
     label = _label(cell, stage["axes"])
@@ -113,18 +115,13 @@ def _cell(
         "kept": False,
         "plain": cell is plain,
         "note": _against(value, finite_or_none(plain["score"]) if plain else None),
-        "file": cell["samples"],
     }
 
 
 def _label(cell: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
-    """A cell's values; of many only those that are not 1."""
+    """The values of a cell; of more than FEW only those that are not 1."""
     shown = [name for name in axes if len(axes) <= FEW or cell[name] != 1]
     return ", ".join(f"{name} {number(cell[name])}" for name in shown) or "all 1"
-
-
-def _on_edge(value: float, values: Sequence[float]) -> bool:
-    return len(values) > 2 and value in (min(values), max(values))
 
 
 def _norm(scores: Sequence[float]) -> Any:
@@ -136,6 +133,7 @@ def _norm(scores: Sequence[float]) -> Any:
 
 
 def _against(value: float | None, plain: float | None) -> str:
+    """How a score compares with that of the unscaled model."""
     if value is None:
         return "not a number"
     if plain is None or value == plain:

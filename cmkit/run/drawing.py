@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from cmkit.errors import RecipeError, ResourceError
 from cmkit.files import atomic_write, new_folder
 from cmkit.pictures import grid_png, png
 from cmkit.plan import Plan, check_disk, check_fit, for_sampling, noise_of, traits_of
-from cmkit.recipe import Recipe
+from cmkit.recipe import Recipe, SampleTable
 from cmkit.run.events import Event, Sampled, StageFinished, StageStarted
 from cmkit.sample import Draws, finite_uint8, npz, sample, starts
 from cmkit.weights import download
@@ -27,10 +28,10 @@ from cmkit.weights import download
 def draw(
     recipe: Recipe, seed: int, classes: Sequence[int], out: Path, device: torch.device
 ) -> Iterator[Event]:
-    """Draw a recipe's images into `out` as events; the last, StageFinished, tells what is there.
+    """Events of drawing a recipe's images into `out`; the last is StageFinished.
 
-    `out` becomes a grid (.png), ADM's arrays (.npz) or a folder of PNG files. Image k is that of
-    the seed, whatever their number. RecipeError where `out` exists or has another ending.
+    `out` becomes a grid (.png), arrays in ADM's format (.npz) or a folder of PNG files. Image k
+    follows from `seed` and k alone. RecipeError where `out` exists or has another ending.
     """
     began = time.perf_counter()
     _check_out(out, ("", ".png", ".npz"))
@@ -38,11 +39,9 @@ def draw(
         raise recipe.source.error(
             ("sampler",), 'say how to draw, such as --set sampler={use="multistep"}'
         )
-    plan = _fitted(recipe, classes, out)
-    assert recipe.sample is not None
-    model = yield from _model(plan, device)
-    count, table = recipe.sample.images, recipe.sample
-    draws = Draws(plan.data, seed, classes=tuple(classes))
+    plan, table = _fitted(recipe, classes, out)
+    model = yield from _model(plan, table, device)
+    count, draws = table.images, Draws(plan.data, seed, classes=tuple(classes))
     yield StageStarted("sample", 0, count)
     batches = []
     for batch in sample(
@@ -55,17 +54,10 @@ def draw(
     else:
         images = torch.cat([batch.images for batch in batches])
         _write_pictures(out, {f"{k:07d}": image for k, image in enumerate(images)})
-    labels = draws.labels(range(count)) if "label" in plan.conditions else None
-    result = {
-        "out": str(out),
-        "images": count,
-        "seed": seed,
-        "labels": None if labels is None else labels.tolist(),
-        "nfe": plan.nfe,
-        "scales": recipe.rescaler.model_dump(mode="json") if recipe.rescaler else {},
-        "seconds": time.perf_counter() - began,
-    }
-    yield StageFinished("sample", result)
+    drawn = draws.labels(range(count)) if "label" in plan.conditions else None
+    labels = None if drawn is None else drawn.tolist()
+    facts = {"images": count, "seed": seed, "labels": labels, "nfe": plan.nfe}
+    yield _finished("sample", out, recipe, facts, began)
 
 
 def redraw(
@@ -77,26 +69,25 @@ def redraw(
     out: Path,
     device: torch.device,
 ) -> Iterator[Event]:
-    """Edit pictures into `out` as events; the last, StageFinished, tells what is there.
+    """Events of editing pictures into `out`; the last is StageFinished.
 
-    `out` becomes a grid (.png) with what is known beside the result, or a folder with both for
-    each picture. Every picture is read and checked before the model is.
+    `out` becomes a grid (.png) with the known part beside each result, or a folder with both for
+    each picture. Every picture is read and checked before the model is loaded.
     """
     began = time.perf_counter()
     _check_out(out, ("", ".png"))
-    plan = _fitted(replace(recipe, sampler=None), classes, out)
+    plan, table = _fitted(replace(recipe, sampler=None), classes, out)
     _check_editable(plan, classes)
     count, side = len(pictures), plan.data.resolution
     known, kept = task.known(pictures, plan.data.channels, side), task.kept(side)
     given = task.given(known, kept)
     levels = task.levels(noise_of(recipe))
-    model = yield from _model(plan, device)
-    assert recipe.sample is not None
-    batch, cast = recipe.sample.batch, autocast(recipe.sample.precision, device)
+    model = yield from _model(plan, table, device)
+    cast = autocast(table.precision, device)
     draws = Draws(plan.data, seed, "edit", tuple(classes))
     yield StageStarted("edit", 0, count)
     edited = []
-    for start in starts(draws, model.noise.sigma_max, range(count), batch, device):
+    for start in starts(draws, model.noise.sigma_max, range(count), table.batch, device):
         own = known[start.rows.start : start.rows.stop].to(device)
         with torch.inference_mode(), cast:
             project = task.projection(own, kept)
@@ -109,25 +100,26 @@ def redraw(
         atomic_write(out, grid_png(both, 2 * math.ceil(math.sqrt(count / 2))))
     else:
         named = {}
-        for k, (path, *pair) in enumerate(zip(pictures, before, after, strict=True)):
-            for name, image in zip(("before", "after"), pair, strict=True):
-                named[f"{k:03d}-{path.stem}-{name}"] = image
+        for k, path in enumerate(pictures):
+            named[f"{k:03d}-{path.stem}-before"] = before[k]
+            named[f"{k:03d}-{path.stem}-after"] = after[k]
         _write_pictures(out, named)
-    result = {
-        "out": str(out),
-        "images": count,
-        "task": task.name,
-        "seed": seed,
-        "sigmas": levels,
-        "nfe": (1 + len(levels)) * model.passes,
-        "scales": recipe.rescaler.model_dump(mode="json") if recipe.rescaler else {},
-        "seconds": time.perf_counter() - began,
-    }
-    yield StageFinished("edit", result)
+    nfe = (1 + len(levels)) * model.passes
+    facts = {"images": count, "task": task.name, "seed": seed, "sigmas": levels, "nfe": nfe}
+    yield _finished("edit", out, recipe, facts, began)
 
 
-def _fitted(recipe: Recipe, classes: Sequence[int], out: Path) -> Plan:
-    """The recipe's plan; RecipeError for classes that its model does not have."""
+def _finished(
+    stage: str, out: Path, recipe: Recipe, facts: dict[str, Any], began: float
+) -> StageFinished:
+    scales = recipe.rescaler.model_dump(mode="json") if recipe.rescaler else {}
+    seconds = time.perf_counter() - began
+    return StageFinished(stage, {"out": str(out), **facts, "scales": scales, "seconds": seconds})
+
+
+def _fitted(recipe: Recipe, classes: Sequence[int], out: Path) -> tuple[Plan, SampleTable]:
+    """The plan and [sample] of a recipe; RecipeError for classes that its model does not have."""
+    assert recipe.sample is not None
     plan = check_fit(recipe)
     number = plan.data.num_classes if "label" in plan.conditions else None
     for label in classes:
@@ -136,11 +128,11 @@ def _fitted(recipe: Recipe, classes: Sequence[int], out: Path) -> Plan:
         if not 0 <= label < number:
             raise RecipeError(f"--label {label}: no class of the model's; give 0 to {number - 1}")
     check_disk(plan, out.parent)
-    return plan
+    return plan, recipe.sample
 
 
 def _check_editable(plan: Plan, classes: Sequence[int]) -> None:
-    """RecipeError where the model is no consistency model, or must be told a class."""
+    """RecipeError where the model is no consistency model, or needs classes that are not given."""
     recipe = plan.recipe
     if "boundary" not in traits_of(recipe):
         raise recipe.source.error(
@@ -150,19 +142,20 @@ def _check_editable(plan: Plan, classes: Sequence[int]) -> None:
         )
     if "sigma_to" in plan.conditions:
         raise recipe.source.error(
-            ("objective",), "its network jumps to a level that it is told: no edits with it"
+            ("objective",), "its network jumps to a given noise level, which edits do not have"
         )
     if "label" in plan.conditions and not classes:
         last = (plan.data.num_classes or 0) - 1
         raise RecipeError(f"the model draws classes: give the pictures' by --label, 0 to {last}")
 
 
-def _model(plan: Plan, device: torch.device) -> Generator[Event, None, Denoiser]:
+def _model(
+    plan: Plan, table: SampleTable, device: torch.device
+) -> Generator[Event, None, Denoiser]:
     """The rescaled denoiser on `device`, after any download of its weights."""
     for weights in plan.downloads:
         yield from download(weights)
-    assert plan.recipe.sample is not None
-    denoiser = for_sampling(plan, device, plan.recipe.sample.precision)
+    denoiser = for_sampling(plan, device, table.precision)
     return denoiser.rescaled(plan.recipe.rescaler) if plan.recipe.rescaler else denoiser
 
 
@@ -181,7 +174,7 @@ def _check_out(out: Path, endings: Sequence[str]) -> None:
 
 
 def _write_pictures(out: Path, images: dict[str, Tensor]) -> None:
-    """One grid, or a folder with a file for each."""
+    """Write one grid, or a folder with a file for each."""
     if out.suffix == ".png":
         atomic_write(out, grid_png(torch.stack(list(images.values()))))
         return

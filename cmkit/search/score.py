@@ -18,24 +18,23 @@ from cmkit.errors import NonFiniteError
 from cmkit.kinds import Meter, Rescaler
 from cmkit.measure import meter
 from cmkit.plan import Plan, minimized
+from cmkit.recipe import SearchTable
 from cmkit.sample import Draws, starts, to_uint8
 from cmkit.values import Reference
 
 
 @dataclass(frozen=True)
 class PartialCells:
-    """Cells drawn together, of which each has `drawn` images so far.
-
-    `labels` say which noise and which scales; `tensors` are the meters' states, each name headed by
-    the cell's place in `labels`.
-    """
+    """Cells drawn together, of which each has `drawn` images so far."""
 
     labels: tuple[str, ...]
+    """Noise, number of images and scales of each cell."""
     drawn: int
     tensors: Mapping[str, Tensor]
+    """States of the meters by "k/name" for the cell `labels[k]`."""
 
     def of(self, label: str) -> dict[str, Tensor]:
-        """What there is of one cell."""
+        """The tensors of one cell, by name."""
         prefix = f"{self.labels.index(label)}/"
         found = (name for name in self.tensors if name.startswith(prefix))
         return {name.removeprefix(prefix): self.tensors[name] for name in found}
@@ -43,47 +42,49 @@ class PartialCells:
 
 @dataclass(frozen=True)
 class CellsDrawn:
-    """Images of the next cells drawn so far. The caller may stop here, and keep `unfinished`."""
+    """Images of the next cells drawn so far; the caller may stop here, and keep `unfinished`."""
 
     done: int
     total: int
     unfinished: Callable[[], PartialCells] | None = None
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What the cells of a search are scored with."""
+
+    plan: Plan
+    table: SearchTable
+    denoiser: Denoiser
+    reference: Reference
+    device: torch.device
+    begun: PartialCells | None = None
+    """Cells that an earlier start was drawing, to go on with."""
+
+
 def encoder_rows(denoiser: Denoiser, every: Sequence[Rescaler]) -> list[list[int]]:
-    """Cells by equal early scales at sigma_max; without late sites each cell is a row."""
-    sigma = torch.full((1,), denoiser.noise.sigma_max)
-    network = denoiser.network
-    rows: dict[tuple[Any, ...], list[int]] = {}
+    """Places of the rescalers whose early scales at sigma_max are equal; without late sites each
+    is a row of its own."""
+    sigma, network = torch.full((1,), denoiser.noise.sigma_max), denoiser.network
+    rows: dict[Any, list[int]] = {}
     for index, rescaler in enumerate(every):
-        scales = rescaler.bind(network.sites)(sigma)
-        early = {site: s for site, s in scales.items() if site not in network.late}
-        key = tuple(
-            (site, *s.tolist()) if s.ndim else (site, s.item()) for site, s in early.items()
-        )
-        rows.setdefault(key if network.late else (index,), []).append(index)
+        scales = rescaler.bind(network.sites)(sigma).items()
+        early = tuple((s, *v.flatten().tolist()) for s, v in scales if s not in network.late)
+        rows.setdefault(early if network.late else index, []).append(index)
     return list(rows.values())
 
 
 @torch.inference_mode()
 def scored(
-    plan: Plan,
-    denoiser: Denoiser,
-    rescalers: Sequence[Rescaler | None],
-    draws: Draws,
-    count: int,
-    reference: Reference,
-    device: torch.device,
-    begun: PartialCells | None,
+    scoring: Scoring, rescalers: Sequence[Rescaler | None], draws: Draws, count: int
 ) -> Generator[CellsDrawn, None, list[tuple[float | None, Tensor]]]:
     """Score of `count` images of each rescaler, None where it is not finite, and its first images,
     uint8 (n, C, H, W). Images go to the metric as they are drawn, and only the first are kept."""
-    table, sampler = plan.recipe.search, plan.recipe.sampler
-    assert table is not None
+    recipe, table, denoiser = scoring.plan.recipe, scoring.table, scoring.denoiser
+    device, begun, sampler = scoring.device, scoring.begun, recipe.sampler
     assert sampler is not None
-    cast = autocast(table.precision, device)
-    metric = minimized(plan.recipe)
-    meters = [meter(metric, count, reference, device) for _ in rescalers]
+    cast, metric = autocast(table.precision, device), minimized(recipe)
+    meters = [meter(metric, count, scoring.reference, device) for _ in rescalers]
     finite = torch.ones(len(rescalers), dtype=torch.bool, device=device)
     thumbnails: list[list[Tensor]] = [[] for _ in rescalers]
     labels = tuple(

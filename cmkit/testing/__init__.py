@@ -1,18 +1,16 @@
-"""The laws of every kind of part, as checks that plugin authors call in their own tests.
+"""Checks of every kind of part, which plugin authors call in their own tests.
 
-`check_sampler(MySampler(steps=4))` returns None, or raises ProtocolError, which says the law, what
-was seen, and what to change. All run on the CPU on tiny tensors, within seconds.
+`check_sampler(MySampler(steps=4))` returns None, or raises ProtocolError, which says the law that
+is broken, what was seen, and what to change. Checks take seconds, on the CPU and tiny tensors.
 """
 
 from cmkit.testing.backbone import check_backbone
 from cmkit.testing.dataset import check_dataset
-from cmkit.testing.fields import check_fields
 from cmkit.testing.manifest import check_manifest
 from cmkit.testing.metric import check_metric
 from cmkit.testing.objective import check_objective
-from cmkit.testing.package import Verdict, check_package
-from cmkit.testing.part import check_part
+from cmkit.testing.package import Verdict, check_package, check_part
 from cmkit.testing.precond import check_precond
-from cmkit.testing.protocol import ProtocolError
+from cmkit.testing.protocol import ProtocolError, check_fields
 from cmkit.testing.rescaler import check_rescaler
 from cmkit.testing.sampler import check_sampler

@@ -1,4 +1,4 @@
-"""The laws of a data set."""
+"""The check of a data set."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from torch import Tensor
 
 from cmkit.denoiser import Cond
 from cmkit.kinds import Dataset
-from cmkit.testing.fields import check_fields
-from cmkit.testing.protocol import Says, told
-from cmkit.testing.subjects import CPU, image_shape
+from cmkit.testing.protocol import Report, report_on, shown
+from cmkit.testing.subjects import CPU, draws
 from cmkit.values import DataSpec, Reference
 
 
 def check_dataset(dataset: Dataset) -> None:
-    """The laws of a data set, on its first batches and images."""
-    check_fields(dataset)
-    say = Says(dataset)
+    """Check the first batches of a data set and its reference images."""
+    report = report_on(dataset)
     data = dataset.spec()
-    say.unless(
+    report.require(
         isinstance(data, DataSpec) and data == dataset.spec(),
         "`spec` returns a cmkit.DataSpec, the same each time",
         f"{data!r}, then {dataset.spec()!r}",
@@ -29,27 +27,27 @@ def check_dataset(dataset: Dataset) -> None:
     )
 
     def draw(seed: int = 0, start: int = 0, count: int = 3, size: int = 4) -> list[Any]:
-        with say.untouched("batches"):
+        with report.untouched("batches"):
             return list(itertools.islice(dataset.batches(size, seed, CPU, start), count))
 
     first = draw()
     for batch in first:
-        _check_batch(say, batch, data)
-    for name, batches, like in (
+        _check_batch(report, batch, data)
+    for seen, batches, same in (
         ("two streams of one seed differ", draw(), first),
         ("batch 1 of a stream from start = 1 is another", draw(start=1, count=2), first[1:]),
     ):
-        say.unless(
-            _same_batches(batches, like),
+        report.require(
+            _same_batches(batches, same),
             "a batch is a function of (seed, batch number), so that a run resumes to the same bits",
-            name,
+            seen,
             "order by cmkit.permutation(seed, purpose, epoch, n), and count from `start`",
         )
     reference = dataset.reference()
-    _check_reference(say, dataset, reference, data)
+    _check_reference(report, dataset, reference, data)
     count = len(reference.images)  # type: ignore[arg-type]
     if count > 4:
-        say.unless(
+        report.require(
             not _same_batches(first, draw(seed=1)),
             "another seed is another order",
             "seeds 0 and 1 give the same batches",
@@ -57,39 +55,39 @@ def check_dataset(dataset: Dataset) -> None:
         )
     if count <= 64:
         for batch in draw(count=count // 4 + 3):
-            _check_batch(say, batch, data)
+            _check_batch(report, batch, data)
 
 
-def _check_batch(say: Says, batch: Any, data: DataSpec) -> None:
-    say.unless(
+def _check_batch(report: Report, batch: Any, data: DataSpec) -> None:
+    report.require(
         isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[1], Cond),
         "a batch is (x0, cmkit.Cond)",
         f"{type(batch).__name__}",
         "yield x0, Cond(label=...)",
     )
     x0, cond = batch
-    shape = (4, *image_shape(data))
-    say.unless(
+    shape = (4, *draws(data).shape)
+    report.require(
         isinstance(x0, Tensor) and tuple(x0.shape) == shape and x0.dtype == torch.float32,
         f"x0 is float32 of shape {shape}, every batch full",
-        f"{told(x0)}",
+        f"{shown(x0)}",
         "go on into the next epoch when one ends",
     )
-    say.unless(
+    report.require(
         bool((x0.abs() <= 1).all()),
         "x0 lies in [-1, 1]",
         f"from {x0.min().item():g} to {x0.max().item():g}",
         "x0 = pixels / 127.5 - 1",
     )
     if data.num_classes is None:
-        say.unless(
+        report.require(
             cond.label is None,
             "labels are absent where spec().num_classes is None",
-            f"{told(cond.label)}",
+            f"{shown(cond.label)}",
             "set num_classes, or give no label",
         )
         return
-    say.unless(
+    report.require(
         isinstance(cond.label, Tensor)
         and cond.label.shape == (4,)
         and cond.label.dtype == torch.int64
@@ -108,26 +106,26 @@ def _same_batches(a: list[Any], b: list[Any]) -> bool:
     )
 
 
-def _check_reference(say: Says, dataset: Dataset, reference: Reference, data: DataSpec) -> None:
-    say.unless(
+def _check_reference(
+    report: Report, dataset: Dataset, reference: Reference, data: DataSpec
+) -> None:
+    report.require(
         isinstance(reference, Reference) and len(reference.images) > 0,  # type: ignore[arg-type]
         "`reference` returns a cmkit.Reference with images",
-        f"{told(reference)}",
+        f"{shown(reference)}",
         "return Reference(images, fingerprint)",
     )
-    image = reference.images[0]
-    say.unless(
-        isinstance(image, Tensor)
-        and image.dtype == torch.uint8
-        and tuple(image.shape) == image_shape(data),
-        f"reference images are uint8 of shape {image_shape(data)}, as spec() says",
-        f"{told(image)}",
+    image, shape = reference.images[0], draws(data).shape
+    report.require(
+        isinstance(image, Tensor) and image.dtype == torch.uint8 and tuple(image.shape) == shape,
+        f"reference images are uint8 of shape {shape}, as spec() says",
+        f"{shown(image)}",
         "give the pixels before they become x0",
     )
     again = dataset.reference()
-    say.unless(
-        isinstance(reference.fingerprint, str)
-        and bool(reference.fingerprint)
+    report.require(
+        bool(reference.fingerprint)
+        and isinstance(reference.fingerprint, str)
         and again.fingerprint == reference.fingerprint
         and torch.equal(again.images[0], image),
         "a fingerprint is a string that follows from the pixels",

@@ -1,4 +1,4 @@
-"""The laws of a manifest, the module that says what a package offers."""
+"""The check of a manifest, the module that says what a package offers."""
 
 from __future__ import annotations
 
@@ -13,129 +13,119 @@ from typing import Any
 from cmkit.kinds import CLASSES
 from cmkit.plugins import Plugin, api_version
 from cmkit.recipe import NAME
-from cmkit.testing.protocol import Says, told
-
-MANIFEST_SECONDS = 1.0
+from cmkit.testing.protocol import Report, shown
 
 
-def check_manifest(manifest: str | Sequence[Plugin], seconds: float = MANIFEST_SECONDS) -> None:
-    """The laws of a manifest, a module's name or what its `cmkit_register` returns.
+def check_manifest(manifest: str | Sequence[Plugin], seconds: float = 1.0) -> None:
+    """Check a manifest: a module's name, or what its `cmkit_register` returns.
 
-    A fresh Python imports the module, then every target: no torch, and at most `seconds` for the
-    module itself, of processor time, beyond cmkit's own.
+    A fresh Python imports the module, then every target: no torch, and at most `seconds` of
+    processor time for the module itself, beyond cmkit's own.
     """
-    say = Says(manifest if isinstance(manifest, str) else "manifest")
-    plugins = list(_registered(say, manifest) if isinstance(manifest, str) else manifest)
+    report = Report(manifest if isinstance(manifest, str) else "manifest")
+    plugins = _registered(report, manifest) if isinstance(manifest, str) else list(manifest)
+    report.require(
+        isinstance(plugins, list) and bool(plugins) and {*map(type, plugins)} == {Plugin},
+        "cmkit_register returns a list of cmkit.Plugin",
+        f"{shown(plugins)}",
+        "return [cmkit.Plugin(kind, name, target, summary)]",
+    )
     seen: set[tuple[str, str]] = set()
     for plugin in plugins:
-        _check_plugin(say, plugin, seen)
+        _check_plugin(report, plugin, seen)
     module = manifest if isinstance(manifest, str) else "cmkit.plugins"
     targets = [plugin.target.partition(":")[0] for plugin in plugins]
-    told = _fresh_imports(say, module, list(dict.fromkeys(targets)))
-    say.unless(
-        told["seconds"] <= seconds,
+    taken, torch_by = _fresh_imports(report, [module, *targets])
+    report.require(
+        taken <= seconds,
         f"a manifest is imported by every command, within {seconds:g} s",
-        f"{module} took {told['seconds']:.2f} s",
+        f"{module} took {taken:.2f} s",
         "import in it nothing but cmkit",
     )
-    say.unless(
-        not told["torch"],
+    report.require(
+        not torch_by,
         "neither a manifest nor a module that it names imports torch, so that listing is instant",
-        f"importing {told['torch']} imports it",
+        f"importing {torch_by} imports it",
         "import torch inside functions, or put that code in a sibling module",
     )
 
 
-def _registered(say: Says, module: str) -> list[Plugin]:
-    with say.trying("a manifest can be imported", "try `python -c 'import ...'`"):
+def _registered(report: Report, module: str) -> Any:
+    with report.trying("a manifest can be imported", "try `python -c 'import ...'`"):
         found = importlib.import_module(module)
-    register = getattr(found, "cmkit_register", None)
-    say.unless(
+    register: Any = getattr(found, "cmkit_register", None)
+    report.require(
         inspect.isfunction(register) and hasattr(register, "cmkit_impl"),
         "a manifest has a function cmkit_register with @cmkit.hookimpl",
         "there is none",
         "write one, decorated, that returns a list of cmkit.Plugin",
     )
-    assert register is not None
-    with say.trying("cmkit_register takes nothing", "compare docs/plugins.md"):
-        plugins = register()
-    say.unless(
-        isinstance(plugins, list) and len(plugins) > 0,
-        "cmkit_register returns a list of cmkit.Plugin",
-        f"{told(plugins)}",
-        "return [cmkit.Plugin(kind, name, target, summary)]",
-    )
-    return plugins
+    with report.trying("cmkit_register takes nothing", "compare docs/plugins.md"):
+        return register()
 
 
-def _check_plugin(say: Says, plugin: Plugin, seen: set[tuple[str, str]]) -> None:
-    say.unless(
-        isinstance(plugin, Plugin),
-        "cmkit_register returns a list of cmkit.Plugin",
-        f"{plugin!r} in it",
-        "cmkit.Plugin(kind, name, target, summary)",
-    )
+def _check_plugin(report: Report, plugin: Plugin, seen: set[tuple[str, str]]) -> None:
     key = (plugin.kind, plugin.name)
-    say.unless(
+    report.require(
         key not in seen,
         "a package offers a name of a kind once",
         f"{plugin.kind} {plugin.name!r} twice",
         "rename one",
     )
     seen.add(key)
-    say.unless(
+    report.require(
         plugin.kind in CLASSES and plugin.api == api_version,
         f"a part is of a known kind, for cmkit API {api_version}",
         f"kind {plugin.kind!r}, API {plugin.api}",
         f"choose among {', '.join(CLASSES)}",
     )
-    say.unless(
+    report.require(
         NAME.fullmatch(plugin.name) is not None and plugin.name == plugin.name.lower(),
         "a name is of lower-case letters, digits, '_', '-' and '.'",
         f"{plugin.name!r}",
         "take the lower-case acronym of its paper",
     )
-    say.unless(
+    report.require(
         bool(plugin.summary.strip()) and len(plugin.summary.splitlines()) == 1,
         "a summary is one line, shown by `cmkit plugins`",
         f"{plugin.summary!r} for {plugin.name}",
         "say what it is in a few words",
     )
     module, _, attribute = plugin.target.partition(":")
-    with say.trying(f"target {plugin.target!r} can be imported", "name 'module:Class'"):
+    with report.trying(f"target {plugin.target!r} can be imported", "name 'module:Class'"):
         found = getattr(importlib.import_module(module), attribute)
-    wanted = CLASSES[plugin.kind]
-    say.unless(
-        isinstance(found, type)
-        and issubclass(found, wanted)
-        and not getattr(found, "__abstractmethods__", None),
+    wanted, lacking = CLASSES[plugin.kind], sorted(getattr(found, "__abstractmethods__", ()))
+    report.require(
+        isinstance(found, type) and issubclass(found, wanted) and not lacking,
         f"the target of a {plugin.kind} is a cmkit.{wanted.__name__} with all its methods",
-        f"{plugin.target} is {found!r}"
-        f" without {', '.join(sorted(getattr(found, '__abstractmethods__', ()))) or 'that base'}",
+        f"{plugin.target} is {found!r} without {', '.join(lacking) or 'that base'}",
         f"derive it from cmkit.{wanted.__name__} and write what it lacks",
     )
 
 
-def _fresh_imports(say: Says, module: str, targets: list[str]) -> dict[str, Any]:
-    """{"seconds": of the manifest's import, "torch": the first module that brings torch}."""
-    code = (
-        "import json, sys, time\n"
-        f"sys.path[:] = {sys.path!r}\n"
-        "import cmkit.plugins, cmkit.kinds\n"
-        "start, first = time.process_time(), ''\n"
-        f"for name in {[module, *targets]!r}:\n"
-        "    __import__(name)\n"
-        "    if name == " + repr(module) + ":\n"
-        "        seconds = time.process_time() - start\n"
-        "    if 'torch' in sys.modules and not first:\n"
-        "        first = name\n"
-        "print(json.dumps({'seconds': seconds, 'torch': first}))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    say.unless(
+IMPORTS = """\
+import json, sys, time
+sys.path[:], names = json.loads(sys.argv[1])
+import cmkit.plugins, cmkit.kinds
+start, torch_by = time.process_time(), ""
+__import__(names[0])
+seconds = time.process_time() - start
+for name in names:
+    __import__(name)
+    torch_by = torch_by or ("torch" in sys.modules and name)
+print(json.dumps([seconds, torch_by]))
+"""
+
+
+def _fresh_imports(report: Report, names: Sequence[str]) -> tuple[float, str]:
+    """Seconds of the first import in a fresh Python, and the first of `names` that brings torch."""
+    command = [sys.executable, "-c", IMPORTS, json.dumps([sys.path, names])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    report.require(
         done.returncode == 0,
         "a fresh Python can import a manifest and its targets",
         (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1],
         "look at what importing them does",
     )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    taken, torch_by = json.loads(done.stdout.splitlines()[-1])
+    return taken, torch_by

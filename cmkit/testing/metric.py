@@ -1,4 +1,4 @@
-"""The laws of a metric."""
+"""The check of a metric."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from torch import Tensor
 
 from cmkit.kinds import Metric
 from cmkit.measure import Images
-from cmkit.rng import image_noise
-from cmkit.testing.fields import check_fields
-from cmkit.testing.protocol import Says
-from cmkit.testing.subjects import CPU, DIGITS, image_shape
+from cmkit.testing.protocol import report_on
+from cmkit.testing.subjects import CPU, DIGITS, draws
 from cmkit.values import DataSpec, Reference
 
 
@@ -23,61 +21,58 @@ def check_metric(
     images: Tensor | None = None,
     reference: Tensor | None = None,
 ) -> None:
-    """The laws of a metric, on uint8 images (N, C, H, W), by default 32 random ones like `data`."""
-    check_fields(metric)
-    say = Says(metric)
-    ours = Images(images if images is not None else _pictures(0, data))
-    real = Reference(
-        Images(reference if reference is not None else _pictures(1, data)), "cmkit-testing"
-    )
+    """Check a metric on uint8 images (N, C, H, W), by default 32 random ones like `data`."""
+    report = report_on(metric)
+    ours = Images(_pictures(0, data) if images is None else images)
+    real = Images(_pictures(1, data) if reference is None else reference)
+    given = Reference(real, "cmkit-testing"), CPU
     names = metric.keys()
-    say.unless(
+    report.require(
         isinstance(names, tuple) and 0 < len(set(names)) == len(names),
         "`keys` is a tuple of different names",
         f"{names!r}",
         "return a tuple such as ('score',)",
     )
     metric.check(data, len(ours))
-    with say.untouched("measure"):
-        found = metric.measure(ours, real, CPU)
-    say.unless(
+    with report.untouched("measure"):
+        found = metric.measure(ours, *given)
+    report.require(
         set(found) == set(names),
         "`measure` returns the numbers that `keys` names",
         f"keys {sorted(names)}, numbers {sorted(found)}",
         "make the two agree",
     )
-    say.unless(
+    report.require(
         all(type(value) in (int, float) and math.isfinite(value) for value in found.values()),
         "numbers are finite Python floats",
         f"{found}",
         "call .item() on a tensor; raise cmkit.NonFiniteError for a number that is none",
     )
-    again = metric.measure(ours, real, CPU)
-    say.unless(
+    again = metric.measure(ours, *given)
+    report.require(
         again == found,
         "the same images have the same numbers",
         f"{found}, then {again}",
         "seed what you draw: cmkit.Rng(0, 'my-metric', 0, device)",
     )
-    if (meter := metric.meter(len(ours), real, CPU)) is not None:
+    meter, resumed = (metric.meter(len(ours), *given) for _ in range(2))
+    if meter and resumed:
         first, rest = ours.images.split([5, len(ours) - 5])
         meter.add(first)
         state = {name: value.clone() for name, value in meter.state().items()}
         meter.add(rest)
         taken = meter.values()
-        say.unless(
+        report.require(
             set(taken) == set(found)
             and all(math.isclose(taken[key], found[key], rel_tol=1e-4) for key in found),
             "a meter returns what `measure` does, in whatever batches the images come",
             f"{found}, then {taken}",
             "count images, not batches, and take every one",
         )
-        resumed = metric.meter(len(ours), real, CPU)
-        assert resumed is not None
         resumed.restore(state)
         kept = resumed.state()
         resumed.add(rest)
-        say.unless(
+        report.require(
             kept.keys() == state.keys()
             and all(torch.equal(kept[name], state[name]) for name in state)
             and resumed.values() == taken,
@@ -87,23 +82,23 @@ def check_metric(
         )
     for name in names:
         one = metric.only(name)
-        say.unless(
+        report.require(
             name in one.keys(),  # noqa: SIM118 - a method of Metric, not of a mapping
             "only(key) still returns the key",
             f"only({name!r}).keys() is {one.keys()}",
             "keep that number switched on",
         )
-        value = one.measure(ours, real, CPU)[name]
-        say.unless(
+        value = one.measure(ours, *given)[name]
+        report.require(
             math.isclose(value, found[name], rel_tol=1e-6, abs_tol=1e-12),
             "only(key) returns the same number",
             f"{name} = {value} alone and {found[name]} among all",
             "let the numbers not depend on each other",
         )
-    with say.trying("`provenance` can be written as JSON", "return plain numbers and strings"):
+    with report.trying("`provenance` can be written as JSON", "return plain numbers and strings"):
         json.dumps(metric.provenance(), allow_nan=False)
 
 
 def _pictures(seed: int, data: DataSpec) -> Tensor:
-    noise = image_noise(seed, "testing", range(32), 0, image_shape(data))
+    noise = draws(data, seed).noise(range(32), 0)
     return (noise * 60 + 128).clamp(0, 255).to(torch.uint8)

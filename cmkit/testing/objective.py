@@ -1,4 +1,4 @@
-"""The laws of an objective."""
+"""The check of an objective."""
 
 from __future__ import annotations
 
@@ -13,69 +13,67 @@ from cmkit.denoiser import Cond, Denoiser, consistency_scalings, edm_scalings
 from cmkit.kinds import Objective
 from cmkit.models import Models
 from cmkit.noise import Noise
-from cmkit.rng import Rng, image_noise
-from cmkit.testing.fields import check_fields
-from cmkit.testing.protocol import Says, told
-from cmkit.testing.subjects import CONDITIONS, CPU, DIGITS, Small, image_shape
+from cmkit.plan.record import CONDITIONS
+from cmkit.rng import Rng
+from cmkit.testing.protocol import Report, report_on, shown
+from cmkit.testing.subjects import CPU, DIGITS, Small, draws
 from cmkit.traits import TRAITS
 from cmkit.values import DataSpec, Phase
 
 
 def check_objective(objective: Objective, data: DataSpec = DIGITS) -> None:
-    """The laws of an objective, on images like `data` and small networks with dropout."""
-    check_fields(objective)
-    say = Says(objective)
+    """Check an objective on images like `data`, with small networks that have dropout."""
+    report = report_on(objective)
     known = {"target", "teacher", *TRAITS, *CONDITIONS}
-    say.unless(
+    report.require(
         objective.needs <= known,
         '`needs` holds "target", "teacher", traits of scalings and fields of cmkit.Cond',
         f"it has {sorted(objective.needs - known)}",
         f"choose among {', '.join(sorted(known))}",
     )
     objective.check(data)
-    _check_phase(say, objective)
-    x0 = image_noise(0, "testing", range(4), 0, image_shape(data)).clamp(-1, 1)
+    _check_phase(report, objective)
     for step in (0, 60, 99):
-        _check_loss(say, objective, x0, data, objective.phase(step, 100))
+        _check_loss(report, objective, data, objective.phase(step, 100))
 
 
 class _NoTorch(TorchFunctionMode):
-    """Inside, a call of torch is an error."""
+    """A context in which every call of torch raises TypeError."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise TypeError(f"torch.{getattr(func, '__name__', func)} was called")
 
 
-def _check_phase(say: Says, objective: Objective) -> None:
+def _check_phase(report: Report, objective: Objective) -> None:
     steps = (0, 1, 50, 99, 1, 0)
     with (
-        say.trying("`phase` is pure Python", "use the math module"),
-        say.untouched("phase"),
+        report.trying("`phase` is pure Python", "use the math module"),
+        report.untouched("phase"),
         _NoTorch(),
     ):
         phases = [objective.phase(step, 100) for step in steps]
     for step, phase in zip(steps, phases, strict=True):
-        say.unless(
+        report.require(
             isinstance(phase, Phase) and phase.step == step,
             "`phase` returns a cmkit.Phase of that step",
             f"{phase!r} at step {step}",
             "return Phase(step, ...)",
         )
         numbers = [phase.target_ema, *phase.log.values()]
-        say.unless(
+        report.require(
             all(type(number) in (int, float) for number in numbers)
             and type(phase.num_sigmas) in (int, type(None)),
             "a phase holds plain Python numbers",
             f"{phase!r}",
             "convert with int() or float()",
         )
-        say.unless(
+        report.require(
             0 <= phase.target_ema <= 1 and (phase.num_sigmas is None or phase.num_sigmas >= 2),
             "target_ema lies in [0, 1], and a grid has at least two points",
             f"{phase!r}",
             "clip the schedule at its ends",
         )
-    say.unless(
+    report.require(
         phases[0] == phases[5] and phases[1] == phases[4],
         "a phase follows from (step, total) alone, so that a run resumes to the same bits",
         "step 1 after step 99 has another phase",
@@ -84,7 +82,7 @@ def _check_phase(say: Says, objective: Objective) -> None:
 
 
 def _models(objective: Objective, data: DataSpec) -> Models:
-    """The copies that training would hold, a teacher unlike the student among them."""
+    """The networks that training would hold; the teacher's weights are not the student's."""
     diffusion = objective.needs & {"diffusion", "identity", "edm"}
     scalings = edm_scalings if diffusion else consistency_scalings
     online = Denoiser(Small(data), Noise(), scalings).train()
@@ -102,69 +100,66 @@ def _models(objective: Objective, data: DataSpec) -> Models:
     return Models(online, target, teacher, companions=companions)
 
 
-def _check_loss(say: Says, objective: Objective, x0: Tensor, data: DataSpec, phase: Phase) -> None:
-    label = torch.arange(len(x0)) % data.num_classes if data.num_classes else None
+def _check_loss(report: Report, objective: Objective, data: DataSpec, phase: Phase) -> None:
+    label = draws(data).labels(range(4))
+    x0 = draws(data).noise(range(4), 0).clamp(-1, 1)
     given = x0.clone()
 
-    def lose(index: int = 0, seed: int = 0) -> tuple[Tensor, Models]:
+    def computed(index: int = 0, seed: int = 0) -> tuple[Tensor, Models]:
         models = _models(objective, data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             rng = Rng(0, "testing", index, CPU)
-            with say.untouched("loss"):
+            with report.untouched("loss"):
                 return objective.loss(models, x0, Cond(label=label), phase, rng), models
 
-    loss, models = lose()
-    say.unless(
+    loss, models = computed()
+    report.require(
         isinstance(loss, Tensor) and loss.shape == (len(x0),) and loss.dtype == torch.float32,
         "`loss` returns one float32 number an image, (B,), unreduced",
-        f"{told(loss)}",
+        f"{shown(loss)}",
         "average over pixels: .flatten(1).mean(1)",
     )
-    say.unless(
+    report.require(
         bool(loss.isfinite().all()),
         "a loss is finite",
         f"{loss.tolist()} at step {phase.step}",
         "look for a division by 0 at the ends of the grid",
     )
-    say.unless(
+    report.require(
         torch.equal(x0, given), "x0 is left alone", "`loss` wrote into it", "work on a new tensor"
     )
-    say.unless(
-        torch.equal(loss, lose()[0]) and torch.equal(loss, lose(seed=1)[0]),
+    report.require(
+        torch.equal(loss, computed()[0]) and torch.equal(loss, computed(seed=1)[0]),
         "a loss follows from its arguments: rng is where all draws come from",
         "two calls with equal rng differ",
         "use rng, and call the models inside `with cmkit.shared_dropout(rng)`",
     )
-    say.unless(
-        not torch.equal(loss, lose(index=1)[0]),
+    report.require(
+        not torch.equal(loss, computed(index=1)[0]),
         "another step draws other noise",
         "rng of another step gives the same loss",
         "draw from rng: rng.normal_like(x0)",
     )
-    say.unless(
+    report.require(
         label is None or models.online.network.labelled,  # type: ignore[union-attr]
         "the online network sees the conditions",
         "it was called without the label",
         "pass cond on: models.online(x, sigma, cond)",
     )
-    _check_loss_gradient(say, loss, models)
-    with torch.autocast("cpu", torch.bfloat16):
-        low, _ = lose()
-    say.unless(
-        low.dtype == torch.float32 and bool(low.isfinite().all()),
-        "a loss under autocast is finite float32",
-        f"{low.dtype} {low.tolist()}",
-        "sum squares in float32",
-    )
-
-
-def _check_loss_gradient(say: Says, loss: Tensor, models: Models) -> None:
-    with say.trying("a loss has a gradient", "call models.online outside torch.no_grad()"):
+    with report.trying("a loss has a gradient", "call models.online outside torch.no_grad()"):
         loss.mean().backward()
-    say.unless(
+    report.require(
         any(p.grad is not None and bool(p.grad.any()) for p in models.online.parameters()),
         "the gradient reaches the online network",
         "it is zero everywhere",
         "call models.online outside torch.no_grad(), and do not detach it",
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        low, _ = computed()
+    report.require(
+        low.dtype == torch.float32 and bool(low.isfinite().all()),
+        "a loss under autocast is finite float32",
+        f"{low.dtype} {low.tolist()}",
+        "sum squares in float32",
     )

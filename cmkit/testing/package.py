@@ -1,11 +1,11 @@
-"""What `cmkit plugins check` says of an installed package."""
+"""The check of a part of any kind, and of all that an installed package offers."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
@@ -20,9 +20,40 @@ from cmkit.errors import (
     PluginError,
     ResourceError,
 )
+from cmkit.kinds import CLASSES, Part
 from cmkit.plugins import Row, discover
+from cmkit.testing.backbone import check_backbone
+from cmkit.testing.dataset import check_dataset
 from cmkit.testing.manifest import check_manifest
-from cmkit.testing.part import check_part
+from cmkit.testing.metric import check_metric
+from cmkit.testing.objective import check_objective
+from cmkit.testing.precond import check_precond
+from cmkit.testing.protocol import ProtocolError
+from cmkit.testing.rescaler import check_rescaler
+from cmkit.testing.sampler import check_sampler
+
+CHECKS: dict[str, Callable[..., None]] = {
+    "backbone": check_backbone,
+    "precond": check_precond,
+    "objective": check_objective,
+    "sampler": check_sampler,
+    "rescaler": check_rescaler,
+    "dataset": check_dataset,
+    "metric": check_metric,
+}
+
+
+def check_part(part: Part, **options: Any) -> None:
+    """Check a part by the check of its kind, which takes `options`."""
+    for kind, cls in CLASSES.items():
+        if isinstance(part, cls):
+            CHECKS[kind](part, **options)
+            return
+    raise ProtocolError(
+        f"{type(part).__name__}: a part is an instance of one of the seven kinds; its bases are"
+        f" {', '.join(base.__name__ for base in type(part).__mro__[1:-1])}; subclass one of"
+        f" {', '.join('cmkit.' + cls.__name__ for cls in CLASSES.values())}"
+    )
 
 
 @dataclass(frozen=True)
@@ -36,7 +67,7 @@ class Verdict:
 
 
 def check_package(dist: str) -> Iterator[Verdict]:
-    """A verdict on each manifest of an installed package, and on each of its parts.
+    """Verdicts on each manifest of an installed package, and on each of its parts.
 
     A part is made from its defaults, or from the table `examples["kind.name"]` of its manifest. One
     that lacks a required key, files, weights or memory is "not checked". PluginError when no

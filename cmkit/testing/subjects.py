@@ -8,29 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from cmkit.denoiser import Cond, Network
+from cmkit.sample import Draws
 from cmkit.values import DataSpec
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 DIGITS = DataSpec(channels=1, resolution=8, num_classes=10)
-CONDITIONS = ("label", "guidance", "sigma_to", "text")
 
 
-def image_shape(data: DataSpec) -> tuple[int, int, int]:
-    """(C, H, W)."""
-    return data.channels, data.resolution, data.resolution
+def draws(data: DataSpec, seed: int = 0) -> Draws:
+    """Noise like images of `data`, and the classes in turns as labels."""
+    return Draws(data, seed, "testing", tuple(range(data.num_classes or 0)))
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether a is b up to `tolerance` of the root mean square of b."""
-    return bool((a.double() - b.double()).square().mean().sqrt() <= tolerance * _rms(b))
-
-
-def _rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
+    a, b = a.double(), b.double()
+    return bool((a - b).square().mean().sqrt() <= tolerance * b.square().mean().sqrt())
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether a is b bit for bit, of whatever shapes."""
+    """Whether a is b bit for bit; tensors of different shapes differ."""
     return a.shape == b.shape and torch.equal(a, b)
 
 

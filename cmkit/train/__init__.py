@@ -1,4 +1,4 @@
-"""Training: one loop, a generator; progress, saving and stopping belong to its caller."""
+"""Training: a generator of steps, whose caller shows progress, saves and stops."""
 
 from cmkit.train.loop import Step, train
 from cmkit.train.optimizer import learning_rate

@@ -19,7 +19,7 @@ from cmkit.train.training import Training
 
 @dataclass(frozen=True)
 class Step:
-    """A finished step. `log` is filled every `log_every` steps, and is empty between."""
+    """A finished step; `log` has numbers every `log_every` steps, and is empty between."""
 
     step: int
     total: int
@@ -27,7 +27,7 @@ class Step:
 
 
 def train(training: Training) -> Iterator[Step]:
-    """Each step from the current one on; the state of `training` is consistent at every yield.
+    """The remaining steps; a checkpoint may be taken of `training` at every yield.
 
     Raises NonFiniteError when a loss was not finite, at the log line after it: no checkpoint of
     such weights can be written, because saving refuses them as well.
@@ -42,9 +42,7 @@ def train(training: Training) -> Iterator[Step]:
     )
     clock, clocked = time.perf_counter(), training.step
     cast = autocast(table.precision, device)
-    models.online.train()
-    models.target.train()
-    for network in models.companions.values():
+    for network in (models.online, models.target, *models.companions.values()):
         network.train()
     while training.step < table.steps:
         step = training.step
@@ -56,7 +54,7 @@ def train(training: Training) -> Iterator[Step]:
             with shared_dropout(rng), cast:
                 loss = objective.loss(models, x0, cond, phase, rng).mean() / parts
             loss.backward()
-            training.window += loss.detach()
+            training.window += loss.detach()  # .item() would wait for the device at each step
         optimizer = training.optimizer
         for group in optimizer.param_groups:
             group["lr"] = group.get("lr_scale", 1) * learning_rate(table, step)
@@ -101,7 +99,7 @@ def train(training: Training) -> Iterator[Step]:
 
 
 def _means(models: Models) -> dict[str, float]:
-    """The mean since the last log line of each term that the loss had, if it has several."""
+    """Means of the loss's terms since the last log line; empty unless there are several terms."""
     if len(models.terms) < 2:
         return {}
     sums = {name: kept.tolist() for name, kept in models.terms.items()}
@@ -109,13 +107,14 @@ def _means(models: Models) -> dict[str, float]:
 
 
 def _bad_terms(terms: dict[str, float]) -> str:
-    """Which terms of the loss are not finite."""
+    """The names of the terms that are not finite, for an error."""
     bad = [repr(name) for name, mean in terms.items() if not math.isfinite(mean)]
     return f" term {', '.join(bad)};" if bad else ""
 
 
 def _first_bad(models: Models) -> str:
-    """Which weights are not finite any more, if any: a bad teacher is never the rate's fault."""
+    """The first weight that is not finite, for an error."""
+    # The teacher comes first: no learning rate makes its weights bad, and it spoils the student's.
     denoisers = {"teacher": models.teacher, "online": models.online}
     networks = {name: denoiser.network for name, denoiser in denoisers.items() if denoiser}
     for name, network in {**networks, **models.companions}.items():

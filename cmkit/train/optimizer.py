@@ -1,4 +1,4 @@
-"""The recipe's optimizer and its learning rate."""
+"""The optimizer of a recipe and its learning rate."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cmkit.values import Companion
 
 
 def learning_rate(table: TrainTable, step: int) -> float:
-    """The rate of a step: a linear warm-up, then constant, a half cosine to 0, or constant and then
-    as 1 / sqrt(step) (EDM2)."""
+    """The learning rate of a step: a linear warm-up, then constant, along a half cosine to 0, or
+    constant and then as 1 / sqrt(step) (EDM2)."""
     if step < table.warmup:
         return table.lr * (step + 1) / table.warmup
     if table.sqrt_decay is not None:
@@ -29,7 +29,7 @@ def learning_rate(table: TrainTable, step: int) -> float:
 def optimizer_of(
     table: TrainTable, network: nn.Module, companions: Mapping[str, Companion] = {}
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer of what requires gradients, by name, a group for each network."""
+    """The optimizer of all parameters that require gradients, with a group for each network."""
     groups: list[dict[str, Any]] = [{"params": _trained("online", network)}]
     for name, companion in companions.items():
         trained = _trained(f"companion-{name}", companion.network)

@@ -1,4 +1,4 @@
-"""All that a step of training changes, and how a checkpoint brings it back."""
+"""The state of a training, and how it is kept in a checkpoint and restored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cmkit.values import Companion
 
 @dataclass
 class Training:
-    """All that a step changes, and so all that a checkpoint holds."""
+    """The state of a training: all that a step changes, and so all that a checkpoint holds."""
 
     plan: Plan
     table: TrainTable
@@ -40,14 +40,11 @@ class Training:
     """Whether the teacher is no longer the recipe's."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Every tensor of the state, by file and name; frozen parameters belong to none."""
+        """Tensors of the state, by file and name; without frozen parameters."""
         files = {
             name: {key: value for key, value in network.state_dict().items() if key not in frozen}
             for name, (network, frozen) in self._networks().items()
         }
-        if self.renewed:
-            assert self.models.teacher is not None
-            files["teacher"] = self.models.teacher.network.state_dict()
         state, names = self.optimizer.state_dict()["state"], _names(self.optimizer)
         files["optimizer"] = {
             f"{slot}/{names[index]}": torch.as_tensor(value)
@@ -57,41 +54,32 @@ class Training:
         return files
 
     def _networks(self) -> dict[str, tuple[nn.Module, set[str]]]:
-        """What training changes, by file, with the names of the parameters that stay frozen."""
-        online = self.models.online.network
-        averages = self.models.ema.items()
-        copies: dict[str, nn.Module] = {
-            f"ema-{decay}": copied.network for decay, copied in averages
-        }
-        if self.models.target is not self.models.online:
-            copies["target"] = self.models.target.network
+        """The networks that training changes, by file, with the names of frozen parameters."""
+        models, online = self.models, self.models.online.network
         own: dict[str, nn.Module] = {"online": online}
         own |= {f"companion-{name}": made.network for name, made in self.companions.items()}
-        return {
-            **{name: (network, frozen_names(network)) for name, network in own.items()},
-            **{name: (network, frozen_names(online)) for name, network in copies.items()},
-        }
+        copies = {f"ema-{decay}": copied.network for decay, copied in models.ema.items()}
+        if models.target is not models.online:
+            copies["target"] = models.target.network
+        found = {name: (network, frozen_names(network)) for name, network in own.items()}
+        found |= {name: (network, frozen_names(online)) for name, network in copies.items()}
+        if self.renewed and models.teacher:
+            found["teacher"] = (models.teacher.network, set())
+        return found
 
     def state(self) -> dict[str, Any]:
-        """The rest of the state."""
+        """The numbers of the state."""
         terms = {name: kept.tolist() for name, kept in self.models.terms.items()}
-        return {
-            "step": self.step,
-            "window": self.window.item(),
-            "counted": self.counted,
-            "terms": terms,
-        }
+        counts = {"step": self.step, "counted": self.counted}
+        return {**counts, "window": self.window.item(), "terms": terms}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint; CheckpointError when it is of another model."""
+        """Take the state of a checkpoint; CheckpointError when it is of another model."""
         source = str(checkpoint.path)
+        self.renewed = "teacher" in checkpoint.names
         for name, (network, frozen) in self._networks().items():
             kept = {key: value for key, value in network.state_dict().items() if key in frozen}
             load_weights(network, {**checkpoint.tensors(name), **kept}, source)
-        if "teacher" in checkpoint.names:
-            assert self.models.teacher is not None
-            load_weights(self.models.teacher.network, checkpoint.tensors("teacher"), source)
-            self.renewed = True
         places = {name: index for index, name in _names(self.optimizer).items()}
         slots: dict[int, dict[str, Tensor]] = {}
         groups = self.optimizer.state_dict()["param_groups"]
@@ -112,7 +100,7 @@ class Training:
         }
 
     def renew_teacher(self) -> None:
-        """Make the online network the teacher, and begin anew from it."""
+        """Make the online network the teacher; averages and optimizer start anew from it."""
         self.models.restart()
         self.optimizer = optimizer_of(self.table, self.models.online.network, self.companions)
         self.renewed = True
@@ -145,25 +133,26 @@ def start(plan: Plan, device: torch.device) -> Training:
 
 
 def _average(denoiser: Denoiser) -> Denoiser:
-    """A copy without gradients; parameters that training leaves alone are not copied."""
+    """A copy without gradients, which shares the frozen parameters."""
     shared = {id(p): p for p in denoiser.parameters() if not p.requires_grad}
     return copy.deepcopy(denoiser, shared).requires_grad_(False)
 
 
 def frozen_names(network: nn.Module) -> set[str]:
-    """Names of the parameters that are not trained."""
+    """Names of the parameters that require no gradient."""
     return {name for name, p in network.named_parameters() if not p.requires_grad}
 
 
 def _names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
-    """Name of each parameter by its place in the optimizer's state."""
+    """Names of the parameters by their places in the optimizer's state."""
     groups = optimizer.state_dict()["param_groups"]
     pairs = (zip(group["params"], group["param_names"], strict=True) for group in groups)
     return {index: name for pair in pairs for index, name in pair}
 
 
 def _lay_out_as_weights(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded averages the strides of their weights: fused kernels take both to be alike."""
+    """Give the optimizer's loaded tensors the strides of their weights."""
+    # Fused kernels take the memory formats of both for equal, and loading does not keep them.
     for weight, slot in optimizer.state.items():
         for name, value in slot.items():
             if value.shape == weight.shape:

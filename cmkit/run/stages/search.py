@@ -30,11 +30,11 @@ class Search(SearchTable, Stage):
         from cmkit.run.events import Cell, Comparison, StageStarted
 
         folder, recipe = job.folder, job.plan.recipe
-        model = job.plan, job.denoiser(self.precision)
-        data, begun = (job.reference, job.device), _unfinished(job)
+        model, begun = job.denoiser(self.precision), _unfinished(job)
+        scoring = search.Scoring(job.plan, self, model, job.reference, job.device, begun)
         records = folder.scores("cells")
         yield StageStarted("search", len(records), search.most_cells(recipe))
-        for event in _keeping(job, search.search(*model, *data, tuple(records), begun)):
+        for event in _keeping(job, search.search(scoring, tuple(records))):
             yield event
             if isinstance(event, Cell):
                 picture = folder.keep_cell(event.index, grid_png(event.thumbnails))
@@ -45,7 +45,7 @@ class Search(SearchTable, Stage):
         top, finalists = search.best(records, self.rerank or 1), folder.scores("rerank")
         if self.rerank:
             yield StageStarted("rerank", len(finalists), len(top))
-            for event in _keeping(job, search.rerank(*model, top[len(finalists) :], *data, begun)):
+            for event in _keeping(job, search.rerank(scoring, top[len(finalists) :])):
                 yield event
                 if isinstance(event, Cell):
                     record = {"index": event.index, **event.values, "score": event.score}
@@ -55,7 +55,7 @@ class Search(SearchTable, Stage):
         winning = {axis: top[0][axis] for axis in self.grid}
         rescaler, seeds = with_values(recipe, winning), folder.scores("confirm")
         yield StageStarted("confirm", len(seeds), self.confirm_seeds)
-        for event in _keeping(job, search.confirm(*model, rescaler, *data, len(seeds), begun)):
+        for event in _keeping(job, search.confirm(scoring, rescaler, len(seeds))):
             yield event
             if isinstance(event, Comparison):
                 seeds.append(
