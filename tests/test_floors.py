@@ -13,7 +13,7 @@ from cmkit import discover
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     0: {"errors", "kinds", "plugins", "source", "recipe", "stop"},
-    1: {"noise", "denoiser", "checkpoint", "foreign", "weights"},
+    1: {"noise", "denoiser", "checkpoint", "foreign", "pictures", "weights"},
     2: {
         "compose",
         "convert",
@@ -22,7 +22,6 @@ FLOORS = {
         "search",
         "edit",
         "measure",
-        "pictures",
         "figures",
     },
     3: {"run", "draw", "report", "compare", "testing", "new"},

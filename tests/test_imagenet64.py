@@ -11,6 +11,7 @@ import sys
 import time
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -119,15 +120,13 @@ def test_flip_mirrors_some_and_nothing_else(folder):
 
 def test_spec_reads_headers_and_labels_only(folder, home, monkeypatch):
     read = []
-    content = npz.content
+    array = npz.array
     monkeypatch.setattr(
-        downsampled,
-        "content",
-        lambda path, header: read.append(header.member.filename) or content(path, header),
+        downsampled, "array", lambda path, name: read.append(name) or array(path, name)
     )
     downsampled.labels.cache_clear()
     ImageNet64(path=str(folder)).spec()
-    assert read == ["labels.npy"] * 10
+    assert read == ["labels"] * 10
     assert not home.exists()
 
 
@@ -164,13 +163,14 @@ def test_splits_and_folders_do_not_share_pixels(folder, home, tmp_path):
 
 
 def test_what_an_interrupted_process_left_is_neither_used_nor_kept(folder, home, monkeypatch):
-    def dies(path, header):
-        yield bytes(100)
-        raise KeyboardInterrupt
+    def dies(path, name):
+        if path.name.endswith("_2.npz"):
+            raise KeyboardInterrupt
+        return np.zeros((4, WIDTH), np.uint8)
 
     data = ImageNet64(path=str(folder))
     with monkeypatch.context() as patched:
-        patched.setattr(downsampled, "content", dies)
+        patched.setattr(downsampled, "array", dies)
         downsampled.labels.cache_clear()
         with pytest.raises(KeyboardInterrupt):
             downsampled._unpack(downsampled.find(folder, "train"), lost_labels(home, patched))
@@ -293,7 +293,6 @@ def test_nothing_is_unpickled(tmp_path, folder):
         ({"data": np.zeros((3, 3072), np.uint8)}, "(3, 3072)"),
         ({"data": np.zeros((3, 3, 64, 64), np.uint8)}, "(3, 3, 64, 64)"),
         ({"data": np.zeros((0, WIDTH), np.uint8), "labels": np.zeros(0, int)}, "(0, 12288)"),
-        ({"data": np.asfortranarray(batch(0, 3)["data"])}, "Fortran"),
         ({"labels": np.array([1, 0, 5])}, "label 0 of picture 1"),
         ({"labels": np.array([1, 2, 1001])}, "label 1001 of picture 2"),
         ({"labels": np.array([1, -3, 2])}, "label -3 of picture 1"),
@@ -332,7 +331,7 @@ HUGE = 2**31
         (member((10**4000, 1)), "not a whole"),
         (b"\x93NUMPY\x03\x00" + bytes(100), "npy version (3, 0)"),
         (b"", "not a whole"),
-        (bytes(2**26), "would take 67108864"),
+        (bytes(2**26), "not a whole"),
     ],
     ids=["huge", "short", "long", "negative", "brackets", "deep", "digits", "v3", "empty", "bomb"],
 )
@@ -348,11 +347,29 @@ def test_a_hostile_member_costs_nothing_and_is_named(folder, data, reason):
     assert peak < 2**22
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_other_compressions_are_refused(folder, method):
-    with zipfile.ZipFile(folder / "val_data.npz", "w", method) as archive:
-        archive.writestr("data.npy", member((1, WIDTH), bytes(WIDTH)))
-    refused(folder, "val_data.npz", f"method {method}", split="val")
+def test_pixels_in_fortran_order_are_the_same_pictures(folder):
+    plain = [x0 for x0, _ in take(ImageNet64(path=str(folder)), 5)]
+    arrays = batch(3, 3) | {"data": np.asfortranarray(batch(3, 3)["data"])}
+    np.savez(folder / "train_data_batch_3.npz", **arrays)
+    again = [x0 for x0, _ in take(ImageNet64(path=str(folder)), 5)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+@pytest.mark.parametrize("count", [1, 3, 22, 40])
+def test_a_changed_bit_is_found_wherever_it_is(tmp_path, home, method, count):
+    """By the CRC-32, also where the damaged stream still decompresses to as many bytes."""
+    body = member((count, WIDTH), batch(count, count)["data"].tobytes())
+    crc = struct.pack("<I", zlib.crc32(body))
+    with zipfile.ZipFile(tmp_path / "val_data.npz", "w", method) as archive:
+        archive.writestr("data.npy", body)
+        archive.writestr("labels.npy", member((count,), bytes([1]) * count))
+    raw = (tmp_path / "val_data.npz").read_bytes()
+    (tmp_path / "val_data.npz").write_bytes(raw.replace(crc, bytes([crc[0] ^ 1, *crc[1:]])))
+    with pytest.raises(DataError) as error:
+        ImageNet64(path=str(tmp_path), split="val").reference()
+    one_line(error, tmp_path, "data.npy is damaged", "CRC")
+    assert unpacked(home) == []
 
 
 def test_a_truncated_or_emptied_file_is_named(folder):
@@ -392,7 +409,7 @@ def test_a_member_shorter_than_the_zip_says_is_damaged(folder, home):
     data.spec()
     with pytest.raises(DataError) as error:
         data.reference()
-    one_line(error, file, "missing")
+    one_line(error, file, "data.npy is damaged")
     assert unpacked(home) == []
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 import time
@@ -179,6 +180,13 @@ def test_overrides_are_toml_values_and_reach_lists(write):
         b"seed = " + b"9" * 5000,
         b"x = '" + b"y" * 300_000 + b"'",
         b"a = {b = " * 40,
+        b"x = " + b"[" * 3000 + b"]" * 3000,
+        b"x = " + b"{a = " * 3000 + b"1" + b"}" * 3000,
+        b".".join([b"a"] * 3000) + b" = 1",
+        b"[" + b".".join([b"a"] * 3000) + b"]",
+        b"seed = 0x" + b"f" * 10_000,
+        b"name = 0x" + b"f" * 10_000,
+        b"seed = " + b"9" * 10_000 + b".5",
         b"",
         b"name = 'x'\nname = 'y'",
     ],
@@ -187,6 +195,70 @@ def test_a_hostile_file_is_refused_at_once(write, text):
     started = time.process_time()
     assert refusal(write(text)).startswith("ct.toml")
     assert time.process_time() - started < 0.5
+
+
+@pytest.mark.parametrize("value", ["[" * 3000 + "]" * 3000, "{a = " * 3000 + "1" + "}" * 3000])
+@pytest.mark.parametrize("key", ["x", "train.steps", "metric.0.fid"])
+def test_what_is_nested_too_deep_is_refused_in_an_override_too(write, key, value):
+    assert "is not a TOML value" in refusal(write(TEXT), f"{key}={value}")
+
+
+@pytest.mark.parametrize("depth", [30, 100, 300, 400, 470, 480, 490, 600])
+def test_no_depth_that_toml_allows_is_more_than_one_line(write, depth):
+    """Where the parser still succeeds, whoever looks at the value must succeed too."""
+    for value in ("[" * depth + "]" * depth, "{a = " * depth + "1" + "}" * depth):
+        refusal(write(TEXT.replace("batch = 8", f"batch = {value}")))
+        refusal(write(TEXT), f"train.batch={value}")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (".".join(["a"] * 3000) + "=1", "expected table.key=value"),
+        ("x={" + ".".join(["a"] * 3000) + "=1}", "a key has at most 64 parts"),
+        ("seed=0x" + "f" * 10_000, "is not a TOML value"),
+        ("seed=" + "9" * 10_000, "is not a TOML value"),
+        ("a..b=1", "expected table.key=value"),
+    ],
+    ids=["parts", "inline", "hexadecimal", "digits", "empty"],
+)
+def test_an_override_of_any_length_is_refused_in_a_short_line(write, override, said):
+    message = refusal(write(TEXT), override)
+    assert said in message
+    assert len(message) < 700
+
+
+UNITS = [*" \t\"'.[]{}a=,\\#-0\u00e9", "a=", "a.", "{a=", '"a".', '"\\', ',"', ",'", "a ", "[]"]
+OPENINGS = ["", "x = ", "[", "x = [", "x = {a=1,", 'x = "', "x = '", "#"]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_line_as_long_as_a_recipe_may_be_takes_no_time(write, unit):
+    """Timed, since that is the law: an expression that goes back takes minutes for these, and the
+    processor's time does not see how busy the machine is. A machine ten times slower passes."""
+    for opening in OPENINGS:
+        closing = opening[-1:] if opening[-1:] in ("'", '"') else ""
+        line = opening + unit * ((2**18 - 400) // len(unit.encode())) + closing
+        for text, overrides in ((f"{TEXT}\n{line}", []), (TEXT, [line]), (TEXT, [f"{line}=1"])):
+            path = write(text)
+            started = time.process_time()
+            with contextlib.suppress(RecipeError):  # some of them are TOML
+                load(path, overrides, discover())
+            assert time.process_time() - started < 3, (opening, unit)
+
+
+def test_a_comment_may_hold_any_number_of_dots(write):
+    load(write(f"# {'.' * 90}\n{TEXT}"), [], discover())
+
+
+def test_lines_are_those_of_toml_whatever_else_ends_a_line_elsewhere(write):
+    text = TEXT.replace('name = "small"', 'name = "small"  # \x85 \u2028 \u2029')
+    assert "ct.toml:16: train.steps" in refusal(write(text.replace("steps = 10", "steps = -1")))
+
+
+def test_a_quoted_key_with_a_dot_has_its_line(write):
+    text = TEXT.replace("[train]", "[train]\n'a.b' = 1")
+    assert "ct.toml:16: train.a.b: unknown key" in refusal(write(text))
 
 
 def test_a_folder_and_a_missing_file_are_refused(tmp_path, write):

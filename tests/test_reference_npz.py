@@ -125,7 +125,7 @@ def test_statistics_and_images_each_serve_their_numbers(published):
     )
 
 
-def test_a_damaged_or_swollen_file_is_refused(published, tmp_path):
+def test_a_damaged_file_is_refused(published, tmp_path):
     path = tmp_path / "cut.npz"
     path.write_bytes(published.read_bytes()[:-500])
     with pytest.raises(DataError, match="not a whole"):
@@ -148,11 +148,6 @@ def test_a_damaged_or_swollen_file_is_refused(published, tmp_path):
     path.write_bytes(locked)
     with pytest.raises(DataError, match="not a whole"):
         check(path, 1)
-    bomb = tmp_path / "bomb.npz"
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("mu.npy", bytes(2**26))
-    with pytest.raises(DataError, match="would take"):
-        check(bomb, 1)
 
 
 def test_an_image_folder_measures_against_its_published_reference(published, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import stat
 import tomllib
@@ -14,7 +15,6 @@ from typing import Any
 from cmkit.errors import RecipeError
 
 MAX_BYTES = 256 * 1024
-MAX_NESTING = 32
 MAX_KEY_PARTS = 64
 
 
@@ -29,7 +29,7 @@ class Source:
     def error(self, path: Sequence[str | int], message: str, value: str = "") -> RecipeError:
         """RecipeError: `file:line: key value: message`."""
         keys = tuple(str(part) for part in path)
-        shown = ".".join(keys)
+        shown = _cut(".".join(keys))
         if any(keys[: len(done)] == done for done in self.overrides):
             return RecipeError(f"--set {shown}{value}: {message}")
         line = next(
@@ -79,46 +79,55 @@ def _similar_file(path: Path) -> str:
 
 
 def _parse(text: str, file: str) -> dict[str, Any]:
-    _refuse_bombs(text, file)
+    _check_keys(text, file)
     try:
-        return tomllib.loads(text)
+        return _loads(text)
     except tomllib.TOMLDecodeError as error:
         at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
         place = f"{file}:{at[1]}" if at else file
         raise RecipeError(
             f"{place}: not TOML: {str(error)[: at.start() if at else None]}"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{file}: not TOML: {error}") from error
+    except ValueError as error:
+        raise RecipeError(f"{file}: {error}") from error
 
 
-def _refuse_bombs(text: str, file: str) -> None:
-    """Bound what is quadratic or recursive in tomllib: nesting, and the parts of a key."""
-    for number, line in enumerate(text.splitlines(), 1):
+def _loads(text: str) -> dict[str, Any]:
+    """As tomllib.loads; ValueError also for values nested too deep or of too many digits."""
+    try:
+        tables = tomllib.loads(text)
+        json.dumps(tables, default=str)  # as errors show values, and parts take them
+    except RecursionError as error:
+        raise ValueError("values are nested too deep") from error
+    return tables
+
+
+def _check_keys(text: str, place: str) -> None:
+    """RecipeError for a key of more than MAX_KEY_PARTS parts: tomllib's time is quadratic in it."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") < MAX_KEY_PARTS or line.lstrip().startswith("#"):
+            continue
         if any(piece.count(".") >= MAX_KEY_PARTS for piece in re.split(r"[=,\[\]{}#]", line)):
-            raise RecipeError(f"{file}:{number}: a key has at most {MAX_KEY_PARTS} parts")
-    depth = 0
-    for char in text:
-        depth += (char in "[{") - (char in "]}")
-        if depth > MAX_NESTING:
-            raise RecipeError(f"{file}: values are nested more than {MAX_NESTING} deep")
-        depth = max(depth, 0)
+            raise RecipeError(f"{place}:{number}: a key has at most {MAX_KEY_PARTS} parts")
 
 
-_HEADER = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
-_KEY = re.compile(r"""\s*([A-Za-z0-9_.\-"' ]+?)\s*=""")
-_INLINE = re.compile(r"""(?:^|,)\s*([A-Za-z0-9_.\-"']+)\s*=""")
-_DOT = re.compile(r"""\.(?=(?:[^"']*["'][^"']*["'])*[^"']*$)""")
-"""A dot with no open quotation mark before it, since what follows has them in pairs."""
+# Neither tomllib nor tomlkit says on which line a value stood, so headers and keys are looked for.
+# A repetition that ends in + never gives back what it took: on any line the time is linear.
+_BARE = r"[A-Za-z0-9_-]++"
+_PART = re.compile(rf"""{_BARE}|"(?:[^"\\]|\\.)*+"|'[^']*+'""")
+_NAME = rf"(?:{_PART.pattern})(?:[ \t]*+\.[ \t]*+(?:{_PART.pattern}))*+"
+_HEADER = re.compile(rf"[ \t]*+(\[\[?+)[ \t]*+({_NAME})[ \t]*+\]")
+_KEY = re.compile(rf"[ \t]*+({_NAME})[ \t]*+=")
+_INLINE = re.compile(rf"(?:^|,)[ \t]*+({_NAME})[ \t]*+=")
 
 
 def _lines(text: str) -> dict[tuple[str, ...], int]:
-    """Dotted path -> line number, by a scan for headers and keys (tomllib keeps no positions)."""
+    """Dotted path -> line number."""
     lines: dict[tuple[str, ...], int] = {}
     counts: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.lstrip().startswith("#"):
             continue
         if header := _HEADER.match(line):
@@ -147,15 +156,15 @@ def _lines(text: str) -> dict[tuple[str, ...], int]:
 
 def _split(key: str) -> tuple[str, ...]:
     """Parts of a dotted key; a quoted one may hold dots."""
-    return tuple(part.strip().strip("\"'") for part in _DOT.split(key))
+    return tuple(part.strip("\"'") for part in _PART.findall(key))
 
 
 def _override(tables: dict[str, Any], item: str) -> tuple[str, ...]:
     """Apply one `table.key=value` in place; the path that it changed."""
     key, equals, text = item.partition("=")
-    path = _split(key)
-    if not equals or not all(path):
-        raise RecipeError(f"--set {item}: expected table.key=value, such as train.steps=100")
+    path = _split(key) if re.fullmatch(_NAME, key.strip()) else ()
+    if not equals or not 0 < len(path) <= MAX_KEY_PARTS:
+        raise RecipeError(f"--set {_cut(item)}: expected table.key=value, such as train.steps=100")
     node: Any = tables
     for part in path[:-1]:
         node = _child(node, part, item)
@@ -170,26 +179,30 @@ def _override(tables: dict[str, Any], item: str) -> tuple[str, ...]:
 def _child(node: Any, part: str, item: str) -> Any:
     child = node[_index(node, part, item)] if isinstance(node, list) else node.setdefault(part, {})
     if not isinstance(child, dict | list):
-        raise RecipeError(f"--set {item}: {part!r} is a value, not a table")
+        raise RecipeError(f"--set {_cut(item)}: {part!r} is a value, not a table")
     return child
 
 
 def _index(node: list[Any], part: str, item: str) -> int:
     if not part.isdecimal() or int(part) >= len(node):
-        raise RecipeError(f"--set {item}: {part!r} is not an index from 0 to {len(node) - 1}")
+        raise RecipeError(f"--set {_cut(item)}: {part!r} is not an index from 0 to {len(node) - 1}")
     return int(part)
 
 
 def _override_value(text: str, item: str) -> Any:
     try:
-        _refuse_bombs(text, f"--set {item[:60]}")
-        parsed = tomllib.loads(f"value = {text}")
+        _check_keys(text, f"--set {_cut(item)}")
+        parsed = _loads(f"value = {text}")
         if len(parsed) > 1:
             raise ValueError("more than one value")
         return parsed["value"]
-    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        if re.fullmatch(r"[A-Za-z_/~.][\w/~.:+ -]*", text):
+    except ValueError as error:
+        if re.fullmatch(r"[A-Za-z_/~.][\w/~.:+ -]*+", text):
             return text  # a bare word or path, as shells deliver it
         raise RecipeError(
-            f"--set {item}: {text!r} is not a TOML value; quote strings: '\"text\"'"
+            f"--set {_cut(item)}: {_cut(text)!r} is not a TOML value; quote strings: '\"text\"'"
         ) from error
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}.."

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -73,10 +73,10 @@ def read(weights: Weights) -> dict[str, Tensor]:
     if path.is_dir():
         path = _within(path)
     if weights.url:
-        _pin(path, _sha256(path, *_identity(path)))
+        _pin(path, sha256(path))
     if path.is_dir() or not is_pickle(path):
         return read_weights(path)
-    return read_weights(_converted(path, _sha256(path, *_identity(path))))
+    return read_weights(_converted(path, sha256(path)))
 
 
 def adapt(
@@ -117,25 +117,26 @@ def _converted(path: Path, digest: str) -> Path:
     folder = cache_folder("converted")
     target, record = folder / f"{digest}.safetensors", folder / f"{digest}.sha256"
     kept = record.read_text("utf-8") if target.exists() and record.exists() else None
-    if kept and kept == _sha256(target, *_identity(target)):
+    if kept and kept == sha256(target):
         return target
     from cmkit.weights.pickles import pickle_to_safetensors
 
     folder.mkdir(parents=True, exist_ok=True)
     pickle_to_safetensors(path, target)
-    atomic_write(record, _sha256(target, *_identity(target)))
+    atomic_write(record, sha256(target))
     return target
 
 
-def _identity(path: Path) -> tuple[Any, ...]:
-    at = path.stat()
-    return at.st_ino, at.st_size, at.st_mtime_ns
-
-
-@functools.lru_cache(maxsize=8)
-def _sha256(path: Path, *identity: Any) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal, read again only when the file changed."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        at = path.stat()
+        return _sha256(path, at.st_ino, at.st_size, at.st_mtime_ns)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; give another file") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path: Path, *identity: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from cmkit import DataError, ResourceError
-from cmkit_std.datasets.npz import Header, content, headers
+from cmkit.files import cache_folder
+from cmkit_std.datasets.npz import Header, array, headers
 
 SHAPE = (3, 64, 64)
 WIDTH = 3 * 64 * 64
@@ -61,15 +62,15 @@ def labels(files: tuple[File, ...]) -> np.ndarray:
 
     DataError for arrays of another shape or type, or a label that is not one of 1 .. 1000.
     """
-    return np.concatenate([_labels(file.path, *_headers(file.path)) for file in files])
+    return np.concatenate([_labels(file.path) for file in files])
 
 
 def fingerprint(files: tuple[File, ...]) -> str:
     """SHA-256 of the shapes and of the CRC-32 that the files hold of their pixels."""
     digest = hashlib.sha256()
     for file in files:
-        data, _ = _headers(file.path)
-        digest.update(f"{data.shape} {data.member.CRC}\n".encode())
+        data = _data(file.path)
+        digest.update(f"{data.shape} {data.crc}\n".encode())
     return digest.hexdigest()
 
 
@@ -91,7 +92,8 @@ def pixels(files: tuple[File, ...]) -> Path:
     """A file of all pictures, uint8 (N, 3, 64, 64), for `np.load`; unpacked if it is not there.
 
     It appears under its name whole and synced to the disk, or not at all; of several processes one
-    unpacks and the others wait. DataError for damaged pixels, ResourceError for a full disk.
+    unpacks, a batch file at a time (1.6 GB of memory), and the others wait. DataError for damaged
+    pixels, ResourceError for a full disk.
     """
     cache = _cache(files)
     try:
@@ -117,8 +119,8 @@ def _unpack(files: tuple[File, ...], cache: Path) -> None:
         with part.open("wb") as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             for file in files:
-                for chunk in content(file.path, _headers(file.path)[0]):
-                    stream.write(chunk)
+                # written, not mapped: on a disk that fills up, a write through a map is a SIGBUS
+                stream.write(np.ascontiguousarray(array(file.path, "data")).data)
             stream.flush()
             os.fsync(stream.fileno())
         part.rename(cache)
@@ -133,10 +135,9 @@ def _unpack(files: tuple[File, ...], cache: Path) -> None:
 
 def _cache(files: tuple[File, ...]) -> Path:
     """Where the pixels of these very files go: one folder for each set of paths."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     paths = "\0".join(str(file.path.resolve()) for file in files)
-    folder = home / "cmkit" / "imagenet64" / hashlib.sha256(os.fsencode(paths)).hexdigest()[:16]
-    return folder / f"{fingerprint(files)[:16]}.npy"
+    folder = hashlib.sha256(os.fsencode(paths)).hexdigest()[:16]
+    return cache_folder("imagenet64") / folder / f"{fingerprint(files)[:16]}.npy"
 
 
 @contextlib.contextmanager
@@ -156,8 +157,8 @@ def _file(path: Path) -> File:
     return File(path, info.st_size, info.st_mtime_ns)
 
 
-def _headers(path: Path) -> tuple[Header, Header]:
-    """The headers of `data` (N, 12288) uint8 and of `labels` (N,), of any integer type."""
+def _data(path: Path) -> Header:
+    """The header of `data`; DataError unless it is (N, 12288) uint8, and `labels` N integers."""
     arrays = headers(path)
     data, classes = arrays.get("data"), arrays.get("labels")
     if data is None or classes is None:
@@ -175,11 +176,12 @@ def _headers(path: Path) -> tuple[Header, Header]:
             f"{path}: labels is {classes.dtype} {classes.shape}, not integers {data.shape[:1]};"
             " download it again"
         )
-    return data, classes
+    return data
 
 
-def _labels(path: Path, data: Header, classes: Header) -> np.ndarray:
-    found = np.frombuffer(b"".join(content(path, classes)), classes.dtype)
+def _labels(path: Path) -> np.ndarray:
+    _data(path)
+    found = array(path, "labels")
     wrong = np.flatnonzero((found < 1) | (found > CLASSES))
     if len(wrong):
         raise DataError(

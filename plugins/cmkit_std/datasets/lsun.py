@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import threading
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from cmkit import DataError, Dataset, DataSpec, Reference
+from cmkit import DataError, Dataset, DataSpec, PluginError, Reference
 from cmkit_std.datasets.image_folder import ImageFolder
 
 if TYPE_CHECKING:
@@ -16,10 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cmkit import Cond
-    from cmkit_std.datasets.mdb import Mdb
 
 CHANNELS = 3
 CHECKED = 1024
+SAMPLED = 1024
 
 
 class LSUN(Dataset):
@@ -28,8 +34,10 @@ class LSUN(Dataset):
     `path` is the folder of an unzipped LMDB, such as `bedroom_train_lmdb` with its `data.mdb`, or
     a folder of the pictures that were unpacked from it, which is read as `image_folder` reads it.
     Both are resized and cropped as `image_folder` does. Pictures come in the order of the
-    LMDB's keys, or of the names of files. The LMDB is only read, needs no package, and takes
-    24 bytes of memory a picture. Nothing is downloaded.
+    LMDB's keys, or of the names of files. An LMDB needs the package `lmdb`
+    (`pip install 'cmkit[lsun]'`), which trusts what it reads: a truncated file is refused, but
+    damage inside one can end the process. It is only read, and takes 48 bytes of memory a
+    picture. Nothing is downloaded.
     """
 
     path: str | None = None
@@ -51,8 +59,8 @@ class LSUN(Dataset):
     def spec(self) -> DataSpec:
         """Shape; DataError when there are no pictures, or when one that was opened is none.
 
-        Every key and size in an LMDB is checked, but only 1,024 of its pictures are opened,
-        spread evenly. The others stop training when it comes to one that is damaged.
+        Of an LMDB all keys are read, but only 1,024 pictures are opened, spread evenly. A damaged
+        one among the others stops training when its turn comes.
         """
         if self.reference_npz:
             from cmkit_std.datasets import reference_npz
@@ -63,7 +71,6 @@ class LSUN(Dataset):
         records = self._records(self.path)
         if records is None:
             return self._folder(self.path).spec()
-        from cmkit_std.datasets.mdb import spread
         from cmkit_std.datasets.pictures import check
 
         check(records, spread(len(records), CHECKED))
@@ -105,13 +112,11 @@ class LSUN(Dataset):
             flip=self.flip,
         )
 
-    def _records(self, path: str) -> Mdb | None:
+    def _records(self, path: str) -> Records | None:
         """The LMDB in `path`, or None when `path` holds pictures."""
-        from cmkit_std.datasets.mdb import Mdb
-
         root = Path(path).expanduser()
         if (root / "data.mdb").exists():
-            return Mdb.open(root)
+            return Records.open(root)
         below = sorted(root.glob("*/data.mdb"))
         if below:
             raise DataError(
@@ -119,3 +124,134 @@ class LSUN(Dataset):
                 f" {str(below[0].parent)!r}"
             )
         return None
+
+
+@dataclass(frozen=True)
+class Records:
+    """The pictures of an LMDB in the order of their keys, as `pictures` takes them; equal while
+    the file is the same."""
+
+    file: Path
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def open(cls, folder: Path) -> Records:
+        """The records of `folder`; DataError when its file cannot be looked at."""
+        file = folder / "data.mdb"
+        try:
+            info = file.stat()
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+        if not file.is_file():
+            raise DataError(f"{file}: no regular file; name the folder of an LMDB")
+        return cls(file, info.st_size, info.st_mtime_ns)
+
+    def __len__(self) -> int:
+        """Number of pictures; errors as of `_open`."""
+        return len(_opened(self).ends)
+
+    def name(self, index: int) -> str:
+        """How errors call picture `index`: its file and its key."""
+        key = _opened(self).key(index)
+        text = key.decode("ascii", "replace")
+        shown = text if text.isprintable() and text.isascii() else key.hex()
+        return f"{self.file}: record {shown!r}"
+
+    def open_picture(self, index: int) -> io.BytesIO:
+        """The encoded picture `index`, as a file in memory."""
+        return io.BytesIO(self.read(index))
+
+    def read(self, index: int) -> bytes:
+        """The encoded picture `index`; DataError when lmdb finds the file damaged."""
+        import lmdb
+
+        opened = _opened(self)
+        try:
+            with opened.environment.begin() as transaction:
+                return transaction.get(opened.key(index), b"")
+        except lmdb.Error as error:
+            raise _damaged(self.file, error) from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the keys, the last transaction, the size and time of the file, and 1,024
+        pictures, spread evenly."""
+        digest = hashlib.sha256(f"{_opened(self).digest} {self.size} {self.mtime_ns}".encode())
+        for index in spread(len(self), SAMPLED):
+            digest.update(self.read(index))
+        return digest.hexdigest()
+
+
+def spread(count: int, most: int) -> range:
+    """At most `most` of 0 .. count - 1, evenly, the first among them."""
+    return range(0, count, max(1, -(-count // most)))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An open LMDB and its keys, one after another; `ends` says where each ends."""
+
+    environment: Any
+    keys: bytearray
+    ends: array[int]
+    digest: str
+
+    def key(self, index: int) -> bytes:
+        start = self.ends[index - 1] if index else 0
+        return bytes(self.keys[start : self.ends[index]])
+
+
+_held: dict[Records, _Opened] = {}
+_holding = threading.Lock()
+
+
+def _opened(records: Records) -> _Opened:
+    """The LMDB, opened by the first call in this process and kept; errors as of `_open`."""
+    with _holding:
+        if records not in _held:
+            _held.clear()  # closes the file as it was: lmdb opens a file once a process
+            _held[records] = _open(records)
+        return _held[records]
+
+
+def _open(records: Records) -> _Opened:
+    """Opens the LMDB and reads its keys.
+
+    PluginError without the package lmdb; DataError for a file that is no LMDB, truncated, or
+    empty. What is wrong inside a page is lmdb's to find, and it may abort the process over it.
+    """
+    file = records.file
+    try:
+        import lmdb
+    except ImportError as error:  # the data may be fine, so this is no DataError
+        raise PluginError(
+            f"dataset lsun: {file} needs the package lmdb; pip install 'cmkit[lsun]'"
+        ) from error
+    keys, ends = bytearray(), array("Q")
+    try:
+        with contextlib.ExitStack() as faulty:
+            environment = faulty.enter_context(
+                lmdb.open(str(file.parent), readonly=True, lock=False, readahead=False)
+            )
+            needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            if records.size < needed:  # reading a page that is missing would be a SIGBUS
+                raise DataError(
+                    f"{file}: truncated to {records.size} of {needed} bytes; download it again"
+                )
+            with environment.begin() as transaction:
+                for key in transaction.cursor().iternext(values=False):
+                    keys += key
+                    ends.append(len(keys))
+            if not ends:
+                raise DataError(f"{file}: no records in it; download it again")
+            faulty.pop_all()
+    except lmdb.Error as error:
+        raise _damaged(file, error) from error
+    digest = hashlib.sha256(f"{environment.info()['last_txnid']} ".encode())
+    digest.update(ends)
+    digest.update(keys)
+    return _Opened(environment, keys, ends, digest.hexdigest())
+
+
+def _damaged(file: Path, error: Exception) -> DataError:
+    return DataError(f"{file}: not a whole LMDB ({error}); download or unpack it again")

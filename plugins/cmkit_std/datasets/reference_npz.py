@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,12 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from cmkit import DataError, Reference
-from cmkit_std.datasets.npz import Header, headers
+from cmkit.weights.find import sha256
+from cmkit_std.datasets.npz import Header, array, headers
 
 ASYMMETRY = 1e-6
 PAIRS = (("mu", "sigma"), ("mu_s", "sigma_s"))
 """Mean and covariance of the pooled features, and of ADM's spatial ones."""
-_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError)
 
 
 class ReferenceImages(TorchDataset[Tensor]):
@@ -34,7 +31,7 @@ class ReferenceImages(TorchDataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         if self._held is None:
-            self._held = _array(self.path, "arr_0")
+            self._held = array(self.path, "arr_0")
         return torch.from_numpy(self._held[index]).permute(2, 0, 1)
 
 
@@ -42,8 +39,8 @@ def check(path: Path, channels: int) -> dict[str, tuple[int, ...]]:
     """Shapes of the file's arrays, from their headers alone.
 
     `mu` (d,) and `sigma` (d, d) must be there; `mu_s` and `sigma_s`, of the spatial features, and
-    `arr_0` (N, H, W, channels) uint8 may. DataError for a file that is missing, no npz, too large,
-    or that holds something else.
+    `arr_0` (N, H, W, channels) uint8 may. DataError for a file that is missing, no npz, or that
+    holds something else.
     """
     arrays = headers(path)
     for mu, sigma in PAIRS:
@@ -61,10 +58,8 @@ def check(path: Path, channels: int) -> dict[str, tuple[int, ...]]:
 def read(path: Path, channels: int) -> Reference:
     """Statistics and images of the file; its SHA-256 is the fingerprint."""
     shapes, found = check(path, channels), statistics(path, channels)
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     count = shapes["arr_0"][0] if "arr_0" in shapes else 0
-    return Reference(ReferenceImages(path, count), digest, found)
+    return Reference(ReferenceImages(path, count), sha256(path), found)
 
 
 def statistics(path: Path, channels: int) -> dict[str, np.ndarray]:
@@ -72,7 +67,7 @@ def statistics(path: Path, channels: int) -> dict[str, np.ndarray]:
     infinity, and a matrix that is no covariance."""
     shapes = check(path, channels)
     names = [name for pair in PAIRS for name in pair if name in shapes]
-    found = {name: _array(path, name).astype(np.float64) for name in names}
+    found = {name: array(path, name).astype(np.float64) for name in names}
     for name, values in found.items():
         if not np.isfinite(values).all():
             raise DataError(f"{path}: {name} holds NaN or infinity; download it again")
@@ -98,11 +93,3 @@ def _refuse_odd_pair(path: Path, arrays: Mapping[str, Header], mu: str, sigma: s
             f"{path}: holds {', '.join(sorted(arrays)) or 'nothing'}, not {mu} (d,) and {sigma}"
             " (d, d) of floats; name a reference file of guided-diffusion or EDM"
         )
-
-
-def _array(path: Path, name: str) -> np.ndarray:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays[name]
-    except (OSError, *_DAMAGE) as error:
-        raise DataError(f"{path}: {name} is damaged ({error}); download it again") from error

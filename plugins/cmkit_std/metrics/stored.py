@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cmkit import CheckpointError, ResourceError
 from cmkit.checkpoint import read_weights
+from cmkit.files import cache_folder
 from cmkit.tensors import save_weights
 
 FORMAT = 1
@@ -30,8 +31,7 @@ DIGEST = "sha256"
 
 def folder() -> Path:
     """Where the files are."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "cmkit" / "features"
+    return cache_folder("features")
 
 
 def name(
