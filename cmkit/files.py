@@ -171,6 +171,23 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cached_sha256(path: Path) -> str:
+    """The file's SHA-256, kept by its path, inode, size and time, so that it is computed once."""
+    try:
+        at = path.stat()
+        identity = f"{path.resolve()} {at.st_ino} {at.st_size} {at.st_mtime_ns}"
+        record = cache_folder("digests") / hashlib.sha256(identity.encode()).hexdigest()
+        if record.is_file():
+            return record.read_text("utf-8")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; give another file") from error
+    record.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(record, digest)
+    return digest
+
+
 def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

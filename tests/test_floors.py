@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 ROOMS = """
 errors values stop
 noise rng denoiser traits models kinds plugins functional
-device files run.folder tensors checkpoint
+device files pictures run.folder tensors checkpoint
 recipe weights plan
-sample measure pictures train search edit
+sample measure train search edit
 report run compare convert
 testing new cli
 """.split()  # noqa: SIM905 - rows are storeys

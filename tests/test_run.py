@@ -16,7 +16,8 @@ import pytest
 import tomlkit
 import torch
 from cmkit_std.datasets.digits import Digits
-from cmkit_std.metrics.fidelity import Fidelity, FidelityMeter
+from cmkit_std.metrics.fidelity import Fidelity
+from cmkit_std.metrics.fidelity_meter import FidelityMeter
 
 from cmkit import (
     BusyError,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from cmkit.checkpoint import read_shapes, read_weights
 from cmkit.errors import CheckpointError, did_you_mean
-from cmkit.files import atomic_write, cache_folder
+from cmkit.files import atomic_write, cache_folder, cached_sha256
 from cmkit.run.folder import RunFolder
 from cmkit.tensors import is_pickle
 
@@ -70,7 +69,7 @@ def read(weights: Weights) -> dict[str, Tensor]:
     CheckpointError when it is not what it was on first use, and for anything that is no weights.
     """
     if weights.url:
-        _pin(weights.path, _sha256(weights.path))
+        _pin(weights.path, cached_sha256(weights.path))
     return read_weights(_file(weights))
 
 
@@ -84,7 +83,7 @@ def _file(weights: Weights) -> Path:
     path = weights.path
     if path.is_dir():
         path = _within(RunFolder(path).newest_weights())
-    return path if path.is_dir() or not is_pickle(path) else _converted(path, _sha256(path))
+    return path if path.is_dir() or not is_pickle(path) else _converted(path, cached_sha256(path))
 
 
 def adapt(
@@ -125,28 +124,11 @@ def _converted(path: Path, digest: str) -> Path:
     folder = cache_folder("converted")
     target, record = folder / f"{digest}.safetensors", folder / f"{digest}.sha256"
     kept = record.read_text("utf-8") if target.exists() and record.exists() else None
-    if kept and kept == _sha256(target):
+    if kept and kept == cached_sha256(target):
         return target
     from cmkit.weights.pickles import pickle_to_safetensors
 
     folder.mkdir(parents=True, exist_ok=True)
     pickle_to_safetensors(path, target)
-    atomic_write(record, _sha256(target))
+    atomic_write(record, cached_sha256(target))
     return target
-
-
-def _sha256(path: Path) -> str:
-    """The file's SHA-256; kept by path, inode, size and time, so that it is computed once."""
-    try:
-        at = path.stat()
-        identity = f"{path.resolve()} {at.st_ino} {at.st_size} {at.st_mtime_ns}"
-        record = cache_folder("digests") / hashlib.sha256(identity.encode()).hexdigest()
-        if record.is_file():
-            return record.read_text("utf-8")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; give another file") from error
-    record.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(record, digest)
-    return digest

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from cmkit import Cond, DataError, Reference
+from cmkit.pictures import FORMATS
 from cmkit_std.datasets.pixels import pool, resident_batches, streamed_batches
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-"""What is read. Pillow knows dozens more; some of them (PostScript) are programs."""
 MAX_PIXELS = 2**26
 RESIDENT_BYTES = 2**31
 MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from cmkit import DataError, Reference
+from cmkit.files import cached_sha256
 from cmkit_std.datasets.npz import Header, array, headers
 
 ASYMMETRY = 1e-6
@@ -58,10 +58,8 @@ def check(path: Path, channels: int) -> dict[str, tuple[int, ...]]:
 def read(path: Path, channels: int) -> Reference:
     """Statistics and images of the file; its SHA-256 is the fingerprint."""
     shapes, found = check(path, channels), statistics(path, channels)
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     count = shapes["arr_0"][0] if "arr_0" in shapes else 0
-    return Reference(ReferenceImages(path, count), digest, found)
+    return Reference(ReferenceImages(path, count), cached_sha256(path), found)
 
 
 def statistics(path: Path, channels: int) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from cmkit import CheckpointError, DataError, DownloadError, NonFiniteError, Reference
+from cmkit import CheckpointError, DataError, NonFiniteError, Reference
 from cmkit_std.metrics import stored
 from cmkit_std.metrics.digits_net import EXTRACTOR
 from cmkit_std.metrics.streams import STREAMS, whole
@@ -174,21 +174,6 @@ def reference_features(
         for want in missing & set(names):
             stored.save(names[want], held[want])
     return {want: held[want] for want in wanted}
-
-
-def download(url: str, file: str, sha256: str) -> None:
-    """Fetch `url` into `file`, whole or not at all; DownloadError when it cannot be had."""
-    try:
-        torch.hub.download_url_to_file(url, file, hash_prefix=sha256, progress=False)
-    except (OSError, RuntimeError) as error:
-        raise DownloadError(
-            f"{url}: {error}; download it elsewhere and put it at {file}"
-        ) from error
-
-
-def registered() -> list[str]:
-    """Names of the extractors that torch-fidelity knows, ours included."""
-    return sorted(FEATURE_EXTRACTORS_REGISTRY)
 
 
 def _fit(batch: Tensor, name: str) -> Tensor:

@@ -3,62 +3,23 @@ and ADM's evaluator (Dhariwal and Nichol, 2021) define them, on features that cm
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from cmkit import (
-    CheckpointError,
-    DataError,
-    DataSpec,
-    DownloadError,
-    Metric,
-    NonFiniteError,
-    RecipeError,
-    Reference,
-)
+from cmkit import DataError, DataSpec, Metric, RecipeError, Reference
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.utils.data import Dataset as Images
 
-    from cmkit_std.metrics.extract import Extractor, Features, Streams, Want
-
-
-class Weights(NamedTuple):
-    """A public file of weights. torch-fidelity unpickles it, so no other file is handed over."""
-
-    file: str
-    folder: str
-    sha256: str
-
-    @property
-    def url(self) -> str:
-        """Where it can be had."""
-        return f"https://{self.folder}/{self.file}"
+    from cmkit_std.metrics.extract import Extractor
+    from cmkit_std.metrics.fidelity_meter import FidelityMeter
 
 
 DIGITS = "cmkit-digits"
 INCEPTION = "inception-v3-compat"
-PUBLIC = {
-    INCEPTION: Weights(
-        "weights-inception-2015-12-05-6726825d.pth",
-        "github.com/toshas/torch-fidelity/releases/download/v0.2.0",
-        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-    ),
-    "vgg16": Weights(
-        "vgg16-397923af.pth",
-        "download.pytorch.org/models",
-        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-    ),
-}
 NUMBERS = {
     "fid": ("fid",),
     "sfid": ("sfid",),
@@ -66,14 +27,6 @@ NUMBERS = {
     "kid": ("kid_mean", "kid_std"),
     "precision_recall": ("precision", "recall"),
 }
-WANTED = {
-    "fid": ("fid", "gaussian"),
-    "sfid": ("sfid", "gaussian"),
-    "isc": ("isc", "score"),
-    "kid": ("kid", "rows"),
-    "precision_recall": ("prc", "rows"),
-}
-"""torch-fidelity's name of the metric, which decides the layer, and what is kept of a layer."""
 PUBLISHED = {"fid": ("mu", "sigma"), "sfid": ("mu_s", "sigma_s")}
 """Names of the statistics in a reference that stand for its images."""
 IS_SPLITS = 10
@@ -122,13 +75,13 @@ class Fidelity(Metric):
 
     @model_validator(mode="after")
     def _something(self) -> Fidelity:
-        if not self._wanted():
+        if not self.wanted():
             raise ValueError(f"nothing to measure; set one of {', '.join(NUMBERS)} to true")
         return self
 
     def keys(self) -> tuple[str, ...]:
         """Names of the numbers that are switched on."""
-        return tuple(key for flag in self._wanted() for key in NUMBERS[flag])
+        return tuple(key for flag in self.wanted() for key in NUMBERS[flag])
 
     def only(self, key: str) -> Fidelity:
         """The same metric with all else switched off; RecipeError for a number it does not give."""
@@ -145,14 +98,17 @@ class Fidelity(Metric):
         DataError when the extractor is unfit for `data` or `images` are too few, RecipeError when
         nobody knows it.
         """
-        self._enough(images, "samples", self._wanted())
-        self._extractor(data.channels, data.resolution)
+        self.enough(images, "samples", self.wanted())
+        self.network(data.channels, data.resolution)
 
     def check_reference(self, data: DataSpec, reference: Reference, device: torch.device) -> None:
         """DataError for too few reference images, or statistics of other features."""
         import torch
 
-        self._prepare(reference, torch.zeros(data.channels, *[data.resolution] * 2).byte(), device)
+        from cmkit_std.metrics.fidelity_meter import prepare
+
+        image = torch.zeros(data.channels, data.resolution, data.resolution, dtype=torch.uint8)
+        prepare(self, reference, image, device)
 
     def measure(
         self, images: Images[Tensor], reference: Reference, device: torch.device
@@ -165,7 +121,7 @@ class Fidelity(Metric):
         from cmkit_std.metrics.extract import batches
 
         count = len(images)  # type: ignore[arg-type]
-        self._enough(count, "samples", self._wanted())
+        self.enough(count, "samples", self.wanted())
         meter = self.meter(count, reference, device)
         place = f"metric extractor {self._used.name if self._used else self.extractor}"
         for batch in batches(images, self.batch, place, pin=device.type == "cuda"):
@@ -174,6 +130,8 @@ class Fidelity(Metric):
 
     def meter(self, images: int, reference: Reference, device: torch.device) -> FidelityMeter:
         """The same numbers of `images` samples as they come; errors as of `measure`."""
+        from cmkit_std.metrics.fidelity_meter import FidelityMeter
+
         return FidelityMeter(self, images, reference, device)
 
     def provenance(self) -> dict[str, Any]:
@@ -195,54 +153,11 @@ class Fidelity(Metric):
             **({"neighbours": NEIGHBOURS} if self.precision_recall else {}),
         }
 
-    def _prepare(
-        self, reference: Reference, image: Tensor, device: torch.device
-    ) -> tuple[Extractor, dict[str, dict[str, Any]], list[str]]:
-        """The extractor for such images, published statistics by flag, and the flags that need the
-        reference's images; errors as of `check_reference`."""
-        flags = self._wanted()
-        given = _published(reference)
-        seen = [flag for flag in flags if flag != "isc" and flag not in given]
-        self._enough(len(reference.images), "reference images", seen)  # type: ignore[arg-type]
-        channels, _, resolution = image.shape
-        extractor = self._extractor(channels, resolution)
-        for flag in set(given) & set(flags):
-            _fits(flag, given[flag], extractor, self._want(extractor, flag).layer, image, device)
-        return extractor, given, seen
-
-    def _wanted(self) -> list[str]:
+    def wanted(self) -> list[str]:
+        """Names of the fields of NUMBERS that are switched on."""
         return [flag for flag in NUMBERS if getattr(self, flag)]
 
-    @staticmethod
-    def _want(extractor: Extractor, flag: str) -> Want:
-        from cmkit_std.metrics.extract import Want
-
-        metric, stream = WANTED[flag]
-        return Want(extractor.layer(metric), stream)
-
-    def _values(
-        self, flag: str, ours: Mapping[str, Tensor], real: Mapping[str, Any], device: torch.device
-    ) -> tuple[float, ...]:
-        """The numbers of a flag, of what was kept of the samples' and of the real features."""
-        from torch_fidelity import metric_kid
-
-        from cmkit_std.metrics.frechet import frechet
-        from cmkit_std.metrics.manifold import precision_recall
-
-        if flag == "isc":
-            scores = ours["scores"]
-            return scores.mean().item(), scores.std(correction=0).item()
-        if flag == "precision_recall":
-            return precision_recall(ours["rows"], real["rows"], NEIGHBOURS, device)
-        if flag == "kid":
-            size = self.kid_subset_size
-            found = metric_kid.kid_features_to_metric(
-                ours["rows"], real["rows"], kid_subset_size=size, verbose=False
-            )
-            return found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]
-        return (frechet(ours, real),)
-
-    def _enough(self, count: int, what: str, flags: list[str]) -> None:
+    def enough(self, count: int, what: str, flags: list[str]) -> None:
         """DataError when a number of `flags` needs more images than `count`."""
         least = {
             "fid": 2,
@@ -264,7 +179,7 @@ class Fidelity(Metric):
                     f"{cures.get(flag, '')}"
                 )
 
-    def _extractor(self, channels: int, resolution: int) -> Extractor:
+    def network(self, channels: int, resolution: int) -> Extractor:
         """The extractor for such images, its weights found; see `check` for what it raises."""
         name, small = self.extractor, channels == 1 and resolution <= 16
         if name == "auto":
@@ -279,190 +194,7 @@ class Fidelity(Metric):
                 f"fidelity.sfid: extractor {name} has no spatial features; set"
                 f' metric.extractor = "{INCEPTION}", or metric.sfid = false'
             )
-        weights = self._weights(name)
-        from cmkit_std.metrics.extract import Extractor
+        from cmkit_std.metrics.extractor_weights import find
 
-        if name == DIGITS:
-            from cmkit_std.metrics.digits_net import SHA256
-
-            self._used = Extractor(name, None, SHA256["digits_features"])
-        else:
-            self._used = Extractor(name, weights, _sha256(weights) if weights else None)
+        self._used = find(name, self.weights, self.download)
         return self._used
-
-    def _weights(self, name: str) -> str | None:
-        """The file of weights for extractor `name`, None where it needs no file."""
-        if name == DIGITS:
-            if self.weights:
-                raise RecipeError(f"metric.weights: {DIGITS} ships its own weights; leave it out")
-            return None
-        if name not in PUBLIC:
-            return self._other_weights(name)
-        public = PUBLIC[name]
-        file = _given(self.weights) if self.weights else _hub_folder() / public.file
-        if not file.is_file():
-            self._fetch(name, public, file)
-        if (found := _sha256(str(file))) != public.sha256:
-            raise CheckpointError(
-                f"{file}: SHA-256 {found[:12]}.. is not that of {public.file},"
-                f" {public.sha256[:12]}..; remove it and download {public.url}"
-            )
-        return str(file)
-
-    def _fetch(self, name: str, public: Weights, file: Path) -> None:
-        if not self.download:
-            raise DownloadError(
-                f"fidelity: extractor {name} needs {public.file}: put {public.url} into"
-                f" {file.parent}, or name a copy in metric.weights, or set metric.download = true"
-            )
-        from cmkit_std.metrics.extract import download
-
-        file.parent.mkdir(parents=True, exist_ok=True)
-        download(public.url, str(file), public.sha256)
-
-    def _other_weights(self, name: str) -> str | None:
-        """The file for an extractor that only torch-fidelity or another package knows."""
-        from cmkit_std.metrics.extract import registered
-
-        if name.startswith("timm-"):
-            from cmkit_std.metrics.timm_extractor import register
-            from cmkit_std.timm_network import weights_of
-
-            register(name)
-            network, own = name.removeprefix("timm-"), self.weights
-            files = None if own is None else {network: str(Path(own).expanduser())}
-            return str(weights_of(network, files, "fidelity.extractor", "metric.weights"))
-        if name not in registered():
-            raise RecipeError(
-                f"fidelity.extractor = {name!r}: nobody registered it with torch-fidelity; known:"
-                f" auto, timm-NAME, {', '.join(registered())}"
-            )
-        if self.weights:
-            return str(_given(self.weights))
-        if name.startswith(("clip-", "dinov2-")) and not self.download:
-            raise DownloadError(
-                f"fidelity: extractor {name} needs weights that torch-fidelity would download;"
-                " name a copy in metric.weights, or set metric.download = true"
-            )
-        return None
-
-
-class FidelityMeter:
-    """The numbers of a `Fidelity` for images that are taken as they are drawn."""
-
-    def __init__(self, metric: Fidelity, images: int, reference: Reference, device: torch.device):
-        self.metric, self.images, self.reference, self.device = metric, images, reference, device
-        self.streams: Streams | None = None
-        self.restored: Mapping[str, Tensor] = {}
-
-    def add(self, images: Tensor) -> None:
-        """Take the next images, uint8 (B, C, H, W)."""
-        from cmkit_std.metrics.extract import Streams
-
-        if self.streams is None:
-            extractor, self.given, self.seen = self.metric._prepare(
-                self.reference, images[0], self.device
-            )
-            self.wants = {
-                flag: self.metric._want(extractor, flag) for flag in self.metric._wanted()
-            }
-            self.streams = Streams(extractor, set(self.wants.values()), self.images, self.device)
-            if self.restored:
-                self.streams.restore(self.restored)
-        for part in images.split(self.metric.batch):
-            self.streams.add(part)
-
-    def values(self) -> dict[str, float]:
-        """The numbers that are switched on; NonFiniteError for one that is none."""
-        from cmkit_std.metrics.extract import reference_features
-
-        metric, reference, streams = self.metric, self.reference, self.streams
-        assert streams is not None, "no image was added"
-        ours = streams.tensors()
-        theirs: Features = {}
-        if self.seen:
-            wanted = {self.wants[flag] for flag in self.seen}
-            theirs = reference_features(
-                streams.extractor, wanted, reference, self.device, metric.batch
-            )
-        numbers: dict[str, float] = {}
-        for flag, want in self.wants.items():
-            real = self.given.get(flag) or theirs.get(want, {})
-            values = metric._values(flag, ours[want], real, self.device)
-            numbers |= dict(zip(NUMBERS[flag], values, strict=True))
-        for key, value in numbers.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(f"metric {key} = {value}; look at the samples and the weights")
-        published = [flag for flag in self.wants if flag in self.given]
-        metric._compared = "; ".join(
-            f"{', '.join(names)}: {what}"
-            for names, what in (
-                (published, "published statistics"),
-                (self.seen, f"{len(reference.images)} images"),  # type: ignore[arg-type]
-            )
-            if names
-        )
-        return numbers
-
-    def state(self) -> dict[str, Tensor]:
-        """What the streams hold; nothing of no image."""
-        return self.streams.state() if self.streams else dict(self.restored)
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state; at least one image is still to come."""
-        self.restored = state
-
-
-def _published(reference: Reference) -> dict[str, dict[str, Any]]:
-    """{flag: {"mu": (d,), "sigma": (d, d)}} of those Frechet distances that have statistics."""
-    found = reference.statistics or {}
-    return {
-        flag: {"mu": found[mu], "sigma": found[sigma]}
-        for flag, (mu, sigma) in PUBLISHED.items()
-        if mu in found and sigma in found
-    }
-
-
-def _fits(
-    flag: str,
-    given: Mapping[str, Any],
-    extractor: Extractor,
-    layer: str,
-    image: Tensor,
-    device: torch.device,
-) -> None:
-    """DataError unless the statistics are of as many features as the extractor gives."""
-    from cmkit_std.metrics.extract import width
-
-    count, known = width(extractor, layer, image, device), len(given["mu"])
-    if given["mu"].shape != (count,) or given["sigma"].shape != (count, count):
-        raise DataError(
-            f"fidelity.{flag}: reference statistics have {known} features, extractor"
-            f" {extractor.name} gives {count}; name the extractor that they were made with"
-        )
-
-
-def _given(weights: str) -> Path:
-    file = Path(weights).expanduser()
-    if not file.is_file():
-        raise CheckpointError(f"metric.weights = {weights!r}: no such file")
-    return file
-
-
-def _hub_folder() -> Path:
-    """Where torch.hub keeps its downloads, found without importing torch."""
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
-    return Path(home).expanduser() / "hub" / "checkpoints"
-
-
-def _sha256(file: str) -> str:
-    """SHA-256 of a file, read again only when its size or time changed."""
-    info = os.stat(file)
-    return _digest(file, info.st_size, info.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=16)
-def _digest(file: str, size: int, mtime_ns: int) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

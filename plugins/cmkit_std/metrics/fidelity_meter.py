@@ -1,0 +1,151 @@
+"""The numbers of `fidelity` from features; its torch half."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch_fidelity import metric_kid
+
+from cmkit import DataError, NonFiniteError, Reference
+from cmkit_std.metrics.extract import (
+    Extractor,
+    Features,
+    Streams,
+    Want,
+    reference_features,
+    width,
+)
+from cmkit_std.metrics.fidelity import NEIGHBOURS, NUMBERS, PUBLISHED, Fidelity
+from cmkit_std.metrics.frechet import frechet
+from cmkit_std.metrics.manifold import precision_recall
+
+WANTED = {
+    "fid": ("fid", "gaussian"),
+    "sfid": ("sfid", "gaussian"),
+    "isc": ("isc", "score"),
+    "kid": ("kid", "rows"),
+    "precision_recall": ("prc", "rows"),
+}
+"""torch-fidelity's name of the metric, which decides the layer, and what is kept of a layer."""
+
+
+class FidelityMeter:
+    """The numbers of a `Fidelity` for images that are taken as they are drawn."""
+
+    def __init__(self, metric: Fidelity, images: int, reference: Reference, device: torch.device):
+        self.metric, self.images, self.reference, self.device = metric, images, reference, device
+        self.streams: Streams | None = None
+        self.restored: Mapping[str, Tensor] = {}
+
+    def add(self, images: Tensor) -> None:
+        """Take the next images, uint8 (B, C, H, W)."""
+        if self.streams is None:
+            extractor, self.given, self.seen = prepare(
+                self.metric, self.reference, images[0], self.device
+            )
+            self.wants = {flag: _want(extractor, flag) for flag in self.metric.wanted()}
+            self.streams = Streams(extractor, set(self.wants.values()), self.images, self.device)
+            if self.restored:
+                self.streams.restore(self.restored)
+        for part in images.split(self.metric.batch):
+            self.streams.add(part)
+
+    def values(self) -> dict[str, float]:
+        """The numbers that are switched on; NonFiniteError for one that is none."""
+        metric, reference, streams = self.metric, self.reference, self.streams
+        assert streams is not None, "no image was added"
+        ours = streams.tensors()
+        theirs: Features = {}
+        if self.seen:
+            wanted = {self.wants[flag] for flag in self.seen}
+            theirs = reference_features(
+                streams.extractor, wanted, reference, self.device, metric.batch
+            )
+        numbers: dict[str, float] = {}
+        for flag, want in self.wants.items():
+            real = self.given.get(flag) or theirs.get(want, {})
+            values = _values(metric, flag, ours[want], real, self.device)
+            numbers |= dict(zip(NUMBERS[flag], values, strict=True))
+        for key, value in numbers.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"metric {key} = {value}; look at the samples and the weights")
+        published = [flag for flag in self.wants if flag in self.given]
+        metric._compared = "; ".join(
+            f"{', '.join(names)}: {what}"
+            for names, what in (
+                (published, "published statistics"),
+                (self.seen, f"{len(reference.images)} images"),  # type: ignore[arg-type]
+            )
+            if names
+        )
+        return numbers
+
+    def state(self) -> dict[str, Tensor]:
+        """What the streams hold; nothing of no image."""
+        return self.streams.state() if self.streams else dict(self.restored)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state; at least one image is still to come."""
+        self.restored = state
+
+
+def prepare(
+    metric: Fidelity, reference: Reference, image: Tensor, device: torch.device
+) -> tuple[Extractor, dict[str, dict[str, Any]], list[str]]:
+    """The extractor for such images, published statistics by flag, and the flags that need the
+    reference's images; errors as of `Fidelity.check_reference`."""
+    flags = metric.wanted()
+    given = _published(reference)
+    seen = [flag for flag in flags if flag != "isc" and flag not in given]
+    metric.enough(len(reference.images), "reference images", seen)  # type: ignore[arg-type]
+    channels, _, resolution = image.shape
+    extractor = metric.network(channels, resolution)
+    for flag in set(given) & set(flags):
+        count = width(extractor, _want(extractor, flag).layer, image, device)
+        if given[flag]["mu"].shape != (count,) or given[flag]["sigma"].shape != (count, count):
+            raise DataError(
+                f"fidelity.{flag}: reference statistics have {len(given[flag]['mu'])} features,"
+                f" extractor {extractor.name} gives {count}; name the extractor that they were"
+                " made with"
+            )
+    return extractor, given, seen
+
+
+def _published(reference: Reference) -> dict[str, dict[str, Any]]:
+    """{flag: {"mu": (d,), "sigma": (d, d)}} of those Frechet distances that have statistics."""
+    found = reference.statistics or {}
+    return {
+        flag: {"mu": found[mu], "sigma": found[sigma]}
+        for flag, (mu, sigma) in PUBLISHED.items()
+        if mu in found and sigma in found
+    }
+
+
+def _want(extractor: Extractor, flag: str) -> Want:
+    metric, stream = WANTED[flag]
+    return Want(extractor.layer(metric), stream)
+
+
+def _values(
+    metric: Fidelity,
+    flag: str,
+    ours: Mapping[str, Tensor],
+    real: Mapping[str, Any],
+    device: torch.device,
+) -> tuple[float, ...]:
+    """The numbers of a flag, of what was kept of the samples' and of the real features."""
+    if flag == "isc":
+        scores = ours["scores"]
+        return scores.mean().item(), scores.std(correction=0).item()
+    if flag == "precision_recall":
+        return precision_recall(ours["rows"], real["rows"], NEIGHBOURS, device)
+    if flag == "kid":
+        found = metric_kid.kid_features_to_metric(
+            ours["rows"], real["rows"], kid_subset_size=metric.kid_subset_size, verbose=False
+        )
+        return found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]
+    return (frechet(ours, real),)
