@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from cmkit import Backbone, DataSpec, Network, Precond, RecipeError
+import cmkit
+from cmkit import Backbone, DataSpec, Precond, RecipeError
 from cmkit_std.backbones.published import check_published
 
 Channels = Annotated[int, Field(ge=4, le=2048)]
@@ -53,7 +54,7 @@ class Options(Backbone):
     def check_published(self, weights: str, precond: Precond) -> None:
         check_published(weights, self, precond)
 
-    def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
+    def build(self, data: DataSpec, conditions: frozenset[str]) -> cmkit.Network:
         """A fresh network; RecipeError for options that do not fit, for a condition that is not
         embedded, and for labels of data without classes."""
         if unknown := conditions - self.accepts:
