@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+import pkgutil
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from cmkit import Backbone, DataSpec, Part
-from cmkit.errors import RecipeError
+import cmkit
+from cmkit import Backbone, DataSpec, Precond, RecipeError
+from cmkit_std.backbones.published import check_published
+
+Channels = Annotated[int, Field(ge=4, le=2048)]
+Widths = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=16)], ...],
+    Field(min_length=1, max_length=10, strict=False),
+]
+Sides = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=8192)], ...] | None, Field(max_length=10, strict=False)
+]
+Blocks = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=16,
+        description="Residual blocks a level in the encoder; the decoder has one more.",
+    ),
+]
 
 
-class Options(Part):
-    """Options of a backbone; the field `preset` names one of the sets `presets` of them."""
+class Options(Backbone):
+    """A backbone that builds `network`, "module:Class", if its options fit each other, the data and
+    the conditions; the field `preset` names one of the sets `presets` of options."""
 
+    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
+    network: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+
+    preset: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -24,48 +48,69 @@ class Options(Part):
             return given
         return {**cls.presets.get(given["preset"], {}), **given}
 
+    def check(self, data: DataSpec) -> None:
+        """RecipeError when the options do not fit each other or the data."""
+
+    def check_published(self, weights: str, precond: Precond) -> None:
+        check_published(weights, self, precond)
+
+    def build(self, data: DataSpec, conditions: frozenset[str]) -> cmkit.Network:
+        """A fresh network; RecipeError for options that do not fit, for a condition that is not
+        embedded, and for labels of data without classes."""
+        if unknown := conditions - self.accepts:
+            raise RecipeError(
+                f"backbone: {type(self).__name__.lower()} cannot embed"
+                f" {', '.join(sorted(unknown))}; it accepts {', '.join(sorted(self.accepts))};"
+                " choose another backbone"
+            )
+        if "label" in conditions and not data.num_classes:
+            raise RecipeError(
+                "backbone: cannot embed labels, num_classes of the data set is"
+                f" {data.num_classes}; choose a data set with classes, or leave the labels out"
+            )
+        self.check(data)
+        return pkgutil.resolve_name(self.network)(self, data, conditions)
+
 
 class UNetOptions(Options):
-    """Options of a U-Net, with fields `channels` and `channel_mult`."""
+    """What the U-Nets' options have in common."""
+
+    attends_at: ClassVar[Collection[int]]
+    """Sides of the levels with attention where no `attention_resolutions` are given."""
+
+    channels: Channels
+    channel_mult: Widths
+    num_res_blocks: Blocks
+    attention_resolutions: Sides = None
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability with which an activation of a residual block is dropped in training."""
+    gradient_checkpointing: bool = False
+    """Recompute residual blocks in the backward pass: less memory, a third more time."""
 
     def levels(self, resolution: int) -> list[tuple[int, int]]:
         """(width in channels, side in pixels) of each level, the finest first."""
         return [(self.channels * m, resolution >> n) for n, m in enumerate(self.channel_mult)]
 
+    def attends(self, side: int) -> bool:
+        """Whether a level of `side` pixels has attention."""
+        sides = self.attention_resolutions
+        return side in (self.attends_at if sides is None else sides)
 
-def check_conditions(
-    name: str, backbone: Backbone, data: DataSpec, conditions: frozenset[str]
-) -> None:
-    """RecipeError for a condition that the backbone does not embed, and for labels of data without
-    classes."""
-    if unknown := conditions - backbone.accepts:
-        raise RecipeError(
-            f"backbone: {name} cannot embed {', '.join(sorted(unknown))}; it accepts"
-            f" {', '.join(sorted(backbone.accepts))}; choose another backbone"
-        )
-    if "label" in conditions and not data.num_classes:
-        raise RecipeError(
-            "backbone: cannot embed labels, num_classes of the data set is"
-            f" {data.num_classes}; choose a data set with classes, or leave the labels out"
-        )
-
-
-def check_levels(
-    resolution: int, channel_mult: Sequence[int], attention_resolutions: Sequence[int] | None
-) -> None:
-    """RecipeError unless pictures can be halved for every level, and attention has its levels."""
-    halvings = len(channel_mult) - 1
-    if resolution % 2**halvings:
-        possible = (resolution & -resolution).bit_length()
-        raise RecipeError(
-            f"backbone.channel_mult = {list(channel_mult)}: its {halvings + 1} levels need"
-            f" pictures divisible by {2**halvings}, not of {resolution} pixels; give at most"
-            f" {possible} levels, or another dataset.resolution"
-        )
-    sides = [resolution >> n for n in range(halvings + 1)]
-    if missing := sorted(set(attention_resolutions or ()) - set(sides)):
-        raise RecipeError(
-            f"backbone.attention_resolutions = {list(attention_resolutions or ())}: no"
-            f" level has {', '.join(map(str, missing))} pixels; choose among"
-            f" {', '.join(map(str, sides))}"
-        )
+    def check(self, data: DataSpec) -> None:
+        """RecipeError unless pictures can be halved for every level, and attention has its levels;
+        subclasses check more."""
+        halvings = len(self.channel_mult) - 1
+        if data.resolution % 2**halvings:
+            possible = (data.resolution & -data.resolution).bit_length()
+            raise RecipeError(
+                f"backbone.channel_mult = {list(self.channel_mult)}: its {halvings + 1} levels need"
+                f" pictures divisible by {2**halvings}, not of {data.resolution} pixels; give at"
+                f" most {possible} levels, or another dataset.resolution"
+            )
+        sides = [side for _, side in self.levels(data.resolution)]
+        given = self.attention_resolutions or ()
+        if missing := sorted(set(given) - set(sides)):
+            raise RecipeError(
+                f"backbone.attention_resolutions = {list(given)}: no level has"
+                f" {', '.join(map(str, missing))} pixels; choose among {', '.join(map(str, sides))}"
+            )

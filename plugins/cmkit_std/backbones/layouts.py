@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from cmkit.errors import CheckpointError
+from cmkit import CheckpointError, Layout
 
 EDM_BLOCK = {
     "norm1": "norm0",
@@ -58,3 +59,17 @@ def check_time_scale(given: float, known: float, project: str) -> None:
             f"backbone.time_scale = {given}: {project} computes with {known:g}; give that, or"
             " weights of another project"
         )
+
+
+def at_time_scale(layout: Layout, given: float, known: float, project: str) -> Layout:
+    """`layout`, which converts no weights unless `check_time_scale` passes."""
+
+    def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_time_scale(given, known, project)
+        return layout.read(state)
+
+    def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        check_time_scale(given, known, project)
+        return layout.write(state)
+
+    return replace(layout, read=read, write=write)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 import cmkit
-from cmkit import Objective, Phase
+from cmkit import Phase
 from cmkit_std.objectives.comparison import Comparison
 from cmkit_std.objectives.schedules import adaptive_num_sigmas, adaptive_target_ema
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cmkit import Cond, Models, Rng
 
 
-class CD(Comparison, Objective):
+class CD(Comparison):
     """Consistency distillation: the online network at sigma_{i+1} meets its EMA at the point where
     one step of the teacher's ODE solver arrives at sigma_i.
 
@@ -66,7 +66,6 @@ class CD(Comparison, Objective):
 
         from cmkit import functional
 
-        assert models.teacher is not None
         solve = getattr(functional, self.solver)
         sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         i = rng.integers(phase.num_sigmas - 1, len(x0))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 import cmkit
-from cmkit import Objective, Phase
+from cmkit import Phase
 from cmkit_std.objectives.comparison import Comparison
 from cmkit_std.objectives.schedules import adaptive_num_sigmas, adaptive_target_ema
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cmkit import Cond, Models, Rng
 
 
-class CT(Comparison, Objective):
+class CT(Comparison):
     """Consistency training: the online network at sigma_{i+1} meets its EMA at sigma_i on the same
     image and noise, on a grid whose number of points grows with the step.
 

@@ -11,15 +11,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 import cmkit
-from cmkit import Companion, DataSpec, Objective, Phase
-from cmkit.errors import RecipeError
-from cmkit_std.objectives.comparison import (
-    Distance,
-    HuberC,
-    LpipsNet,
-    LpipsWeights,
-    check_distance,
-)
+from cmkit import Companion, DataSpec, Phase, RecipeError
+from cmkit_std.objectives.comparison import Comparison
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:
@@ -41,7 +34,7 @@ class Jumps:
     gap: int
 
 
-class CTM(Objective):
+class CTM(Comparison):
     """Consistency trajectory training: a jump from sigma_t to sigma_s meets the jump to sigma_s
     from where the teacher's ODE solver arrives on the way; beside it, denoising score matching and,
     with `gan_weight`, a discriminator of the jumps' images.
@@ -67,15 +60,10 @@ class CTM(Objective):
     """The target's decay."""
     solver: Literal["heun", "euler"] = "heun"
     """How the teacher makes each grid step of the gap: two evaluations, or one."""
-    distance: Distance = "lpips"
-    """How the two images are compared; "l2-32" is l2 at 32 pixels."""
     weighting: Weighting = "uniform"
     """Weight of the distance by sigma_t."""
     gap_power: float = Field(0.0, ge=0, le=10)
     """Exponent of a further weight 1 / (1 - sigma_s / sigma_t)."""
-    huber_c: HuberC = None
-    lpips_net: LpipsNet = "vgg"
-    lpips_weights: LpipsWeights = None
     dsm_weight: float = Field(1.0, ge=0, le=1e6)
     """Weight of denoising score matching; 0 = without."""
     dsm_adaptive: bool = True
@@ -122,7 +110,7 @@ class CTM(Objective):
         return self
 
     def check(self, data: DataSpec) -> None:
-        check_distance(self)
+        super().check(data)
         if self.gan_weight:
             from cmkit_std.objectives.projected_gan import weights_of
 
@@ -193,7 +181,6 @@ class CTM(Objective):
         """Random start and end points of jumps, and the noisy x0 at the start."""
         from cmkit.functional import per_image
 
-        assert phase.num_sigmas is not None
         sigmas = noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         # One number for the batch: the solver makes as many steps for every image.
         gap = 1 + int(rng.host.choice(self.gap_weights(phase.num_sigmas), 1))
@@ -219,21 +206,15 @@ class CTM(Objective):
         """The distance of `estimate` to the image of the jump from u to s, weighted, (B,)."""
         import torch
 
-        from cmkit import functional
-        from cmkit_std.objectives.distances import distance
-
-        assert models.teacher is not None
-        solve = getattr(functional, self.solver)
+        solve = getattr(cmkit.functional, self.solver)
         sigmas, t = jumps.sigmas, jumps.t
         with torch.no_grad():
             x_u = jumps.x
             for k in range(jumps.gap):
                 x_u = solve(models.teacher, x_u, sigmas[t - k], sigmas[t - k - 1], cond)
             target = self.estimate(models, replace(jumps, x=x_u, t=jumps.u), cond, rng)
-        d = distance(
-            self.distance, estimate, target, self.huber_c, self.lpips_net, self.lpips_weights
-        )
-        return d * self.weight(sigmas[t], sigmas[jumps.s], models.online.sigma_data)
+        weight = self.weight(sigmas[t], sigmas[jumps.s], models.online.sigma_data)
+        return self.apart(estimate, target) * weight
 
     def fooling(self, models: Models, estimate: Tensor, rng: Rng) -> Tensor:
         """The hinge loss of `estimate`, which the discriminator shall take for data, (B,)."""

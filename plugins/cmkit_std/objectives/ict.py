@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 import cmkit
 from cmkit import Objective, Phase
+from cmkit_std.objectives.comparison import HuberC
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +35,7 @@ class ICT(Objective):
     """Mean of ln(sigma)."""
     p_std: float = Field(2.0, gt=0, le=20)
     """Standard deviation of ln(sigma)."""
-    huber_c: float | None = Field(None, ge=0, le=1e6)
-    """c of the pseudo-Huber distance; absent = 0.00054 sqrt(d)."""
+    huber_c: HuberC = None
 
     @model_validator(mode="after")
     def _scales_grow(self) -> ICT:

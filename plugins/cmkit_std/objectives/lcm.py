@@ -76,9 +76,7 @@ class LCM(Objective):
         from cmkit import functional
         from cmkit_std.objectives.distances import huber
 
-        assert models.teacher is not None
         solve = getattr(functional, self.solver)
-        assert phase.num_sigmas is not None
         sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         i = 1 + rng.integers(phase.num_sigmas - 1, len(x0))
         low, high = sigmas[(i - self.skip).clamp(min=0)], sigmas[i]

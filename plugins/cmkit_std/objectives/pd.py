@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 import cmkit
-from cmkit import Objective, Phase
+from cmkit import Phase
 from cmkit_std.objectives.comparison import Comparison, Distance
 from cmkit_std.objectives.schedules import halving_num_steps
 from cmkit_std.objectives.weightings import Weighting
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cmkit import Cond, Models, Rng
 
 
-class PD(Comparison, Objective):
+class PD(Comparison):
     """Progressive distillation: one Euler step of the student makes two of its teacher. When the
     number of steps is halved the student becomes the teacher.
 
@@ -54,8 +54,6 @@ class PD(Comparison, Objective):
 
         from cmkit.functional import euler, per_image
 
-        assert models.teacher is not None
-        assert phase.num_sigmas is not None
         sigmas = models.online.noise.sigmas(phase.num_sigmas, x0.device, x0.dtype)
         i = 2 * rng.integers(phase.num_sigmas // 2, len(x0))
         low, middle, high = sigmas[i], sigmas[i + 1], sigmas[i + 2]

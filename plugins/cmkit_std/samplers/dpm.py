@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit_std.samplers.steps import Churn, Clamp, estimator
+from cmkit_std.samplers.steps import Churn, Walk, estimator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     from cmkit import Cond, Denoiser
 
 
-class DPM(Churn):
+class DPM(Churn, Walk):
     """Steps of second order by a midpoint; deterministic unless s_churn is above 0.
     For diffusion models, such as of denoiser.precond = "edm"."""
 
     mid_rho: float = Field(3.0, ge=1, le=100)
     """rho of the two-interval Karras grid whose middle is the midpoint; 1 = the arithmetic mean."""
-    clamp: Clamp = True
 
     @property
     def nfe(self) -> int:
@@ -44,8 +43,7 @@ class DPM(Churn):
         """x at sigma_next, from x at sigma."""
         from cmkit.functional import euler, slope
 
-        root = 1 / self.mid_rho
+        denoise, root = estimator(denoiser, self.clamp), 1 / self.mid_rho
         middle = ((sigma**root + sigma_next**root) / 2) ** self.mid_rho
-        denoise = estimator(denoiser, self.clamp)
         x_middle = euler(denoise, x, sigma, middle, cond)
         return x + (sigma_next - sigma) * slope(x_middle, middle, denoise(x_middle, middle, cond))

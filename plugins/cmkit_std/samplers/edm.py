@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from cmkit import Sampler
 from cmkit_std.samplers.ablation import Ablation
 from cmkit_std.samplers.steps import Churn, Steps
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from cmkit import Cond, Denoiser
 
 
-class EDM(Churn):
+class EDM(Churn, Sampler):
     """The sampler of EDM: as `heun`, but estimates are not clamped and x is kept in float64;
     `ablation` has its variants. For diffusion models, such as of denoiser.precond = "edm"."""
 

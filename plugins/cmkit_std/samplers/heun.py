@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from cmkit_std.samplers.steps import Churn, Clamp, estimator
+from cmkit_std.samplers.steps import Churn, Walk, estimator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,11 +15,9 @@ if TYPE_CHECKING:
     from cmkit import Cond, Denoiser
 
 
-class Heun(Churn):
+class Heun(Churn, Walk):
     """Steps of second order down the sigma grid; deterministic unless s_churn is above 0.
     For diffusion models, such as of denoiser.precond = "edm"."""
-
-    clamp: Clamp = True
 
     @property
     def nfe(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from cmkit_std.samplers.steps import Clamp, Walk, estimator, falling
+from cmkit_std.samplers.steps import Walk, estimator, falling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,6 @@ class LCM(Walk):
     grid: int = Field(50, ge=1, le=10_000)
     """Intervals of the grid that the levels are taken from; objective lcm crosses each in one
     step: num_sigmas / skip."""
-    clamp: Clamp = True
 
     @model_validator(mode="after")
     def _grid_has_the_steps(self) -> LCM:

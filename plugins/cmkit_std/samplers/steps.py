@@ -1,20 +1,22 @@
-"""What samplers share that walk down the sigma grid: the grid, the estimate, churn."""
+"""What samplers share: the sigma grid, the walk down it, the estimate, churn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from cmkit import Sampler
-from cmkit.errors import RecipeError
+import cmkit
+from cmkit import Part, RecipeError, Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cmkit import Cond, Denoiser, Noise
+    from cmkit.functional import Denoise
 
 Steps = Annotated[
     int,
@@ -25,6 +27,20 @@ Steps = Annotated[
     ),
 ]
 Clamp = Annotated[bool, Field(description="Clamp each estimate to [-1, 1]; false for latents.")]
+
+
+def _must_fall(sigmas: tuple[float, ...]) -> tuple[float, ...]:
+    if any(b >= a for a, b in pairwise(sigmas)):
+        raise ValueError(f"sigmas {list(sigmas)} must fall")
+    return sigmas
+
+
+Sigmas = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=10_000)], ...],
+    Field(max_length=1000),
+    AfterValidator(_must_fall),
+]
+"""Falling noise levels."""
 
 
 def falling(noise: Noise, n: int) -> list[float]:
@@ -45,10 +61,10 @@ def between(sigmas: tuple[float, ...], noise: Noise) -> list[float]:
     return list(sigmas)
 
 
-def estimator(denoiser: Denoiser, clamp: bool) -> Callable[[Tensor, float, Cond], Tensor]:
+def estimator(denoiser: Denoiser, clamp: bool) -> Denoise:
     """The function (x, sigma, cond) -> x0_hat of images x (B, C, H, W) at one noise level sigma.
 
-    A trajectory model gives its estimate as a diffusion model, a jump to where it stands.
+    Of a trajectory model, x0_hat is the jump from sigma to sigma.
     """
     from cmkit_std.trajectory import denoised
 
@@ -60,9 +76,11 @@ def estimator(denoiser: Denoiser, clamp: bool) -> Callable[[Tensor, float, Cond]
 
 
 class Walk(Sampler):
-    """A sampler that visits the sigma grid from sigma_max to sigma_min, and then 0."""
+    """Euler steps down the sigma grid to sigma_min, and then to 0; subclasses may add fresh noise
+    after each."""
 
     steps: Steps = 40
+    clamp: Clamp = True
 
     @property
     def nfe(self) -> int:
@@ -72,10 +90,28 @@ class Walk(Sampler):
         """The noise levels between the steps, falling to 0, steps + 1 of them."""
         return [*falling(noise, self.steps), 0.0]
 
+    def split(self, sigma: float, sigma_next: float) -> tuple[float, float]:
+        """(sigma_down, sigma_up): where the step from sigma ends, and the deviation of the noise
+        that leads from there to sigma_next, if any."""
+        return sigma_next, 0.0
 
-class Churn(Walk):
-    """A walk that first goes back up to sigma (1 + gamma) with fresh noise at each step."""
+    def sample(
+        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
+    ) -> Tensor:
+        """x0_hat + sigma_down / sigma (x - x0_hat) + sigma_up z for each step."""
+        denoise = estimator(denoiser, self.clamp)
+        for k, (sigma, sigma_next) in enumerate(pairwise(self.levels(denoiser.noise)), 1):
+            down, up = self.split(sigma, sigma_next)
+            x = cmkit.functional.euler(denoise, x, sigma, down, cond)
+            if up > 0:
+                x = x + up * noise(k)
+        return x
 
+
+class Churn(Part):
+    """Fields of a walk that first goes back up to sigma (1 + gamma) with fresh noise, each step."""
+
+    steps: Steps = 40
     s_churn: float = Field(0.0, ge=0, le=1e6)
     """Noise to add over the whole walk: gamma = min(s_churn / steps, sqrt(2) - 1); 0 = none."""
     s_tmin: float = Field(0.0, ge=0, le=1e6)

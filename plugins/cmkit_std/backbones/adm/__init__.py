@@ -4,15 +4,11 @@ Synthesis, 2021; as in openai/consistency_models)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from cmkit import Backbone, DataSpec, Layout, Precond
+from cmkit import DataSpec, Layout, Precond
 from cmkit_std.backbones.adm.options import ADMOptions
-from cmkit_std.backbones.fitting import check_conditions
 from cmkit_std.backbones.published import check_published, published
-
-if TYPE_CHECKING:
-    from cmkit_std.backbones.adm.network import UNet
 
 OPENAI_KINDS = (("edm", "_ema"), ("cd", "_l2"), ("cd", "_lpips"), ("ct", ""))
 """Published models of each data set: how they were trained, and how their file's name ends."""
@@ -32,7 +28,7 @@ _GUIDED_FILES = (
 )
 
 
-class ADM(ADMOptions, Backbone):
+class ADM(ADMOptions):
     """Convolutional U-Net with attention at coarse levels, the network of CD, CT, iCT and CTM.
 
     Embeds labels, the guidance weight of LCM, and the target noise level of CTM by a second path
@@ -40,7 +36,7 @@ class ADM(ADMOptions, Backbone):
     weights.
     """
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
+    network: ClassVar[str] = "cmkit_std.backbones.adm.network:UNet"
     published: ClassVar[dict[str, str]] = {
         **published("openai", _OPENAI_FILES),
         **published("edm", ["imagenet-64x64-cond-adm"]),
@@ -64,14 +60,6 @@ class ADM(ADMOptions, Backbone):
             options["learn_sigma"] = True
             options["new_attention_order"] = file.startswith("64x64")
         check_published(weights, self, precond, **options)
-
-    def build(self, data: DataSpec, conditions: frozenset[str]) -> UNet:
-        """A fresh U-Net; RecipeError when the options do not fit each other or the data."""
-        check_conditions("adm", self, data, conditions)
-        self.check(data)
-        from cmkit_std.backbones.adm.network import UNet
-
-        return UNet(self, data, conditions)
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """Layouts of openai/consistency_models, guided-diffusion, diffusers and EDM."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from cmkit import Layout
 from cmkit_std.backbones.adm.options import ADMOptions
 from cmkit_std.backbones.adm.places import is_qkv
-from cmkit_std.backbones.layouts import check_time_scale, regrouped, renamed
+from cmkit_std.backbones.layouts import at_time_scale, regrouped, renamed
 
 _NAMES = {
     "time": "time_embed",
@@ -47,10 +47,9 @@ def from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Attention projections stored as 1-D convolutions, (C', C, 1), become (C', C, 1, 1).
     """
-    own = {renamed(key, _OWN_NAMES): tensor for key, tensor in state.items()}
     return {
-        key: tensor[..., None] if tensor.ndim == 3 else tensor  # no other weight has 3 axes
-        for key, tensor in own.items()
+        renamed(key, _OWN_NAMES): t[..., None] if t.ndim == 3 else t  # no other weight has 3 axes
+        for key, t in state.items()
     }
 
 
@@ -63,16 +62,8 @@ def _has_attention_of_rank(rank: int, state: Mapping[str, Tensor]) -> bool:
 def layout(options: ADMOptions) -> Layout:
     """The layout of openai/consistency_models; also of sony/ctm, which adds `time_embed_s` and
     `emb_layers_s`."""
-
-    def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_time_scale(options.time_scale, TIME_SCALE, "openai/consistency_models")
-        return from_openai(state)
-
-    def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_time_scale(options.time_scale, TIME_SCALE, "openai/consistency_models")
-        return to_openai(state)
-
-    return Layout("openai", partial(_has_attention_of_rank, 4), read, write)
+    own = Layout("openai", partial(_has_attention_of_rank, 4), from_openai, to_openai)
+    return at_time_scale(own, options.time_scale, TIME_SCALE, "openai/consistency_models")
 
 
 def guided_diffusion(options: ADMOptions) -> Layout:
@@ -89,22 +80,18 @@ def guided_diffusion(options: ADMOptions) -> Layout:
         return is_qkv(key) and not options.new_attention_order
 
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_time_scale(options.time_scale, 1, "guided-diffusion")
         return {
             key: regrouped(t, (heads(key, t), 3, -1), (1, 0, 2)) if permutes(key) else t
             for key, t in from_openai(state).items()
         }
 
     def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        check_time_scale(options.time_scale, 1, "guided-diffusion")
         theirs = {
             key: regrouped(t, (3, heads(key, t), -1), (1, 0, 2)) if permutes(key) else t
             for key, t in state.items()
         }
-        flat = {
-            key: t[..., 0] if key.endswith((".qkv.weight", ".proj.weight")) else t
-            for key, t in theirs.items()
-        }
-        return to_openai(flat)
+        flat = (".qkv.weight", ".proj.weight")
+        return to_openai({k: t[..., 0] if k.endswith(flat) else t for k, t in theirs.items()})
 
-    return Layout("guided-diffusion", partial(_has_attention_of_rank, 3), read, write)
+    own = Layout("guided-diffusion", partial(_has_attention_of_rank, 3), read, write)
+    return at_time_scale(own, options.time_scale, 1, "guided-diffusion")

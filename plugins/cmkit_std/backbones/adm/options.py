@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from cmkit import DataSpec
 from cmkit.errors import RecipeError
-from cmkit_std.backbones.fitting import UNetOptions, check_levels
+from cmkit_std.backbones.fitting import Blocks, Channels, Sides, UNetOptions, Widths
 
 _OPENAI = {"num_head_channels": 64, "resblock_updown": True}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -51,29 +51,16 @@ class ADMOptions(UNetOptions):
     """Fields of `ADM`."""
 
     presets: ClassVar = PRESETS
+    attends_at: ClassVar = range(8, 33)
 
-    preset: (
-        Literal[
-            "openai-imagenet64",
-            "openai-lsun256",
-            "guided-diffusion-64",
-            "guided-diffusion-128",
-            "guided-diffusion-256",
-        ]
-        | None
-    ) = None
+    preset: Literal[*PRESETS] | None = None
     """Sizes of a published network; fields given beside it win."""
-    channels: int = Field(128, ge=4, le=2048)
+    channels: Channels = 128
     """Width of the first level; the embedding is four times as wide."""
-    channel_mult: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(
-        (1, 2, 2), min_length=1, max_length=10, strict=False
-    )
+    channel_mult: Widths = (1, 2, 2)
     """Width of each level in multiples of `channels`; from level to level the picture is halved."""
-    num_res_blocks: int = Field(2, ge=1, le=16)
-    """Residual blocks a level in the encoder; the decoder has one more."""
-    attention_resolutions: tuple[Annotated[int, Field(ge=1, le=8192)], ...] | None = Field(
-        None, max_length=10, strict=False
-    )
+    num_res_blocks: Blocks = 2
+    attention_resolutions: Sides = None
     """Sides, in pixels, of the levels with attention; absent = all of 8 to 32 pixels."""
     num_heads: int = Field(4, ge=1, le=256)
     """Attention heads, unless `num_head_channels` is given."""
@@ -81,8 +68,6 @@ class ADMOptions(UNetOptions):
     """Width of an attention head; the number of heads then follows from a level's width."""
     num_heads_upsample: int | None = Field(None, ge=1, le=256)
     """Attention heads in the decoder; absent = `num_heads`."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability with which an activation of a residual block is dropped in training."""
     use_scale_shift_norm: bool = True
     """The embedding scales and shifts the normalised features; otherwise it is added to them."""
     resblock_updown: bool = False
@@ -107,14 +92,6 @@ class ADMOptions(UNetOptions):
     needs it, and objective.label_dropout trains it."""
     label_sigma_to: bool = False
     """Add a label's embedding to that of CTM's target noise level too, as CTM on EDM's network."""
-    gradient_checkpointing: bool = False
-    """Recompute residual blocks in the backward pass: less memory, a third more time."""
-
-    def attends(self, side: int) -> bool:
-        """Whether a level of `side` pixels has attention."""
-        if self.attention_resolutions is None:
-            return 8 <= side <= 32
-        return side in self.attention_resolutions
 
     def heads(self, width: int, decoder: bool = False) -> int:
         """Attention heads of a level of `width` channels."""
@@ -127,8 +104,7 @@ class ADMOptions(UNetOptions):
         return min(self.norm_groups, width // self.norm_channels)
 
     def check(self, data: DataSpec) -> None:
-        """RecipeError when the options do not fit each other or the data."""
-        check_levels(data.resolution, self.channel_mult, self.attention_resolutions)
+        super().check(data)
         for width, side in self.levels(data.resolution):
             self._check_norm(width)
             # The middle block, of the last level's width, always attends.

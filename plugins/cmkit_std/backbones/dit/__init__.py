@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from cmkit import Backbone, DataSpec, Layout, Precond
+from cmkit import DataSpec, Layout, Precond
 from cmkit_std.backbones.dit.options import DiTOptions
-from cmkit_std.backbones.fitting import check_conditions
 from cmkit_std.backbones.published import check_published, published
 
-if TYPE_CHECKING:
-    from cmkit_std.backbones.dit.network import Transformer
 
-
-class DiT(DiTOptions, Backbone):
+class DiT(DiTOptions):
     """Vision transformer on patches of a picture or of its latents, steered by adaptive norms.
 
     Embeds labels, the guidance weight of LCM, and the target noise level of CTM; the last two
     start as the identity, so that they can be added to trained weights.
     """
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
+    network: ClassVar[str] = "cmkit_std.backbones.dit.network:Transformer"
     published: ClassVar[dict[str, str]] = published("dit", ["DiT-XL-2-256x256", "DiT-XL-2-512x512"])
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
@@ -31,11 +27,3 @@ class DiT(DiTOptions, Backbone):
 
     def check_published(self, weights: str, precond: Precond) -> None:
         check_published(weights, self, precond, time_scale=1)
-
-    def build(self, data: DataSpec, conditions: frozenset[str]) -> Transformer:
-        """A fresh transformer; RecipeError when the options do not fit each other or the data."""
-        check_conditions("dit", self, data, conditions)
-        self.check(data)
-        from cmkit_std.backbones.dit.network import Transformer
-
-        return Transformer(self, data, conditions)

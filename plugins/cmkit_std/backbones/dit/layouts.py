@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from cmkit import Layout
 from cmkit_std.backbones.dit.options import DiTOptions
-from cmkit_std.backbones.layouts import check_time_scale, renamed
+from cmkit_std.backbones.layouts import at_time_scale, renamed
 
 _NAMES = {
     "patch": "x_embedder",
@@ -28,15 +27,8 @@ _MARKS = {"x_embedder.proj.weight", "t_embedder.mlp.0.weight", "blocks.0.adaLN_m
 
 def layout(options: DiTOptions) -> Layout:
     """The layout of facebookresearch/DiT, whose networks take steps as they are."""
-
-    def checked(convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]) -> Any:
-        def converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            check_time_scale(options.time_scale, 1, "facebookresearch/DiT")
-            return convert(state)
-
-        return converted
-
-    return Layout("dit", matches, checked(read), checked(write))
+    own = Layout("dit", matches, read, write)
+    return at_time_scale(own, options.time_scale, 1, "facebookresearch/DiT")
 
 
 def matches(state: Mapping[str, Tensor]) -> bool:

@@ -31,23 +31,7 @@ class DiTOptions(Options):
 
     presets: ClassVar = PRESETS
 
-    preset: (
-        Literal[
-            "dit-s-2",
-            "dit-s-4",
-            "dit-s-8",
-            "dit-b-2",
-            "dit-b-4",
-            "dit-b-8",
-            "dit-l-2",
-            "dit-l-4",
-            "dit-l-8",
-            "dit-xl-2",
-            "dit-xl-4",
-            "dit-xl-8",
-        ]
-        | None
-    ) = None
+    preset: Literal[*PRESETS] | None = None
     """Sizes of a published network; fields given beside it win."""
     patch_size: int = Field(2, ge=1, le=256)
     """Side of a patch in pixels; must divide the resolution."""
@@ -72,7 +56,6 @@ class DiTOptions(Options):
     """Recompute blocks in the backward pass: less memory, a third more time."""
 
     def check(self, data: DataSpec) -> None:
-        """RecipeError when the options do not fit each other or the data."""
         if data.resolution % self.patch_size:
             fitting = _divisors(data.resolution, self.patch_size)
             raise RecipeError(

@@ -4,15 +4,11 @@ Aila, Laine: Analyzing and Improving the Training Dynamics of Diffusion Models, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from cmkit import Backbone, DataSpec, Layout, Precond
+from cmkit import DataSpec, Layout
 from cmkit_std.backbones.edm2.options import EDM2Options
-from cmkit_std.backbones.fitting import check_conditions
-from cmkit_std.backbones.published import check_published, published
-
-if TYPE_CHECKING:
-    from cmkit_std.backbones.edm2.network import EDM2UNet
+from cmkit_std.backbones.published import published
 
 _EDM2_FILES = (
     "img64-xs-0134217-0.110",
@@ -27,7 +23,7 @@ _EDM2_FILES = (
 """ImageNet-64, by size, thousands of training images, and relative width of their average."""
 
 
-class EDM2(EDM2Options, Backbone):
+class EDM2(EDM2Options):
     """Convolutional U-Net of EDM2, in which weights and activations keep their magnitude.
 
     No biases, no norms with parameters: a filter acts at length 1, whatever its stored length, and
@@ -38,7 +34,7 @@ class EDM2(EDM2Options, Backbone):
     beside that of sigma; both start without effect, so that they can be added to trained weights.
     """
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
+    network: ClassVar[str] = "cmkit_std.backbones.edm2.network:EDM2UNet"
     published: ClassVar[dict[str, str]] = published("edm2", _EDM2_FILES)
 
     @classmethod
@@ -48,19 +44,8 @@ class EDM2(EDM2Options, Backbone):
             options = cls.model_validate({"preset": size})
             yield options, DataSpec(3, 64, 1000), frozenset({"label"})
 
-    def check_published(self, weights: str, precond: Precond) -> None:
-        check_published(weights, self, precond)
-
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """The layout of NVlabs/edm2, which locuslab/ect shares."""
         from cmkit_std.backbones.edm2.layouts import layout
 
         return (layout(self),)
-
-    def build(self, data: DataSpec, conditions: frozenset[str]) -> EDM2UNet:
-        """A fresh U-Net; RecipeError when the options do not fit each other or the data."""
-        check_conditions("edm2", self, data, conditions)
-        self.check(data)
-        from cmkit_std.backbones.edm2.network import EDM2UNet
-
-        return EDM2UNet(self, data, conditions)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cmkit import Layout
 from cmkit_std.backbones.edm2.options import EDM2Options
-from cmkit_std.backbones.layouts import from_edm_qkv, to_edm_qkv
-from cmkit_std.backbones.songunet.layouts import official_key, own_key
+from cmkit_std.backbones.songunet.layouts import conversions
 
 PREFIX = "unet."
 """The official network is a member of its preconditioning."""
@@ -40,33 +39,16 @@ _NAMES = {
     "conv_out": "out_conv",
 }
 """Components of a key here -> there; those of guidance and of `_s` are ours, in EDM2's manner."""
-_OWN_NAMES = {theirs: ours for ours, theirs in _NAMES.items()}
 
 
 def layout(options: EDM2Options) -> Layout:
     """The layout of EDM2's U-Net with the heads of `options`."""
-
-    def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        own = {}
-        for official, tensor in state.items():
-            if official.startswith(UNCERTAINTY):
-                continue
-            if official.endswith("attn_qkv.weight"):
-                tensor = from_edm_qkv(tensor, heads(tensor))
-            own[own_key(official.removeprefix(PREFIX), _OWN_NAMES)] = tensor
-        return own
-
-    def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        official = {}
-        for key, tensor in state.items():
-            if key.endswith("attention.qkv.weight"):
-                tensor = to_edm_qkv(tensor, heads(tensor))
-            official[PREFIX + official_key(key, _NAMES)] = tensor
-        return official
-
-    def heads(qkv: Tensor) -> int:
-        return options.heads(len(qkv) // 3)
-
+    read, write = conversions(
+        PREFIX,
+        _NAMES,
+        left_out=lambda official: official.startswith(UNCERTAINTY),
+        heads=lambda qkv: options.heads(len(qkv) // 3),
+    )
     return Layout("edm2", matches, read, write)
 
 

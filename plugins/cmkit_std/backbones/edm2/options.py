@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from cmkit import DataSpec
 from cmkit.errors import RecipeError
-from cmkit_std.backbones.fitting import UNetOptions, check_levels
+from cmkit_std.backbones.fitting import Blocks, Channels, Sides, UNetOptions, Widths
 
 PRESETS: dict[str, dict[str, Any]] = {
     size: {"channels": channels}
@@ -21,21 +21,17 @@ class EDM2Options(UNetOptions):
     """Fields of `EDM2`."""
 
     presets: ClassVar = PRESETS
+    attends_at: ClassVar = (8, 16)
 
-    preset: Literal["xs", "s", "m", "l", "xl"] | None = None
+    preset: Literal[*PRESETS] | None = None
     """A published size for ImageNet-64; fields given beside it win."""
-    channels: int = Field(192, ge=4, le=2048)
+    channels: Channels = 192
     """Width of the first level, and number of waves of the noise level."""
-    channel_mult: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(
-        (1, 2, 3, 4), min_length=1, max_length=10, strict=False
-    )
+    channel_mult: Widths = (1, 2, 3, 4)
     """Width of each level in multiples of `channels`; from level to level the picture is halved.
     The embedding is as wide as the widest level."""
-    num_res_blocks: int = Field(3, ge=1, le=16)
-    """Residual blocks a level in the encoder; the decoder has one more."""
-    attention_resolutions: tuple[Annotated[int, Field(ge=1, le=8192)], ...] | None = Field(
-        None, max_length=10, strict=False
-    )
+    num_res_blocks: Blocks = 3
+    attention_resolutions: Sides = None
     """Sides, in pixels, of the levels with attention; absent = those of 8 and 16 pixels. The
     decoder begins with attention in any case."""
     num_head_channels: int = Field(64, ge=1, le=1024)
@@ -48,13 +44,6 @@ class EDM2Options(UNetOptions):
     null_class: bool = False
     """With a class more, for none: zeros in the place of a label's vector, so that it takes no
     weights. Guidance needs it, and objective.label_dropout trains it."""
-    gradient_checkpointing: bool = False
-    """Recompute residual blocks in the backward pass: less memory, a third more time."""
-
-    def attends(self, side: int) -> bool:
-        """Whether a level of `side` pixels has attention."""
-        sides = self.attention_resolutions
-        return side in ((8, 16) if sides is None else sides)
 
     def heads(self, width: int) -> int:
         """Attention heads of a level of `width` channels."""
@@ -66,8 +55,7 @@ class EDM2Options(UNetOptions):
         return self.dropout if finest is None or side <= finest else 0.0
 
     def check(self, data: DataSpec) -> None:
-        """RecipeError when the options do not fit each other or the data."""
-        check_levels(data.resolution, self.channel_mult, self.attention_resolutions)
+        super().check(data)
         levels = self.levels(data.resolution)
         attend = [width for width, side in levels if self.attends(side)]
         for width in (*attend, levels[-1][0]):

@@ -3,15 +3,11 @@ Differential Equations, 2020) as EDM builds them (Karras, Aittala, Aila, Laine, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from cmkit import Backbone, DataSpec, Layout, Precond
-from cmkit_std.backbones.fitting import check_conditions
-from cmkit_std.backbones.published import check_published, published
+from cmkit import DataSpec, Layout
+from cmkit_std.backbones.published import published
 from cmkit_std.backbones.songunet.options import SongUNetOptions
-
-if TYPE_CHECKING:
-    from cmkit_std.backbones.songunet.network import SongUNet as Network
 
 _EDM_DATA = (
     "cifar10-32x32-cond",
@@ -24,7 +20,7 @@ _EDM_FILES = tuple(f"{data}-{network}" for data in _EDM_DATA for network in ("vp
 of 64 pixels channel_mult = [1, 2, 2, 2]."""
 
 
-class SongUNet(SongUNetOptions, Backbone):
+class SongUNet(SongUNetOptions):
     """Convolutional U-Net of EDM on CIFAR-10: DDPM++, on which ECT, CTM and iCT build, and NCSN++.
 
     Embeds labels, the guidance weight of LCM, and the target noise level of CTM by a second path
@@ -32,22 +28,11 @@ class SongUNet(SongUNetOptions, Backbone):
     weights.
     """
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"label", "guidance", "sigma_to"})
+    network: ClassVar[str] = "cmkit_std.backbones.songunet.network:SongUNet"
     published: ClassVar[dict[str, str]] = published("edm", _EDM_FILES)
-
-    def check_published(self, weights: str, precond: Precond) -> None:
-        check_published(weights, self, precond)
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """The layout of NVlabs/edm, which locuslab/ect and sony/ctm share."""
         from cmkit_std.backbones.songunet.layouts import matches, read, write
 
         return (Layout("edm", matches, read, write),)
-
-    def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
-        """A fresh U-Net; RecipeError when the options do not fit each other or the data."""
-        check_conditions("songunet", self, data, conditions)
-        self.check(data)
-        from cmkit_std.backbones.songunet.network import SongUNet as Network
-
-        return Network(self, data, conditions)

@@ -7,7 +7,7 @@ the order (head width, three); here it is (three, head width), so those weights 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -44,9 +44,10 @@ _NAMES = {
     "filter": "resample_filter",
 }
 """Further components of a key here -> there. Others (weight, bias) are the same."""
-_OWN_STAGES, _OWN_PLACES, _OWN_NAMES = (
-    {theirs: ours for ours, theirs in names.items()} for names in (_STAGES, _PLACES, _NAMES)
+_OWN_STAGES, _OWN_PLACES = (
+    {theirs: ours for ours, theirs in names.items()} for names in (_STAGES, _PLACES)
 )
+Conversion = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def matches(state: Mapping[str, Tensor]) -> bool:
@@ -54,28 +55,38 @@ def matches(state: Mapping[str, Tensor]) -> bool:
     return any(re.fullmatch(r"(?:model\.)?dec\.(\d+)x\1_aux_conv\.weight", key) for key in state)
 
 
-def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official weights under the names of a `SongUNet`. Unknown names stay as they are.
+def conversions(
+    prefix: str,
+    names: Mapping[str, str],
+    left_out: Callable[[str], bool],
+    heads: Callable[[Tensor], int],
+) -> tuple[Conversion, Conversion]:
+    """(read, write) between our names and those of EDM's code, which follow `prefix`.
 
-    The noise table `u` of EDM's iDDPM preconditioning is no weight of the network and left out.
+    `names` are those of the layers inside a block. Weights whose official name is `left_out` are
+    not read; unknown names stay as they are. `heads` tells those of a projection to queries, keys
+    and values.
     """
-    own = {}
-    for official, tensor in state.items():
-        if official == "u":
-            continue
-        key = own_key(official.removeprefix(PREFIX), _OWN_NAMES)
-        own[key] = from_edm_qkv(tensor, heads=1) if ".attention.qkv." in f".{key}" else tensor
-    return own
+    own_names = {theirs: ours for ours, theirs in names.items()}
 
+    def is_qkv(key: str) -> bool:
+        return ".attention.qkv." in f".{key}"
 
-def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a `SongUNet` under their official names."""
-    return {
-        PREFIX + official_key(key, _NAMES): (
-            to_edm_qkv(tensor, heads=1) if ".attention.qkv." in f".{key}" else tensor
-        )
-        for key, tensor in state.items()
-    }
+    def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = {
+            own_key(official.removeprefix(prefix), own_names): tensor
+            for official, tensor in state.items()
+            if not left_out(official)
+        }
+        return {key: from_edm_qkv(t, heads(t)) if is_qkv(key) else t for key, t in own.items()}
+
+    def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            prefix + official_key(key, names): to_edm_qkv(t, heads(t)) if is_qkv(key) else t
+            for key, t in state.items()
+        }
+
+    return read, write
 
 
 def official_key(key: str, names: Mapping[str, str]) -> str:
@@ -96,3 +107,7 @@ def own_key(key: str, names: Mapping[str, str]) -> str:
     stage, side, layer, number, rest = place.groups()
     layer = _OWN_PLACES.get(layer, layer) + (number and f".{number}")
     return f"{_OWN_STAGES[stage]}.{side}.{layer}{renamed(rest, names)}"
+
+
+# The noise table `u` of EDM's iDDPM preconditioning is no weight of the network.
+read, write = conversions(PREFIX, _NAMES, lambda key: key == "u", heads=lambda qkv: 1)

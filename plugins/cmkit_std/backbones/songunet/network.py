@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -50,21 +51,14 @@ class SongUNet(SharedEncoder):
         self.time = _mlp(noise_channels, emb_channels)
         self.time_s = _mlp(noise_channels, emb_channels) if sigma_to else None
 
-        def block(
-            before: int, after: int, resample: Resampling = None, attention: bool = False
-        ) -> Block:
-            return Block(
-                before,
-                after,
-                emb_channels,
-                resample=resample,
-                taps=options.resample_filter,
-                attention=attention,
-                dropout=options.dropout,
-                sigma_to=sigma_to,
-                checkpointed=options.gradient_checkpointing,
-            )
-
+        block = partial(
+            Block,
+            emb_channels=emb_channels,
+            taps=options.resample_filter,
+            dropout=options.dropout,
+            sigma_to=sigma_to,
+            checkpointed=options.gradient_checkpointing,
+        )
         levels = options.levels(data.resolution)
         last, picture = options.channels, data.channels
         skips = [last]
@@ -74,7 +68,7 @@ class SongUNet(SharedEncoder):
             if n == 0:
                 level.enter = Conv(data.channels, last, 3)
             else:
-                level.down = block(last, last, "down")
+                level.down = block(last, last, resample="down")
                 skips.append(last)
                 if options.encoder_type == "skip":
                     level.picture_down = Resample("down", options.resample_filter)
@@ -99,7 +93,7 @@ class SongUNet(SharedEncoder):
             if coarsest:
                 level.middle = nn.ModuleList([block(last, last, attention=True), block(last, last)])
             else:
-                level.up = block(last, last, "up")
+                level.up = block(last, last, resample="up")
             level.blocks = nn.ModuleList()
             for i in range(options.num_res_blocks + 1):
                 attention = options.attends(side) and i == options.num_res_blocks

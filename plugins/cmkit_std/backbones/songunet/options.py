@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from cmkit import DataSpec
 from cmkit.errors import RecipeError
-from cmkit_std.backbones.fitting import UNetOptions, check_levels
+from cmkit_std.backbones.fitting import Blocks, Channels, Sides, UNetOptions, Widths
 
 _CIFAR10 = {
     "channels": 128,
@@ -41,24 +41,20 @@ class SongUNetOptions(UNetOptions):
     """Fields of `SongUNet`."""
 
     presets: ClassVar = PRESETS
+    attends_at: ClassVar = (16,)
 
-    preset: Literal["ddpmpp", "ncsnpp"] | None = None
+    preset: Literal[*PRESETS] | None = None
     """A published architecture with its sizes for CIFAR-10; fields given beside it win."""
-    channels: int = Field(128, ge=4, le=2048)
+    channels: Channels = 128
     """Width that the others are multiples of."""
-    channel_mult: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(
-        (2, 2, 2), min_length=1, max_length=10, strict=False
-    )
+    channel_mult: Widths = (2, 2, 2)
     """Width of each level in multiples of `channels`; from level to level the picture is halved."""
     channel_mult_emb: int = Field(4, ge=1, le=64)
     """Width of the embedding in multiples of `channels`."""
     channel_mult_noise: int = Field(1, ge=1, le=64)
     """Number of sinusoids of the noise level, in multiples of `channels`; NCSN++ has 2."""
-    num_res_blocks: int = Field(4, ge=1, le=16)
-    """Residual blocks a level in the encoder; the decoder has one more."""
-    attention_resolutions: tuple[Annotated[int, Field(ge=1, le=8192)], ...] | None = Field(
-        None, max_length=10, strict=False
-    )
+    num_res_blocks: Blocks = 4
+    attention_resolutions: Sides = None
     """Sides, in pixels, of the levels with attention; absent = that of 16 pixels, if there is one.
     The coarsest level of the decoder begins with attention in any case."""
     embedding_type: Literal["positional", "fourier"] = "positional"
@@ -84,8 +80,6 @@ class SongUNetOptions(UNetOptions):
     objective.label_dropout trains it."""
     augment_dim: int = Field(0, ge=0, le=1024)
     """Width of EDM's augmentation labels: 9 in its published weights. They embed as zeros here."""
-    gradient_checkpointing: bool = False
-    """Recompute residual blocks in the backward pass: less memory, a third more time."""
 
     @field_validator("resample_filter")
     @classmethod
@@ -94,13 +88,8 @@ class SongUNetOptions(UNetOptions):
             raise ValueError(f"resample_filter {list(taps)} must have an even number of taps")
         return taps
 
-    def attends(self, side: int) -> bool:
-        """Whether a level of `side` pixels has attention."""
-        return side in ((16,) if self.attention_resolutions is None else self.attention_resolutions)
-
     def check(self, data: DataSpec) -> None:
-        """RecipeError when the options do not fit each other or the data."""
-        check_levels(data.resolution, self.channel_mult, self.attention_resolutions)
+        super().check(data)
         for width in self._normed():
             if width % norm_groups(width):
                 raise RecipeError(
