@@ -17,9 +17,9 @@ import pytest
 import torch
 from cmkit_std.datasets import pictures
 from cmkit_std.datasets.digits import Digits, digits
-from cmkit_std.datasets.epochs import batch_indices
 from cmkit_std.datasets.fashion_mnist import DEBIAN, FashionMNIST
 from cmkit_std.datasets.image_folder import ImageFolder
+from cmkit_std.datasets.pixels import batch_indices
 from PIL import Image
 
 from cmkit import DataError, Dataset, DataSpec

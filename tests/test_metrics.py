@@ -678,7 +678,7 @@ def test_published_spatial_statistics_stand_for_the_images(shades, inception, mo
     trust(monkeypatch, inception)
     want, alone = Want("spatial", "gaussian"), metric.only("sfid")
     assert alone.keys() == ("sfid",)
-    extractor = alone._extractor(3, 24)
+    extractor = alone.network(3, 24)
     kept = extract.reference_features(extractor, [want], Reference(real, "shades"), CPU, 5)
     rows = kept[want]["rows"].numpy()
     assert real.reads == len(real)

@@ -28,7 +28,7 @@ NAMES = {"train": re.compile(r"train_data_batch_(\d+)\.npz"), "val": re.compile(
 
 @dataclass(frozen=True)
 class File:
-    """One batch file, and what tells that it changed."""
+    """A batch file, with the size and time by which a change is noticed."""
 
     path: Path
     size: int

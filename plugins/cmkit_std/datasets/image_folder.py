@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class File:
-    """One picture: its path below the folder, its class, and what tells that it changed."""
+    """A picture: its path below the folder, its class, and size and time to notice a change."""
 
     name: str
     label: int

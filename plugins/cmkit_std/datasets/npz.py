@@ -15,7 +15,7 @@ from cmkit import DataError
 
 @dataclass(frozen=True)
 class Header:
-    """What the file says of one array; `crc` is the CRC-32 of its member."""
+    """Shape and type that the file gives for an array, and the CRC-32 of its member."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -1,4 +1,4 @@
-"""Decoding pictures in threads, ahead of training; the torch half of `image_folder` and `lsun`."""
+"""From encoded pictures (PNG, JPEG, ..) to training batches and to the reference of metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""uint8 images as training and metrics take them; the torch half of the data sets."""
+"""From uint8 images to training batches and to the reference of metrics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from cmkit import Cond, DataError, Reference, Rng
-from cmkit_std.datasets.epochs import batch_indices
+from cmkit import Cond, DataError, Reference, Rng, permutation
 
 BATCHES_AHEAD = 4
 
@@ -40,7 +39,8 @@ class Pixels(TorchDataset[Tensor]):
 class Mapped(TorchDataset[Tensor]):
     """uint8 images (N, C, H, W) in a `.npy` file, read from the disk when they are asked for.
 
-    DataError for a damaged file. The file may be removed or replaced: the mapped one lives on.
+    DataError for a damaged file. The file may be removed or replaced meanwhile: the operating
+    system keeps the mapped one.
     """
 
     def __init__(self, file: Path):
@@ -72,6 +72,28 @@ def reference(images: np.ndarray) -> Reference:
     return Reference(Pixels(images), digest.hexdigest())
 
 
+def batch_indices(n: int, size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Endless index arrays, (size,) int64 in 0 .. n - 1, from batch `start` on.
+
+    Each epoch is one shuffle of all n images; batches run across the border of epochs, so every
+    image is seen exactly once an epoch whatever the batch size.
+    """
+    epoch, offset = divmod(start * size, n)
+    order = permutation(seed, "data", epoch, n)
+    while True:
+        taken: list[np.ndarray] = []
+        missing = size
+        while missing:
+            if offset == n:
+                epoch, offset = epoch + 1, 0
+                order = permutation(seed, "data", epoch, n)
+            part = order[offset : offset + missing]
+            taken.append(part)
+            offset += len(part)
+            missing -= len(part)
+        yield np.concatenate(taken)
+
+
 def resident_batches(
     images: np.ndarray,
     labels: np.ndarray | None,
@@ -83,7 +105,7 @@ def resident_batches(
 ) -> Iterator[tuple[Tensor, Cond]]:
     """Endless (x0, cond) of uint8 images (N, C, H, W) that live on `device` and are gathered there.
 
-    Only the indices travel, without a wait: the host never synchronises with the device.
+    Only indices are copied to the device, and the host does not wait for it.
     """
     pixels = torch.from_numpy(images).to(device)
     classes = None if labels is None else torch.from_numpy(labels.astype(np.int64)).to(device)
@@ -119,7 +141,7 @@ def streamed_batches(
 
 
 def pool() -> ThreadPoolExecutor:
-    """Threads that decode: Pillow and file reads let go of the interpreter's lock."""
+    """Threads to decode in: Pillow and file reads release the interpreter's lock."""
     return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
 
 

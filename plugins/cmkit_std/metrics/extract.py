@@ -1,5 +1,4 @@
-"""Features of images, in a fixed order, with torch-fidelity's networks; the torch half of
-`fidelity`."""
+"""Features of images by torch-fidelity's networks, in the order of the images."""
 
 from __future__ import annotations
 
@@ -77,8 +76,8 @@ def batches(
 
 
 class Streams:
-    """What `wanted` asks for of the features of images, fed batch by batch and in order; a single
-    grey channel is repeated for RGB networks."""
+    """Features of images that come in batches, in order, reduced to what `wanted` asks for. Grey
+    images are repeated to three channels for RGB networks."""
 
     def __init__(
         self, extractor: Extractor, wanted: Collection[Want], count: int, device: torch.device
@@ -95,7 +94,7 @@ class Streams:
             stream.add(found[want.layer])
 
     def tensors(self) -> Features:
-        """What the streams came to; NonFiniteError when a feature is NaN or infinite."""
+        """The tensors of every stream; NonFiniteError when a feature is NaN or infinite."""
         joined = {want: stream.tensors() for want, stream in self.streams.items()}
         for want, tensors in joined.items():
             if not all(values.isfinite().all() for values in tensors.values()):
@@ -128,7 +127,7 @@ def features(
     device: torch.device,
     size: int,
 ) -> Features:
-    """What `wanted` asks for of every image, in one pass and in order."""
+    """Features of all `images`, in one pass, reduced to what `wanted` asks for."""
     streams = Streams(extractor, wanted, len(images), device)  # type: ignore[arg-type]
     place = f"metric extractor {extractor.name}"
     for batch in batches(images, size, place, pin=device.type == "cuda"):

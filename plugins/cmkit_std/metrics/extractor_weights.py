@@ -12,7 +12,7 @@ from cmkit import CheckpointError, DownloadError, RecipeError
 from cmkit.files import cached_sha256
 from cmkit_std.metrics.digits_net import EXTRACTOR, SHA256
 from cmkit_std.metrics.extract import Extractor
-from cmkit_std.metrics.fidelity import INCEPTION
+from cmkit_std.metrics.fidelity_options import INCEPTION
 
 
 class Weights(NamedTuple):

@@ -19,7 +19,7 @@ from cmkit_std.metrics.extract import (
     reference_features,
     width,
 )
-from cmkit_std.metrics.fidelity import NEIGHBOURS, NUMBERS, PUBLISHED, Fidelity
+from cmkit_std.metrics.fidelity_options import NEIGHBOURS, NUMBERS, PUBLISHED, FidelityOptions
 from cmkit_std.metrics.frechet import frechet
 from cmkit_std.metrics.manifold import precision_recall
 
@@ -34,9 +34,11 @@ WANTED = {
 
 
 class FidelityMeter:
-    """The numbers of a `Fidelity` for images that are taken as they are drawn."""
+    """The numbers of a `Fidelity` for images that come in batches."""
 
-    def __init__(self, metric: Fidelity, images: int, reference: Reference, device: torch.device):
+    def __init__(
+        self, metric: FidelityOptions, images: int, reference: Reference, device: torch.device
+    ):
         self.metric, self.images, self.reference, self.device = metric, images, reference, device
         self.streams: Streams | None = None
         self.restored: Mapping[str, Tensor] = {}
@@ -85,7 +87,7 @@ class FidelityMeter:
         return numbers
 
     def state(self) -> dict[str, Tensor]:
-        """What the streams hold; nothing of no image."""
+        """What `restore` needs to go on from here; empty before the first image."""
         return self.streams.state() if self.streams else dict(self.restored)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -94,10 +96,10 @@ class FidelityMeter:
 
 
 def prepare(
-    metric: Fidelity, reference: Reference, image: Tensor, device: torch.device
+    metric: FidelityOptions, reference: Reference, image: Tensor, device: torch.device
 ) -> tuple[Extractor, dict[str, dict[str, Any]], list[str]]:
     """The extractor for such images, published statistics by flag, and the flags that need the
-    reference's images; errors as of `Fidelity.check_reference`."""
+    reference's images. It raises what `Fidelity.check_reference` raises."""
     flags = metric.wanted()
     given = _published(reference)
     seen = [flag for flag in flags if flag != "isc" and flag not in given]
@@ -116,7 +118,7 @@ def prepare(
 
 
 def _published(reference: Reference) -> dict[str, dict[str, Any]]:
-    """{flag: {"mu": (d,), "sigma": (d, d)}} of those Frechet distances that have statistics."""
+    """{flag: {"mu": (d,), "sigma": (d, d)}} of the Frechet distances with published statistics."""
     found = reference.statistics or {}
     return {
         flag: {"mu": found[mu], "sigma": found[sigma]}
@@ -131,13 +133,13 @@ def _want(extractor: Extractor, flag: str) -> Want:
 
 
 def _values(
-    metric: Fidelity,
+    metric: FidelityOptions,
     flag: str,
     ours: Mapping[str, Tensor],
     real: Mapping[str, Any],
     device: torch.device,
 ) -> tuple[float, ...]:
-    """The numbers of a flag, of what was kept of the samples' and of the real features."""
+    """The numbers of `flag`, from what its stream gives of the samples and of the real images."""
     if flag == "isc":
         scores = ours["scores"]
         return scores.mean().item(), scores.std(correction=0).item()

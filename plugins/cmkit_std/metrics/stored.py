@@ -1,9 +1,9 @@
 """Features of references on disk: `$XDG_CACHE_HOME/cmkit/features/<hash>.safetensors`.
 
-A file's name is the hash of what its content follows from: the reference's fingerprint, the
-extractor and its weights, the kind of device, the layer and what is kept of it. All files together
-take up to MAX_BYTES, the least recently used go first; the folder may be deleted at any time. It
-only saves time: a file that is damaged is made anew, one that cannot be written is done without.
+A file's name is the hash of all that decides its content: the reference's fingerprint, the
+extractor and its weights, the kind of device, the layer, and the stream. The files take at most
+MAX_BYTES; the least recently used are removed first. The folder only saves time and may be deleted
+at any time: a damaged file is made again, and one that cannot be written is skipped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def name(
 
 
 def load(name: str) -> dict[str, Tensor] | None:
-    """The tensors that `save` put there, None unless every byte of them is as it was."""
+    """The tensors that `save` stored, or None when they are missing or damaged."""
     file = folder() / f"{name}.safetensors"
     try:
         tensors = read_weights(file)
@@ -59,7 +59,7 @@ def load(name: str) -> dict[str, Tensor] | None:
 
 
 def save(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Store `tensors`, whole or not at all, and remove what was not used for longest."""
+    """Store `tensors`, whole or not at all, and remove the least recently used files."""
     digest = torch.tensor(list(_digest(name, tensors)), dtype=torch.uint8)
     # a full or read-only disk costs the next process time, not this one its numbers
     with contextlib.suppress(OSError, ResourceError):

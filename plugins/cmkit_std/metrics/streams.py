@@ -1,6 +1,6 @@
-"""What metrics keep of features, fed batch by batch: memory grows with the number of images only in
-`Rows`. A stream's `tensors` are what is stored of a reference, its `state` what it takes to go on
-from, bit for bit, on the device where it is fed."""
+"""Statistics of features that come in batches: all rows, mean and covariance, or Inception scores.
+Only `Rows` grows with the number of images. `tensors` gives the result, which is also what is
+stored of a reference; `restore(state)` goes on from an earlier state to the same bits."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Score:
 
 
 def whole(stream: str, tensors: Mapping[str, Tensor], count: int) -> bool:
-    """Are these the tensors that "rows" or "gaussian" gives of `count` images?"""
+    """Whether these are the finite tensors that "rows" or "gaussian" gives of `count` images."""
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     if not all(x.isfinite().all() for x in tensors.values()):
         return False

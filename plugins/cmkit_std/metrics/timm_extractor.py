@@ -17,8 +17,8 @@ PREFIX = "timm-"
 
 
 class TimmExtractor(FeatureExtractorBase):
-    """What timm's network sees of an image, resized and normalised as it was trained: its pooled
-    features, and its logits for the Inception score."""
+    """Pooled features of a network of timm, and its logits for the Inception score, from images
+    resized and normalised as in its training."""
 
     def __init__(
         self,
