@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 from cmkit_std.backbones.adm import ADM
-from cmkit_std.metrics import fidelity
+from cmkit_std.metrics import extractor_weights
 from torch import Tensor
 
 from cmkit import DataSpec, discover
@@ -81,8 +81,8 @@ def main() -> None:
         f"sample.batch={options.images}",
     ]
     digest = hashlib.sha256(inception.read_bytes()).hexdigest()
-    trusted = fidelity.Weights(inception.name, "nowhere", digest)
-    with mock.patch.dict(fidelity.PUBLIC, {"inception-v3-compat": trusted}):
+    trusted = extractor_weights.Weights(inception.name, "nowhere", digest)
+    with mock.patch.dict(extractor_weights.PUBLIC, {"inception-v3-compat": trusted}):
         began = time.perf_counter()
         made = plan(load(recipe, sets, discover()))
         print(f"checked in {time.perf_counter() - began:.1f} s: {made.parameters:,} parameters")

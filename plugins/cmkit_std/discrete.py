@@ -35,6 +35,11 @@ def nearest(of: Stepped, sigma: Tensor) -> Tensor:
     return torch.bucketize(sigma, _tables(of, sigma.device, sigma.dtype)[1])
 
 
+def rounded(of: Stepped, sigma: Tensor) -> Tensor:
+    """The noise levels of `of` that are nearest to sigma (B,), (B,)."""
+    return table(of, sigma.device, sigma.dtype)[nearest(of, sigma)]
+
+
 def _tables(of: Stepped, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The levels, (n,), and the middles between them, (n - 1,).
 

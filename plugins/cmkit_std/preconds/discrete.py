@@ -108,6 +108,6 @@ class Discrete(Precond):
 
     def rounded(self, sigma: Tensor) -> Tensor:
         """The nearest noise levels, (B,), that the network knows."""
-        from cmkit_std.discrete import table
+        from cmkit_std.discrete import rounded
 
-        return table(self.schedule, sigma.device, sigma.dtype)[self.step(sigma)]
+        return rounded(self.schedule, sigma)

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+import cmkit
 from cmkit import Precond
 from cmkit_std.preconds.schedule import Cosine
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from cmkit import Scalings
 
 
 class IDDPM(Precond):
@@ -48,20 +47,19 @@ class IDDPM(Precond):
         rising = self.schedule.sigmas()
         return rising[1], rising[-1]
 
-    def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
+    def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> cmkit.Scalings:
         """c_skip = 1, c_out = -sigma, c_in = 1 / sqrt(1 + sigma^2), c_noise = M - 1 - argmin_j
         |u_j - sigma|, with the levels u_0 .. u_M = 0 falling."""
-        from cmkit import Scalings
         from cmkit_std.discrete import nearest
 
         c_noise = (nearest(self.schedule, sigma) - 1).to(sigma.dtype)
-        return Scalings(sigma.new_ones(sigma.shape), -sigma, (1 + sigma**2).rsqrt(), c_noise)
+        return cmkit.Scalings(sigma.new_ones(sigma.shape), -sigma, (1 + sigma**2).rsqrt(), c_noise)
 
     def rounded(self, sigma: Tensor) -> Tensor:
         """The nearest noise levels, (B,), that the network knows."""
-        from cmkit_std.discrete import nearest, table
+        from cmkit_std.discrete import rounded
 
-        return table(self.schedule, sigma.device, sigma.dtype)[nearest(self.schedule, sigma)]
+        return rounded(self.schedule, sigma)
 
     def time(self, sigma: Tensor) -> Tensor:
         """Times in [0, 1] at which the schedule, unclipped, has the noise levels sigma:

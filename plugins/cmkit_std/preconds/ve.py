@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+import cmkit
 from cmkit import Precond
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from cmkit import Scalings
 
 
 class VE(Precond):
@@ -32,12 +31,10 @@ class VE(Precond):
     def known(self) -> tuple[float, float]:
         return self.levels
 
-    def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
+    def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> cmkit.Scalings:
         """c_skip = 1, c_out = sigma, c_in = 1, c_noise = ln(sigma / 2)."""
-        from cmkit import Scalings
-
         one = sigma.new_ones(sigma.shape)
-        return Scalings(one, sigma, one, (0.5 * sigma + 1e-44).log())
+        return cmkit.Scalings(one, sigma, one, (0.5 * sigma + 1e-44).log())
 
     def drawn(self, u: Tensor) -> Tensor:
         """Noise levels of training, uniform in ln(sigma), from uniform draws u."""

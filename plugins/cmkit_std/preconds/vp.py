@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+import cmkit
 from cmkit import Precond
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from cmkit import Scalings
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,10 @@ class VP(Precond):
     def known(self) -> tuple[float, float]:
         return self.levels
 
-    def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
+    def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> cmkit.Scalings:
         """c_skip = 1, c_out = -sigma, c_in = 1 / sqrt(1 + sigma^2), c_noise = (M - 1) t(sigma)."""
-        from cmkit import Scalings
-
         c_noise = (self.steps - 1) * self.betas.time(sigma)
-        return Scalings(sigma.new_ones(sigma.shape), -sigma, (1 + sigma**2).rsqrt(), c_noise)
+        return cmkit.Scalings(sigma.new_ones(sigma.shape), -sigma, (1 + sigma**2).rsqrt(), c_noise)
 
     def drawn(self, u: Tensor) -> Tensor:
         """Noise levels of training, at uniform times, from uniform draws u."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from cmkit.errors import RecipeError
+from cmkit import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cmkit import Scales
 
 Scale = Annotated[float, Field(ge=-100, le=100)]
 """What a feature is multiplied by."""
@@ -27,6 +34,22 @@ def members(family: str, value: float | tuple[float, ...], sites: Iterable[str])
             f" {', '.join(sorted({_family(site) for site in every})) or 'none'}"
         )
     return found
+
+
+def constant(used: Mapping[str, float]) -> Callable[[Tensor], Scales]:
+    """The map sigma (B,) -> scales, the same at every sigma, of the number of each site."""
+
+    @functools.lru_cache(maxsize=4)
+    def scales(device: torch.device, dtype: torch.dtype) -> Scales:
+        import torch
+
+        # One tensor a value: networks reuse an activation while the scale is the same object.
+        values = {
+            value: torch.tensor(value, device=device, dtype=dtype) for value in set(used.values())
+        }
+        return {site: values[value] for site, value in used.items()}
+
+    return lambda sigma: scales(sigma.device, sigma.dtype)
 
 
 def decided(values: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:

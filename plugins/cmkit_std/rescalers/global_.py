@@ -3,17 +3,15 @@ Consistency Models Perform Better, 2024)."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from cmkit import Rescaler
-from cmkit_std.rescalers.families import LABELS, members
+from cmkit_std.rescalers.families import LABELS, constant, members
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from cmkit import Scales
@@ -33,22 +31,12 @@ class Global(Rescaler):
     """Scale of the embedding, label included, before each block reads it (s1)."""
 
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
-        """One tensor a family for every site; RecipeError when a scale other than 1 has no site."""
+        """Each family's number at its sites; RecipeError when one other than 1 has no site."""
         families = {"skip": self.skip, "emb": self.emb}
-        used = {
-            site: family
-            for family, value in families.items()
-            for site in members(family, value, sites)
-        }
-
-        @functools.lru_cache(maxsize=4)
-        def scales(device: torch.device, dtype: torch.dtype) -> Scales:
-            import torch
-
-            values = {
-                family: torch.tensor(value, device=device, dtype=dtype)
+        return constant(
+            {
+                site: value
                 for family, value in families.items()
+                for site in members(family, value, sites)
             }
-            return {site: values[family] for site, family in used.items()}
-
-        return lambda sigma: scales(sigma.device, sigma.dtype)
+        )

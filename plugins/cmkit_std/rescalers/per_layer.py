@@ -7,7 +7,6 @@ rescales the coarsest two stages of the decoder alone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,10 +14,9 @@ from pydantic import Field
 
 from cmkit import Rescaler
 from cmkit.errors import RecipeError
-from cmkit_std.rescalers.families import LABELS, Scale, decided, members, spans
+from cmkit_std.rescalers.families import LABELS, Scale, constant, decided, members, spans
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from cmkit import Scales
@@ -41,21 +39,23 @@ class PerLayer(Rescaler):
     """Scales of single sites, such as { "skip.3" = 0.9 }; they win over the family's."""
 
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
-        """One tensor a value; RecipeError for a list of another length and an unknown site."""
-        used = self._numbers(sites)
-
-        @functools.lru_cache(maxsize=4)
-        def scales(device: torch.device, dtype: torch.dtype) -> Scales:
-            import torch
-
-            # One tensor a value: networks reuse an activation while the scale is the same object.
-            values = {
-                value: torch.tensor(value, device=device, dtype=dtype)
-                for value in set(used.values())
-            }
-            return {site: values[value] for site, value in used.items()}
-
-        return lambda sigma: scales(sigma.device, sigma.dtype)
+        """A number at each site; RecipeError for a list of another length and an unknown site."""
+        numbers: dict[str, float] = {}
+        for family, value in (("skip", self.skip), ("emb", self.emb)):
+            own = members(family, value, sites)
+            if isinstance(value, tuple) and len(value) != len(own):
+                raise RecipeError(
+                    f"rescaler.{family}: {len(value)} values, but the backbone has {len(own)}"
+                    f" {family!r} sites: {spans(own)}; give one for each, or one number for all"
+                )
+            each = value if isinstance(value, tuple) else (value,) * len(own)
+            numbers |= dict(zip(own, each, strict=True))
+        for site in self.sites:
+            if site not in sites:
+                raise RecipeError(
+                    f"rescaler.sites: the backbone has no {site!r}; it has {spans(sites)}"
+                )
+        return constant(numbers | self.sites)
 
     def value_of(self, name: str) -> float:
         """The number of a field, or of a site: its own in `sites`, otherwise its family's."""
@@ -78,22 +78,3 @@ class PerLayer(Rescaler):
         own = {name: value for name, value in values.items() if "." in name}
         rest = {name: value for name, value in values.items() if "." not in name}
         return super().with_values({**rest, "sites": {**self.sites, **own}})
-
-    def _numbers(self, sites: tuple[str, ...]) -> dict[str, float]:
-        """The number of every site that has one."""
-        numbers: dict[str, float] = {}
-        for family, value in (("skip", self.skip), ("emb", self.emb)):
-            own = members(family, value, sites)
-            if isinstance(value, tuple) and len(value) != len(own):
-                raise RecipeError(
-                    f"rescaler.{family}: {len(value)} values, but the backbone has {len(own)}"
-                    f" {family!r} sites: {spans(own)}; give one for each, or one number for all"
-                )
-            each = value if isinstance(value, tuple) else (value,) * len(own)
-            numbers |= dict(zip(own, each, strict=True))
-        for site in self.sites:
-            if site not in sites:
-                raise RecipeError(
-                    f"rescaler.sites: the backbone has no {site!r}; it has {spans(sites)}"
-                )
-        return numbers | self.sites
