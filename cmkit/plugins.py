@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import pluggy
 
-from cmkit.errors import PluginError
+from cmkit.errors import PluginError, did_you_mean
 from cmkit.kinds import CLASSES, Part
 
 api_version = 1
@@ -67,6 +66,10 @@ class Row:
     def qualified(self) -> str:
         return f"{self.dist}:{self.name}"
 
+    @property
+    def origin(self) -> str:
+        return f"{self.dist} {self.version}"
+
 
 class Registry:
     """All rows, and the way from a name in a recipe to a class."""
@@ -87,25 +90,33 @@ class Registry:
         if len(rows) == 1 and rows[0].plugin:
             return rows[0]
         if len(rows) == 1:
-            raise PluginError(f"{kind} {name!r} of {_origin(rows[0])} is broken: {rows[0].broken}")
+            raise PluginError(f"{kind} {name!r} of {rows[0].origin} is broken: {rows[0].broken}")
         if rows:
             choices = " or ".join(repr(row.qualified) for row in rows)
             raise PluginError(f"{kind} {name!r} is offered by several packages: say {choices}")
-        raise PluginError(f"no {kind} is called {name!r}{self._hint(kind, name)}")
+        hint = did_you_mean(name, self.names(kind))
+        broken = "; ".join(f"{row.origin}: {row.broken}" for row in self.rows if not row.plugin)
+        hint += f" (broken packages: {broken})" if broken else ""
+        raise PluginError(f"no {kind} is called {name!r}{hint}")
 
     def load(self, kind: str, name: str) -> type[Part]:
         """The class behind (kind, name); PluginError when its import fails or it is no part."""
         row = self.find(kind, name)
         assert row.plugin is not None
-        return _import_target(row)
-
-    def _hint(self, kind: str, name: str) -> str:
-        near = difflib.get_close_matches(name, self.names(kind), 1)
-        if near:
-            return f"; did you mean {near[0]!r}?"
-        broken = [f"{_origin(row)}: {row.broken}" for row in self.rows if not row.plugin]
-        known = f"; known: {', '.join(self.names(kind)) or 'none'}"
-        return known + (f" (broken packages: {'; '.join(broken)})" if broken else "")
+        target, what = row.plugin.target, f"{kind} {row.name!r} of {row.origin}"
+        module, _, attribute = target.partition(":")
+        try:
+            found = getattr(import_module(module), attribute)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise PluginError(f"{what} cannot be imported: {_reason(error)}") from error
+        wanted = CLASSES[kind]
+        if not (isinstance(found, type) and issubclass(found, wanted)):
+            raise PluginError(f"{what}: {target} is not a cmkit.{wanted.__name__}")
+        if missing := sorted(getattr(found, "__abstractmethods__", ())):
+            raise PluginError(f"{what}: {target} lacks {', '.join(missing)}")
+        return found
 
 
 @cache
@@ -119,12 +130,10 @@ def register(entries: Iterable[EntryPoint]) -> Registry:
     manager = _new_manager()
     rows: list[Row] = []
     for entry in sorted(entries, key=lambda e: (e.dist.name if e.dist else "", e.name)):
-        dist = entry.dist.name if entry.dist else "?"
-        version = entry.dist.version if entry.dist else "?"
+        dist, version = (entry.dist.name, entry.dist.version) if entry.dist else ("?", "?")
         try:
-            rows += [
-                Row(p.kind, p.name, dist, version, *_judge(p)) for p in _manifest(manager, entry)
-            ]
+            offered = _manifest(manager, entry, f"{dist}:{entry.name}")
+            rows += [Row(p.kind, p.name, dist, version, *_judge(p)) for p in offered]
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # a plugin may even call sys.exit
@@ -132,17 +141,20 @@ def register(entries: Iterable[EntryPoint]) -> Registry:
     return Registry(rows, manager)
 
 
-def _manifest(manager: pluggy.PluginManager, entry: EntryPoint) -> list[Plugin]:
+def _manifest(manager: pluggy.PluginManager, entry: EntryPoint, name: str) -> list[Plugin]:
+    """The parts that a manifest offers, which is registered under `name` if all is well."""
     had_torch = "torch" in sys.modules
     module = entry.load()
     if "torch" in sys.modules and not had_torch:
         raise PluginError(
             f"manifest {entry.value} imports torch; name its parts as 'module:Class' strings"
         )
-    key = f"{entry.dist.name if entry.dist else '?'}:{entry.name}"
-    manager.register(module, key)
+    manager.register(module, name)
     try:
-        _check_hooks(manager, module)
+        known = [hook for hook in vars(Hooks) if hook.startswith("cmkit_")]
+        for hook in vars(module):
+            if manager.parse_hookimpl_opts(module, hook) is not None and hook not in known:
+                raise PluginError(f"unknown hook {hook!r}{did_you_mean(hook, known)}")
         others = [plugin for plugin in manager.get_plugins() if plugin is not module]
         offers = manager.subset_hook_caller("cmkit_register", others)()
         plugins = [plugin for offer in offers for plugin in offer]
@@ -153,15 +165,6 @@ def _manifest(manager: pluggy.PluginManager, entry: EntryPoint) -> list[Plugin]:
         manager.unregister(module)
         raise
     return plugins
-
-
-def _check_hooks(manager: pluggy.PluginManager, module: object) -> None:
-    known = {name for name in vars(Hooks) if name.startswith("cmkit_")}
-    for name in vars(module):
-        if manager.parse_hookimpl_opts(module, name) is not None and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise PluginError(f"unknown hook {name!r}{hint}")
 
 
 def _judge(plugin: Plugin) -> tuple[Plugin | None, str | None]:
@@ -175,40 +178,10 @@ def _judge(plugin: Plugin) -> tuple[Plugin | None, str | None]:
     return plugin, None
 
 
-def _import_target(row: Row) -> type[Part]:
-    assert row.plugin is not None
-    module, _, attribute = row.plugin.target.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise PluginError(
-            f"{row.kind} {row.name!r} of {_origin(row)} cannot be imported: {_reason(error)}"
-        ) from error
-    wanted = CLASSES[row.kind]
-    if not (isinstance(found, type) and issubclass(found, wanted)):
-        raise PluginError(
-            f"{row.kind} {row.name!r} of {_origin(row)}: {row.plugin.target} is not a"
-            f" cmkit.{wanted.__name__}"
-        )
-    missing = sorted(getattr(found, "__abstractmethods__", ()))
-    if missing:
-        raise PluginError(
-            f"{row.kind} {row.name!r} of {_origin(row)}: {row.plugin.target} lacks"
-            f" {', '.join(missing)}"
-        )
-    return found
-
-
 def _new_manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager("cmkit")
     manager.add_hookspecs(Hooks)
     return manager
-
-
-def _origin(row: Row) -> str:
-    return f"{row.dist} {row.version}"
 
 
 def _reason(error: BaseException) -> str:

@@ -172,7 +172,7 @@ def test_a_teacher_may_have_a_backbone_of_its_own(home):
     (home / "resolved.toml").write_text(made.recipe.toml())
     again = load(home / "resolved.toml", [], discover())
     assert again.hash == made.recipe.hash
-    assert again.teacher_backbone == made.recipe.teacher_backbone
+    assert again.teacher.backbone == made.recipe.teacher.backbone
     said = refusal(home, error=CheckpointError)  # the student cannot start from a wider network
     assert "denoiser.init" in said
     assert "teacher.backbone.chanels: unknown key; did you mean 'channels'?" in refusal(

@@ -12,14 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit.denoiser import Cond, Denoiser
 from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError, inline
-from cmkit.kinds import Backbone, Precond, Sampler
-from cmkit.noise import Noise
+from cmkit.kinds import Backbone, Precond
 from cmkit.plan import networks
 from cmkit.plan.grid import minimized
 from cmkit.plan.networks import naming_table, noise_of
 from cmkit.plan.record import CONDITIONS, Plan
 from cmkit.plugins import discover
-from cmkit.recipe import Recipe, load
+from cmkit.recipe import Recipe, Teacher, load
 from cmkit.run.folder import RunFolder
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec
@@ -28,8 +27,7 @@ from cmkit.values import Companion, DataSpec
 def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
     """What the network of a recipe must embed; RecipeError when its backbone cannot."""
     wanted = {"label"} if data.num_classes else set()
-    if recipe.objective:
-        wanted |= recipe.objective.needs & CONDITIONS
+    wanted |= recipe.needs & CONDITIONS
     if recipe.denoiser.embeds_guidance:
         wanted.add("guidance")
     missing = wanted - recipe.backbone.accepts
@@ -67,10 +65,9 @@ def check_stages(recipe: Recipe) -> None:
         raise recipe.source.error(
             (), "no weights to sample from: add [train], or denoiser.weights = a file"
         )
-    _teacher_is_said(recipe)
-    if recipe.search:
+    _check_start(recipe)
+    if recipe.search and recipe.rescaler:
         minimized(recipe)
-        assert recipe.rescaler is not None
         for name in recipe.search.grid:
             try:
                 recipe.rescaler.value_of(name)
@@ -78,14 +75,22 @@ def check_stages(recipe: Recipe) -> None:
                 raise recipe.source.error(("search", "grid", name), str(error)) from error
 
 
-def _teacher_is_said(recipe: Recipe) -> None:
-    """Check that a teacher is given where needed, and that the student's start is explicit."""
-    table, needs = recipe.denoiser, recipe.objective.needs if recipe.objective else frozenset()
-    if "teacher" in needs and not recipe.teacher:
+def _check_start(recipe: Recipe) -> None:
+    """RecipeError where a teacher is missing, the scalings lack what the objective needs of them,
+    or the student's start is not said."""
+    table = recipe.denoiser
+    if "teacher" in recipe.needs and not recipe.teacher:
         raise recipe.source.error(
             ("objective",), "it distils a teacher: add a [teacher] table with its weights"
         )
-    _scalings_serve(recipe)
+    lacking = recipe.needs - traits_of(recipe)
+    for name, cure in CURES.items():
+        if name in lacking:
+            raise recipe.source.error(
+                ("denoiser", "precond"),
+                f"the objective needs {cure}",
+                f" = {inline(table.precond)}",
+            )
     if table.init == "teacher" and not recipe.teacher:
         raise recipe.source.error(
             ("denoiser", "init"), "add a [teacher] table with its weights", ' = "teacher"'
@@ -107,34 +112,12 @@ CURES = {
     ' "consistency" or "edm"',
     "edm": 'the scalings of EDM: set denoiser.precond = "edm"',
 }
-"""What is said where scalings lack a trait."""
+"""What to say where scalings lack one of `cmkit.traits.TRAITS`."""
 
 
 def traits_of(recipe: Recipe) -> frozenset[str]:
-    """What holds of the recipe's scalings, by `cmkit.denoiser.TRAITS`."""
+    """Which of `cmkit.traits.TRAITS` the recipe's scalings have."""
     return traits(recipe.precond.scalings, noise_of(recipe), recipe.denoiser.sigma_data)
-
-
-def _scalings_serve(recipe: Recipe) -> None:
-    """RecipeError where the recipe's scalings lack what its objective needs of them."""
-    needs = recipe.objective.needs if recipe.objective else frozenset()
-    held = traits_of(recipe)
-    for name in CURES:
-        if name in needs - held:
-            raise recipe.source.error(
-                ("denoiser", "precond"),
-                f"the objective needs {CURES[name]}",
-                f" = {inline(recipe.denoiser.precond)}",
-            )
-
-
-def check_grids(recipe: Recipe, noise: Noise) -> None:
-    """RecipeError where the noise axis has no grid that the objective asks for, first or last."""
-    assert recipe.train is not None
-    assert recipe.objective is not None
-    for step in (0, recipe.train.steps - 1):
-        if n := recipe.objective.phase(step, recipe.train.steps).num_sigmas:
-            noise.sigmas(n)
 
 
 def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
@@ -154,18 +137,15 @@ def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
 
 
 def check_teacher(
-    recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]
+    recipe: Recipe, given: Teacher, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]
 ) -> None:
-    """Check that the teacher's weights fit its network, that it was trained on the student's noise
-    levels, and that the student can start from it where the recipe says so."""
-    table = recipe.teacher
-    assert table is not None
+    """Check that the `given` teacher's weights fit its network, that it was trained on the noise
+    levels of the student `denoiser`, and that this can start from it where the recipe says so."""
     with naming_table(recipe, "teacher"), torch.device("meta"):
-        teacher = networks.teacher_of(recipe, data)
+        teacher = networks.teacher_of(given, recipe.denoiser, data)
     with naming_table(recipe, "teacher", "weights"):
-        assert recipe.teacher_precond is not None
-        check_weights(table.weights, networks.teacher_backbone(recipe), recipe.teacher_precond)
-        networks.load_into(teacher.network, table.weights, networks.teacher_backbone(recipe), data)
+        check_weights(given.table.weights, given.backbone, given.precond)
+        networks.load_into(teacher.network, given.table.weights, given.backbone, data)
     own, other = denoiser.noise, teacher.noise
     if not other.sigma_min <= own.sigma_min < own.sigma_max <= other.sigma_max:
         raise recipe.source.error(
@@ -178,7 +158,7 @@ def check_teacher(
             raise recipe.source.error(
                 ("denoiser", "init"),
                 f"precond {inline(recipe.denoiser.precond)} means another input or output of the"
-                f" network than the teacher's {inline(table.precond)}; let them agree, or set"
+                f" network than the teacher's {inline(given.table.precond)}; let them agree, or set"
                 ' init = "random"',
                 ' = "teacher"',
             )
@@ -203,7 +183,12 @@ def dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: froz
         denoiser(x, x.new_empty(1), cond)
     if recipe.sampler:
         with naming_table(recipe, "sampler"), _trying("sampler"):
-            _check_sampler(recipe.sampler, networks.guided_as_said(recipe, denoiser), x, cond)
+            guided = networks.guided_as_said(recipe, denoiser)
+            out = recipe.sampler.sample(guided, x, cond, lambda k: torch.empty_like(x))
+        if out.shape != x.shape:
+            raise PluginError(
+                f"the sampler returned {tuple(out.shape)} for images {tuple(x.shape)}"
+            )
     return int(counter.get_total_flops())
 
 
@@ -229,28 +214,17 @@ def _trying(kind: str) -> Iterator[None]:
         ) from error
 
 
-def _check_sampler(sampler: Sampler, denoiser: Denoiser, x: torch.Tensor, cond: Cond) -> None:
-    out = sampler.sample(denoiser, x, cond, lambda k: torch.empty_like(x))
-    if out.shape != x.shape:
-        raise PluginError(f"the sampler returned {tuple(out.shape)} for images {tuple(x.shape)}")
+def memory_of(recipe: Recipe, denoiser: Denoiser, data: DataSpec) -> int:
+    """Bytes of float32 weights and what a run keeps beside them: of what is trained the gradient,
+    two numbers of the optimizer, the averages and the target; the teacher; the companions.
 
-
-def weights_memory(recipe: Recipe, denoiser: Denoiser) -> int:
-    """Bytes of float32 weights and all that a run keeps of them: of what is trained the gradient,
-    two numbers of the optimizer, the averages and the target; the teacher whole."""
+    PluginError where the objective's companions are none.
+    """
     every = sum(p.numel() for p in denoiser.parameters())
     if recipe.train is None or recipe.objective is None:
         return 4 * every
     trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
-    needs = recipe.objective.needs
-    copies = 3 + len(recipe.train.ema) + len(needs & {"target"})
-    return 4 * (every + trained * copies + every * len(needs & {"teacher"}))
-
-
-def companions_memory(recipe: Recipe, data: DataSpec) -> int:
-    """Bytes of what the objective trains beside the denoiser; PluginError where it cannot be."""
-    if recipe.train is None or recipe.objective is None:
-        return 0
+    copies = 3 + len(recipe.train.ema) + len(recipe.needs & {"target"})
     with naming_table(recipe, "objective"), torch.device("meta"):
         companions = recipe.objective.companions(data)
         for name, companion in companions.items():
@@ -260,10 +234,5 @@ def companions_memory(recipe: Recipe, data: DataSpec) -> int:
                     " such as 'discriminator' to cmkit.Companion"
                 )
     parameters = [p for c in companions.values() for p in c.network.parameters()]
-    return sum(4 * p.numel() * (4 if p.requires_grad else 1) for p in parameters)
-
-
-def disk_of(recipe: Recipe, data: DataSpec, memory: int) -> int:
-    checkpoints = (recipe.train.keep + 1) * memory if recipe.train else 0
-    pixels = data.channels * data.resolution**2
-    return checkpoints + (recipe.sample.images * pixels if recipe.sample else 0)
+    beside = sum(p.numel() * (4 if p.requires_grad else 1) for p in parameters)
+    return 4 * (every + trained * copies + every * len(recipe.needs & {"teacher"}) + beside)

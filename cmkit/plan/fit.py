@@ -31,18 +31,19 @@ def check_fit(recipe: Recipe) -> Plan:
     with naming_table(recipe, "backbone"), torch.device("meta"):
         network = networks.built(recipe.backbone, data, conditions)
     denoiser = networks.denoiser_of(recipe, network)
-    sites = denoiser.network.sites
     if recipe.rescaler:
         with naming_table(recipe, "rescaler"):
             denoiser.rescaled(recipe.rescaler)
     for values in cells(recipe):
         cell = with_values(recipe, values)
         with naming_table(recipe, "search", "grid"):
-            cell.bind(sites)
+            cell.bind(network.sites)
     if recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check(data)
-            checks.check_grids(recipe, denoiser.noise)
+            for step in (0, recipe.train.steps - 1):
+                if n := recipe.objective.phase(step, recipe.train.steps).num_sigmas:
+                    denoiser.noise.sigmas(n)  # raises where the noise axis has no such grid
         with naming_table(recipe, "train", "batch"):
             recipe.objective.check_batch(recipe.train.batch // recipe.train.accumulate)
     for index, metric in enumerate(recipe.metric):
@@ -56,21 +57,23 @@ def check_fit(recipe: Recipe) -> Plan:
             checks.check_weights(recipe.denoiser.weights, recipe.backbone, recipe.precond)
             networks.load_start(recipe, denoiser.network, data, conditions)
     if recipe.teacher:
-        checks.check_teacher(recipe, denoiser, data, conditions)
+        checks.check_teacher(recipe, recipe.teacher, denoiser, data, conditions)
     elif recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check_networks(denoiser.network, None)
     flops = checks.dry_run(recipe, denoiser, data, conditions)
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    memory = checks.weights_memory(recipe, denoiser) + checks.companions_memory(recipe, data)
+    memory = checks.memory_of(recipe, denoiser, data)
+    disk = (recipe.train.keep + 1) * memory if recipe.train else 0
+    if recipe.sample:
+        disk += recipe.sample.images * data.channels * data.resolution**2
     return Plan(
         recipe=recipe,
         data=data,
         conditions=conditions,
-        sites=sites,
-        parameters=parameters,
+        sites=network.sites,
+        parameters=sum(p.numel() for p in denoiser.parameters()),
         flops=flops,
-        disk=checks.disk_of(recipe, data, memory),
+        disk=disk,
         memory=memory,
         downloads=tuple(_downloads(recipe)),
         nfe=recipe.sampler.nfe * networks.guided_as_said(recipe, denoiser).passes
@@ -84,7 +87,7 @@ def _downloads(recipe: Recipe) -> Iterator[Weights]:
     if recipe.denoiser.weights:
         named[recipe.denoiser.weights] = recipe.backbone
     if recipe.teacher:
-        named[recipe.teacher.weights] = networks.teacher_backbone(recipe)
+        named[recipe.teacher.table.weights] = recipe.teacher.backbone
     for weights, backbone in named.items():
         if (found := find(weights, backbone)).missing:
             yield found

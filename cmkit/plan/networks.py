@@ -14,7 +14,7 @@ from cmkit.errors import CmkitError, PluginError, RecipeError
 from cmkit.kinds import Backbone, Precond
 from cmkit.noise import Noise
 from cmkit.plan.record import Plan
-from cmkit.recipe import Recipe, TeacherTable
+from cmkit.recipe import DenoiserTable, Recipe, Teacher
 from cmkit.tensors import load_weights
 from cmkit.values import Companion, DataSpec
 from cmkit.weights import adapt, find, read, shapes
@@ -41,11 +41,11 @@ def for_sampling(plan: Plan, device: torch.device, name: str) -> Denoiser:
 
 def build_teacher(plan: Plan, device: torch.device) -> Denoiser:
     """The recipe's teacher on `device`, frozen."""
-    table = plan.recipe.teacher
-    assert table is not None
+    given = plan.recipe.teacher
+    assert given is not None
     with torch.random.fork_rng(devices=[]):
-        teacher = teacher_of(plan.recipe, plan.data)
-    load_into(teacher.network, table.weights, teacher_backbone(plan.recipe), plan.data)
+        teacher = teacher_of(given, plan.recipe.denoiser, plan.data)
+    load_into(teacher.network, given.table.weights, given.backbone, plan.data)
     teacher.network.to(device).to(memory_format=torch.channels_last)
     return teacher.eval().requires_grad_(False)
 
@@ -95,8 +95,7 @@ def denoiser_of(recipe: Recipe, network: Network) -> Denoiser:
 def guided_as_said(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
     """`denoiser`, guided where the recipe samples so; RecipeError where its network cannot be."""
     w = recipe.denoiser.guidance
-    needs = recipe.objective.needs if recipe.objective else frozenset()
-    embedded = recipe.denoiser.embeds_guidance or "guidance" in needs
+    embedded = recipe.denoiser.embeds_guidance or "guidance" in recipe.needs
     if w is None:
         if embedded and (recipe.search or recipe.sample):
             raise recipe.source.error(
@@ -114,13 +113,10 @@ def guided_as_said(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
     return Guided(denoiser, w, embedded)
 
 
-def teacher_of(recipe: Recipe, data: DataSpec) -> Denoiser:
-    """The recipe's teacher with fresh weights."""
-    table, student = recipe.teacher, recipe.denoiser
-    precond = recipe.teacher_precond
-    assert table is not None
-    assert precond is not None
-    network = built(teacher_backbone(recipe), data, teacher_conditions(table, data))
+def teacher_of(teacher: Teacher, student: DenoiserTable, data: DataSpec) -> Denoiser:
+    """The teacher with fresh weights; what its table leaves open is as the student's."""
+    table, precond = teacher.table, teacher.precond
+    network = built(teacher.backbone, data, _conditions(teacher, data))
     known_low, known_high = precond.known
     low = (known_low or student.sigma_min) if table.sigma_min is None else table.sigma_min
     high = table.sigma_max or (known_high if known_high < math.inf else student.sigma_max)
@@ -128,10 +124,9 @@ def teacher_of(recipe: Recipe, data: DataSpec) -> Denoiser:
     return Denoiser(network, noise, precond.scalings, table.sigma_data or student.sigma_data)
 
 
-def teacher_conditions(table: TeacherTable, data: DataSpec) -> frozenset[str]:
-    if table.conditions is not None:
-        return frozenset(table.conditions)
-    return frozenset({"label"} if data.num_classes else ())
+def _conditions(teacher: Teacher, data: DataSpec) -> frozenset[str]:
+    said = teacher.table.conditions
+    return frozenset((("label",) if data.num_classes else ()) if said is None else said)
 
 
 def load_start(
@@ -142,10 +137,9 @@ def load_start(
     Where the student embeds more than its teacher, those embeddings keep their fresh weights.
     """
     weights, kept = recipe.denoiser.weights, {}
-    if recipe.denoiser.init == "teacher":
-        assert recipe.teacher is not None
-        weights = recipe.teacher.weights
-        if conditions - teacher_conditions(recipe.teacher, data):
+    if recipe.denoiser.init == "teacher" and recipe.teacher:
+        weights = recipe.teacher.table.weights
+        if conditions - _conditions(recipe.teacher, data):
             kept = network.state_dict()
     if weights:
         load_into(network, weights, recipe.backbone, data, kept)
@@ -169,10 +163,6 @@ def load_into(
     given = shapes(found) if dry else read(found)
     tensors = adapt(given, network, backbone.layouts(data))
     load_weights(network, {**kept, **tensors}, weights)
-
-
-def teacher_backbone(recipe: Recipe) -> Backbone:
-    return recipe.teacher_backbone or recipe.backbone
 
 
 @contextlib.contextmanager

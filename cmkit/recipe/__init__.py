@@ -2,14 +2,13 @@
 
 from cmkit.recipe.describe import fields, schema
 from cmkit.recipe.reading import load
-from cmkit.recipe.recipe import Recipe
+from cmkit.recipe.recipe import Recipe, Teacher
 from cmkit.recipe.tables import (
     NAME,
     DenoiserTable,
     SampleTable,
     SearchTable,
     StageTable,
-    TeacherTable,
     TrainTable,
     core_tables,
 )

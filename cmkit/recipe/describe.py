@@ -8,7 +8,7 @@ from typing import Any
 
 from cmkit.kinds import Part
 from cmkit.plugins import Registry
-from cmkit.recipe.tables import NAME, PART_TABLES, REQUIRED, core_tables
+from cmkit.recipe.tables import NAME, PART_TABLES, REQUIRED, core_tables, kinds_inside
 
 
 def schema(registry: Registry) -> dict[str, Any]:
@@ -40,11 +40,10 @@ def schema(registry: Registry) -> dict[str, Any]:
     }
     properties |= {kind: choice(kind) for kind in PART_TABLES}
     properties |= {key: refer(model, name=key) for key, model in core_tables().items()}
-    definitions["teacher"]["properties"]["backbone"] = choice("backbone")
-    tables, names = choice("precond"), {"enum": registry.names("precond")}
-    for key in ("denoiser", "teacher"):
-        entry = definitions[key]["properties"]["precond"]
-        entry["anyOf"] = [names, tables]
+    for key, model in core_tables().items():
+        for kind in kinds_inside(model.model_fields):
+            entry = definitions[key]["properties"][kind]
+            entry["anyOf"] = [{"enum": registry.names(kind)}, choice(kind)]
     properties["metric"] = {"type": "array", "items": choice("metric")}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -37,9 +37,10 @@ def part_of(
     return part, {"use": use, **dumped(part)}
 
 
-def validated(model: type[Part], table: Any, path: tuple[str | int, ...], source: Source) -> Part:
-    if not isinstance(table, dict):
-        raise source.error(path, "expected a table")
+def validated(
+    model: type[Part], table: dict[str, Any], path: tuple[str | int, ...], source: Source
+) -> Part:
+    """The record that a table becomes; RecipeError for its first fault."""
     try:
         return model.model_validate_json(json.dumps(table, default=str))
     except ValidationError as error:

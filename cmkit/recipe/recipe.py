@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cmkit.recipe.tables import (
     PART_TABLES,
@@ -16,12 +16,22 @@ from cmkit.recipe.tables import (
     SearchTable,
     TeacherTable,
     TrainTable,
+    kinds_inside,
 )
 from cmkit.recipe.toml import Source
 
 if TYPE_CHECKING:
     from cmkit.kinds import Backbone, Dataset, Metric, Objective, Precond, Rescaler, Sampler
     from cmkit.values import DataSpec
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The table [teacher] with its parts; the backbone is the student's where it names none."""
+
+    table: TeacherTable
+    precond: Precond
+    backbone: Backbone
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,7 @@ class Recipe:
     backbone: Backbone
     denoiser: DenoiserTable
     precond: Precond
-    teacher: TeacherTable | None
-    teacher_precond: Precond | None
-    teacher_backbone: Backbone | None
-    """None = the student's."""
+    teacher: Teacher | None
     objective: Objective | None
     rescaler: Rescaler | None
     sampler: Sampler | None
@@ -52,15 +59,20 @@ class Recipe:
 
     @property
     def train(self) -> TrainTable | None:
-        return cast("TrainTable | None", self.stages.get("train"))
+        return self.stages.get("train")
 
     @property
     def search(self) -> SearchTable | None:
-        return cast("SearchTable | None", self.stages.get("search"))
+        return self.stages.get("search")
 
     @property
     def sample(self) -> SampleTable | None:
-        return cast("SampleTable | None", self.stages.get("sample"))
+        return self.stages.get("sample")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the objective needs; nothing where there is none."""
+        return self.objective.needs if self.objective else frozenset()
 
     @property
     def hash(self) -> str:
@@ -70,23 +82,16 @@ class Recipe:
 
     def used(self) -> Iterator[tuple[str, str]]:
         """(kind, name) of each part."""
-        for kind in PART_TABLES:
-            if kind in self.resolved:
-                yield kind, self.resolved[kind]["use"]
-        yield "precond", _used(self.denoiser.precond)
-        if self.teacher:
-            yield "precond", _used(self.teacher.precond)
-        if self.teacher_backbone:
-            yield "backbone", self.resolved["teacher"]["backbone"]["use"]
-        for table in self.resolved.get("metric", ()):
-            yield "metric", table["use"]
+        said = [(kind, self.resolved[kind]) for kind in PART_TABLES if kind in self.resolved]
+        for key in ("denoiser", "teacher"):
+            table = self.resolved.get(key, {})
+            said += [(kind, table[kind]) for kind in kinds_inside(table)]
+        said += [("metric", table) for table in self.resolved.get("metric", ())]
+        for kind, part in said:
+            yield kind, part if isinstance(part, str) else part["use"]
 
     def toml(self) -> str:
         """The resolved recipe, every default written out."""
         import tomlkit
 
         return tomlkit.dumps(self.resolved)
-
-
-def _used(precond: str | Mapping[str, Any]) -> str:
-    return precond if isinstance(precond, str) else precond["use"]

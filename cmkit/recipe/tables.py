@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cmkit.kinds import Part
+from cmkit.kinds import CLASSES, Part
 
 Precision = Literal["auto", "fp32", "bf16"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -54,7 +55,7 @@ class DenoiserTable(Part):
 
 
 class TeacherTable(Part):
-    """A frozen model to distil. A table `backbone` in it names a network unlike the student's."""
+    """A frozen model to distil."""
 
     weights: str
     """Weights of the teacher: a .safetensors file, a checkpoint folder, or a run folder."""
@@ -71,6 +72,8 @@ class TeacherTable(Part):
     student's."""
     conditions: tuple[Literal["label", "text"], ...] | None = Field(None, max_length=2)
     """What it embeds; absent = what the data have."""
+    backbone: str | dict[str, Any] | None = None
+    """Its network, a table with `use` and options; absent = the student's."""
 
 
 class StageTable(Part):
@@ -216,6 +219,11 @@ REQUIRED = ("name", "dataset", "backbone")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
+def kinds_inside(keys: Iterable[str]) -> list[str]:
+    """Those keys of a table that hold a part: they are named after its kind."""
+    return [key for key in keys if key in CLASSES]
+
+
 def stage_class(name: str) -> type[StageTable]:
     """The class of the table [name], which carries the stage out."""
     module, _, attribute = STAGES[name].partition(":")
@@ -225,9 +233,4 @@ def stage_class(name: str) -> type[StageTable]:
 def core_tables() -> dict[str, type[Part]]:
     """The tables that belong to no part, by key, in the order of the documentation."""
     stages = {name: stage_class(name) for name in STAGES if name != "metric"}
-    return {
-        "denoiser": DenoiserTable,
-        "teacher": TeacherTable,
-        **stages,
-        "expected": ExpectedTable,
-    }
+    return dict(denoiser=DenoiserTable, teacher=TeacherTable, **stages, expected=ExpectedTable)

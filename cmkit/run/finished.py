@@ -37,14 +37,7 @@ def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, image
     if not recipe.denoiser.weights:
         raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
     table = (recipe.sample or SampleTable(images=images)).model_copy(update={"images": images})
-    return replace(
-        recipe,
-        teacher=None,
-        teacher_backbone=None,
-        teacher_precond=None,
-        metric=(),
-        stages={"sample": table},
-    )
+    return replace(recipe, teacher=None, metric=(), stages={"sample": table})
 
 
 def trained(recipe: Recipe, folder: RunFolder) -> Recipe:
