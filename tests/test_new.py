@@ -11,6 +11,7 @@ import cmkit.new
 from cmkit import RecipeError
 from cmkit.plugins import KINDS
 
+pytestmark = pytest.mark.wheels
 ROOT = Path(__file__).parent.parent
 
 
