@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests import wheels
+from tests import forks, wheels
 
 torch.set_num_threads(1)
 
@@ -49,6 +50,13 @@ def cmkit(monkeypatch, capsys, tmp_path):
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def forked_reader(monkeypatch):
+    """Pickles are read in a fork, not in a new Python."""
+    module = SimpleNamespace(run=forks.read_pickle, TimeoutExpired=TimeoutError)
+    monkeypatch.setattr("cmkit.weights.pickles.subprocess", module)
 
 
 @pytest.fixture(scope="session")
