@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,8 +39,8 @@ class Fork:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
             forkserver.ensure_running()
-        self._home = tempfile.TemporaryDirectory()
-        self._files = [Path(self._home.name, name) for name in ("stdout", "stderr")]
+        self._home = Path(tempfile.mkdtemp())
+        self._files = [self._home / name for name in ("stdout", "stderr")]
         words = ["-c", *map(str, arguments)]
         call = code, words, cwd, {**os.environ, **environment}, self._files
         self.process = _FORKS.Process(target=_carry_out, args=call, daemon=True)
@@ -49,15 +50,11 @@ class Fork:
         """What it left behind; killed and TimeoutError if it does not end."""
         self.process.join(seconds)
         if self.process.exitcode is None:
-            self.kill()
+            self.process.kill()
             raise TimeoutError(f"not done within {seconds} s")
         written = [file.read_text("utf-8") for file in self._files]
-        self._home.cleanup()
+        shutil.rmtree(self._home)
         return subprocess.CompletedProcess(self.process.name, self.process.exitcode, *written)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
 
 
 def _carry_out(code, words, cwd, environment, files):
@@ -69,7 +66,8 @@ def _carry_out(code, words, cwd, environment, files):
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     encoding = environment.get("PYTHONIOENCODING", "utf-8")
-    sys.stdout, sys.stderr = (open(n, "w", 1, encoding, closefd=False) for n in (1, 2))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=encoding, line_buffering=True)
     sys.argv = words
     exec(code, {"__name__": "__main__"})
 

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -45,6 +44,7 @@ from cmkit.search import Cell, CellsDrawn, best, interval, search, verdict
 from cmkit.stop import StopSignal
 from cmkit.tensors import load_weights
 from cmkit.train import Step
+from tests.forks import CMKIT, Fork
 
 RECIPE = """\
 name = "tiny"
@@ -84,7 +84,6 @@ precision = "fp32"
 grid = { skip = [1.0, 1.5], emb = [0.5, 1.0] }
 """
 CPU = torch.device("cpu")
-CMKIT = [sys.executable, "-c", "from cmkit.cli import main; main()"]
 
 
 @pytest.fixture
@@ -474,27 +473,16 @@ def test_the_verdict_falls_whichever_way_it_must():
     assert verdict("fid", base, [11.0, 9.0, 10.2]).startswith("No difference")
 
 
-def command(*arguments, cwd, **options):
-    here = os.getcwd()
-    path = os.pathsep.join([here, os.path.join(here, "plugins")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen(
-        [*CMKIT, *map(str, arguments)], cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_from_outside_ends_with_everything_saved(recipe, tmp_path, signum, code):
-    process = command(
-        "run", recipe, "--set", "train.steps=100000", "--set", "train.log_every=1", cwd=tmp_path
-    )
-    log = wait_for(tmp_path, "runs/*/log.jsonl", process)
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert out == ""
-    last = err.splitlines()[-1]
+    endless = ["--set", "train.steps=100000", "--set", "train.log_every=1"]
+    fork = Fork(CMKIT, "run", recipe, *endless, cwd=tmp_path)
+    log = wait_for(tmp_path, "runs/*/log.jsonl", fork)
+    os.kill(fork.process.pid, signum)
+    done = fork.wait()
+    assert done.returncode == code
+    assert done.stdout == ""
+    last = done.stderr.splitlines()[-1]
     assert "is saved in" in last
     assert "run the same command again" in last
     steps = [record["step"] for record in read_jsonl(log)]
@@ -504,25 +492,25 @@ def test_a_signal_from_outside_ends_with_everything_saved(recipe, tmp_path, sign
 
 
 def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(whole, recipe, tmp_path):
-    process = command("run", recipe, "--set", "train.steps=6", cwd=tmp_path)
-    wait_for(tmp_path, "runs/*/checkpoints/step-00000002", process)
-    process.kill()
-    process.communicate()
-    again = command("run", recipe, "--json", cwd=tmp_path)
-    out, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
-    report = json.loads(out)
+    fork = Fork(CMKIT, "run", recipe, cwd=tmp_path)
+    wait_for(tmp_path, "runs/*/checkpoints/step-00000002", fork)
+    fork.process.kill()
+    assert fork.wait().returncode == -signal.SIGKILL
+    again = Fork(CMKIT, "run", recipe, "--json", cwd=tmp_path).wait()
+    assert again.returncode == 0, again.stderr
+    report = json.loads(again.stdout)
     assert fingerprint(tmp_path / report["folder"]) == fingerprint(whole[0])
 
 
-def wait_for(home: Path, pattern: str, process) -> Path:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+def wait_for(home: Path, pattern: str, fork: Fork) -> Path:
+    """A folder, or a file that is not empty; where none appears the fork is killed."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and fork.process.is_alive():
         if found := [p for p in home.glob(pattern) if p.is_dir() or p.stat().st_size]:
             return found[0]
-        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    raise AssertionError(f"{pattern} did not appear")
+    fork.process.kill()
+    raise AssertionError(f"{pattern} did not appear: {fork.wait()}")
 
 
 def test_a_reference_that_metrics_cannot_use_stops_the_run_before_training(recipe, tmp_path):
