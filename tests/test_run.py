@@ -159,13 +159,32 @@ def test_a_finished_run_does_nothing_again(whole):
     assert {p: p.stat().st_mtime_ns for p in (folder / "samples").iterdir()} == before
 
 
-@pytest.mark.parametrize("crash", [1, 3, 5, 7, 9, 11, 12, 14, 15, 17, 18, 19, 20])
-def test_a_run_cut_after_any_event_resumes_to_the_same_bits(whole, recipe, tmp_path, crash):
+CUTS = {
+    "training, samples": """
+        StageStarted:train Step:2 Step:3 Saved:4 Step:6 StageFinished:train StageStarted:search
+        Sampled:35 Sampled:70 StageFinished:sample StageStarted:metric StageFinished:metric
+    """,
+    "search": """
+        CellsDrawn:70 Cell:0 Cell:2 CellsDrawn:0 CellsDrawn:70 Cell:1 Cell:3
+        StageStarted:rerank CellsDrawn:35 Cell:3 CellsDrawn:70 Cell:2
+        StageStarted:confirm CellsDrawn:70 Comparison:0 Comparison:1 StageFinished:search
+    """,
+}
+"""Where a run is cut, one place after another: kinds of events, and what each says first."""
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [pytest.param(CUTS[name], marks=pytest.mark.slow if name == "search" else ()) for name in CUTS],
+    ids=CUTS,
+)
+def test_a_run_cut_again_and_again_ends_in_the_same_bits(whole, recipe, tmp_path, cuts):
     """The generator is dropped where a kill would end it; the file-level kills are in crash/."""
-    running = events(recipe, tmp_path / "runs")
-    for _ in range(crash):
-        next(running)
-    running.close()
+    for cut in cuts.split():
+        running = events(recipe, tmp_path / "runs")
+        places = (f"{type(e).__name__}:{next(iter(vars(e).values()))}" for e in running)
+        assert cut in places, f"the resumed run has no {cut}"
+        running.close()
     folder, _ = finish(recipe, tmp_path / "runs")
     assert fingerprint(folder) == fingerprint(whole[0])
     assert losses(folder) == losses(whole[0])
@@ -209,7 +228,7 @@ def test_a_search_hands_images_to_the_metric_as_they_are_drawn(recipe, monkeypat
     assert sizes == {35}
 
 
-@pytest.mark.parametrize("how", ["kill", "signal"])
+@pytest.mark.parametrize("how", [pytest.param("kill", marks=pytest.mark.slow), "signal"])
 def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, monkeypatch, how):
     """35 of 70 images of each cell of a row are drawn, and never again."""
     monkeypatch.setattr("cmkit.run.job.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
@@ -249,7 +268,7 @@ def test_a_search_that_is_stopped_again_as_it_goes_on_loses_nothing(whole, recip
     assert fingerprint(folder) == fingerprint(whole[0])
 
 
-@pytest.mark.parametrize("how", ["kill", "signal"])
+@pytest.mark.parametrize("how", [pytest.param("kill", marks=pytest.mark.slow), "signal"])
 def test_samples_that_are_drawn_are_never_drawn_again(whole, recipe, tmp_path, monkeypatch, how):
     monkeypatch.setattr("cmkit.run.job.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
     stop, out = StopSignal(), tmp_path / "runs"
