@@ -1,15 +1,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 RECIPE ?= recipes/digits_rescaled_ct.toml
 
-.PHONY: demo test install lint docs clean
+.PHONY: demo quick test install lint docs clean
 
 demo: install  ## Train, search, sample, measure and report on real digits (a few minutes).
 	$(BIN)/cmkit run $(RECIPE)
 
+quick: install  ## The tests that a change must keep before it is committed (minutes).
+	$(PYTEST) -m "not (browser or compile or slow or wheels)"
+
 test: install  ## The whole test suite.
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 install: $(VENV)/installed  ## An environment with all that the other targets need.
 

@@ -3,14 +3,17 @@
 import os
 import signal
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 
-from tests import wheels
+from tests import forks, wheels
 
 torch.set_num_threads(1)
 
@@ -49,15 +52,45 @@ def cmkit(monkeypatch, capsys, tmp_path):
         signal.signal(number, handler)
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """The wheels of cmkit and of the packages beside it."""
-    return wheels.build(tmp_path_factory.mktemp("wheels"))
+@pytest.fixture
+def forked_reader(monkeypatch):
+    """Pickles are read in a fork, not in a new Python."""
+    module = SimpleNamespace(run=forks.read_pickle, TimeoutExpired=TimeoutError)
+    monkeypatch.setattr("cmkit.weights.pickles.subprocess", module)
 
 
 @pytest.fixture(scope="session")
-def installed(built, tmp_path_factory):
+def shared(tmp_path_factory) -> Path:
+    """A folder that all workers of pytest-xdist have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def built(shared) -> list[Path]:
+    """The wheels of cmkit and of the packages beside it, built by the first worker that asks."""
+    with FileLock(shared / "wheels.lock"):
+        if not (shared / "wheels").exists():
+            wheels.build(shared / "wheels.part")
+            (shared / "wheels.part").rename(shared / "wheels")
+    return sorted((shared / "wheels").glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(built, shared) -> wheels.Environment:
     """A clean environment in which pip has installed them."""
-    environment = wheels.Environment(tmp_path_factory.mktemp("installed"))
-    environment.install(*built)
+    with FileLock(shared / "installed.lock"):
+        environment = wheels.Environment(shared / "installed")
+        if not (shared / "installed.done").exists():
+            environment.install(*built)
+            (shared / "installed.done").touch()
     return environment
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A test is marked for what its fixtures need."""
+    for item in items:
+        for fixture, mark in (("built", "wheels"), ("browser", "browser")):
+            if fixture in item.fixturenames:
+                item.add_marker(mark)

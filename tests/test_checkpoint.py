@@ -35,6 +35,7 @@ from cmkit.errors import (
     ResourceError,
 )
 from cmkit.run import RunFolder
+from tests.forks import Fork
 
 ROOT = os.geteuid() == 0
 
@@ -607,13 +608,6 @@ def test_names_in_a_file_are_never_imported(tmp_path: Path) -> None:
     assert set(sys.modules) == modules
 
 
-def test_the_kernel_unpickles_nowhere() -> None:
-    source = Path(checkpoint.__file__).read_text()
-    assert "import pickle" not in source
-    assert "torch.load" not in source
-    assert "import_module" not in source
-
-
 def test_atomic_write_replaces_whole(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     for data in ("first", b"second", "dritte Fassung, größer"):
@@ -707,16 +701,6 @@ def test_disk_is_checked_before_writing(tmp_path: Path, monkeypatch: pytest.Monk
         save(tmp_path, 2)
 
 
-def child(script: str, *args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
@@ -797,7 +781,7 @@ print(checkpoint.latest_checkpoint(root / "c", print).step, (root / "log").read_
 
 
 def test_limit_on_file_sizes_is_a_resource_error(tmp_path: Path) -> None:
-    done = child(FILE_LIMIT, tmp_path)
+    done = Fork(FILE_LIMIT, tmp_path, cwd=tmp_path).wait()
     assert done.returncode == 0, done.stderr
     save_error, write_error, log_error, last = done.stdout.splitlines()
     assert "step-00000002: File too large" in save_error
@@ -844,7 +828,7 @@ def test_read_only_folder_is_a_resource_error_and_can_be_read() -> None:
         (root / "secret.safetensors").chmod(0)
         for folder in (root / "c", root):
             folder.chmod(0o555)
-        done = child(READ_ONLY, root)
+        done = Fork(READ_ONLY, root, cwd=root).wait()
         assert done.returncode == 0, done.stderr
         *errors, last = done.stdout.splitlines()
         assert len(errors) == 6
@@ -876,31 +860,27 @@ import os, sys, time, pathlib
 from cmkit import files
 with files.lock(pathlib.Path(sys.argv[1])):
     child = os.fork()
-    if child == 0:
-        time.sleep(60)
-    print(child, flush=True)
+    if child:
+        files.atomic_write(pathlib.Path(sys.argv[1]) / "orphan", str(child))
     time.sleep(60)
 """
 
 
 def test_lock_of_a_killed_process_is_free_even_while_its_child_lives(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with holder:
-        orphan = int(holder.stdout.readline())
-        started = time.monotonic()
-        with (
-            pytest.raises(BusyError, match=rf"pid {holder.pid} on .* since"),
-            files.lock(tmp_path),
-        ):
-            pass
-        assert time.monotonic() - started < 1
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
+    holder = Fork(HOLD, tmp_path, cwd=tmp_path)
+    while not (tmp_path / "orphan").exists():
+        assert holder.process.is_alive(), holder.wait()
+        time.sleep(0.01)
+    orphan = int((tmp_path / "orphan").read_text())
+    started = time.monotonic()
+    with (
+        pytest.raises(BusyError, match=rf"pid {holder.process.pid} on .* since"),
+        files.lock(tmp_path),
+    ):
+        pass
+    assert time.monotonic() - started < 1
+    holder.process.kill()
+    assert holder.wait().returncode == -signal.SIGKILL
     os.kill(orphan, 0)
     with files.lock(tmp_path):
         pass

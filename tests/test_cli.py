@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.forks import CMKIT, Fork
 from tests.test_run import RECIPE
 
 
@@ -108,7 +107,9 @@ def test_inception_weights_that_are_missing_stop_the_run_at_once(
     assert not (tmp_path / "runs").exists()
 
 
-def test_weights_of_another_shape_or_that_could_run_code_are_refused(cmkit, recipe, tmp_path):
+def test_weights_of_another_shape_or_that_could_run_code_are_refused(
+    cmkit, recipe, tmp_path, forked_reader
+):
     from safetensors.torch import save_file
 
     save_file({"conv_out.bias": torch.zeros(3)}, tmp_path / "other.safetensors")
@@ -149,8 +150,6 @@ def test_a_read_only_folder_is_refused_without_a_trace():
     script = (
         "import contextlib, io, os, sys\n"
         "from cmkit.cli import main\n"
-        "import cmkit.run, cmkit.cli.display, cmkit.report\n"
-        "os.chdir(sys.argv[1])\n"
         "sys.argv = ['cmkit', 'check', 'tiny.toml']\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()\n"
         "if os.getuid() == 0: os.setgid(65534); os.setuid(65534)\n"  # all is imported by now
@@ -162,7 +161,7 @@ def test_a_read_only_folder_is_refused_without_a_trace():
         with open(f"{home}/tiny.toml", "w") as file:
             file.write(RECIPE)
         os.mkdir(f"{home}/closed", 0o555)
-        done = subprocess.run([sys.executable, "-c", script, home], capture_output=True, text=True)
+        done = Fork(script, cwd=home).wait()
     refused((done.returncode, done.stdout, done.stderr), 5, "closed/runs", "--out")
 
 
@@ -200,18 +199,16 @@ def test_plugins_and_schema_are_one_json_document(cmkit):
 
 
 def test_a_pipe_sees_plain_lines_and_results_apart(recipe, tmp_path):
-    environment = {**os.environ, "FORCE_COLOR": "1", "LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(
-        [sys.executable, "-c", "from cmkit.cli import main; main()", "run", recipe],
-        capture_output=True, cwd=tmp_path, env=environment, check=True,
-    )  # fmt: skip
-    assert b"\x1b[?25" not in done.stderr  # no cursor tricks in a log file
-    err = done.stderr.decode("ascii")
-    assert "train 6/6" in err
-    assert "saved step 6" in err
-    out = done.stdout.decode("ascii")
-    assert "fid = " in out
-    assert "report.html" in out.splitlines()[0]
+    plain = {"FORCE_COLOR": "1", "LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}
+    done = Fork(CMKIT, "run", recipe, cwd=tmp_path, **plain).wait()
+    assert done.returncode == 0, done.stderr
+    assert "\x1b[?25" not in done.stderr  # no cursor tricks in a log file
+    assert done.stderr.isascii()
+    assert "train 6/6" in done.stderr
+    assert "saved step 6" in done.stderr
+    assert done.stdout.isascii()
+    assert "fid = " in done.stdout
+    assert "report.html" in done.stdout.splitlines()[0]
 
 
 def test_the_shipped_recipe_is_found_by_its_bare_name(cmkit):

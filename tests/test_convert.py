@@ -78,7 +78,7 @@ def test_every_layout_of_equal_steps_leads_to_every_other(home):
         converted("b", "d", "guided-diffusion")
 
 
-def test_a_pickle_of_theirs_is_recognized(home, tmp_path, monkeypatch):
+def test_a_pickle_of_theirs_is_recognized(home, forked_reader):
     converted("own.safetensors", "theirs", "openai")
     torch.save(load_file("theirs"), "theirs.pt")
     converted("theirs.pt", "back.safetensors", "cmkit")

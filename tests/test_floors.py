@@ -130,6 +130,7 @@ def test_nothing_unpickles():
             if isinstance(node, ast.Attribute) and node.attr == "load":
                 assert getattr(node.value, "id", "") not in {"torch", "pickle", "joblib"}, path
         assert not {"pickle", "dill", "joblib", "shelve"} & set(imports(path)), path
+    assert "import_module" not in (ROOT / "cmkit" / "checkpoint.py").read_text("utf-8")
 
 
 def test_every_built_in_enters_by_its_entry_point():

@@ -195,7 +195,8 @@ def test_heads_have_spectral_norm_one(critic, plain):
     weights = [m.weight.detach() for m in critic.heads.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(weights) == 2 * (5 + 4 + 3 + 2)
     for weight in weights:
-        assert float(torch.linalg.matrix_norm(weight.flatten(1), 2)) == pytest.approx(1, rel=0.1)
+        rows = weight.flatten(1)
+        assert torch.linalg.eigvalsh(rows @ rows.T)[-1].sqrt() == pytest.approx(1, rel=0.1)
 
 
 def test_batch_normalisation_remembers_nothing(critic, plain):
@@ -322,13 +323,13 @@ def test_the_loss_depends_on_its_rng_alone(files, critic):
         start_from = copied(critic)
         torch.manual_seed(1)
         state = torch.get_rng_state()
-        first = lost(made, part, step)
+        first = lost(made, part, step, size=2)
         assert torch.equal(torch.get_rng_state(), state)
         critic.load_state_dict(start_from)
         torch.manual_seed(2)
-        assert torch.equal(lost(made, part, step), first)
+        assert torch.equal(lost(made, part, step, size=2), first)
         critic.load_state_dict(start_from)
-        assert not torch.equal(lost(made, part, step, index=1), first)
+        assert not torch.equal(lost(made, part, step, index=1, size=2), first)
 
 
 @pytest.fixture
@@ -350,7 +351,7 @@ def planned(tmp_path, files):
 
 
 def test_a_step_moves_one_of_the_two_networks_and_what_belongs_to_it(planned):
-    training = start(planned(), CPU)
+    training = start(planned("train.batch=4"), CPU)
     critic, models = training.models.companions["discriminator"], training.models
     denoisers = (models.online, models.target, *models.ema.values())
     before = [copied(d) for d in denoisers], copied(critic)
@@ -370,8 +371,9 @@ def test_a_step_moves_one_of_the_two_networks_and_what_belongs_to_it(planned):
     assert (group["betas"], group["lr"]) == ((0.5, 0.9), pytest.approx(2e-3))
 
 
+@pytest.mark.slow
 def test_a_run_cut_between_turns_ends_in_the_same_bits(planned, tmp_path):
-    made = planned()
+    made = planned("train.batch=4", "train.steps=3")
     whole = start(made, CPU)
     for step in train(whole):
         if step.step in (1, 2):

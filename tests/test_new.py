@@ -41,29 +41,36 @@ def cli(*words):
     except SystemExit as done:
         assert done.code == 0, words
 
-kind = sys.argv[1]
-cli("plugins", "show", kind, "two_words")
-cli("plugins", "check", "cmkit-two-words")
-cli("run", "recipe.toml", "--device", "cpu", "--set", "train.steps=2", "--set", "sample.images=16")
-assert pytest.main(["-q", "-p", "no:cacheprovider", "-W", "error", "tests"]) == 0
+folders = []
+for kind in sys.argv[1:]:
+    cli("plugins", "show", kind, f"new_{kind}")
+    cli("plugins", "check", f"cmkit-new-{kind}")
+    folders.append(f"cmkit-new-{kind}")
+    few = "--set", "train.steps=2", "--set", "sample.images=16"
+    cli("run", f"{folders[-1]}/recipe.toml", "--device", "cpu", *few)
+options = "-q", "-p", "no:cacheprovider", "-W", "error"
+assert pytest.main([*options, *(f"{folder}/tests" for folder in folders)]) == 0
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_new_package_is_installed_listed_checked_run_and_tested(kind, tmp_path):
-    folder, site = cmkit.new.new(kind, "two_words", tmp_path), tmp_path / "site"
-    ours(site, *INSTALL.split(), str(site), str(folder), cwd=tmp_path)
-    out = ours(site, "-c", COMMANDS, kind, cwd=folder)
-    assert f"{kind} two_words (cmkit-two-words 0.1.0)" in out
-    assert out.count(" pass\n") == 2
-    assert list((folder / "runs").glob("two_words-*/report.html"))
-    assert "2 passed" in out
+@pytest.mark.wheels
+def test_new_packages_are_installed_listed_checked_run_and_tested(tmp_path):
+    """One of each kind, side by side in one environment and one process."""
+    folders = [cmkit.new.new(kind, f"new_{kind}", tmp_path) for kind in KINDS]
+    site = tmp_path / "site"
+    ours(site, *INSTALL.split(), str(site), *map(str, folders), cwd=tmp_path)
+    out = ours(site, "-c", COMMANDS, *KINDS, cwd=tmp_path)
+    for kind in KINDS:
+        assert f"{kind} new_{kind} (cmkit-new-{kind} 0.1.0)" in out
+        assert list(tmp_path.glob(f"runs/new_{kind}-*/report.html"))
+    assert out.count(" pass\n") == 2 * len(KINDS)
+    assert f"{2 * len(KINDS)} passed" in out
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_new_package_is_in_our_style_and_leaves_no_placeholder(kind, tmp_path):
-    folder = cmkit.new.new(kind, "abc", tmp_path)
-    for path in folder.rglob("*"):
+def test_new_packages_are_in_our_style_and_leave_no_placeholder(tmp_path):
+    for kind in KINDS:
+        cmkit.new.new(kind, f"abc_{kind}", tmp_path)
+    for path in tmp_path.rglob("*"):
         assert "mine" not in path.name
         if path.is_file():
             text = path.read_text("utf-8")
@@ -72,7 +79,7 @@ def test_a_new_package_is_in_our_style_and_leaves_no_placeholder(kind, tmp_path)
     for check in (["check", "--select", "E,F,B,UP,SIM,RUF"], ["format", "--check"]):
         done = subprocess.run(
             [*ruff, *check, "--line-length", "100", "--isolated", "--no-cache", "."],
-            cwd=folder,
+            cwd=tmp_path,
             capture_output=True,
             text=True,
         )

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -46,6 +45,7 @@ from cmkit.search import Cell, CellsDrawn, Scoring, best, interval, search, verd
 from cmkit.stop import StopSignal
 from cmkit.tensors import load_weights
 from cmkit.train import Step
+from tests.forks import CMKIT, Fork
 
 RECIPE = """\
 name = "tiny"
@@ -85,7 +85,6 @@ precision = "fp32"
 grid = { skip = [1.0, 1.5], emb = [0.5, 1.0] }
 """
 CPU = torch.device("cpu")
-CMKIT = [sys.executable, "-c", "from cmkit.cli import main; main()"]
 
 
 @pytest.fixture
@@ -161,13 +160,32 @@ def test_a_finished_run_does_nothing_again(whole):
     assert {p: p.stat().st_mtime_ns for p in (folder / "samples").iterdir()} == before
 
 
-@pytest.mark.parametrize("crash", [1, 3, 5, 7, 9, 11, 12, 14, 15, 17, 18, 19, 20])
-def test_a_run_cut_after_any_event_resumes_to_the_same_bits(whole, recipe, tmp_path, crash):
+CUTS = {
+    "training, samples": """
+        StageStarted:train Step:2 Step:3 Saved:4 Step:6 StageFinished:train StageStarted:search
+        Sampled:35 Sampled:70 StageFinished:sample StageStarted:metric StageFinished:metric
+    """,
+    "search": """
+        CellsDrawn:70 Cell:0 Cell:2 CellsDrawn:0 CellsDrawn:70 Cell:1 Cell:3
+        StageStarted:rerank CellsDrawn:35 Cell:3 CellsDrawn:70 Cell:2
+        StageStarted:confirm CellsDrawn:70 Comparison:0 Comparison:1 StageFinished:search
+    """,
+}
+"""Where a run is cut, one place after another: kinds of events, and what each says first."""
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [pytest.param(CUTS[name], marks=pytest.mark.slow if name == "search" else ()) for name in CUTS],
+    ids=CUTS,
+)
+def test_a_run_cut_again_and_again_ends_in_the_same_bits(whole, recipe, tmp_path, cuts):
     """The generator is dropped where a kill would end it; the file-level kills are in crash/."""
-    running = events(recipe, tmp_path / "runs")
-    for _ in range(crash):
-        next(running)
-    running.close()
+    for cut in cuts.split():
+        running = events(recipe, tmp_path / "runs")
+        places = (f"{type(e).__name__}:{next(iter(vars(e).values()))}" for e in running)
+        assert cut in places, f"the resumed run has no {cut}"
+        running.close()
     folder, _ = finish(recipe, tmp_path / "runs")
     assert fingerprint(folder) == fingerprint(whole[0])
     assert losses(folder) == losses(whole[0])
@@ -213,7 +231,7 @@ def test_a_search_hands_images_to_the_metric_as_they_are_drawn(recipe, monkeypat
     assert sizes == {35}
 
 
-@pytest.mark.parametrize("how", ["kill", "signal"])
+@pytest.mark.parametrize("how", [pytest.param("kill", marks=pytest.mark.slow), "signal"])
 def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, monkeypatch, how):
     """35 of 70 images of each cell of a row are drawn, and never again."""
     monkeypatch.setattr("cmkit.run.job.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
@@ -253,7 +271,7 @@ def test_a_search_that_is_stopped_again_as_it_goes_on_loses_nothing(whole, recip
     assert fingerprint(folder) == fingerprint(whole[0])
 
 
-@pytest.mark.parametrize("how", ["kill", "signal"])
+@pytest.mark.parametrize("how", [pytest.param("kill", marks=pytest.mark.slow), "signal"])
 def test_samples_that_are_drawn_are_never_drawn_again(whole, recipe, tmp_path, monkeypatch, how):
     monkeypatch.setattr("cmkit.run.job.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
     stop, out = StopSignal(), tmp_path / "runs"
@@ -477,27 +495,16 @@ def test_the_verdict_falls_whichever_way_it_must():
     assert verdict("fid", base, [11.0, 9.0, 10.2]).startswith("No difference")
 
 
-def command(*arguments, cwd, **options):
-    here = os.getcwd()
-    path = os.pathsep.join([here, os.path.join(here, "plugins")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen(
-        [*CMKIT, *map(str, arguments)], cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_from_outside_ends_with_everything_saved(recipe, tmp_path, signum, code):
-    process = command(
-        "run", recipe, "--set", "train.steps=100000", "--set", "train.log_every=1", cwd=tmp_path
-    )
-    log = wait_for(tmp_path, "runs/*/log.jsonl", process)
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert out == ""
-    last = err.splitlines()[-1]
+    endless = ["--set", "train.steps=100000", "--set", "train.log_every=1"]
+    fork = Fork(CMKIT, "run", recipe, *endless, cwd=tmp_path)
+    log = wait_for(tmp_path, "runs/*/log.jsonl", fork)
+    os.kill(fork.process.pid, signum)
+    done = fork.wait()
+    assert done.returncode == code
+    assert done.stdout == ""
+    last = done.stderr.splitlines()[-1]
     assert "is saved in" in last
     assert "run the same command again" in last
     steps = [record["step"] for record in read_jsonl(log)]
@@ -507,25 +514,25 @@ def test_a_signal_from_outside_ends_with_everything_saved(recipe, tmp_path, sign
 
 
 def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(whole, recipe, tmp_path):
-    process = command("run", recipe, "--set", "train.steps=6", cwd=tmp_path)
-    wait_for(tmp_path, "runs/*/checkpoints/step-00000002", process)
-    process.kill()
-    process.communicate()
-    again = command("run", recipe, "--json", cwd=tmp_path)
-    out, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
-    report = json.loads(out)
+    fork = Fork(CMKIT, "run", recipe, cwd=tmp_path)
+    wait_for(tmp_path, "runs/*/checkpoints/step-00000002", fork)
+    fork.process.kill()
+    assert fork.wait().returncode == -signal.SIGKILL
+    again = Fork(CMKIT, "run", recipe, "--json", cwd=tmp_path).wait()
+    assert again.returncode == 0, again.stderr
+    report = json.loads(again.stdout)
     assert fingerprint(tmp_path / report["folder"]) == fingerprint(whole[0])
 
 
-def wait_for(home: Path, pattern: str, process) -> Path:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+def wait_for(home: Path, pattern: str, fork: Fork) -> Path:
+    """A folder, or a file that is not empty; where none appears the fork is killed."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and fork.process.is_alive():
         if found := [p for p in home.glob(pattern) if p.is_dir() or p.stat().st_size]:
             return found[0]
-        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    raise AssertionError(f"{pattern} did not appear")
+    fork.process.kill()
+    raise AssertionError(f"{pattern} did not appear: {fork.wait()}")
 
 
 def test_a_reference_that_metrics_cannot_use_stops_the_run_before_training(recipe, tmp_path):

@@ -51,13 +51,18 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return read(find(str(path), ADM()))
 
 
+def test_a_new_process_reads_a_pickle_bit_for_bit(tmp_path):
+    torch.save(state(), tmp_path / "w.pt")
+    assert same(tensors_of(tmp_path / "w.pt"), state())
+
+
 @pytest.mark.parametrize("new_format", [True, False])
-def test_a_state_dict_comes_out_of_a_pickle_bit_for_bit(tmp_path, new_format):
+def test_a_state_dict_comes_out_of_a_pickle_bit_for_bit(tmp_path, forked_reader, new_format):
     torch.save(state(), tmp_path / "w.pt", _use_new_zipfile_serialization=new_format)
     assert same(tensors_of(tmp_path / "w.pt"), state())
 
 
-def test_of_a_training_checkpoint_the_average_is_taken(tmp_path):
+def test_of_a_training_checkpoint_the_average_is_taken(tmp_path, forked_reader):
     content = {
         "model": {"a": torch.zeros(2)},
         "ema": state(),
@@ -84,13 +89,13 @@ class Persistent(nn.Sequential):
 
 @pytest.mark.parametrize("save", [torch.save, lambda x, p: p.write_bytes(pickle.dumps(x))])
 @pytest.mark.parametrize("kind", [nn.Sequential, Persistent])
-def test_tensors_of_a_pickled_module_have_their_module_names(tmp_path, save, kind):
+def test_tensors_of_a_pickled_module_have_their_module_names(tmp_path, forked_reader, save, kind):
     module = kind(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
     save({"ema": module, "augment": None}, tmp_path / "w.pkl")
     assert same(tensors_of(tmp_path / "w.pkl"), dict(nn.Sequential(*module).state_dict()))
 
 
-def test_a_checkpoint_in_a_dict_of_nvidias_own_is_read(tmp_path, monkeypatch):
+def test_a_checkpoint_in_a_dict_of_nvidias_own_is_read(tmp_path, forked_reader, monkeypatch):
     """NVlabs/edm2 pickles `dnnlib.util.EasyDict`, half precision; the class need not be here."""
     module = types.ModuleType("dnnlib.util")
     module.EasyDict = type("EasyDict", (dict,), {"__module__": module.__name__})
@@ -104,14 +109,14 @@ def test_a_checkpoint_in_a_dict_of_nvidias_own_is_read(tmp_path, monkeypatch):
     assert same(tensors_of(tmp_path / "w.pkl"), halves)
 
 
-def test_a_pickle_is_converted_once(tmp_path, monkeypatch):
+def test_a_pickle_is_converted_once(tmp_path, forked_reader, monkeypatch):
     torch.save(state(), tmp_path / "w.pt")
     tensors_of(tmp_path / "w.pt")
     monkeypatch.setattr("cmkit.weights.pickles.pickle_to_safetensors", None)
     assert same(tensors_of(tmp_path / "w.pt"), state())
 
 
-def test_a_damaged_conversion_is_made_again(tmp_path):
+def test_a_damaged_conversion_is_made_again(tmp_path, forked_reader):
     torch.save(state(), tmp_path / "w.pt")
     tensors_of(tmp_path / "w.pt")
     (kept,) = (tmp_path / "cache/cmkit/converted").glob("*.safetensors")
@@ -175,7 +180,7 @@ def hostile(kind: str, path: Path) -> None:
 KINDS = [
     "runs code",
     "runs code, plain pickle",
-    "allocates",
+    pytest.param("allocates", marks=pytest.mark.slow),
     "a view larger than its file",
     "sparse",
     "complex",
@@ -190,7 +195,11 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_hostile_or_damaged_pickle_is_one_line_and_runs_nothing(tmp_path, monkeypatch, kind):
+def test_a_hostile_or_damaged_pickle_is_one_line_and_runs_nothing(
+    tmp_path, monkeypatch, request, kind
+):
+    if kind not in {"runs code", "allocates"}:  # which a new process reads, as in earnest
+        request.getfixturevalue("forked_reader")
     monkeypatch.setattr(Runs, "marker", str(tmp_path / "executed"))
     hostile(kind, tmp_path / "w.pt")
     with pytest.raises(CheckpointError) as error:
@@ -201,6 +210,7 @@ def test_a_hostile_or_damaged_pickle_is_one_line_and_runs_nothing(tmp_path, monk
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_readers_memory_is_bounded_by_its_file(tmp_path):
     """A child that allocates far more than its file holds ends, and says so."""
     content = b"\x80\x04" + b"".join(
@@ -224,7 +234,7 @@ except CheckpointError:
     assert int(done.stdout) < 2 << 20, done.stderr  # KiB
 
 
-def test_a_view_of_a_shared_storage_is_taken_as_it_is(tmp_path):
+def test_a_view_of_a_shared_storage_is_taken_as_it_is(tmp_path, forked_reader):
     base = torch.arange(12.0).reshape(3, 4)
     torch.save({"a": base, "b": base.t()}, tmp_path / "w.pt")
     assert torch.equal(tensors_of(tmp_path / "w.pt")["b"], base.t())
@@ -255,7 +265,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def published(tmp_path) -> Iterator[functools.partial]:
+def published(tmp_path, forked_reader) -> Iterator[functools.partial]:
     torch.save(state(), file := io.BytesIO())
     Server.content, Server.tag, Server.cut, Server.ranges = file.getvalue(), '"1"', None, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
@@ -342,12 +352,12 @@ def test_every_published_checkpoint_of_openai_has_a_name():
     )
 
 
-def test_a_path_may_say_so(tmp_path):
+def test_a_path_may_say_so(tmp_path, forked_reader):
     torch.save(state(), tmp_path / "a:b.pt")
     assert same(read(find(f"path:{tmp_path / 'a:b.pt'}", ADM())), state())
 
 
-def test_a_diffusers_folder_stands_for_its_weights(tmp_path):
+def test_a_diffusers_folder_stands_for_its_weights(tmp_path, forked_reader):
     torch.save(state(), tmp_path / "x")
     (tmp_path / "pipe" / "unet").mkdir(parents=True)
     os.rename(tmp_path / "x", tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.bin")

@@ -37,12 +37,11 @@ class Done(NamedTuple):
     err: str
 
 
-def build(out: Path) -> list[Path]:
+def build(out: Path) -> None:
     """The wheels of cmkit and of the packages beside it, built by their own backends."""
     sources = [ROOT, *(ROOT / "plugins" / name for name in PACKAGES)]
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
     succeed([*pip, "--no-build-isolation", "--wheel-dir", out, *sources])
-    return sorted(out.glob("*.whl"))
 
 
 def write(out: Path, dist: str, files: dict[str, str], manifest: str) -> Path:
@@ -64,20 +63,22 @@ def write(out: Path, dist: str, files: dict[str, str], manifest: str) -> Path:
 
 
 class Environment:
-    """A virtual environment with the other packages of the running one, and of cmkit only what is
-    installed in it.
+    """A virtual environment, made unless it is there, with the other packages of the running one,
+    and of cmkit only what is installed in it.
 
     A line of a .pth file adds a folder without reading the .pth files in it, by which an editable
     cmkit would come in.
     """
 
     def __init__(self, folder: Path):
-        venv.create(folder, symlinks=True)
+        made = folder.exists()
         self.folder = folder
         self.bin = folder / "bin"
         self.site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-        others = [p for p in sys.path if Path(p).name in {"site-packages", "dist-packages"}]
-        (self.site / "others.pth").write_text("\n".join(others))
+        if not made:
+            venv.create(folder, symlinks=True)
+            others = [p for p in sys.path if Path(p).name in {"site-packages", "dist-packages"}]
+            (self.site / "others.pth").write_text("\n".join(others))
 
     def install(self, *wheels: Path) -> None:
         """What `pip install` does, with the pip that runs here."""
@@ -93,7 +94,8 @@ class Environment:
 
     def variables(self) -> dict[str, str]:
         """What a shell has after `activate`; no path leads to the checkout."""
-        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        ours = "PYTHONPATH", "PYTEST_"
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         path = f"{self.bin}{os.pathsep}{kept['PATH']}"
         return {**kept, "PATH": path, "VIRTUAL_ENV": str(self.folder), "COLUMNS": "100"}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 MODES = ("die", "torn", "eio", "enospc", "lost", "zeroed", "undone", "mixed")
 MUTANTS = {

@@ -127,7 +127,7 @@ def compare(
     ratios = dict(_ratios(actual, expected, dtype, float16, elementwise, ""))
     bad = {place: ratio for place, ratio in ratios.items() if not ratio <= 1}
     assert not bad, "error / tolerance: " + ", ".join(f"{k} {v:.3g}" for k, v in bad.items())
-    return max(ratios.values(), default=0.0)
+    return float(max(ratios.values(), default=0.0))
 
 
 def _ratios(
