@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmkit.checkpoint import read_shapes, read_weights
 from cmkit.errors import CheckpointError, did_you_mean
-from cmkit.files import atomic_write, cache_folder
+from cmkit.files import atomic_write, cache_folder, reading, sha256_of
 from cmkit.run.folder import RunFolder
 from cmkit.tensors import is_pickle
 
@@ -137,16 +137,13 @@ def _converted(path: Path, digest: str) -> Path:
 
 def _sha256(path: Path) -> str:
     """The file's SHA-256; kept by path, inode, size and time, so that it is computed once."""
-    try:
+    with reading(path):
         at = path.stat()
-        identity = f"{path.resolve()} {at.st_ino} {at.st_size} {at.st_mtime_ns}"
-        record = cache_folder("digests") / hashlib.sha256(identity.encode()).hexdigest()
-        if record.is_file():
-            return record.read_text("utf-8")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; give another file") from error
+    identity = f"{path.resolve()} {at.st_ino} {at.st_size} {at.st_mtime_ns}"
+    record = cache_folder("digests") / hashlib.sha256(identity.encode()).hexdigest()
+    if record.is_file():
+        return record.read_text("utf-8")
+    digest = sha256_of(path)
     record.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(record, digest)
     return digest
