@@ -173,13 +173,13 @@ class Rescaler(Part, ABC):
         return numbers[name]
 
     def complete(self, values: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-        """Those of `names` that `values` set, with their values: the names themselves, and entries of
-        a list that is set whole."""
+        """Those of `names` that `values` set, with their values: the names themselves, and
+        entries of a list that is set whole."""
         return {name: values[name] for name in names if name in values}
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
-        """The same policy with other numbers, by the names of `value_of`; ValueError for a value out
-        of bounds."""
+        """The same policy with other numbers, by the names of `value_of`; ValueError for a value
+        out of bounds."""
         return type(self).model_validate({**self.model_dump(), **values})
 
 

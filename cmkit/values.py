@@ -42,8 +42,8 @@ class Phase:
     """Schedule values of one training step; a pure function of (step, total).
 
     `num_sigmas` is N, the points of the sigma grid; `target_ema` is mu of the target network;
-    `log` holds further numbers for the training log. After a step with `renew_teacher` the teacher takes
-    the online weights, from which the averages and the optimizer start anew. A step without
+    `log` holds further numbers for the training log. After a step with `renew_teacher` the teacher
+    takes the online weights, from which the averages and the optimizer start anew. A step without
     `update` leaves the target and the averages alone: it teaches companions only.
     """
 
