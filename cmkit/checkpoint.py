@@ -18,20 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
+from cmkit import files
 from cmkit.errors import CheckpointError, ResourceError
-from cmkit.files import (
-    TEMPORARY,
-    make_folder,
-    reading,
-    require_regular,
-    require_space,
-    sha256_of,
-    sweep,
-    sync_folder,
-    to_json,
-    write_file,
-    writing,
-)
 from cmkit.tensors import read_safetensors, require_savable, safetensors_shapes, write_tensors
 
 MANIFEST = "SHA256SUMS"
@@ -64,17 +52,17 @@ def save_checkpoint(
             raise ValueError(f"{name!r} is no file name; use letters, digits, '.', '_' and '-'")
     final = root / f"step-{step:08d}"
     size = sum(require_savable(name, group) for name, group in tensors.items())
-    text = to_json({"step": step, "state": dict(state)}, final / STATE)
-    with writing(root):
-        make_folder(root)
-        sweep(root)
+    text = files.to_json({"step": step, "state": dict(state)}, final / STATE)
+    with files.writing(root):
+        files.make_folder(root)
+        files.sweep(root)
     if final.is_symlink() or not _intact(final):
         needed = len(text) + size + 4096 * (len(tensors) + 3)
-        require_space(root, needed)
-        with writing(final, needed):
+        files.require_space(root, needed)
+        with files.writing(final, needed):
             _stage_and_publish(final, tensors, text)
-    with writing(root):
-        sync_folder(root)
+    with files.writing(root):
+        files.sync_folder(root)
         _prune(root, final, keep)
     return final
 
@@ -106,31 +94,31 @@ def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | N
     it while holding `lock`: it removes temporaries of saves that were killed.
     """
     with contextlib.suppress(OSError):
-        sweep(root)
+        files.sweep(root)
     return _newest(root, warn)
 
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError, naming the file, unless every byte agrees with SHA256SUMS."""
     manifest = folder / MANIFEST
-    with reading(manifest):
-        require_regular(manifest)
+    with files.reading(manifest):
+        files.require_regular(manifest)
         text = manifest.read_bytes().decode(errors="replace")
     if not _MANIFEST.fullmatch(text):
         raise CheckpointError(f"{manifest}: damaged; delete {folder} or restore it from a copy")
     digests = {line[66:]: line[:64] for line in text.splitlines()}
-    with reading(folder):
+    with files.reading(folder):
         present = {name for name in os.listdir(folder) if not name.startswith(".")} - {MANIFEST}
     for name in sorted(present ^ digests.keys()):
         what = "not listed in" if name in present else "missing, but listed in"
         raise CheckpointError(f"{folder / name}: {what} {MANIFEST}; delete {folder}")
     for name, digest in digests.items():
-        if sha256_of(folder / name) != digest:
+        if files.sha256_of(folder / name) != digest:
             raise CheckpointError(
                 f"{folder / name}: damaged, its SHA-256 is not that of {MANIFEST};"
                 f" delete {folder} or restore it from a copy"
             )
-    with reading(folder):
+    with files.reading(folder):
         _remember(folder)
 
 
@@ -157,7 +145,7 @@ def read_shapes(path: Path) -> dict[str, Tensor]:
 
 def _newest_folder(path: Path) -> Path:
     """The checkpoint folder `path`, or the newest one in it."""
-    with reading(path):
+    with files.reading(path):
         steps = [] if (path / MANIFEST).exists() else _steps(path)
     return steps[0][1] if steps else path
 
@@ -172,12 +160,12 @@ def _weights_file(folder: Path) -> Path:
 def _stage_and_publish(
     final: Path, tensors: Mapping[str, Mapping[str, Tensor]], text: bytes
 ) -> None:
-    stage = final.with_name(TEMPORARY + final.name)
+    stage = final.with_name(files.TEMPORARY + final.name)
     try:
         stage.mkdir()
         _stage(stage, tensors, text)
         if os.path.lexists(final):
-            os.rename(final, final.with_name(f"{TEMPORARY}damaged-{final.name}"))
+            os.rename(final, final.with_name(f"{files.TEMPORARY}damaged-{final.name}"))
         os.rename(stage, final)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
@@ -187,12 +175,12 @@ def _stage_and_publish(
 
 def _stage(stage: Path, tensors: Mapping[str, Mapping[str, Tensor]], text: bytes) -> None:
     """Write a whole checkpoint to `stage`, manifest last, every byte of it fsynced."""
-    files = {f"{name}.safetensors": group for name, group in tensors.items()}
-    digests = {name: write_tensors(stage / name, group) for name, group in files.items()}
-    digests[STATE] = write_file(stage / STATE, text)
+    groups = {f"{name}.safetensors": group for name, group in tensors.items()}
+    digests = {name: write_tensors(stage / name, group) for name, group in groups.items()}
+    digests[STATE] = files.write_file(stage / STATE, text)
     lines = (f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-    write_file(stage / MANIFEST, "".join(lines).encode())
-    sync_folder(stage)
+    files.write_file(stage / MANIFEST, "".join(lines).encode())
+    files.sync_folder(stage)
 
 
 def _prune(root: Path, newest: Path, keep: int) -> None:
@@ -203,10 +191,10 @@ def _prune(root: Path, newest: Path, keep: int) -> None:
     kept = 0
     for _, folder in _steps(root):
         if kept >= keep and folder != newest:
-            os.rename(folder, folder.with_name(f"{TEMPORARY}pruned-{folder.name}"))
+            os.rename(folder, folder.with_name(f"{files.TEMPORARY}pruned-{folder.name}"))
         elif folder == newest or _intact(folder):
             kept += 1
-    sweep(root)
+    files.sweep(root)
 
 
 _verified: dict[Path, tuple[Any, ...]] = {}
@@ -234,7 +222,7 @@ def _intact(folder: Path) -> bool:
 
 def _newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     damage: list[CheckpointError] = []
-    with reading(root):
+    with files.reading(root):
         steps = _steps(root)
     for _, folder in steps:
         try:
@@ -252,7 +240,7 @@ def _newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 def _open(folder: Path) -> Checkpoint:
     verify(folder)
-    with reading(folder / STATE):
+    with files.reading(folder / STATE):
         record = json.loads((folder / STATE).read_bytes())
         step, state, name = record["step"], dict(record["state"]), f"step-{record['step']:08d}"
     if _STEP.fullmatch(folder.name) and folder.name != name:

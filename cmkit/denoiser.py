@@ -1,4 +1,4 @@
-"""THE contract of the project: denoiser(x, sigma, cond) -> x0_hat."""
+"""The denoiser that all parts share: denoiser(x, sigma, cond) -> x0_hat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Scales = Mapping[str, Tensor]
 
 
 class Rescaling(Protocol):
-    """What gives scales to a network's sites: a rescaler."""
+    """A policy of scales for a network's sites, such as `cmkit.Rescaler`."""
 
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
         """The map sigma (B,) -> scales."""
@@ -25,7 +25,7 @@ class Rescaling(Protocol):
 
 @dataclass(frozen=True)
 class Cond:
-    """What an embedding may see besides sigma; None = absent."""
+    """What a network may be conditioned on besides sigma; None = absent."""
 
     label: Tensor | None = None
     """Class, (B,) int64."""
@@ -49,7 +49,7 @@ NO_COND = Cond()
 
 
 class Network(nn.Module):
-    """What a backbone builds: F(x, c_noise). The recipe's precond says what c_noise is, such as
+    """The raw network F(x, c_noise), built by a backbone. The precond says what c_noise is, such as
     ln(sigma) / 4 (EDM, table 1).
 
     `sites` names the places that can be rescaled: "skip.0" .. one per encoder-decoder connection,
@@ -58,8 +58,8 @@ class Network(nn.Module):
     Under autocast the output is float32; conditions that the network was not built for are ignored.
     `cond.sigma_to` comes as c_noise too: that of the target noise level.
 
-    A network whose first part does not depend on the scales of some sites may name them in `late`
-    and offer `decode(encode(..), scales)` for `forward`: a search then encodes once for all.
+    `late` names the decoder-side sites, whose scales do not change what `encode` returns, of a
+    network that offers `decode(encode(..), scales)` for `forward`: a search encodes only once.
 
     `null_label` is the label that stands for no class, where the network was built with one; an
     absent label then means it as well.
@@ -74,29 +74,28 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Bring the weights, in place, to the form in which a step of training starts.
+        """Normalize the weights in place (EDM2); training calls this before every step.
 
-        Training calls it before each step: here, not in `forward`, may a network move its own
-        weights, as EDM2's does, which normalizes them. Averages are of the weights after a step.
+        `forward` must not change weights. Averages are of the weights after a step.
         """
 
     def lower(self, dtype: torch.dtype) -> None:
-        """Round for good the weights that autocast to `dtype` would round at every call.
+        """Cast for inference the weights that autocast to `dtype` would cast at every call.
 
         Outputs under that autocast stay the same, bit for bit. Not for training.
         """
 
     def encode(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales) -> Any:
-        """What `decode` needs, whatever the scales of `late` sites; arguments as of `forward`."""
+        """What `decode` needs, independent of the scales of `late` sites; arguments of `forward`."""
         raise NotImplementedError
 
     def decode(self, encoded: Any, scales: Scales) -> Tensor:
-        """F as of `forward`, up to rounding: at most 1e-5 of its root mean square in float32."""
+        """F as `forward` returns it, up to 1e-5 of its root mean square in float32."""
         raise NotImplementedError
 
 
 class Encodings:
-    """A network's `encode` of one batch x, for models that differ in `late` scales alone."""
+    """Caches a network's `encode` of one batch x, for models that differ in `late` scales alone."""
 
     def __init__(self, x: Tensor):
         self.x = x
@@ -137,14 +136,14 @@ Scaling = Callable[[Tensor, float, float], Scalings]
 
 
 def edm_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
-    """Those of a diffusion model (EDM, table 1); sigma_min is not used."""
+    """Coefficients of a diffusion model (EDM, table 1); sigma_min is not used."""
     variance = sigma**2 + sigma_data**2
     c_skip, c_out = sigma_data**2 / variance, sigma * sigma_data / variance.sqrt()
     return Scalings(c_skip, c_out, variance.rsqrt(), 0.25 * torch.log(sigma + 1e-44))
 
 
 def consistency_scalings(sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
-    """Those of a diffusion model, with f(x, sigma_min) = x (Consistency Models, appendix C)."""
+    """Coefficients with D(x, sigma_min) = x (Consistency Models, appendix C)."""
     above, variance = sigma - sigma_min, sigma**2 + sigma_data**2
     c_skip = sigma_data**2 / (above**2 + sigma_data**2)
     c_out = sigma_data * above / variance.sqrt()
@@ -213,7 +212,7 @@ class Guided(Denoiser):
         self.passes = inner.passes * (1 if embedded else 2)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond = NO_COND) -> Tensor:
-        """The guided x0_hat, (B, C, H, W); arguments as of `Denoiser`."""
+        """The guided x0_hat, (B, C, H, W); arguments of `Denoiser.forward`."""
         w = cond.guidance if self.w is None else torch.full_like(sigma, self.w)
         if w is None:
             raise ValueError("a guided denoiser needs cond.guidance, or a w of its own")

@@ -75,8 +75,9 @@ def lock(folder: Path) -> Iterator[None]:
     BusyError at once, naming the holder, when it is held. Temporaries of killed runs are removed.
     """
     path = folder / ".lock"
-    with writing(path):
+    with writing(folder):
         make_folder(folder)
+    with writing(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     _held.add(handle)
     try:
@@ -151,7 +152,10 @@ def sweep(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(TEMPORARY):
-                _remove(Path(entry.path))
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    Path(entry.path).unlink(missing_ok=True)
 
 
 def write_file(path: Path, data: bytes) -> str:
@@ -173,16 +177,13 @@ def sha256_of(path: Path) -> str:
 
 def cached_sha256(path: Path) -> str:
     """The file's SHA-256, kept by its path, inode, size and time, so that it is computed once."""
-    try:
+    with reading(path):
         at = path.stat()
-        identity = f"{path.resolve()} {at.st_ino} {at.st_size} {at.st_mtime_ns}"
-        record = cache_folder("digests") / hashlib.sha256(identity.encode()).hexdigest()
-        if record.is_file():
-            return record.read_text("utf-8")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; give another file") from error
+    identity = f"{path.resolve()} {at.st_ino} {at.st_size} {at.st_mtime_ns}"
+    record = cache_folder("digests") / hashlib.sha256(identity.encode()).hexdigest()
+    if record.is_file():
+        return record.read_text("utf-8")
+    digest = sha256_of(path)
     record.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(record, digest)
     return digest
@@ -206,13 +207,6 @@ def make_folder(folder: Path) -> None:
     make_folder(folder.absolute().parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.absolute().parent)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def to_json(record: Mapping[str, Any], path: Path) -> bytes:

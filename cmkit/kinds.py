@@ -71,10 +71,10 @@ class Backbone(Part, ABC):
 
 
 class Precond(Part, ABC):
-    """What a network's inputs and output mean: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
+    """Preconditioning of a network: D(x, sigma) = c_skip x + c_out F(c_in x, c_noise).
 
-    `levels` are the sigma_min and sigma_max of a recipe that says none. `known` are the lowest and
-    the highest noise level that such networks were trained on: a recipe cannot leave them.
+    `levels` are the default sigma_min and sigma_max. `known` are the lowest and the highest noise
+    level that such networks were trained on: a recipe cannot leave them.
     """
 
     @property
@@ -86,15 +86,15 @@ class Precond(Part, ABC):
         return 0.0, math.inf
 
     def noise(self, sigma_min: float, sigma_max: float, rho: float) -> Noise | None:
-        """The network's own noise levels between these; None = the Karras grid of `rho`.
+        """The noise levels of a network with a fixed set of them; None = the Karras grid of `rho`.
 
-        RecipeError where it has no such axis.
+        RecipeError where it has none between `sigma_min` and `sigma_max`.
         """
         return None
 
     @abstractmethod
     def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
-        """(c_skip, c_out, c_in, c_noise), (B,) each and like sigma (B,), of the recipe's two."""
+        """(c_skip, c_out, c_in, c_noise) at noise levels sigma (B,); each (B,), of sigma's type."""
 
 
 class Objective(Part, ABC):
@@ -102,7 +102,7 @@ class Objective(Part, ABC):
 
     `needs` may hold "target" (an EMA copy of the online network), "teacher" (frozen weights), names
     of `Cond` fields that the backbone must accept, and what must hold of the online network's
-    scalings: any of `cmkit.denoiser.TRAITS`.
+    scalings: any of `cmkit.traits.TRAITS`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -117,10 +117,10 @@ class Objective(Part, ABC):
         """Raise now what would stop `loss` later on these networks, maybe on the meta device."""
 
     def companions(self, data: DataSpec) -> Mapping[str, Companion]:
-        """What `loss` trains beside the denoiser, found there as `models.companions[name]`.
+        """Networks that `loss` trains beside the denoiser; it finds them in `models.companions`.
 
-        Fresh weights, by the global generator, which is seeded by the recipe meanwhile; all this
-        may happen on the meta device. A companion without gradients after a step stays as it is.
+        Fresh weights, drawn by torch's global generator, which the recipe's seed has set; maybe on
+        the meta device. A companion without gradients after a step stays as it is.
         """
         return {}
 
@@ -157,7 +157,7 @@ class Rescaler(Part, ABC):
         """The map sigma (B,) -> scales; RecipeError when a site that it names is not in `sites`."""
 
     labels: ClassVar[Mapping[str, str]] = {}
-    """How the page calls a number, where its name alone would not tell a reader of the paper."""
+    """Names of numbers on the report's page, where the key alone says too little."""
 
     def numbers(self) -> dict[str, float]:
         """The numbers that a search can change, by name: by default every numeric field."""
@@ -165,21 +165,21 @@ class Rescaler(Part, ABC):
         return {field: float(v) for field, v in fields.items() if isinstance(v, int | float)}
 
     def value_of(self, name: str) -> float:
-        """The number `name`, which may also be a part of one of `numbers`; ValueError where there
-        is none."""
+        """The number `name`, which may be one of a list such as "skip.3"; ValueError where there is
+        none."""
         numbers = self.numbers()
         if name not in numbers:
             raise ValueError(f"the rescaler has no such number; known: {', '.join(numbers)}")
         return numbers[name]
 
     def complete(self, values: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-        """The numbers among `names` that setting `values` decides: these themselves, and the parts
-        of them that have no value of their own."""
+        """Those of `names` that `values` set, with their values: the names themselves, and
+        entries of a list that is set whole."""
         return {name: values[name] for name in names if name in values}
 
     def with_values(self, values: Mapping[str, Any]) -> Self:
-        """The same policy with other numbers, by the names of `value_of`; ValueError where one of
-        them cannot be."""
+        """The same policy with other numbers, by the names of `value_of`; ValueError for a value
+        out of bounds."""
         return type(self).model_validate({**self.model_dump(), **values})
 
 
@@ -202,20 +202,20 @@ class Dataset(Part, ABC):
 
 
 class Meter(Protocol):
-    """Takes images as they are drawn, and then says what they come to."""
+    """Computes a metric of images while they are drawn, without keeping them."""
 
     def add(self, images: Tensor) -> None:
         """Take the next images, uint8 (B, C, H, W) on any device."""
 
     def values(self) -> dict[str, float]:
-        """The numbers of all images taken, once the last of them is."""
+        """The numbers, once all images are taken."""
 
     def state(self) -> dict[str, Tensor]:
-        """What was made of the images so far, on the CPU, for `restore` in another process."""
+        """What is computed of the images so far, on the CPU, for `restore` in another process."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from there, before the first `add`: the same numbers, bit for bit. Until then
-        `state` is what was given."""
+        """Go on from `state`, before the first `add`: the same numbers, bit for bit. Until the next
+        `add`, `state()` returns it again."""
 
 
 class Metric(Part, ABC):
@@ -243,8 +243,8 @@ class Metric(Part, ABC):
         """`keys()` with their values, for images[i] (C, H, W) uint8."""
 
     def meter(self, images: int, reference: Reference, device: torch.device) -> Meter | None:
-        """What measures as many `images` while they are drawn, so that none is kept; None where the
-        metric has to see them all at once. It gives what `measure` gives, up to rounding."""
+        """A meter for `images` images that are not kept; None where the metric has to see them all
+        at once. It gives what `measure` gives, up to rounding."""
         return None
 
     def provenance(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The copies of one denoiser that training holds: online, target, teacher, averages."""
+"""The online network, its target and averages, the teacher, and how they follow each other."""
 
 from __future__ import annotations
 

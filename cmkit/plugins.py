@@ -48,7 +48,7 @@ class Hooks:
 
     @hookspec
     def cmkit_run_finished(self, folder: str, report: dict[str, Any]) -> None:
-        """Told once, when every stage of a run is done: its folder and its `report.json`."""
+        """Called once, when every stage of a run is done, with its folder and its `report.json`."""
 
 
 @dataclass(frozen=True)

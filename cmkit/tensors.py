@@ -13,16 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cmkit import files
 from cmkit.errors import CheckpointError, NonFiniteError
-from cmkit.files import (
-    TEMPORARY,
-    as_os_error,
-    reading,
-    require_regular,
-    require_space,
-    sync_folder,
-    writing,
-)
 
 _PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 _TYPES = {
@@ -46,13 +38,13 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     NonFiniteError names a tensor with NaN or infinity; ResourceError when the disk refuses.
     """
     size = require_savable(path.name, tensors)
-    require_space(path.parent, size)
-    with writing(path, size):
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path.parent) as folder:
+    files.require_space(path.parent, size)
+    with files.writing(path, size):
+        with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=path.parent) as folder:
             whole = Path(folder) / path.name
             write_tensors(whole, tensors)
             os.replace(whole, path)
-        sync_folder(path.parent)
+        files.sync_folder(path.parent)
 
 
 def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -110,7 +102,7 @@ def write_tensors(path: Path, group: Mapping[str, Tensor]) -> str:
     try:
         save_file(dense, path, {"format": "pt"})
     except SafetensorError as error:
-        raise as_os_error(error) from error
+        raise files.as_os_error(error) from error
     path.chmod(mode)  # safetensors makes its files readable for this user alone
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -152,14 +144,14 @@ def _require_finite(place: str, tensor: Tensor, dtype: torch.dtype) -> None:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; CheckpointError for anything else."""
     _require_safetensors(path)
-    with reading(path):
+    with files.reading(path):
         return load_file(path)
 
 
 def safetensors_shapes(path: Path) -> dict[str, Tensor]:
     """What `read_safetensors` gives, on the meta device: only the file's head is read."""
     _require_safetensors(path)
-    with reading(path), safe_open(path, "pt") as file:
+    with files.reading(path), safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         return {
             name: torch.empty(one.get_shape(), dtype=_TYPES[one.get_dtype()], device="meta")
@@ -169,8 +161,8 @@ def safetensors_shapes(path: Path) -> dict[str, Tensor]:
 
 def _require_safetensors(path: Path) -> None:
     """CheckpointError unless the file begins as safetensors do and holds its whole header."""
-    with reading(path):
-        require_regular(path)
+    with files.reading(path):
+        files.require_regular(path)
         with path.open("rb") as file:
             head = file.read(9)
         size = path.stat().st_size
@@ -190,8 +182,8 @@ def _require_safetensors(path: Path) -> None:
 
 def is_pickle(path: Path) -> bool:
     """Whether a file would have to be unpickled: by its first bytes, or else by its name."""
-    with reading(path):
-        require_regular(path)
+    with files.reading(path):
+        files.require_regular(path)
         with path.open("rb") as file:
             head = file.read(9)
     if len(head) == 9 and head[8:] == b"{":

@@ -1,4 +1,4 @@
-"""What scalings promise of a denoiser, found by trying them."""
+"""Properties of a precond's scalings, found by evaluating them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAITS = {
     "continuous": "c_noise follows every change of sigma",
     "edm": "the scalings are EDM's",
 }
-"""What an objective may need of scalings."""
+"""Properties of scalings that an objective may need."""
 
 
 def traits(scaling: Scaling, noise: Noise, sigma_data: float) -> frozenset[str]:

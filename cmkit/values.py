@@ -1,4 +1,4 @@
-"""Records that parts hand to each other: shapes of data, schedule values, foreign layouts.
+"""Records that parts hand to each other: shapes of data, schedule values, layouts of weights.
 
 Imports no torch."""
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a data set tells the other parts. `num_classes` is None when there are no labels."""
+    """Shape of the images and number of classes; `num_classes` is None when there are no labels."""
 
     channels: int
     resolution: int
@@ -39,11 +39,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class Phase:
-    """Where training stands, by arithmetic on the step alone.
+    """Schedule values of one training step; a pure function of (step, total).
 
     `num_sigmas` is N, the points of the sigma grid; `target_ema` is mu of the target network;
-    `log` holds further numbers worth showing. After a step with `renew_teacher` the teacher takes
-    the online weights, from which the averages and the optimizer start anew. A step without
+    `log` holds further numbers for the training log. After a step with `renew_teacher` the teacher
+    takes the online weights, from which the averages and the optimizer start anew. A step without
     `update` leaves the target and the averages alone: it teaches companions only.
     """
 
@@ -81,8 +81,8 @@ class Layout:
     matches: Callable[[Mapping[str, Tensor]], bool]
     """Whether weights have this layout, judged by names and numbers of axes alone."""
     read: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    """Theirs, under the names of the network's own state dict; unknown names stay as they are."""
+    """Their weights under the names of our state dict; unknown names stay as they are."""
     write: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    """The network's own, as the project stores them; read(write(x)) is x, bit for bit."""
+    """Our weights as the project stores them; read(write(x)) is x, bit for bit."""
     config: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None
-    """What `config.json` beside the network's own weights must hold, where the project wants it."""
+    """Content of the `config.json` that the project wants beside our weights, if any."""

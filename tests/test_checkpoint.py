@@ -724,7 +724,7 @@ def test_full_disk_keeps_the_older_checkpoint(
     free = shutil.disk_usage(tmpfs).free
     (tmpfs / "ballast").write_bytes(bytes(max(0, free - room)))
     if not preflight:
-        monkeypatch.setattr(checkpoint, "require_space", lambda *args: None)
+        monkeypatch.setattr(files, "require_space", lambda *args: None)
     if room < 200_000:
         with pytest.raises(ResourceError, match=r"No space left on device \(\d+ bytes needed, \d+"):
             checkpoint.save_checkpoint(root, 2, group, {})

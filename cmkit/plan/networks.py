@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 import torch
 
 from cmkit.denoiser import Denoiser, Guided, Network
 from cmkit.device import precision
-from cmkit.errors import CmkitError, PluginError, RecipeError
+from cmkit.errors import PluginError, RecipeError
 from cmkit.kinds import Backbone, Precond
 from cmkit.noise import Noise
 from cmkit.plan.record import Plan
 from cmkit.recipe import DenoiserTable, Recipe, Teacher
+from cmkit.recipe.parts import naming
 from cmkit.tensors import load_weights
 from cmkit.values import Companion, DataSpec
 from cmkit.weights import adapt, find, read, shapes
@@ -165,10 +166,6 @@ def load_into(
     load_weights(network, {**kept, **tensors}, weights)
 
 
-@contextlib.contextmanager
-def naming_table(recipe: Recipe, *path: str | int) -> Iterator[None]:
+def naming_table(recipe: Recipe, *path: str | int) -> AbstractContextManager[None]:
     """Inside, an error of ours names the recipe's line of the table at `path`."""
-    try:
-        yield
-    except CmkitError as error:
-        raise type(error)(str(recipe.source.error(path, str(error)))) from error
+    return naming(recipe.source, path)

@@ -1,4 +1,4 @@
-"""What is known of a recipe before anything heavy starts."""
+"""The record of a checked recipe and its cost."""
 
 from __future__ import annotations
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from cmkit.errors import CmkitError, PluginError, RecipeError, did_you_mean
+from cmkit.errors import CmkitError, RecipeError, did_you_mean
 from cmkit.kinds import Part
 from cmkit.plugins import Registry
 from cmkit.recipe.toml import Source
@@ -29,10 +30,8 @@ def part_of(
     if not isinstance(use, str):
         known = ", ".join(registry.names(kind))
         raise source.error(where, f"name the {kind} to use: {known}")
-    try:
+    with naming(source, where):
         model = registry.load(kind, use)
-    except PluginError as error:
-        raise PluginError(str(source.error(where, str(error)))) from error
     part = validated(model, {k: v for k, v in table.items() if k != "use"}, path, source)
     return part, {"use": use, **dumped(part)}
 
@@ -42,13 +41,21 @@ def validated(
 ) -> Part:
     """The record that a table becomes; RecipeError for its first fault."""
     try:
-        return model.model_validate_json(json.dumps(table, default=str))
+        with naming(source, path):
+            return model.model_validate_json(json.dumps(table, default=str))
     except ValidationError as error:
         raise _first_error(error, model, table, path, source) from error
-    except CmkitError as error:
-        raise type(error)(str(source.error(path, str(error)))) from error
     except ValueError as error:  # a number of thousands of digits
         raise source.error(path, str(error)) from error
+
+
+@contextlib.contextmanager
+def naming(source: Source, path: Sequence[str | int]) -> Iterator[None]:
+    """Inside, an error of ours names the line of the table at `path`."""
+    try:
+        yield
+    except CmkitError as error:
+        raise type(error)(str(source.error(path, str(error)))) from error
 
 
 def _first_error(

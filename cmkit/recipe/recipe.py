@@ -49,13 +49,13 @@ class Recipe:
     rescaler: Rescaler | None
     sampler: Sampler | None
     stages: Mapping[str, Any]
-    """What a run shall do, in order: each stage's table, which carries itself out, by its name."""
+    """The stages of a run in order, by name; each is its table and carries itself out."""
     expected: ExpectedTable | None
     metric: tuple[Metric, ...]
     resolved: Mapping[str, Any]
     source: Source
     data: DataSpec | None = None
-    """What is known of the data where they need not be asked, as of a finished run."""
+    """Shape of the data where it is known without reading them: of a finished run."""
 
     @property
     def train(self) -> TrainTable | None:

@@ -127,13 +127,9 @@ class TrainTable(StageTable):
     """Steps between log lines."""
 
     @model_validator(mode="after")
-    def _parts_are_equal(self) -> TrainTable:
+    def _keys_agree(self) -> TrainTable:
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} is not divisible by accumulate {self.accumulate}")
-        return self
-
-    @model_validator(mode="after")
-    def _rate_falls_one_way(self) -> TrainTable:
         if self.decay and self.sqrt_decay:
             raise ValueError(f"decay = true and sqrt_decay = {self.sqrt_decay}: choose one of them")
         return self

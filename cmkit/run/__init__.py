@@ -11,12 +11,11 @@ from typing import Any
 
 _HOMES = {
     "cmkit.run.drawing": "draw redraw",
-    "cmkit.run.environment": "peak_memory_mib",
     "cmkit.run.events": (
         "Cell CellsDrawn Comparison Downloaded Event Note RunFinished Sampled Saved StageFinished"
         " StageStarted Step"
     ),
-    "cmkit.run.finished": "drawn_from trained",
+    "cmkit.run.finished": "drawn_from",
     "cmkit.run.folder": "RunFolder",
     "cmkit.run.runner": "run run_folder",
 }

@@ -16,7 +16,7 @@ from cmkit.plugins import Registry
 
 
 def describe_environment(plan: Plan, registry: Registry, device: torch.device) -> dict[str, Any]:
-    """What decides the bits of a run, by a fixed list: no variable or path of this machine."""
+    """Versions, device and threads, which decide the bits of a run; no path of this machine."""
     packages = {"cmkit", "torch", "torchvision", "torch-fidelity", "numpy", "safetensors"}
     packages |= {registry.find(kind, name).dist for kind, name in plan.recipe.used()}
     return {

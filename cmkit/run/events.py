@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it, in order."""
+"""Events that a run yields, in order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that survives whatever happens from now on."""
+    """The checkpoint of `step` is on the disk."""
 
     step: int
 
@@ -37,7 +37,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence for the person who watches."""
+    """A message for the user."""
 
     text: str
 

@@ -1,4 +1,4 @@
-"""What a finished run means as a recipe: its weights, its scales, its data."""
+"""The recipe that samples from a finished run: its weights, scales and data."""
 
 from __future__ import annotations
 

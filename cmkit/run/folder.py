@@ -9,8 +9,9 @@ import contextlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cmkit import files
 from cmkit.errors import CheckpointError, DataError, ResourceError
@@ -53,20 +54,9 @@ class RunFolder:
         no run's."""
         return next((p for p in (self.weights, self.checkpoints) if p.exists()), self.path)
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the folder, made where it is not there, against other processes.
-
-        BusyError when it is held, ResourceError when it cannot be made.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ResourceError(
-                f"{self.path}: cannot be made: {error.strerror}; name another place with --out"
-            ) from error
-        with files.lock(self.path):
-            yield
+    def held(self) -> AbstractContextManager[None]:
+        """`files.lock` of the folder, which is made where it is not there."""
+        return files.lock(self.path)
 
     def keep_recipe(self, text: str) -> None:
         """Write recipe.toml, once; CheckpointError where another recipe stands there."""
@@ -83,12 +73,16 @@ class RunFolder:
                 " run with another --out"
             )
 
-    def keep_environment(self, environment: Mapping[str, Any]) -> None:
-        """Write environment.json: what decides the bits of this start."""
-        _write_json(self.path / "environment.json", environment)
+    def keep(
+        self, name: Literal["environment", "status", "search", "report"], content: Mapping[str, Any]
+    ) -> None:
+        """Write `name`.json: what decides the bits of this start, the results of the finished
+        stages, those of the search, or the report."""
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        files.atomic_write(self.path / f"{name}.json", text)
 
     def status(self) -> dict[str, Any]:
-        """What the finished stages left to say, by stage."""
+        """The results of the finished stages, by stage."""
         try:
             return dict(json.loads(self._status.read_text("utf-8")))
         except FileNotFoundError:
@@ -97,10 +91,6 @@ class RunFolder:
             raise CheckpointError(
                 f"{self._status}: damaged ({error}); delete it to redo the stages"
             ) from error
-
-    def keep_status(self, status: Mapping[str, Any]) -> None:
-        """Write status.json: from now on its stages are finished."""
-        _write_json(self._status, status)
 
     def winner(self) -> dict[str, Any]:
         """The rescaler's values that the search found best; none before it is finished."""
@@ -144,12 +134,8 @@ class RunFolder:
                 " again"
             ) from error
 
-    def keep_report(self, report: Mapping[str, Any]) -> None:
-        """Write report.json."""
-        _write_json(self._report, {"schema": SCHEMA, **report})
-
     def data(self) -> DataSpec | None:
-        """What a finished run says of its data, which then need not be there; None of any other."""
+        """Shape of the data, by the report of a finished run; None without one."""
         try:
             return DataSpec(**self.report()["data"])
         except (CheckpointError, KeyError, TypeError):
@@ -178,19 +164,8 @@ class RunFolder:
         """Add one record to those of `scores`."""
         files.append_jsonl(self._search / f"{name}.jsonl", record)
 
-    def keep_cell(self, index: int, png: bytes) -> str:
-        """Write the samples of a searched cell; the picture's name for `picture`."""
-        name = f"search/cell-{index:04d}.png"
-        files.atomic_write(self.path / name, png)
-        return name
-
-    def keep_search(self, result: Mapping[str, Any]) -> None:
-        """Write search.json; what was kept of unfinished cells is dropped."""
-        _write_json(self.path / "search.json", result)
-        self._unfinished.unlink(missing_ok=True)
-
     def keep_unfinished(self, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-        """Write what there is of cells that are being drawn."""
+        """Write what there is of cells that are being drawn, for `unfinished`."""
         from safetensors.torch import save
 
         files.atomic_write(self._unfinished, save(dict(tensors), dict(about)))
@@ -204,6 +179,10 @@ class RunFolder:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
         except (FileNotFoundError, SafetensorError):
             return None
+
+    def drop_unfinished(self) -> None:
+        """Remove what `keep_unfinished` wrote."""
+        self._unfinished.unlink(missing_ok=True)
 
     def sample_files(self) -> list[Path]:
         """Arrays of samples, in order; a file is named after its first image."""
@@ -232,7 +211,3 @@ class RunFolder:
     def keep_page(self, html: str) -> None:
         """Write report.html."""
         files.atomic_write(self.page, html)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    files.atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

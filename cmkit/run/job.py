@@ -55,7 +55,7 @@ class Job:
                     "peak_memory_mib": peak_memory_mib(self.device),
                 }
                 self.status[name] = result
-                self.folder.keep_status(self.status)
+                self.folder.keep("status", self.status)
             yield StageFinished(name, self.status[name])
             self.stop.check(f"{name} is finished and kept")
 

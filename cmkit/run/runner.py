@@ -15,7 +15,7 @@ from cmkit.plugins import Registry
 from cmkit.report import write_report
 from cmkit.run.environment import citations, describe_environment
 from cmkit.run.events import Event, Note, RunFinished
-from cmkit.run.folder import RunFolder
+from cmkit.run.folder import SCHEMA, RunFolder
 from cmkit.run.job import Job
 from cmkit.stop import StopSignal
 from cmkit.weights import download
@@ -39,7 +39,7 @@ def run(
     with folder.held():
         folder.keep_recipe(recipe.toml())
         environment = describe_environment(plan, registry, device)
-        folder.keep_environment(environment)
+        folder.keep("environment", environment)
         for weights in plan.downloads:
             for event in download(weights):
                 yield event
@@ -47,6 +47,7 @@ def run(
         job = Job(plan, folder, device, stop, folder.status())
         yield from job.stages()
         report = {
+            "schema": SCHEMA,
             "name": recipe.name,
             "hash": recipe.hash,
             "recipe": dict(recipe.resolved),
@@ -57,7 +58,7 @@ def run(
             "citations": citations(plan, registry),
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        folder.keep_report(report)
+        folder.keep("report", report)
         write_report(folder)
         report = folder.report()
         yield from map(Note, _tell_plugins(registry, folder.path, report))
@@ -65,14 +66,9 @@ def run(
 
 
 def _tell_plugins(registry: Registry, folder: Path, report: dict[str, Any]) -> Iterator[str]:
+    told = {"folder": str(folder), "report": report}
     for implementation in registry.manager.hook.cmkit_run_finished.get_hookimpls():
         try:
-            implementation.function(
-                **{
-                    name: value
-                    for name, value in {"folder": str(folder), "report": report}.items()
-                    if name in implementation.argnames
-                }
-            )
+            implementation.function(**{name: told[name] for name in implementation.argnames})
         except Exception as error:  # a guest's fault must not spoil a finished run
             yield f"plugin {implementation.plugin_name}: cmkit_run_finished failed: {error}"

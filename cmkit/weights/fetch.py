@@ -33,14 +33,14 @@ def download(weights: Weights) -> Iterator[Downloaded]:
     The file gets its name only once it is whole. DownloadError says where to put it by hand;
     ResourceError when the disk has no room.
     """
-    assert weights.url is not None
-    part = weights.path.with_name(f"{weights.path.name}.part")
+    url, part = weights.url, weights.path.with_name(f"{weights.path.name}.part")
+    assert url is not None
     with lock(weights.path.parent):
         try:
-            yield from _fetch(weights, part)
+            yield from _fetch(weights.name, url, part)
         except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
             raise DownloadError(
-                f"{weights.name}: {weights.url}: {getattr(error, 'reason', error)}; go online and"
+                f"{weights.name}: {url}: {getattr(error, 'reason', error)}; go online and"
                 f" run again, or download it elsewhere to {weights.path}"
             ) from error
         except OSError as error:
@@ -50,12 +50,11 @@ def download(weights: Weights) -> Iterator[Downloaded]:
         os.replace(part, weights.path)
 
 
-def _fetch(weights: Weights, part: Path) -> Iterator[Downloaded]:
+def _fetch(name: str, url: str, part: Path) -> Iterator[Downloaded]:
     """Append to `part` until it is whole; a server whose file has changed starts it anew."""
-    assert weights.url is not None
     version = part.with_name(f"{part.name}.etag")
     have = part.stat().st_size if part.exists() and version.exists() else 0
-    request = urllib.request.Request(weights.url)  # noqa: S310 - the plugin's own address
+    request = urllib.request.Request(url)  # noqa: S310 - the plugin's own address
     if have:
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", version.read_text("utf-8"))
@@ -74,18 +73,18 @@ def _fetch(weights: Weights, part: Path) -> Iterator[Downloaded]:
         free = shutil.disk_usage(part.parent).free
         if length > free:
             raise ResourceError(
-                f"{part.parent}: {weights.name} needs {length} bytes, {free} are free; free some"
+                f"{part.parent}: {name} needs {length} bytes, {free} are free; free some"
                 " space or set XDG_CACHE_HOME"
             )
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if have == 0 and tag:
             atomic_write(version, tag)
         with part.open("ab" if have else "wb") as file:
-            yield Downloaded(weights.name, have, total)
+            yield Downloaded(name, have, total)
             while block := response.read(_BLOCK):
                 file.write(block)
                 have += len(block)
-                yield Downloaded(weights.name, have, total)
+                yield Downloaded(name, have, total)
             file.flush()
             os.fsync(file.fileno())
         if total and have != total:

@@ -46,15 +46,8 @@ def pickle_to_safetensors(source: Path, target: Path) -> None:
     if size > MAX_BYTES:
         raise CheckpointError(f"{source}: {size} bytes are more than {MAX_BYTES}; is it weights?")
     seconds = 60 + size // _BYTES_PER_SECOND
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "cmkit.weights.pickles",
-        str(source),
-        str(target),
-        str(seconds),
-    ]
+    reader = [sys.executable, "-P", "-m", "cmkit.weights.pickles"]
+    command = [*reader, str(source), str(target), str(seconds)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     try:
         child = subprocess.run(command, capture_output=True, env=environment, timeout=2 * seconds)
@@ -65,10 +58,9 @@ def pickle_to_safetensors(source: Path, target: Path) -> None:
     if child.returncode == 0:
         return
     told = child.stdout.decode(errors="replace").strip().splitlines()
-    with_message = child.returncode in (CheckpointError.exit_code, ResourceError.exit_code)
-    if with_message and told:
-        kind = ResourceError if child.returncode == ResourceError.exit_code else CheckpointError
-        raise kind(told[-1])
+    for kind in (CheckpointError, ResourceError):
+        if told and child.returncode == kind.exit_code:
+            raise kind(told[-1])
     raise CheckpointError(
         f"{source}: its reader ended with code {child.returncode} (memory, time or a crash);"
         " damaged or hostile, fetch it again from its author"
@@ -133,14 +125,10 @@ class _Record:
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, *_: Any) -> None:
         """Items of a dict's or list's subclass are not weights."""
 
-    def append(self, value: Any) -> None:
-        """As of __setitem__."""
-
-    def extend(self, values: Any) -> None:
-        """As of __setitem__."""
+    append = extend = __setitem__
 
     def __call__(self, *args: Any, **_: Any) -> _Record:
         return _Record(*args)
@@ -191,18 +179,18 @@ def _weights(content: Any, path: Path) -> dict[str, Tensor]:
         found = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         if found and all(isinstance(key, str) for key in found):
             return found
-    if isinstance(content, _Record):
-        found = dict(_of_module(content, ""))
-        if found:
-            return found
+    elif found := dict(_of_module(content, "")):
+        return found
     raise CheckpointError(f"{path}: holds no state dict (a mapping of names to tensors)")
 
 
 def _of_module(record: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a pickled module, which is known by what nn.Module pickles."""
-    state = record.state if isinstance(record, _Record) else None
-    if state is None and isinstance(record, _Record) and record.args:
-        state = record.args[0].get("state") if isinstance(record.args[0], Mapping) else None
+    if not isinstance(record, _Record):
+        return
+    state = record.state
+    if state is None and record.args and isinstance(record.args[0], Mapping):
+        state = record.args[0].get("state")
     if not isinstance(state, Mapping):
         return
     for kind in ("_parameters", "_buffers"):

@@ -60,7 +60,7 @@ def files_not_fsynced() -> None:
 
 
 def folders_not_fsynced() -> None:
-    files.sync_folder = checkpoint.sync_folder = lambda folder: None
+    files.sync_folder = lambda folder: None
 
 
 def overwrite_in_place() -> None:
@@ -114,7 +114,7 @@ def manifest_first() -> None:
         files.sync_folder(final)
 
     checkpoint._stage_and_publish = publish
-    checkpoint.sha256_of = lambda path: f"{0:064x}"
+    files.sha256_of = lambda path: f"{0:064x}"
 
 
 def no_staging() -> None:

@@ -37,7 +37,8 @@ class Search(SearchTable, Stage):
         for event in _keeping(job, search.search(scoring, tuple(records))):
             yield event
             if isinstance(event, Cell):
-                picture = folder.keep_cell(event.index, grid_png(event.thumbnails))
+                name = f"search/cell-{event.index:04d}"
+                picture = folder.keep_picture(name, grid_png(event.thumbnails))
                 record = {"index": event.index, **event.values, "score": event.score}
                 records.append({**record, "samples": picture})
                 folder.append_score("cells", records[-1])
@@ -87,7 +88,8 @@ class Search(SearchTable, Stage):
                 "verdict": search.verdict(self.minimize, plain, rescaled),
             },
         }
-        folder.keep_search(result)
+        folder.keep("search", result)
+        folder.drop_unfinished()
 
     def line(self, result: Mapping[str, Any]) -> str:
         from cmkit.report.figures import number
