@@ -86,7 +86,7 @@ class Network(nn.Module):
         """
 
     def encode(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales) -> Any:
-        """What `decode` needs, independent of the scales of `late` sites; arguments of `forward`."""
+        """What `decode` needs, whatever the scales of `late` sites; arguments as in `forward`."""
         raise NotImplementedError
 
     def decode(self, encoded: Any, scales: Scales) -> Tensor:
