@@ -69,7 +69,7 @@ def test_new_packages_are_installed_listed_checked_run_and_tested(tmp_path):
 
 def test_new_packages_are_in_our_style_and_leave_no_placeholder(tmp_path):
     for kind in KINDS:
-        cmkit.new.new(kind, f"abc_{kind}", tmp_path)
+        cmkit.new.new(kind, "abc", tmp_path / kind)
     for path in tmp_path.rglob("*"):
         assert "mine" not in path.name
         if path.is_file():

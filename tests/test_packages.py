@@ -4,8 +4,7 @@ from tests.wheels import PACKAGES, ROOT
 
 CODE = """
 import sys, pytest
-sys.path.append(sys.argv[1])  # after what is installed, for the helpers in tests/
-code = pytest.main(sys.argv[2:])
+code = pytest.main(sys.argv[1:])
 modules = "cmkit", "cmkit_std", "cmkit_ect", "cmkit_scm", "cmkit_meanflow"
 print(*(sys.modules[name].__file__ for name in modules))
 sys.exit(code)
@@ -15,9 +14,10 @@ sys.exit(code)
 def test_the_packages_pass_their_own_tests(installed, tmp_path):
     """With no settings file, whose `pythonpath` would put the sources before what is installed."""
     (tmp_path / "none.ini").touch()
+    (tmp_path / "tests").symlink_to(ROOT / "tests")  # the helpers, and no other folder of ours
     options = ["-q", "-W", "error", "-p", "no:cacheprovider", "-c", tmp_path / "none.ini"]
     folders = [ROOT / "plugins" / package / "tests" for package in PACKAGES]
-    done = installed.run("python", "-c", CODE, ROOT, *options, *folders, cwd=tmp_path)
+    done = installed.run("python", "-c", CODE, *options, *folders, cwd=tmp_path)
     assert done.code == 0, done.out + done.err
     used = done.out.splitlines()[-1].split()
     assert all(file.startswith(f"{installed.site}/") for file in used), used
