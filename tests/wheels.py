@@ -71,7 +71,7 @@ class Environment:
     """
 
     def __init__(self, folder: Path):
-        made = folder.exists()
+        made = (folder / "bin").exists()
         self.folder = folder
         self.bin = folder / "bin"
         self.site = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))

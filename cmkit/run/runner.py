@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cmkit.errors import ResourceError
 from cmkit.plan import Plan, check_disk
 from cmkit.plugins import Registry
 from cmkit.report import write_report
@@ -36,6 +37,12 @@ def run(
     """
     recipe, folder = plan.recipe, run_folder(plan, out)
     check_disk(plan, out)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder.path}: cannot be made: {error.strerror}; name another place with --out"
+        ) from error
     with folder.held():
         folder.keep_recipe(recipe.toml())
         environment = describe_environment(plan, registry, device)

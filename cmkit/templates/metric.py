@@ -23,7 +23,10 @@ class Mine(Metric):
     ) -> dict[str, float]:
         """Both differences, for images[i] (C, H, W) uint8."""
         (mean, spread), (real_mean, real_spread) = map(_moments, (images, reference.images))
-        return {"mine_mean": abs(mean - real_mean), "mine_spread": abs(spread - real_spread)}
+        return {
+            "mine_mean": abs(mean - real_mean),
+            "mine_spread": abs(spread - real_spread),
+        }
 
 
 def _moments(images: Images[Tensor]) -> tuple[float, float]:
