@@ -82,7 +82,7 @@ def run(
 
     chosen = pick_device(device)
     folder = run_folder(plan, out)
-    debug_log.folder = folder.path
+    debug_log.path = folder.debug_log
     report: dict[str, Any] = {}
     with Display(chosen, quiet=json) as display:
         display.say(f"run folder: {folder.path} on {chosen}")

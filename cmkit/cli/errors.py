@@ -15,12 +15,12 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES}
 
 
 class debug_log:  # noqa: N801 - a variable of the module, which `run` sets once it knows its folder
-    folder: Path | None = None
+    path: Path | None = None
 
 
 def fail(error: BaseException, code: int) -> int:
-    if debug_log.folder and debug_log.folder.is_dir():
-        _write_debug_log(debug_log.folder / "debug.log")
+    if debug_log.path and debug_log.path.parent.is_dir():
+        _write_debug_log(debug_log.path)
     return say(f"error: {error}", code)
 
 
@@ -41,8 +41,8 @@ def unexpected(error: BaseException) -> int:
     if hasattr(error, "format_message"):  # a usage error of the parser that typer brings
         return say(f"error: {error.format_message()}; see --help", 2)
     logs = [Path(tempfile.gettempdir()) / "cmkit-debug.log"]
-    if debug_log.folder:
-        logs.insert(0, debug_log.folder / "debug.log")
+    if debug_log.path:
+        logs.insert(0, debug_log.path)
     where = next((log for log in logs if _write_debug_log(log)), "the command")
     return say(
         f"error: a bug in cmkit: {type(error).__name__}: {' '.join(str(error).split())[:300]};"
