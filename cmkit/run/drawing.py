@@ -15,12 +15,13 @@ from torch import Tensor
 from cmkit.denoiser import Denoiser
 from cmkit.device import autocast
 from cmkit.edit import Task, edit
-from cmkit.errors import RecipeError, ResourceError
+from cmkit.errors import RecipeError
 from cmkit.files import atomic_write, new_folder
 from cmkit.pictures import grid_png, png
 from cmkit.plan import Plan, check_disk, check_fit, for_sampling, noise_of, traits_of
 from cmkit.recipe import Recipe, SampleTable
 from cmkit.run.events import Event, Sampled, StageFinished, StageStarted
+from cmkit.run.folder import make_out
 from cmkit.sample import Draws, finite_uint8, npz, sample, starts
 from cmkit.weights import download
 
@@ -165,12 +166,7 @@ def _check_out(out: Path, endings: Sequence[str]) -> None:
     if out.suffix not in endings:
         known = ", ".join(f"FILE{ending}" for ending in endings if ending)
         raise RecipeError(f"--out {out}: write to {known} or a FOLDER, whose name has no dot")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError(
-            f"{out.parent}: cannot be made: {error.strerror}; name another place with --out"
-        ) from error
+    make_out(out.parent)
 
 
 def _write_pictures(out: Path, images: dict[str, Tensor]) -> None:

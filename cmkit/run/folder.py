@@ -211,3 +211,13 @@ class RunFolder:
     def keep_page(self, html: str) -> None:
         """Write report.html."""
         files.atomic_write(self.page, html)
+
+
+def make_out(path: Path) -> None:
+    """Make the folder `path` that --out names, or one in it; ResourceError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be made: {error.strerror}; name another place with --out"
+        ) from error

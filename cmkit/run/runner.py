@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from cmkit.errors import ResourceError
 from cmkit.plan import Plan, check_disk
 from cmkit.plugins import Registry
 from cmkit.report import write_report
 from cmkit.run.environment import citations, describe_environment
 from cmkit.run.events import Event, Note, RunFinished
-from cmkit.run.folder import SCHEMA, RunFolder
+from cmkit.run.folder import SCHEMA, RunFolder, make_out
 from cmkit.run.job import Job
 from cmkit.stop import StopSignal
 from cmkit.weights import download
@@ -37,12 +36,7 @@ def run(
     """
     recipe, folder = plan.recipe, run_folder(plan, out)
     check_disk(plan, out)
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError(
-            f"{folder.path}: cannot be made: {error.strerror}; name another place with --out"
-        ) from error
+    make_out(folder.path)
     with folder.held():
         folder.keep_recipe(recipe.toml())
         environment = describe_environment(plan, registry, device)
