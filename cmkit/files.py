@@ -1,4 +1,5 @@
-"""Files written whole or not at all, locks, logs of JSON lines, and the cure for each errno."""
+"""Files written whole or not at all and read with care, locks, logs of JSON lines, digests, and the
+cure for each errno."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import shutil
 import socket
 import stat
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from cmkit.errors import BusyError, CheckpointError, NonFiniteError, ResourceErr
 
 TEMPORARY = ".tmp-cmkit-"
 """How names of unfinished files begin; `sweep` removes them."""
+MAX_TEXT = 256 * 2**20
+"""Bytes of the largest text of a run that is read."""
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -103,11 +107,12 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any], durable: bool = False) -> None:
-    """Add one line to the log `path` in a single write.
+    """Add one line with its CRC-32 to the log `path` in a single write.
 
     `durable` fsyncs the whole log: do so with the last record before a save.
     """
-    line = to_json(record, path) + b"\n"
+    body = to_json(record, path)
+    line = body[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(body)
     with writing(path, len(line)):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         handle = os.open(path, flags, 0o666)
@@ -124,27 +129,85 @@ def append_jsonl(path: Path, record: Mapping[str, Any], durable: bool = False) -
             sync_folder(path.parent)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of the log `path`, without torn lines; none when there is no such file."""
-    return [record for _, record in _lines(path)]
+def read_jsonl(path: Path, checked: bool = False) -> list[dict[str, Any]]:
+    """The records of the log `path`, without damaged lines; none when there is no such file.
+
+    A line without a CRC is one of an earlier cmkit, which is damage where all are `checked`.
+    """
+    return [record for _, record in _lines(path, checked)]
 
 
-def truncate_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop torn lines of the log `path`, and records that do not satisfy `keep`."""
-    kept = b"".join(line + b"\n" for line, record in _lines(path) if keep(record))
-    if path.exists() and path.read_bytes() != kept:
+def truncate_jsonl(
+    path: Path, keep: Callable[[dict[str, Any]], bool], checked: bool = False
+) -> int:
+    """Drop damaged lines of the log `path`, and records that do not satisfy `keep`; the number of
+    lines that were damaged."""
+    if not path.exists():
+        return 0
+    lines = list(_lines(path, checked))
+    kept = b"".join(line + b"\n" for line, record in lines if keep(record))
+    before = read_bytes(path)
+    if before != kept:
         atomic_write(path, kept)
+    return before.count(b"\n") + (not before.endswith(b"\n") and before != b"") - len(lines)
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _lines(path: Path, checked: bool) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """(line, record) of each whole line of the log `path`."""
-    with writing(path):
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = read_bytes(path).split(b"\n")[:-1] if path.exists() else []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict):
+            if isinstance(record, dict) and _agrees(line, record.pop("crc", None), checked):
                 yield line, record
+
+
+def _agrees(line: bytes, crc: object, checked: bool) -> bool:
+    body, mark, _ = line.rpartition(b', "crc": ')
+    if not mark:
+        return crc is None and not checked
+    return crc == f"{zlib.crc32(body + b'}'):08x}"
+
+
+def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:
+    """The regular file `path` of at most `limit` bytes; CheckpointError where it is none."""
+    with reading(path):
+        require_regular(path)
+        if (size := path.stat().st_size) > limit:
+            raise CheckpointError(f"{path}: {size} bytes, of which {limit} are read; not cmkit's")
+        return path.read_bytes()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`; CheckpointError where there is none."""
+    with reading(path):
+        found = json.loads(read_bytes(path))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    return found
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """A JSON text of `content` with its own digest, for `unsealed`."""
+    body = json.dumps(content, indent=1, allow_nan=False)
+    return json.dumps({**content, "sha256": _digest(json.loads(body))}, indent=1) + "\n"
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    """The content of a file that `sealed` wrote; CheckpointError where it was changed since."""
+    content = read_json(path)
+    if content.pop("sha256", None) != _digest(content):
+        raise CheckpointError(f"{path}: damaged, its digest is not that of its content")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return digest_of(json.dumps(content, sort_keys=True))
+
+
+def digest_of(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sweep(folder: Path) -> None:
@@ -180,10 +243,15 @@ def cached_sha256(path: Path) -> str:
     with reading(path):
         at = path.stat()
     identity = f"{path.resolve()} {at.st_ino} {at.st_size} {at.st_mtime_ns}"
-    record = cache_folder("digests") / hashlib.sha256(identity.encode()).hexdigest()
-    if record.is_file():
-        return record.read_text("utf-8")
-    digest = sha256_of(path)
+    return cached_digest(identity, lambda: sha256_of(path))
+
+
+def cached_digest(identity: str, compute: Callable[[], str]) -> str:
+    """What `compute` returned when it was first asked for `identity`, kept in the user's cache."""
+    record = cache_folder("digests") / digest_of(identity)
+    if record.is_file() and len(known := read_bytes(record, 64).decode("ascii", "replace")) == 64:
+        return known
+    digest = compute()
     record.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(record, digest)
     return digest

@@ -38,6 +38,19 @@ class Part(BaseModel):
         protected_namespaces=(),
     )
 
+    read_by: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """The stages of a run whose result a field decides, where these are not all that read the
+    table: {"log_every": ()} for one that changes no bit of any."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """What the part reads from the disk, as JSON that changes whenever a result could.
+
+        Keys are words for people, such as "pictures"; of a list, what is new and what is gone is
+        named. A finished stage is only used again, and an unfinished one gone on with, while it
+        stays the same. DataError or CheckpointError where a file cannot be read.
+        """
+        return {}
+
 
 class Backbone(Part, ABC):
     """Builds a network F(x, c_noise).

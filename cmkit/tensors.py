@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -146,6 +147,22 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     _require_safetensors(path)
     with files.reading(path):
         return load_file(path)
+
+
+def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and the texts beside them."""
+    tensors = read_safetensors(path)
+    with files.reading(path), safe_open(path, "pt") as file:
+        return tensors, dict(file.metadata() or {})
+
+
+def digest(tensors: Mapping[str, Tensor], about: Mapping[str, str] = {}) -> str:
+    """SHA-256 of names, types, shapes and bytes of tensors on the CPU, and of texts beside them."""
+    found = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def safetensors_shapes(path: Path) -> dict[str, Tensor]:

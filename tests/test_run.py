@@ -28,8 +28,8 @@ from cmkit import (
 )
 from cmkit.checkpoint import latest_checkpoint, read_weights
 from cmkit.files import lock, read_jsonl
-from cmkit.plan import build, plan, with_values
-from cmkit.recipe import load
+from cmkit.plan import build, plan
+from cmkit.recipe import load, with_values
 from cmkit.run import (
     RunFinished,
     RunFolder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from cmkit.plan import Plan
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
-    from cmkit.run import Event, RunFolder
+    from cmkit.run import Event, Outlook, RunFolder
 
 app = typer.Typer(
     help="Train, rescale, sample and compare consistency models from swappable parts.",
@@ -75,18 +76,24 @@ def run(
     """Carry a recipe out, or go on where it stopped: train, search, sample, measure, report."""
     stop = StopSignal()
     stop.listen()
-    plan, registry = _plan(recipe, set)
+    loaded, registry = _loaded(recipe, set)
     from cmkit.cli.display import Display
     from cmkit.device import pick_device
-    from cmkit.run import RunFinished, run, run_folder
+    from cmkit.run import RunFinished, run, run_folder, shown
 
-    chosen = pick_device(device)
-    folder = run_folder(plan, out)
+    chosen, folder = pick_device(device), run_folder(loaded, out, registry)
     debug_log.path = folder.debug_log
     report: dict[str, Any] = {}
-    with Display(chosen, quiet=json) as display:
+    with _runs_below(out), Display(chosen, quiet=json) as display:
         display.say(f"run folder: {folder.path} on {chosen}")
-        for event in run(plan, registry, out, chosen, stop):
+        if folder.finished:
+            events = shown(loaded, folder, chosen)
+        else:
+            plan = _plan(loaded)
+            for stage in _outlook(plan, folder, registry, chosen):
+                display.say(f"{stage.stage}: {stage.said}")
+            events = run(plan, registry, out, chosen, stop)
+        for event in events:
             display.show(event)
             if isinstance(event, RunFinished):
                 report = event.report
@@ -105,16 +112,19 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Check all that `run` would check, and say what it would cost, without running."""
-    plan, _ = _plan(recipe, set)
+    loaded, registry = _loaded(recipe, set)
     from cmkit.device import pick_device
     from cmkit.plan import check_disk
     from cmkit.run import run_folder
 
-    chosen = pick_device(device)
+    chosen, folder = pick_device(device), run_folder(loaded, out, registry)
+    with _runs_below(out):
+        plan = _plan(loaded)
+        stages = list(_outlook(plan, folder, registry, chosen))
     check_disk(plan, out)
     facts = {
         "recipe": plan.recipe.name,
-        "folder": str(run_folder(plan, out).path),
+        "folder": str(folder.path),
         "device": str(chosen),
         "parameters": plan.parameters,
         "gflop_per_image": plan.flops / 1e9,
@@ -128,8 +138,9 @@ def check(
         "to_download": [weights.url for weights in plan.downloads],
     }
     if json:
-        _print_json(facts)
+        _print_json({**facts, "stages": [stage.facts() for stage in stages]})
         return
+    facts |= {stage.stage: stage.said for stage in stages}
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):<20} {_human(value)}")
 
@@ -351,15 +362,41 @@ def schema() -> None:
     _print_json(schema(discover()))
 
 
-def _plan(recipe: str, overrides: list[str]) -> tuple[Plan, Registry]:
+def _loaded(recipe: str, overrides: list[str]) -> tuple[Recipe, Registry]:
     from cmkit.plugins import discover
     from cmkit.recipe import load
 
     registry = discover()
-    loaded = load(find_recipe(recipe), overrides, registry)
+    return load(find_recipe(recipe), overrides, registry), registry
+
+
+def _plan(recipe: Recipe) -> Plan:
     from cmkit.plan import plan  # the recipe is known to be sound before torch is imported
 
-    return plan(loaded), registry
+    return plan(recipe)
+
+
+def _outlook(
+    plan: Plan, folder: RunFolder, registry: Registry, device: torch.device
+) -> Iterator[Outlook]:
+    """What becomes of each stage, before anything starts."""
+    from cmkit.recipe import stage_keys
+    from cmkit.run import inputs_of, outlook
+
+    keys = stage_keys(plan.recipe, inputs_of(plan.recipe, plan.data, device))
+    return outlook(plan.recipe, folder, keys, registry)
+
+
+@contextlib.contextmanager
+def _runs_below(out: Path) -> Iterator[None]:
+    """Inside, runs are found by name in --out as well."""
+    from cmkit.run.folder import RUNS
+
+    token = RUNS.set(out)
+    try:
+        yield
+    finally:
+        RUNS.reset(token)
 
 
 def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:

@@ -3,7 +3,6 @@ from it. Every check happens here, before any heavy work."""
 
 from cmkit.plan.checks import CURES, check_disk, conditions_of, traits_of
 from cmkit.plan.fit import check_fit, plan
-from cmkit.plan.grid import cells, minimized, with_values
 from cmkit.plan.networks import (
     build,
     build_companions,

@@ -14,11 +14,11 @@ from cmkit.denoiser import Cond, Denoiser
 from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError, inline
 from cmkit.kinds import Backbone, Precond
 from cmkit.plan import networks
-from cmkit.plan.grid import minimized
 from cmkit.plan.networks import naming_table, noise_of
 from cmkit.plan.record import CONDITIONS, Plan
 from cmkit.plugins import discover
 from cmkit.recipe import Recipe, Teacher, load
+from cmkit.recipe.grid import minimized
 from cmkit.run.folder import RunFolder
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec

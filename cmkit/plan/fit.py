@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from cmkit.plan import checks, networks
-from cmkit.plan.grid import cells, minimized, with_values
 from cmkit.plan.networks import naming_table
 from cmkit.plan.record import Plan
 from cmkit.recipe import Recipe
+from cmkit.recipe.grid import cells, minimized, with_values
 from cmkit.weights import Weights, find
 
 

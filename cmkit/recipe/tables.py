@@ -23,6 +23,8 @@ MAX_CELLS = 10_000
 class DenoiserTable(Part):
     """How a network becomes a denoiser, and where its weights come from."""
 
+    read_by = {"guidance": ("search", "sample")}
+
     precond: str | dict[str, Any] = "consistency"
     """What its inputs and output mean: "consistency" for a consistency model, "edm" for a diffusion
     teacher, or a table with `use` and the options of another precond."""
@@ -81,10 +83,14 @@ class StageTable(Part):
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Tables that must stand beside it."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Tables that decide its result, beside its own and the stages before it."""
 
 
 class TrainTable(StageTable):
     """The keys of [train]."""
+
+    read_by = {"log_every": (), "save_every": (), "keep": ()}
 
     steps: Count
     """Optimizer steps."""

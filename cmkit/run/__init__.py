@@ -17,7 +17,9 @@ _HOMES = {
     ),
     "cmkit.run.finished": "drawn_from",
     "cmkit.run.folder": "RunFolder",
-    "cmkit.run.runner": "run run_folder",
+    "cmkit.run.reuse": "Outlook outlook run_folder",
+    "cmkit.run.inputs": "changes inputs_of",
+    "cmkit.run.runner": "run shown",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME_OF)

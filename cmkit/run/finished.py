@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cmkit.errors import CheckpointError
-from cmkit.plan import with_values
 from cmkit.plugins import Registry
-from cmkit.recipe import Recipe, SampleTable, load
+from cmkit.recipe import Recipe, SampleTable, load, run_name, with_values
 from cmkit.run.folder import RunFolder
 
 
@@ -32,7 +31,7 @@ def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, image
         raise recipe.source.error(
             ("train",),
             f"the model is yet to be trained: run the recipe, and give the folder of that run, such"
-            f" as runs/{recipe.name}-{recipe.hash}",
+            f" as runs/{run_name(recipe)}",
         )
     if not recipe.denoiser.weights:
         raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Rescaler
-from cmkit.plan import with_values
+from cmkit.recipe import with_values
 from cmkit.sample import RepeatedDraws
 from cmkit.search.score import CellsDrawn, Scoring, encoder_rows, scored
 from cmkit.search.strategies import most_cells, place, trials
@@ -76,11 +76,13 @@ def rerank(scoring: Scoring, chosen: Sequence[Mapping[str, Any]]) -> Iterator[Ce
         yield Cell(record["index"], len(chosen), values, score, shown)
 
 
-def confirm(scoring: Scoring, winner: Rescaler, done: int = 0) -> Iterator[Comparison | CellsDrawn]:
+def confirm(
+    scoring: Scoring, winner: Rescaler, seeds: Iterable[int]
+) -> Iterator[Comparison | CellsDrawn]:
     """The winner against the unscaled model, on noise that the search never saw, seed by seed."""
     plan, table = scoring.plan, scoring.table
     count = table.confirm_images or table.images
-    for k in range(done, table.confirm_seeds):
+    for k in seeds:
         draws = RepeatedDraws(plan.data, plan.recipe.seed, f"confirm-{k}")
         ((plain, _), (rescaled, _)) = yield from scored(scoring, (None, winner), draws, count)
         if plain is None or rescaled is None:

@@ -17,8 +17,8 @@ from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Meter, Rescaler
 from cmkit.measure import meter
-from cmkit.plan import Plan, minimized
-from cmkit.recipe import SearchTable
+from cmkit.plan import Plan
+from cmkit.recipe import SearchTable, minimized
 from cmkit.sample import Draws, starts, to_uint8
 from cmkit.values import Reference
 

@@ -68,10 +68,11 @@ class Training:
         return found
 
     def state(self) -> dict[str, Any]:
-        """The numbers of the state."""
+        """The numbers of the state, and the name of the average that is sampled from."""
         terms = {name: kept.tolist() for name, kept in self.models.terms.items()}
         counts = {"step": self.step, "counted": self.counted}
-        return {**counts, "window": self.window.item(), "terms": terms}
+        average = f"ema-{self.table.ema[0]}"
+        return {**counts, "window": self.window.item(), "terms": terms, "average": average}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take the state of a checkpoint; CheckpointError when it is of another model."""

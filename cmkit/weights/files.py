@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cmkit.checkpoint import read_shapes, read_weights
+from cmkit.checkpoint import read_shapes, read_weights, weights_file
 from cmkit.errors import CheckpointError, did_you_mean
 from cmkit.files import atomic_write, cache_folder, cached_sha256
 from cmkit.run.folder import RunFolder
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 DIFFUSERS = "diffusion_pytorch_model"
 
 
+_CHOSEN = re.compile(r"(.+?)(?:@(\d+))?(?::(online|ema-[\d.]+))?")
+
+
 @dataclass(frozen=True)
 class Weights:
     """Where the weights `name` are, and where they come from if they are published."""
@@ -31,6 +34,8 @@ class Weights:
     name: str
     path: Path
     url: str | None = None
+    average: str | None = None
+    """Which of the weights of a checkpoint; None = the average that its training samples from."""
 
     @property
     def missing(self) -> bool:
@@ -39,7 +44,9 @@ class Weights:
 
 
 def find(name: str, backbone: Backbone) -> Weights:
-    """The weights `name`: "path:FILE", "PUBLISHER:NAME" as `backbone` publishes, or a path.
+    """The weights `name`: "path:FILE", "PUBLISHER:NAME" as `backbone` publishes, or a path; a run
+    may be "run:NAME-KEY" wherever it lies, and "RUN@STEP", "RUN:ema-0.9999" and "RUN:online" name
+    its other weights.
 
     CheckpointError when there is no such file, or no such name.
     """
@@ -47,9 +54,23 @@ def find(name: str, backbone: Backbone) -> Weights:
         publisher, _, _ = name.partition(":")
         url = backbone.published[name]
         return Weights(name, cache_folder(f"weights/{publisher}") / url.rsplit("/", 1)[-1], url)
-    path = Path(name.removeprefix("path:"))
+    place, step, average = chosen(name)
+    if place.startswith("run:"):
+        path = RunFolder.named(place.removeprefix("run:")).path
+    else:
+        path = Path(place.removeprefix("path:")).expanduser()
+    if step is not None:
+        path = RunFolder(path).checkpoint(step)
+    elif average and path.is_dir() and (kept := RunFolder(path).checkpoints).is_dir():
+        path = kept
     if path.exists():
-        return Weights(name, path)
+        return Weights(name, path, average=average)
+    if step is not None:
+        known = sorted(int(each.name[5:]) for each in path.parent.glob("step-*"))
+        raise CheckpointError(
+            f"{name}: no checkpoint of step {step} is kept; there are"
+            f" {', '.join(map(str, known)) or 'none'}"
+        )
     if not name.startswith("path:") and re.fullmatch(r"[a-z][a-z0-9-]+:\w[\w.-]*", name):
         raise CheckpointError(
             f"{name}: no published weights of this backbone"
@@ -62,6 +83,24 @@ def find(name: str, backbone: Backbone) -> Weights:
     )
 
 
+def chosen(name: str) -> tuple[str, int | None, str | None]:
+    """(place, step, average) of "RUN@STEP:AVERAGE", of which the last two may be left out."""
+    match = None if Path(name).exists() else _CHOSEN.fullmatch(name)
+    if match is None:
+        return name, None, None
+    place, step, average = match.groups()
+    return place, None if step is None else int(step), average
+
+
+def identity(name: str, backbone: Backbone) -> dict[str, str]:
+    """The SHA-256 of the file that holds the weights `name`; nothing before it is downloaded."""
+    found = find(name, backbone)
+    if found.missing:
+        return {}
+    path = _within(RunFolder(found.path).newest_weights()) if found.path.is_dir() else found.path
+    return {"weights": cached_sha256(weights_file(path, found.average))}
+
+
 def read(weights: Weights) -> dict[str, Tensor]:
     """All tensors of `weights`, under the names that their file gives them, on the CPU.
 
@@ -70,12 +109,12 @@ def read(weights: Weights) -> dict[str, Tensor]:
     """
     if weights.url:
         _pin(weights.path, cached_sha256(weights.path))
-    return read_weights(_file(weights))
+    return read_weights(_file(weights), weights.average)
 
 
 def shapes(weights: Weights) -> dict[str, Tensor]:
     """The tensors of `read` on the meta device: names, types and shapes from the file's head."""
-    return read_shapes(_file(weights))
+    return read_shapes(_file(weights), weights.average)
 
 
 def _file(weights: Weights) -> Path:

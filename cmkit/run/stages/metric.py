@@ -16,6 +16,7 @@ class Measure(Stage):
     """Every [[metric]] of the recipe, on the run's samples."""
 
     needs: ClassVar[tuple[str, ...]] = ("sample",)
+    reads: ClassVar[tuple[str, ...]] = ("dataset",)
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Measure the samples with every metric of the recipe."""

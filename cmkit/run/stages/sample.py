@@ -23,13 +23,14 @@ class Sample(SampleTable, Stage):
     """Sampling from the trained, rescaled model."""
 
     needs: ClassVar[tuple[str, ...]] = ("sampler",)
+    reads: ClassVar[tuple[str, ...]] = ("dataset", "backbone", "denoiser", "rescaler", "sampler")
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Draw the images that are not kept yet, and pictures of the first, unscaled and not."""
         import torch
 
         from cmkit.pictures import grid_png
-        from cmkit.run.events import Sampled, StageStarted
+        from cmkit.run.events import Note, Sampled, StageStarted
         from cmkit.sample import Draws, npz, sample
 
         folder, sampler = job.folder, job.plan.recipe.sampler
@@ -41,7 +42,9 @@ class Sample(SampleTable, Stage):
         def batches(model: Denoiser, indices: range) -> Iterator[Any]:
             return sample(model, sampler, draws, indices, self.batch, job.device, self.precision)
 
-        kept = done = _kept(job)
+        kept, damaged = folder.intact_samples()
+        done = kept
+        yield from (Note(f"{name}: damaged; drawn again") for name in damaged)
         yield StageStarted("sample", done, self.images)
         drawn = []
         for batch in batches(scaled, range(done, self.images)):
@@ -49,7 +52,7 @@ class Sample(SampleTable, Stage):
             done += len(batch.images)
             yield Sampled(done, self.images)
             if job.save_is_due or done - kept >= FILE_IMAGES or done == self.images:
-                folder.keep_samples(kept, npz(drawn))
+                folder.keep_samples(kept, done - kept, npz(drawn))
                 kept, drawn, job.saved = done, [], time.monotonic()
             job.stop.check(f"{done} of {self.images} samples are kept in {folder.samples}")
         shown = range(min(SHOWN_IMAGES, self.images))
@@ -67,17 +70,3 @@ class Sample(SampleTable, Stage):
         from cmkit.report.figures import number
 
         return f"{number(result['images'])} images"
-
-
-def _kept(job: Job) -> int:
-    """Samples in the files that follow each other from the first on; those behind a gap, which
-    only damage leaves, are removed and drawn again."""
-    from cmkit.sample import SavedImages
-
-    kept = 0
-    for path in job.folder.sample_files():
-        if int(path.stem) == kept:
-            kept += len(SavedImages([path]))
-        else:
-            path.unlink()
-    return kept

@@ -18,6 +18,7 @@ class Train(TrainTable, Stage):
     """Training. A step takes `batch` images, drawn as `accumulate` equal parts."""
 
     needs: ClassVar[tuple[str, ...]] = ("objective",)
+    reads: ClassVar[tuple[str, ...]] = ("dataset", "backbone", "denoiser", "teacher", "objective")
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Train from the newest intact checkpoint on, and leave the first average as weights."""
