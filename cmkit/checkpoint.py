@@ -239,7 +239,7 @@ def _newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         steps = _steps(root)
     for _, folder in steps:
         try:
-            found = _open(folder)
+            found = open_checkpoint(folder)
         except CheckpointError as error:
             damage.append(error)
             continue
@@ -251,7 +251,8 @@ def _newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def _open(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder; CheckpointError where it is damaged."""
     verify(folder)
     with files.reading(folder / STATE):
         record = json.loads((folder / STATE).read_bytes())

@@ -139,17 +139,17 @@ def read_jsonl(path: Path, checked: bool = False) -> list[dict[str, Any]]:
 
 def truncate_jsonl(
     path: Path, keep: Callable[[dict[str, Any]], bool], checked: bool = False
-) -> int:
-    """Drop damaged lines of the log `path`, and records that do not satisfy `keep`; the number of
-    lines that were damaged."""
-    if not path.exists():
-        return 0
-    lines = list(_lines(path, checked))
-    kept = b"".join(line + b"\n" for line, record in lines if keep(record))
-    before = read_bytes(path)
-    if before != kept:
+) -> None:
+    """Drop damaged lines of the log `path`, and records that do not satisfy `keep`."""
+    kept = b"".join(line + b"\n" for line, record in _lines(path, checked) if keep(record))
+    if path.exists() and read_bytes(path) != kept:
         atomic_write(path, kept)
-    return before.count(b"\n") + (not before.endswith(b"\n") and before != b"") - len(lines)
+
+
+def damaged_lines(path: Path, checked: bool = False) -> int:
+    """How many lines of the log `path` are damaged; none when there is no such file."""
+    every = read_bytes(path).splitlines() if path.exists() else []
+    return len(every) - len(list(_lines(path, checked)))
 
 
 def _lines(path: Path, checked: bool) -> Iterator[tuple[bytes, dict[str, Any]]]:

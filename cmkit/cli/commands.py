@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cmkit.cli.errors import debug_log
-from cmkit.errors import PluginError, RecipeError, did_you_mean
+from cmkit.errors import CheckpointError, PluginError, RecipeError, did_you_mean, inline
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -69,6 +69,10 @@ def _root(
 def run(
     recipe: RecipeArgument,
     set: SetOption = [],  # noqa: B006 - the option is called --set
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RUN[@STEP]", help="Go on from the training of a run."),
+    ] = None,
     out: OutOption = Path("runs"),
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -76,7 +80,8 @@ def run(
     """Carry a recipe out, or go on where it stopped: train, search, sample, measure, report."""
     stop = StopSignal()
     stop.listen()
-    loaded, registry = _loaded(recipe, set)
+    start = [f"train.start={inline(from_)}"] if from_ else []
+    loaded, registry = _loaded(recipe, [*set, *start])
     from cmkit.cli.display import Display
     from cmkit.device import pick_device
     from cmkit.run import RunFinished, run, run_folder, shown
@@ -329,6 +334,27 @@ def compare(
 
 
 @app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="Folder of a run, or run:NAME-KEY.")],
+    json: JsonOption = False,
+) -> None:
+    """Hold every file of a run to the digests that were kept of it; exit code 4 if one fails."""
+    from cmkit.run import RunFolder, verify
+
+    folder = RunFolder.at(run)
+    if not folder.recipe.exists():
+        raise CheckpointError(f"{run}: no run folder, it has no recipe.toml")
+    found = list(verify(folder))
+    if json:
+        _print_json({"schema": 1, "files": [{"file": f, "fault": fault} for f, fault in found]})
+    else:
+        _print_table(("file", "outcome"), [(file, fault or "intact") for file, fault in found])
+    bad = [file for file, fault in found if fault]
+    if bad:
+        raise CheckpointError(f"{folder.path}: {', '.join(bad[:5])} not intact; see the table")
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Weights: a file, a folder, or a published name.")],
     target: Annotated[Path, typer.Argument(help="The new file, or folder for diffusers.")],
@@ -384,7 +410,8 @@ def _outlook(
     from cmkit.run import inputs_of, outlook
 
     keys = stage_keys(plan.recipe, inputs_of(plan.recipe, plan.data, device))
-    return outlook(plan.recipe, folder, keys, registry)
+    found: Iterator[Outlook] = outlook(plan.recipe, folder, keys, registry)
+    return found
 
 
 @contextlib.contextmanager
@@ -403,7 +430,7 @@ def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:
     from cmkit.plugins import discover
     from cmkit.run.finished import drawn_from
 
-    return drawn_from(find_recipe(source), overrides, discover(), images)
+    return drawn_from(str(find_recipe(source)), overrides, discover(), images)
 
 
 def _show_until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:

@@ -129,6 +129,9 @@ class TrainTable(StageTable):
     """Steps between checkpoints."""
     keep: int = Field(2, ge=1, le=1000)
     """Checkpoints kept."""
+    start: str | None = None
+    """A run to go on from, as RUN or RUN@STEP: its weights, averages, optimizer and step, under
+    this recipe's numbers. `cmkit run RECIPE --from RUN` says it."""
     log_every: Count = 50
     """Steps between log lines."""
 

@@ -9,16 +9,22 @@ from pathlib import Path
 from cmkit.errors import CheckpointError
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, SampleTable, load, run_name, with_values
-from cmkit.run.folder import RunFolder
+from cmkit.run.folder import RunFolder, chosen
 
 
-def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, images: int) -> Recipe:
+def drawn_from(
+    source: Path | str, overrides: Sequence[str], registry: Registry, images: int
+) -> Recipe:
     """The recipe that only draws `images`, with the weights and the winning scales that the run
-    folder `source` holds, or those of the recipe file `source`. What `overrides` say goes first.
+    `source` holds, or those of the recipe file `source`. What `overrides` say goes first.
 
-    CheckpointError for a folder without them, RecipeError for a recipe that has yet to be trained.
+    A run is its folder, or "run:NAME-KEY"; "RUN@STEP" and "RUN:ema-0.9999" draw from its other
+    weights. CheckpointError for a folder without them, RecipeError for a recipe that has yet to be
+    trained.
     """
-    folder, run = RunFolder(source), source.is_dir()
+    place, step, average = chosen(str(source))
+    folder = RunFolder.at(place)
+    source, run = folder.path, folder.path.is_dir()
     if run and not folder.recipe.is_file():
         raise CheckpointError(
             f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-HASH, or a"
@@ -26,7 +32,8 @@ def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, image
         )
     recipe = load(folder.recipe if run else source, overrides, registry)
     if run:
-        recipe = _finished(recipe, folder)
+        at = ("" if step is None else f"@{step}") + (f":{average}" if average else "")
+        recipe = _finished(recipe, folder, at)
     elif recipe.train and not _said(recipe, "denoiser", "weights"):
         raise recipe.source.error(
             ("train",),
@@ -47,9 +54,12 @@ def trained(recipe: Recipe, folder: RunFolder) -> Recipe:
     return replace(recipe, denoiser=recipe.denoiser.model_copy(update=weights))
 
 
-def _finished(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """The recipe of a run with what its stages left in `folder`."""
-    if not _said(recipe, "denoiser", "weights"):
+def _finished(recipe: Recipe, folder: RunFolder, at: str) -> Recipe:
+    """The recipe of a run with what its stages left in `folder`; `at` names other weights of it."""
+    if at:
+        weights = {"weights": f"{folder.path}{at}", "init": None}
+        recipe = replace(recipe, denoiser=recipe.denoiser.model_copy(update=weights))
+    elif not _said(recipe, "denoiser", "weights"):
         recipe = trained(recipe, folder)
         if recipe.train and not Path(recipe.denoiser.weights or "").is_file():
             raise CheckpointError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -26,6 +27,7 @@ SCHEMA = 2
 """Of report.json, with its own digest; a report of schema 1 has none."""
 RUNS: ContextVar[Path | None] = ContextVar("RUNS", default=None)
 """The folder that --out names, where runs are found by their names."""
+_CHOSEN = re.compile(r"(.+?)(?:@(\d+))?(?::(online|ema-[\d.]+))?")
 STAGE_FILES = {
     "train": ("model.safetensors", "log.jsonl"),
     "search": ("search/*.jsonl", "search/*.png", "search.json"),
@@ -55,13 +57,20 @@ class RunFolder:
         self._log = path / "log.jsonl"
         self._search = path / "search"
         self._unfinished = self._search / "unfinished.safetensors"
-        self._drawn = self.samples / "drawn.jsonl"
+        self._drawn = path / "samples.jsonl"
 
     @classmethod
     def of_weights(cls, weights: str) -> RunFolder:
         """The folder that the key `weights` of a recipe names: a run, or a run's weights."""
         path = Path(weights.removeprefix("path:"))
         return cls(path.parent if path.name == "model.safetensors" else path)
+
+    @classmethod
+    def at(cls, place: str) -> RunFolder:
+        """The folder that a user names: a path, or "run:NAME-KEY"."""
+        if place.startswith("run:"):
+            return cls.named(place[4:])
+        return cls(Path(place.removeprefix("path:")).expanduser())
 
     @classmethod
     def named(cls, name: str) -> RunFolder:
@@ -256,9 +265,8 @@ class RunFolder:
 
     def log(self) -> list[dict[str, Any]]:
         """The records of the training log, without damaged lines."""
-        return [
-            r for r in files.read_jsonl(self._log, self.checked) if isinstance(r.get("step"), int)
-        ]
+        records = files.read_jsonl(self._log, self.checked)
+        return [record for record in records if isinstance(record.get("step"), int)]
 
     def append_log(self, record: Mapping[str, Any], durable: bool = False) -> None:
         """Add a record to the training log; `durable` before a checkpoint is saved."""
@@ -266,16 +274,19 @@ class RunFolder:
 
     def rewind_log(self, step: int) -> None:
         """Drop what the training log holds of steps behind `step`."""
-        files.truncate_jsonl(
-            self._log, lambda record: record.get("step", step + 1) <= step, self.checked
-        )
+
+        def kept(record: Mapping[str, Any]) -> bool:
+            return isinstance(record.get("step"), int) and record["step"] <= step
+
+        files.truncate_jsonl(self._log, kept, self.checked)
 
     def scores(self, name: str) -> tuple[dict[int, dict[str, Any]], int]:
         """The records "cells", "rerank" or "confirm" of a search, by their index, and how many
         lines were damaged, which are removed."""
         files.make_folder(self._search)
         path = self._search / f"{name}.jsonl"
-        lost = files.truncate_jsonl(path, lambda record: "index" in record, self.checked)
+        lost = files.damaged_lines(path, self.checked)
+        files.truncate_jsonl(path, lambda record: "index" in record, self.checked)
         return {r["index"]: r for r in files.read_jsonl(path, self.checked)}, lost
 
     def append_score(self, name: str, record: Mapping[str, Any]) -> None:
@@ -360,6 +371,15 @@ def roots() -> list[Path]:
     out = RUNS.get()
     named = [out] if out else []
     return [*named, *map(Path, filter(None, said.split(os.pathsep))), Path("runs")]
+
+
+def chosen(name: str) -> tuple[str, int | None, str | None]:
+    """(place, step, average) of "RUN@STEP:AVERAGE", of which the last two may be left out."""
+    match = None if Path(name).exists() else _CHOSEN.fullmatch(name)
+    if match is None:
+        return name, None, None
+    place, step, average = match.groups()
+    return place, None if step is None else int(step), average
 
 
 def make_out(path: Path) -> None:

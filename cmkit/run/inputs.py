@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from cmkit import files
+from cmkit.checkpoint import MANIFEST
 from cmkit.device import precision
 from cmkit.errors import CheckpointError, DataError
 from cmkit.plan import Plan
@@ -16,7 +18,7 @@ from cmkit.recipe import Recipe, minimized, stage_tables
 from cmkit.recipe.keys import Inputs
 from cmkit.run.folder import RunFolder
 from cmkit.values import DataSpec
-from cmkit.weights import identity
+from cmkit.weights import identity, start_checkpoint
 
 SHOWN = 5
 """Names of a list that a sentence shows."""
@@ -37,9 +39,12 @@ def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str,
         found["denoiser"] = identity(recipe.denoiser.weights, recipe.backbone)
     if teacher := recipe.teacher:
         found["teacher"] = identity(teacher.table.weights, teacher.backbone)
+    if recipe.train and recipe.train.start:
+        manifest = start_checkpoint(recipe.train.start) / MANIFEST
+        found["train"] = {"start": files.sha256_of(manifest)}
     for name, stage in recipe.stages.items():
         if said := getattr(stage, "precision", None):
-            found[name] = {"precision": precision(said, device)}
+            found.setdefault(name, {})["precision"] = precision(said, device)
     return {table: about for table, about in found.items() if about}
 
 

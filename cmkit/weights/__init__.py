@@ -8,9 +8,9 @@ from cmkit.weights.files import (
     DIFFUSERS,
     Weights,
     adapt,
-    chosen,
     find,
     identity,
     read,
     shapes,
+    start_checkpoint,
 )

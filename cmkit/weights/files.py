@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cmkit.checkpoint import read_shapes, read_weights, weights_file
+from cmkit.checkpoint import (
+    MANIFEST,
+    newest_folder,
+    read_shapes,
+    read_weights,
+    weights_file,
+)
 from cmkit.errors import CheckpointError, did_you_mean
 from cmkit.files import atomic_write, cache_folder, cached_sha256
-from cmkit.run.folder import RunFolder
+from cmkit.run.folder import RunFolder, chosen
 from cmkit.tensors import is_pickle
 
 if TYPE_CHECKING:
@@ -22,9 +28,6 @@ if TYPE_CHECKING:
     from cmkit.values import Layout
 
 DIFFUSERS = "diffusion_pytorch_model"
-
-
-_CHOSEN = re.compile(r"(.+?)(?:@(\d+))?(?::(online|ema-[\d.]+))?")
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,7 @@ def find(name: str, backbone: Backbone) -> Weights:
         url = backbone.published[name]
         return Weights(name, cache_folder(f"weights/{publisher}") / url.rsplit("/", 1)[-1], url)
     place, step, average = chosen(name)
-    if place.startswith("run:"):
-        path = RunFolder.named(place.removeprefix("run:")).path
-    else:
-        path = Path(place.removeprefix("path:")).expanduser()
+    path = RunFolder.at(place).path
     if step is not None:
         path = RunFolder(path).checkpoint(step)
     elif average and path.is_dir() and (kept := RunFolder(path).checkpoints).is_dir():
@@ -83,13 +83,20 @@ def find(name: str, backbone: Backbone) -> Weights:
     )
 
 
-def chosen(name: str) -> tuple[str, int | None, str | None]:
-    """(place, step, average) of "RUN@STEP:AVERAGE", of which the last two may be left out."""
-    match = None if Path(name).exists() else _CHOSEN.fullmatch(name)
-    if match is None:
-        return name, None, None
-    place, step, average = match.groups()
-    return place, None if step is None else int(step), average
+def start_checkpoint(name: str) -> Path:
+    """The checkpoint that "RUN", "RUN@STEP" or "run:NAME-KEY@STEP" names, by default the newest;
+    CheckpointError where it is not there."""
+    place, step, _ = chosen(name)
+    folder = RunFolder.at(place)
+    path = folder.checkpoints if step is None else folder.checkpoint(step)
+    found = newest_folder(path) if path.is_dir() else path
+    if not (found / MANIFEST).is_file():
+        kept = sorted(each.name for each in folder.checkpoints.glob("step-*"))
+        raise CheckpointError(
+            f"{name}: no checkpoint to go on from; there are {', '.join(kept) or 'none'} in"
+            f" {folder.checkpoints}"
+        )
+    return found
 
 
 def identity(name: str, backbone: Backbone) -> dict[str, str]:

@@ -65,9 +65,9 @@ class Search(SearchTable, Stage):
         rescaler = with_values(recipe, winning)
         confirmed, lost = folder.scores("confirm")
         yield from _lost("confirm", lost)
-        left = [k for k in range(self.confirm_seeds) if k not in confirmed]
-        yield StageStarted("confirm", self.confirm_seeds - len(left), self.confirm_seeds)
-        for event in _keeping(job, search.confirm(scoring, rescaler, left)):
+        fresh = [k for k in range(self.confirm_seeds) if k not in confirmed]
+        yield StageStarted("confirm", self.confirm_seeds - len(fresh), self.confirm_seeds)
+        for event in _keeping(job, search.confirm(scoring, rescaler, fresh)):
             yield event
             if isinstance(event, Comparison):
                 record = {"index": event.index, "plain": event.plain, "rescaled": event.rescaled}
