@@ -19,7 +19,7 @@ _HOMES = {
     "cmkit.run.folder": "RunFolder",
     "cmkit.run.reuse": "Outlook outlook run_folder",
     "cmkit.run.inputs": "changes inputs_of",
-    "cmkit.run.verify": "verify",
+    "cmkit.run.integrity": "verify",
     "cmkit.run.runner": "run shown",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

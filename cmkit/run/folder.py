@@ -108,10 +108,14 @@ class RunFolder:
         return files.lock(self.path)
 
     def keep_recipe(self, text: str) -> None:
-        """Write recipe.toml, unless it stands there; CheckpointError where that is damaged."""
-        if not self.recipe.exists():
+        """Write recipe.toml, unless it stands there: see `check_recipe`."""
+        if self.recipe.exists():
+            self.check_recipe()
+        else:
             files.atomic_write(self.recipe, text)
-            return
+
+    def check_recipe(self) -> None:
+        """CheckpointError where recipe.toml is not the one that the run was begun with."""
         digest = self.inputs().get("recipe")
         same = digest == files.sha256_of(self.recipe)
         if digest is None:  # begun by an earlier cmkit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from cmkit.run.folder import RunFolder
 
 def verify(folder: RunFolder) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it, "" = nothing) of each file of a run that has a digest."""
-    yield _judged(folder, folder.recipe, lambda: folder.keep_recipe(""))
+    yield _judged(folder, folder.recipe, folder.check_recipe)
     yield _judged(folder, folder.path / "inputs.json", folder.inputs)
     yield _judged(folder, folder.path / "status.json", folder.status)
     if folder.finished:
@@ -32,7 +33,7 @@ def verify(folder: RunFolder) -> Iterator[tuple[str, str]]:
             lost = files.damaged_lines(log, folder.checked)
             yield name, f"{lost} damaged lines" if lost else ""
     for step in sorted(folder.checkpoints.glob("step-*")):
-        yield _judged(folder, step, lambda step=step: checkpoint.verify(step))
+        yield _judged(folder, step, functools.partial(checkpoint.verify, step))
 
 
 def _judged(folder: RunFolder, path: Path, read: Callable[[], object]) -> tuple[str, str]:

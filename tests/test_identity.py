@@ -1,0 +1,444 @@
+"""What a run depends on: stages shared between recipes, inputs that change, files that are damaged."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmkit import CheckpointError, CmkitError, DataError, NonFiniteError, discover
+from cmkit.checkpoint import read_weights
+from cmkit.kinds import Part
+from cmkit.plan import plan
+from cmkit.recipe import load, run_name
+from cmkit.run import Note, RunFinished, RunFolder, outlook, run, verify
+from cmkit.run.inputs import changes
+from cmkit.stop import StopSignal
+from cmkit.train import Step
+from tests.test_run import CPU, RECIPE
+
+BASE = RECIPE.replace("confirm_seeds = 2", "confirm_seeds = 2\nthumbnails = 4")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a recipe, and its finished run below runs/."""
+    home = tmp_path_factory.mktemp("identity")
+    (home / "tiny.toml").write_text(BASE)
+    go(home)
+    return home
+
+
+def go(home: Path, *overrides: str, until=None):
+    """(folder, events) of a run of the recipe in `home`, up to the first event that `until` takes."""
+    registry = discover()
+    made = plan(load(home / "tiny.toml", overrides, registry))
+    seen = []
+    for event in (running := run(made, registry, home / "runs", CPU, StopSignal())):
+        seen.append(event)
+        if until and until(event):
+            running.close()
+            break
+    return RunFolder(home / "runs" / run_name(made.recipe)), seen
+
+
+def steps(events) -> list[int]:
+    return [event.step for event in events if isinstance(event, Step)]
+
+
+def notes(events) -> str:
+    return "\n".join(event.text for event in events if isinstance(event, Note))
+
+
+CHANGES = {
+    'metric=[{use="fidelity"}]': "training search samples",
+    "sample.images=80": "training search",
+    "search.grid.skip=[1.0, 1.5, 2.0]": "training",
+    "train.ema=[0.9]": "",
+    "seed=4": "",
+}
+"""What is changed, and what need not be done again for it."""
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_recipe_takes_what_it_shares_with_a_finished_run(home, change):
+    folder, seen = go(home, change, until=lambda e: isinstance(e, Step))
+    taken = re.findall(r"^(\w+): that of .*tiny-", notes(seen), re.M)
+    assert taken == CHANGES[change].split()
+    assert bool(steps(seen)) == (not taken)
+    if taken:
+        (original,) = (p for p in (home / "runs").iterdir() if p.name == name_of(home))
+        assert folder.weights.read_bytes() == (original / "model.safetensors").read_bytes()
+        folder, seen = go(home, change)  # again: what was taken is its own now
+        assert not notes(seen)
+
+
+def name_of(home, *overrides) -> str:
+    return run_name(load(home / "tiny.toml", overrides, discover()))
+
+
+def test_keys_that_change_no_bit_change_no_name(home):
+    same = ["train.log_every=3", "train.save_every=5", "train.keep=1", "train.lr=0.001"]
+    assert name_of(home, *same) == name_of(home)
+    for other in ("train.steps=7", "train.lr=0.002", "sampler.use=heun", "denoiser.sigma_max=70.0"):
+        assert name_of(home, other) != name_of(home)
+
+
+def test_a_default_that_is_added_later_changes_no_name(home, monkeypatch):
+    from cmkit_std.objectives.ct import CT
+
+    before = name_of(home)
+
+    class Later(CT):
+        added: int = 5
+
+    monkeypatch.setattr("cmkit_std.objectives.ct.CT", Later)
+    assert load(home / "tiny.toml", [], discover()).objective.added == 5
+    assert name_of(home) == before
+    assert name_of(home, "objective.added=6") != before
+
+
+def test_guidance_is_no_part_of_what_was_trained(home):
+    recipes = [
+        load(home / "tiny.toml", said, discover()) for said in ([], ["denoiser.guidance=1.0"])
+    ]
+    from cmkit.recipe import stage_keys
+
+    plain, guided = map(stage_keys, recipes)
+    assert plain["train"] == guided["train"]
+    assert plain["search"] != guided["search"]
+
+
+def test_a_training_that_another_run_has_begun_goes_on(home, tmp_path):
+    (tmp_path / "tiny.toml").write_text(BASE)
+    first, _ = go(tmp_path, until=lambda e: isinstance(e, Step) and e.step == 5)
+    second, seen = go(tmp_path, "sample.images=80", until=lambda e: isinstance(e, Step))
+    assert first.path != second.path
+    assert f"training: goes on from step-00000004 of {first.path}" in notes(seen)
+    assert steps(seen) == [5]
+    second, _ = go(tmp_path, "sample.images=80")
+    assert (
+        second.weights.read_bytes()
+        == (home / "runs" / name_of(home) / "model.safetensors").read_bytes()
+    )
+
+
+def test_what_is_new_is_said_with_the_reason(home):
+    registry = discover()
+
+    def said(*overrides):
+        made = load(home / "tiny.toml", overrides, registry)
+        folder = RunFolder(home / "runs" / "tiny-none")
+        keys = RunFolder(home / "runs" / name_of(home)).inputs()["keys"]
+        if overrides:
+            keys = dict.fromkeys(keys, "another")
+        return {each.stage: each.said for each in outlook(made, folder, keys, registry)}
+
+    own = home / "runs" / name_of(home)
+    assert said() == dict.fromkeys(("train", "search", "sample", "metric"), f"that of {own}")
+    new = said("train.steps=9", "seed=3")
+    assert new["train"].startswith("new (train.steps = 9, in ")
+    assert "6)" in new["train"]
+
+
+def test_a_finished_run_is_shown_and_never_written(home):
+    folder, _ = go(home)
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.path.rglob("*")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        folder, seen = go(home)
+    finally:
+        torch.set_num_threads(threads)
+    assert [type(event) for event in seen] == [RunFinished]
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in folder.path.rglob("*")} == before
+
+
+def test_a_start_under_another_environment_is_kept_and_said(home, tmp_path):
+    (tmp_path / "tiny.toml").write_text(BASE)
+    go(tmp_path, until=lambda e: isinstance(e, Step) and e.step == 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        folder, seen = go(tmp_path, until=lambda e: isinstance(e, Step))
+    finally:
+        torch.set_num_threads(threads)
+    assert f"threads {threads + 1}, before {threads}; bits will differ" in notes(seen)
+    assert [start["threads"] for start in folder.starts()] == [threads, threads + 1]
+
+
+def test_a_run_its_folder_of_checkpoints_and_a_checkpoint_are_the_same_weights(home):
+    """The recipe's first average, which is not its slowest."""
+    (home / "slow.toml").write_text(BASE)
+    folder = RunFolder(home / "runs" / name_of(home))
+    kept = read_weights(folder.weights)
+    for place in (folder.checkpoints, folder.checkpoint(6)):
+        found = read_weights(place)
+        assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+    slow = read_weights(folder.checkpoint(6), "ema-0.5")
+    assert any(not torch.equal(slow[name], tensor) for name, tensor in kept.items())
+    with pytest.raises(
+        CheckpointError, match="holds no 'ema-0.7'; it has ema-0.5, ema-0.9, online"
+    ):
+        read_weights(folder.checkpoint(6), "ema-0.7")
+
+
+def test_a_run_is_found_by_its_name_wherever_it_lies(home, monkeypatch, tmp_path):
+    name = name_of(home)
+    monkeypatch.setenv("CMKIT_RUNS", str(home / "runs"))
+    monkeypatch.chdir(tmp_path)
+    assert RunFolder.at(f"run:{name}").path == home / "runs" / name
+    with pytest.raises(CheckpointError, match="no such run in"):
+        RunFolder.at("run:tiny-0")
+
+
+def test_training_goes_on_from_another_run_with_its_full_state(home, tmp_path):
+    """Four steps and two more, under the same numbers, are six steps."""
+    (tmp_path / "tiny.toml").write_text(BASE)
+    four, _ = go(tmp_path, "train.steps=4", "objective.num_sigmas=5", until=done("train"))
+    longer, seen = go(
+        tmp_path,
+        "objective.num_sigmas=5",
+        f'train.start="{four.path}"',
+        until=done("train"),
+    )
+    assert steps(seen) == [5, 6]
+    whole, _ = go(tmp_path, "objective.num_sigmas=5", until=done("train"))
+    for name, tensor in read_weights(whole.weights).items():
+        assert torch.equal(tensor, read_weights(longer.weights)[name])
+    with pytest.raises(CheckpointError, match="raise train.steps"):
+        go(tmp_path, "train.steps=4", f'train.start="{four.path}@4"')
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from; there are step-0000"):
+        go(tmp_path, f'train.start="{four.path}@3"')
+
+
+def done(stage):
+    return lambda event: getattr(event, "stage", "") == stage and hasattr(event, "result")
+
+
+def test_a_longer_schedule_says_what_it_makes_of_the_step(home, tmp_path):
+    (tmp_path / "tiny.toml").write_text(BASE)
+    first, _ = go(tmp_path, until=done("train"))
+    said = f'train.start="{first.path}"'
+    _, seen = go(tmp_path, "train.steps=60", said, until=lambda e: isinstance(e, Step))
+    assert "going on from step 6" in notes(seen)
+    assert "of 60 steps, N there is 3, of 6 7" in notes(seen)
+
+
+def test_numbers_that_are_not_finite_name_the_command_that_goes_on(tmp_path, monkeypatch):
+    from cmkit_std.objectives.ct import CT
+
+    honest = CT.loss
+    monkeypatch.setattr(
+        CT,
+        "loss",
+        lambda self, m, x, c, p, r: (
+            honest(self, m, x, c, p, r) * (1 if p.step < 3 else float("nan"))
+        ),
+    )
+    (tmp_path / "tiny.toml").write_text(BASE)
+    with pytest.raises(NonFiniteError) as caught:
+        go(tmp_path)
+    command = re.search(r"cmkit run (\S+) --from (\S+) --set (\S+)$", str(caught.value))
+    monkeypatch.undo()
+    assert Path(command[1]) == tmp_path / "tiny.toml"
+    _, seen = go(tmp_path, f'train.start="{command[2]}"', command[3], until=done("train"))
+    assert steps(seen) == [3, 4, 5, 6]
+
+
+def test_an_error_in_a_step_keeps_the_steps_before_it(tmp_path, monkeypatch):
+    from cmkit_std.objectives.ct import CT
+
+    honest = CT.loss
+
+    def failing(self, models, x0, cond, phase, rng):
+        if phase.step == 5:
+            raise MemoryError("out of memory")
+        return honest(self, models, x0, cond, phase, rng)
+
+    (tmp_path / "tiny.toml").write_text(BASE)
+    monkeypatch.setattr(CT, "loss", failing)
+    with pytest.raises(MemoryError):
+        go(tmp_path, "train.save_every=1000", "train.log_every=1")
+    monkeypatch.undo()
+    _, seen = go(tmp_path, "train.save_every=1000", "train.log_every=1", until=done("train"))
+    assert steps(seen) == [6]
+
+
+class Reading(Part):
+    """A part that reads a list and a file."""
+
+
+def test_what_changed_is_named():
+    then = {"dataset": {"classes": ["a", "aa", "b"], "pictures": 30, "contents": "0" * 64}}
+    now = {"dataset": {"classes": ["aa", "b", "z"], "pictures": 31, "contents": "f" * 64}}
+    said = list(changes(then, now, ["dataset"]))
+    assert said[0] == "dataset: classes: z is new, a is gone; it was begun with a, aa, b"
+    assert said[1] == "dataset: pictures 31, it was begun with 30"
+    assert said[2].startswith("dataset: contents changed: SHA-256 ffffffffffff..")
+    assert list(changes(then, then, ["dataset"])) == []
+
+
+def test_an_unfinished_run_whose_inputs_changed_is_refused(tmp_path, monkeypatch):
+    from cmkit_std.datasets.digits import Digits
+
+    (tmp_path / "tiny.toml").write_text(BASE)
+    monkeypatch.setattr(Digits, "identity", lambda self: {"contents": "1" * 64})
+    folder, _ = go(tmp_path, until=lambda e: isinstance(e, Step) and e.step == 3)
+    monkeypatch.setattr(Digits, "identity", lambda self: {"contents": "2" * 64})
+    with pytest.raises(DataError, match="what it reads has changed: dataset: contents changed"):
+        go(tmp_path)
+    monkeypatch.setattr(Digits, "identity", lambda self: {"contents": "1" * 64})
+    go(tmp_path, 'metric=[{use="fidelity"}]')
+    monkeypatch.setattr(Digits, "identity", lambda self: {"contents": "2" * 64})
+    finished, seen = go(tmp_path, 'metric=[{use="fidelity"}]')
+    assert isinstance(seen[-1], RunFinished)
+    assert "the results shown are those of then" in notes(seen)
+    assert finished.finished
+
+
+def test_overwritten_weights_are_noticed(home, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    folder = RunFolder(home / "runs" / name_of(home))
+    shutil.copy(folder.weights, weights)
+    text = BASE[: BASE.index("[train]")] + BASE[BASE.index("[search]") :]
+    text = text.replace(
+        'objective = { use = "ct", end_scales = 5, distance = "pseudo_huber" }\n', ""
+    )
+    (tmp_path / "tiny.toml").write_text(text + f'[denoiser]\nweights = "{weights}"\n')
+    go(tmp_path, until=done("search"))
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: -t for name, t in load_file(weights).items()}, weights)
+    with pytest.raises(CheckpointError, match="denoiser: weights changed: SHA-256"):
+        go(tmp_path)
+
+
+@pytest.fixture
+def copied(home, tmp_path):
+    """A copy of the finished run, with the recipe beside it."""
+    (tmp_path / "tiny.toml").write_text(BASE)
+    folder = tmp_path / "runs" / name_of(home)
+    shutil.copytree(home / "runs" / name_of(home), folder)
+    return tmp_path, RunFolder(folder)
+
+
+def test_an_intact_run_is_said_to_be_so(copied):
+    found = dict(verify(copied[1]))
+    assert not any(found.values())
+    names = set(found)
+    assert {
+        "recipe.toml",
+        "inputs.json",
+        "status.json",
+        "report.json",
+        "model.safetensors",
+    } <= names
+    assert {"samples/0000000.npz", "checkpoints/step-00000006", "starts.jsonl"} <= names
+
+
+def flipped(data: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+
+
+DAMAGE = {
+    "a bit is turned": flipped,
+    "the end is cut off": lambda data, rng: data[: rng.randrange(len(data))],
+    "a stretch is zero": lambda data, rng: (
+        data[: len(data) // 3] + bytes(len(data) - len(data) // 3)
+    ),
+    "it is null": lambda data, rng: b"null",
+    "it is a list": lambda data, rng: b"[1]",
+    "it is nested": lambda data, rng: b"[" * 100_000,
+    "it is another run's": lambda data, rng: data.replace(b"1", b"2"),
+}
+"""What may happen to a file."""
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_no_damaged_file_of_a_finished_run_is_believed(copied, how):
+    _, folder = copied
+    rng = random.Random(how)
+    for name, _ in list(verify(folder)):
+        path = folder.path / name
+        if path.is_dir():
+            path = rng.choice(sorted(path.iterdir()))
+        good = path.read_bytes()
+        bad = DAMAGE[how](good, rng)
+        if bad == good:
+            continue
+        path.write_bytes(bad)
+        found = dict(verify(folder))
+        assert any(found.values()), f"{name}: {how}, and nothing is said"
+        path.write_bytes(good)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", DAMAGE)
+def test_no_damaged_file_of_an_unfinished_run_changes_its_results(home, copied, how):
+    """Each is redone, or refused by its name; the results are those of the whole run."""
+    place, folder = copied
+    whole = RunFolder(home / "runs" / name_of(home)).report()["stages"]
+    folder._report.unlink()
+    status = folder.status()
+    wanted = {k: v for k, v in status.items() if k in ("train", "search")}
+    rng = random.Random(how)
+    for name in sorted(
+        str(p.relative_to(folder.path)) for p in folder.path.rglob("*") if p.is_file()
+    ):
+        if name.startswith(("report", ".lock", "loss", "heatmap", "checkpoints", "samples_")):
+            continue
+        shutil.rmtree(folder.path)
+        shutil.copytree(home / "runs" / name_of(home), folder.path)
+        folder._report.unlink()
+        folder.keep_status(wanted)
+        path = folder.path / name
+        path.write_bytes(DAMAGE[how](path.read_bytes(), rng))
+        try:
+            _, seen = go(place)
+        except CmkitError as error:
+            assert error.exit_code == 4, error
+            assert path.name in str(error)
+            continue
+        report = seen[-1].report
+        for stage, key in (("search", "best"), ("search", "cells"), ("metric", "values")):
+            assert report["stages"][stage][key] == whole[stage][key], f"{name}: {how} is believed"
+
+
+def test_a_line_that_is_lost_from_a_search_is_drawn_again(home, copied):
+    place, folder = copied
+    whole = RunFolder(home / "runs" / name_of(home)).report()["stages"]["search"]
+    folder._report.unlink()
+    folder.keep_status({"train": folder.status()["train"]})
+    for name in ("cells", "rerank", "confirm"):
+        log = folder.path / "search" / f"{name}.jsonl"
+        lines = log.read_bytes().splitlines(keepends=True)
+        log.write_bytes(lines[0][:20] + b"\n" + b"".join(lines[1:]))
+    _, seen = go(place)
+    assert notes(seen).count("damaged lines") == 3
+    again = seen[-1].report["stages"]["search"]
+    for key in ("best", "cells", "rerank", "confirm"):
+        assert again[key] == whole[key]
+
+
+def test_a_run_that_an_earlier_cmkit_began_goes_on(home, copied):
+    place, folder = copied
+    whole = RunFolder(home / "runs" / name_of(home)).report()["stages"]
+    folder._report.unlink()
+    status = {name: entry["result"] for name, entry in folder.status().items()}
+    del status["metric"]
+    folder._status.write_text(json.dumps(status))
+    for path in (folder._inputs, folder._starts):
+        path.unlink()
+    for log in folder.path.rglob("*.jsonl"):
+        log.write_text(re.sub(r', "crc": "\w+"', "", log.read_text()))
+    old = folder.path.with_name("tiny-01234567")
+    folder.path.rename(old)
+    _, seen = go(place)
+    assert seen[-1].folder == old
+    assert not steps(seen)
+    assert seen[-1].report["stages"]["metric"]["values"] == whole["metric"]["values"]
