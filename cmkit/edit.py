@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,12 +16,16 @@ from torch.nn import functional as F
 from cmkit.denoiser import Cond, Denoiser
 from cmkit.errors import DataError, RecipeError
 from cmkit.noise import Noise
+from cmkit.pictures import read_picture
 
 Projection = Callable[[Tensor], Tensor]
 """x0_hat -> the nearest images with the known part, (B, C, H, W) -> (B, C, H, W)."""
 
 LUMINANCE = (0.2989, 0.5870, 0.1140)
 """Weights of red, green and blue in the brightness of a pixel (ITU-R BT.601)."""
+
+WHITE = 128
+"""The darkest grey of a mask that counts as white."""
 
 
 def edit(
@@ -75,13 +82,69 @@ def superres(known: Tensor, patch: int = 8) -> Projection:
     height, width = known.shape[-2:]
     if height % patch or width % patch:
         raise DataError(f"superres: {height}x{width} images do not divide into {patch}x{patch}")
-
-    def project(x0: Tensor) -> Tensor:
-        return x0 + F.interpolate(F.avg_pool2d(known - x0, patch), scale_factor=patch)
-
-    return project
+    return lambda x0: x0 + F.interpolate(F.avg_pool2d(known - x0, patch), scale_factor=patch)
 
 
 def inpaint(known: Tensor, mask: Tensor) -> Projection:
     """The projection to `known` where `mask`, bool and broadcast to (B, C, H, W), is true."""
     return lambda x0: torch.where(mask, known, x0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An editing task: which part of a picture is known, and the noise levels."""
+
+    name: Literal["inpaint", "colorize", "superres"]
+    mask: Path | None = None
+    """The picture whose white part `inpaint` paints anew."""
+    patch: int = 8
+    """The side, in pixels, of the squares whose means `superres` keeps."""
+    steps: int = 40
+    """Points of the Karras grid from sigma_max on, as in the official code."""
+    sigmas: tuple[float, ...] = ()
+    """Falling noise levels below sigma_max instead."""
+
+    def levels(self, noise: Noise) -> list[float]:
+        """Falling noise levels that follow sigma_max; RecipeError where they do not."""
+        check_levels(noise, self.sigmas)
+        grid = noise.sigmas(self.steps, dtype=torch.float64).flip(0)
+        return list(self.sigmas) or grid[1:-1].tolist()
+
+    def known(self, pictures: Sequence[Path], channels: int, side: int) -> Tensor:
+        """The pictures, (n, channels, side, side) in [-1, 1]; `superres` enlarges small ones."""
+        sides = [side]
+        if self.name == "superres" and side % self.patch == 0:
+            sides.append(side // self.patch)
+        large = []
+        for image in (read_picture(path, channels, sides) for path in pictures):
+            factor = side // image.shape[-1]
+            large.append(image.repeat_interleave(factor, 1).repeat_interleave(factor, 2))
+        return torch.stack(large) / 127.5 - 1
+
+    def kept(self, side: int) -> Tensor | None:
+        """Where the mask is black, bool (side, side); None without a mask."""
+        if (self.name == "inpaint") != (self.mask is not None):
+            raise RecipeError(
+                "--task inpaint wants --mask FILE, white where to paint anew"
+                if self.mask is None
+                else f"--mask {self.mask}: only --task inpaint takes a mask; leave it out"
+            )
+        return None if self.mask is None else read_picture(self.mask, 1, [side])[0] < WHITE
+
+    def projection(self, known: Tensor, kept: Tensor | None) -> Projection:
+        """The projection to the known part; DataError where the images do not suit the task."""
+        match self.name:
+            case "inpaint":
+                assert kept is not None
+                return inpaint(known, kept.to(known.device))
+            case "colorize":
+                return colorize(known)
+            case "superres":
+                return superres(known, self.patch)
+
+    def given(self, known: Tensor, kept: Tensor | None) -> Tensor:
+        """The known part as images to look at."""
+        project = self.projection(known, kept)
+        if self.name == "colorize":
+            return brightness(known).expand_as(known)
+        return project(torch.zeros_like(known))
