@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
 from pydantic import ValidationError
 
+import cmkit.testing
 from cmkit.errors import (
     CheckpointError,
     CmkitError,
@@ -22,32 +23,15 @@ from cmkit.errors import (
 )
 from cmkit.kinds import CLASSES, Part
 from cmkit.plugins import Row, discover
-from cmkit.testing.backbone import check_backbone
-from cmkit.testing.dataset import check_dataset
 from cmkit.testing.manifest import check_manifest
-from cmkit.testing.metric import check_metric
-from cmkit.testing.objective import check_objective
-from cmkit.testing.precond import check_precond
 from cmkit.testing.protocol import ProtocolError
-from cmkit.testing.rescaler import check_rescaler
-from cmkit.testing.sampler import check_sampler
-
-CHECKS: dict[str, Callable[..., None]] = {
-    "backbone": check_backbone,
-    "precond": check_precond,
-    "objective": check_objective,
-    "sampler": check_sampler,
-    "rescaler": check_rescaler,
-    "dataset": check_dataset,
-    "metric": check_metric,
-}
 
 
 def check_part(part: Part, **options: Any) -> None:
     """Check a part by the check of its kind, which takes `options`."""
     for kind, cls in CLASSES.items():
         if isinstance(part, cls):
-            CHECKS[kind](part, **options)
+            getattr(cmkit.testing, f"check_{kind}")(part, **options)
             return
     raise ProtocolError(
         f"{type(part).__name__}: a part is an instance of one of the seven kinds; its bases are"
