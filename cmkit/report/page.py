@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cmkit.report import figures
 from cmkit.report.curve import curve_data, curve_of, curve_svg
-from cmkit.report.figures import LEVELS, colour, count, heatmap_png, loss_png, number, score
-from cmkit.report.images import SHEET_PIXELS, picture_of
+from cmkit.report.figures import LEVELS, count, number, picture_of, score
 from cmkit.report.search import FEW, axis_label, cell_data, confirm_page, search_page
 from cmkit.run.folder import RunFolder
 
@@ -30,8 +30,8 @@ def write_report(folder: RunFolder) -> Path:
         search = search_page(stages["search"], folder) if "search" in stages else None
         curve = curve_of(folder.log()) if "train" in stages else None
         pictures = {
-            **({"heatmap": heatmap_png(search)} if search else {}),
-            **({"loss": loss_png(curve)} if curve else {}),
+            **({"heatmap": figures.heatmap_png(search)} if search else {}),
+            **({"loss": figures.loss_png(curve)} if curve else {}),
         }
         page = _render(_page(report, folder, search, curve))
     for name, png in pictures.items():
@@ -134,7 +134,7 @@ def _nfe(nfe: int) -> str:
 def _samples(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     facts = {"images": stage["images"], "nfe": _nfe(stage["nfe"])}
     pictures = {
-        key: picture_of(folder, stage[key], SHEET_PIXELS) if stage.get(key) else None
+        key: picture_of(folder, stage[key], figures.SHEET_PIXELS) if stage.get(key) else None
         for key in ("before", "after")
     }
     return {**facts, **pictures, "scales": ", ".join(_scales(stage.get("scales", {})))}
@@ -234,7 +234,7 @@ def _hash(text: str) -> str:
 
 def _ramp() -> str:
     """A rule for each level of the colour scale: the policy forbids style attributes."""
-    colours = [colour(level / (LEVELS - 1)) for level in range(LEVELS)]
+    colours = [figures.colour(level / (LEVELS - 1)) for level in range(LEVELS)]
     return "".join(
         f".q{level} {{ background: {back}; color: {ink}; fill: {back} }}\n"
         for level, (back, ink) in enumerate(colours)

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmkit.report.curve import finite_or_none
-from cmkit.report.figures import LEVELS, number, score
-from cmkit.report.images import CELL_PIXELS, picture_of
+from cmkit.report.figures import CELL_PIXELS, LEVELS, number, picture_of, score
 from cmkit.run.folder import RunFolder
 
 FEW = 4
