@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cmkit.report import figures
-from cmkit.report.curve import curve_data, curve_of, curve_svg
+from cmkit.report.curve import curve_of, curve_svg
 from cmkit.report.figures import LEVELS, count, number, picture_of, score
 from cmkit.report.search import FEW, axis_label, cell_data, confirm_page, search_page
 from cmkit.run.folder import RunFolder
@@ -94,7 +94,7 @@ def _page(
         "costs": _costs(stages),
         "recipe": _toml(report["recipe"]),
         "environment": _environment(report["environment"]),
-        "data": {"cells": cell_data(search), "curve": curve_data(curve)},
+        "cells": cell_data(search),
     }
 
 

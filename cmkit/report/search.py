@@ -173,11 +173,6 @@ def confirm_page(stage: Mapping[str, Any]) -> dict[str, Any]:
 def cell_data(search: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """What the script shows of each cell."""
     return [
-        {
-            "label": cell["label"],
-            "score": cell["text"],
-            "note": cell["note"],
-            "src": cell["picture"]["src"],
-        }
-        for cell in (search["cells"] if search else ())
+        {"label": c["label"], "score": c["text"], "note": c["note"], "src": c["picture"]["src"]}
+        for c in (search["cells"] if search else ())
     ]
