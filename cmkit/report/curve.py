@@ -52,8 +52,8 @@ def _doublings(steps: Sequence[int], sigmas: Sequence[int]) -> list[tuple[int, i
 
 
 def curve_svg(curve: Mapping[str, Any]) -> dict[str, Any]:
-    """Curve, ticks and doublings of N as the template draws them, per cent of the plot, y down; `texts`
-    are shown at the points."""
+    """Curve, ticks and doublings of N as the template draws them, in per cent of the plot, y down,
+    and the text shown at each point."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     steps, losses = curve["steps"], curve["losses"]
