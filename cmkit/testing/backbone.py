@@ -17,7 +17,7 @@ from cmkit.kinds import Backbone
 from cmkit.noise import Noise
 from cmkit.plan.record import CONDITIONS
 from cmkit.testing.protocol import Report, report_on
-from cmkit.testing.subjects import DIGITS, META, close, draws, equal
+from cmkit.testing.subjects import DIGITS, META, close, draws, same
 from cmkit.values import DataSpec
 
 
@@ -36,9 +36,8 @@ def check_backbone(backbone: Backbone, data: DataSpec = DIGITS, compile: bool = 
     # The contract leaves the width of text features to the data, which a DataSpec does not name.
     conditions = backbone.accepts - {"text"} - ({"label"} if not data.num_classes else set())
     network, twin = (_built(report, backbone, data, conditions) for _ in range(2))
-    ours, theirs = network.state_dict(), twin.state_dict()
     report.require(
-        ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours),
+        same(network.state_dict(), twin.state_dict()),
         "fresh weights follow from the global seed, which cmkit sets before `build`",
         "two builds after torch.manual_seed(0) differ",
         "draw weights from torch's default generator only",
@@ -116,11 +115,8 @@ def _check_layouts(report: Report, backbone: Backbone, data: DataSpec, network: 
             written = layout.write(own)
         except CheckpointError:
             continue  # the project has no name for these options
-        back = layout.read(written)
         report.require(
-            layout.matches(written)
-            and back.keys() == own.keys()
-            and all(equal(back[name], own[name]) for name in own),
+            layout.matches(written) and same(layout.read(written), own),
             "a layout matches what it wrote, and reads it back bit for bit",
             f"{layout.name} does not",
             "make `read` the inverse of `write`",
@@ -209,7 +205,7 @@ def _check_batch_independence(report: Report, network: Network, given: _Input) -
             f"image 0 changed when the others did, in {'training' if training else 'eval'} mode",
             "normalize each image alone: GroupNorm or LayerNorm, no BatchNorm",
         )
-    moved = [name for name, value in network.state_dict().items() if not equal(value, held[name])]
+    moved = [k for k, v in network.state_dict().items() if not torch.equal(v, held[k])]
     report.require(
         not moved,
         "a forward pass changes no state: averaged copies follow the parameters alone",
