@@ -71,11 +71,6 @@ def colorize(known: Tensor) -> Projection:
     return lambda x0: x0 + a * (a * (known - x0)).sum(1, keepdim=True)
 
 
-def brightness(images: Tensor) -> Tensor:
-    """The brightness (B, 1, H, W) of images (B, 3, H, W)."""
-    return (images * images.new_tensor(LUMINANCE).view(3, 1, 1)).sum(1, keepdim=True)
-
-
 def superres(known: Tensor, patch: int = 8) -> Projection:
     """The projection to the means of `known` over squares of `patch` pixels; `known` is as large as
     x0_hat, so repeat the pixels of low-resolution images first."""
@@ -143,8 +138,9 @@ class Task:
                 return superres(known, self.patch)
 
     def given(self, known: Tensor, kept: Tensor | None) -> Tensor:
-        """The known part as images to look at."""
+        """The known part as images to look at; for `colorize` their brightness in all channels."""
         project = self.projection(known, kept)
         if self.name == "colorize":
-            return brightness(known).expand_as(known)
+            weights = known.new_tensor(LUMINANCE).view(3, 1, 1)
+            return (known * weights).sum(1, keepdim=True).expand_as(known)
         return project(torch.zeros_like(known))

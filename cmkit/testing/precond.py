@@ -47,8 +47,7 @@ def _axis(report: Report, precond: Precond) -> Noise:
         "return (lowest, highest) of both",
     )
     with report.trying("`noise` gives an axis or None", "compare cmkit.Precond.noise"):
-        own = precond.noise(low, high, 7.0)
-        noise = own or Noise(low, high)
+        noise = precond.noise(low, high, 7.0) or Noise(low, high)
         grid = noise.sigmas(5, dtype=torch.float64)
         middle = noise.sigma_at(torch.linspace(0, 1, 5, dtype=torch.float64))
     for name, levels in (("sigmas(5)", grid), ("sigma_at of five fractions", middle)):
