@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cmkit.cli.errors import debug_log
 from cmkit.errors import PluginError, RecipeError, did_you_mean
 from cmkit.stop import StopSignal
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
     from cmkit.run import Event, RunFolder
+
+debug_log: Path | None = None
+"""Where the traceback of an error goes, once `run` knows its folder."""
 
 app = typer.Typer(
     help="Train, rescale, sample and compare consistency models from swappable parts.",
@@ -76,20 +79,15 @@ def run(
     stop = StopSignal()
     stop.listen()
     plan, registry = _plan(recipe, set)
-    from cmkit.cli.display import Display
     from cmkit.device import pick_device
-    from cmkit.run import RunFinished, run, run_folder
+    from cmkit.run import Note, run, run_folder
 
     chosen = pick_device(device)
     folder = run_folder(plan, out)
-    debug_log.path = folder.debug_log
-    report: dict[str, Any] = {}
-    with Display(chosen, quiet=json) as display:
-        display.say(f"run folder: {folder.path} on {chosen}")
-        for event in run(plan, registry, out, chosen, stop):
-            display.show(event)
-            if isinstance(event, RunFinished):
-                report = event.report
+    global debug_log
+    debug_log = folder.debug_log
+    start = Note(f"run folder: {folder.path} on {chosen}")
+    report = _shown(chain([start], run(plan, registry, out, chosen, stop)), chosen, json).report
     if json:
         _print_json({**report, "folder": str(folder.path)})
     else:
@@ -333,12 +331,9 @@ def convert(
 
     registry = discover()
     loaded = load(find_recipe(recipe), set, registry) if recipe else None
-    from cmkit.cli.display import Display
     from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
 
-    with Display(None) as display:
-        for event in convert(source, target, to, registry, loaded):
-            display.show(event)
+    _shown(convert(source, target, to, registry, loaded), None)
     print(f"{target}: written in the layout {to}")
 
 
@@ -369,16 +364,19 @@ def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:
     return drawn_from(find_recipe(source), overrides, discover(), images)
 
 
-def _show_until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:
+def _shown(events: Iterable[Event], device: torch.device | None, quiet: bool = False) -> Any:
+    """The last of the events, all shown as they come; None without any."""
     from cmkit.cli.display import Display
-    from cmkit.run import StageFinished
 
-    result: dict[str, Any] = {}
-    with Display(device, quiet=json) as display:
-        for event in events:
-            display.show(event)
-            if isinstance(event, StageFinished):
-                result = event.result
+    last = None
+    with Display(device, quiet) as display:
+        for last in events:
+            display.show(last)
+    return last
+
+
+def _show_until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:
+    result = _shown(events, device, json).result
     if json:
         _print_json({"schema": 1, **result})
     else:
