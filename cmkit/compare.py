@@ -52,18 +52,14 @@ def _entry(folder: Path) -> Entry:
         measured = stages.get("metric", {"values": {}, "provenance": []})
         sampled = stages.get("sample", {})
         expected = recipe.get("expected", {"scores": {}})
-        provenance = {
-            number: record for record in measured["provenance"] for number in record["numbers"]
-        }
+        moved = {k: v for k, v in sampled.get("scales", {}).items() if v != 1}
         return Entry(
             name=f"{report['name']}-{report['hash']}",
             scores=dict(measured["values"]),
-            facts={
-                "images": sampled.get("images"),
-                "nfe": sampled.get("nfe"),
-                **{k: v for k, v in sampled.get("scales", {}).items() if v != 1},
+            facts={"images": sampled.get("images"), "nfe": sampled.get("nfe"), **moved},
+            provenance={
+                key: record for record in measured["provenance"] for key in record["numbers"]
             },
-            provenance=provenance,
             expected=dict(expected["scores"]),
             source=expected.get("source"),
         )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,24 +20,9 @@ from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout
 from cmkit.weights import DIFFUSERS, Downloaded, adapt, download, find, read
 
-if TYPE_CHECKING:
-    from cmkit.denoiser import Network
-
 OWN = "cmkit"
-
-
-@dataclass(frozen=True)
-class Known:
-    """A network that weights may belong to."""
-
-    backbone: Backbone
-    data: DataSpec
-    conditions: frozenset[str]
-
-    def network(self) -> Network:
-        """The network on the meta device."""
-        with torch.device("meta"):
-            return self.backbone.build(self.data, self.conditions)
+Known = tuple[Backbone, DataSpec, frozenset[str]]
+"""A network that weights may belong to: backbone, data, conditions."""
 
 
 def convert(
@@ -57,24 +40,26 @@ def convert(
         recipe = load(kept, [], registry)
     if recipe:
         data = recipe.dataset.spec()
-        candidates = [Known(recipe.backbone, data, conditions_of(recipe, data))]
+        candidates = [(recipe.backbone, data, conditions_of(recipe, data))]
     else:
         candidates = list(_published(registry))
-    named = [known for known in candidates if source in known.backbone.published]
-    weights = find(source, (named or candidates)[0].backbone)
+    named = [known for known in candidates if source in known[0].published]
+    weights = find(source, (named or candidates)[0][0])
     if weights.missing:
         yield from download(weights)
     tensors = read(weights)
-    for known in candidates:
-        network = known.network()
+    for backbone, data, conditions in candidates:
+        with torch.device("meta"):
+            network = backbone.build(data, conditions)
+        layouts = backbone.layouts(data)
         try:
-            own = adapt(tensors, network, known.backbone.layouts(known.data))
+            own = adapt(tensors, network, layouts)
         except CheckpointError:  # they have a layout of this network's, but not its options
             if recipe:
                 raise
             continue
         if same_shapes(own, network.state_dict()):
-            _write(own, target, to, known)
+            _write(own, target, to, layouts)
             return
     if recipe:  # name the first differences
         load_weights(network, own, source)
@@ -91,15 +76,14 @@ def _published(registry: Registry) -> Iterator[Known]:
         except PluginError:  # a broken part; `cmkit plugins` lists it
             continue
         assert issubclass(backbone, Backbone)
-        yield from (Known(*known) for known in backbone.known())
+        yield from backbone.known()
 
 
-def _write(own: Mapping[str, Tensor], target: Path, to: str, known: Known) -> None:
-    layouts = {layout.name: layout for layout in known.backbone.layouts(known.data)}
-    if to != OWN and to not in layouts:
-        names = [OWN, *layouts]
+def _write(own: Mapping[str, Tensor], target: Path, to: str, layouts: tuple[Layout, ...]) -> None:
+    layout = next((layout for layout in layouts if layout.name == to), None)
+    if to != OWN and not layout:
+        names = [OWN, *(layout.name for layout in layouts)]
         raise RecipeError(f"--to {to}: no layout of this backbone{did_you_mean(to, names)}")
-    layout: Layout | None = layouts.get(to)
     try:
         tensors = layout.write(own) if layout else dict(own)
         config = layout.config(own) if layout and layout.config else None

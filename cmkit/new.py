@@ -9,78 +9,7 @@ from cmkit.errors import RecipeError, did_you_mean
 from cmkit.plugins import KINDS
 
 TEMPLATES = Path(__file__).parent / "templates"
-"""One working part of each kind, called `mine`."""
-
-PYPROJECT = """\
-[build-system]
-requires = ["setuptools>=77"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "cmkit-mine"
-version = "0.1.0"
-description = "mine, a cmkit KIND"
-readme = "README.md"
-requires-python = ">=3.11"
-dependencies = ["cmkit"]
-
-[project.optional-dependencies]
-test = ["pytest"]
-
-[project.entry-points.cmkit]
-mine = "cmkit_mine.manifest"
-"""
-
-MANIFEST = '''\
-"""What this package offers. Imported by every cmkit command: it imports no torch."""
-
-import cmkit
-
-examples = {"KIND.mine": {}}
-"""Options, as in a recipe, with which `cmkit plugins check` makes each part."""
-
-
-@cmkit.hookimpl
-def cmkit_register():
-    return [
-        cmkit.Plugin(
-            "KIND",
-            "mine",
-            "cmkit_mine.mine:Mine",
-            "Say in a few words what it is",
-            cite=None,  # or "Who. What. Year. arXiv:..."
-        )
-    ]
-'''
-
-TEST = '''\
-"""The laws of every cmkit KIND; add those of your own paper."""
-
-from cmkit import testing
-
-from cmkit_mine.mine import Mine
-
-
-def test_the_manifest_keeps_the_laws():
-    testing.check_manifest("cmkit_mine.manifest")
-
-
-def test_mine_keeps_the_laws_of_its_kind():
-    testing.check_KIND(Mine())
-'''
-
-README = """\
-# cmkit-mine
-
-The KIND `mine` for cmkit. Fields: `cmkit plugins show KIND mine`.
-
-```
-pip install -e '.[test]'
-pytest
-cmkit plugins check cmkit-mine
-cmkit run recipe.toml
-```
-"""
+"""One working part of each kind, called `mine`, and a package to put it in."""
 
 RECIPE = {
     "dataset": '[dataset]\nuse = "digits"\n',
@@ -126,19 +55,13 @@ def new(kind: str, name: str, out: Path) -> Path:
 
 def _files(kind: str) -> dict[str, str]:
     """Path -> text of a package whose part is called `mine`."""
-    home = "src/cmkit_mine"
-    files = {
-        "pyproject.toml": PYPROJECT,
-        "README.md": README,
-        "recipe.toml": _recipe(kind),
-        f"{home}/__init__.py": "",
-        f"{home}/manifest.py": MANIFEST,
-        "tests/test_mine.py": TEST,
-    }
-    for template in sorted(TEMPLATES.glob(f"{kind}*.py")):
+    package = TEMPLATES / "package"
+    copied = [file for file in package.rglob("*.*") if file.suffix in (".md", ".py", ".toml")]
+    files = {str(file.relative_to(package)): file.read_text("utf-8") for file in copied}
+    for template in TEMPLATES.glob(f"{kind}*.py"):
         module = template.name.replace(kind, "mine", 1)
-        files[f"{home}/{module}"] = template.read_text(encoding="utf-8")
-    return files
+        files[f"src/cmkit_mine/{module}"] = template.read_text("utf-8")
+    return {**files, "recipe.toml": _recipe(kind)}
 
 
 def _recipe(kind: str) -> str:

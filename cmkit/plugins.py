@@ -191,13 +191,6 @@ def _reason(error: BaseException) -> str:
 def public_rows(registry: Registry) -> Iterator[dict[str, Any]]:
     """The rows as `cmkit plugins --json` prints them."""
     for row in registry.rows:
-        yield {
-            "kind": row.kind,
-            "name": row.name,
-            "package": row.dist,
-            "version": row.version,
-            "summary": row.plugin.summary if row.plugin else None,
-            "cite": row.plugin.cite if row.plugin else None,
-            "target": row.plugin.target if row.plugin else None,
-            "broken": row.broken,
-        }
+        origin = {"kind": row.kind, "name": row.name, "package": row.dist, "version": row.version}
+        about = {key: getattr(row.plugin, key, None) for key in ("summary", "cite", "target")}
+        yield {**origin, **about, "broken": row.broken}

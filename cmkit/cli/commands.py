@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cmkit.cli.errors import debug_log
 from cmkit.errors import CheckpointError, PluginError, RecipeError, did_you_mean, inline
 from cmkit.stop import StopSignal
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
     from cmkit.run import Event, Outlook, RunFolder
+
+debug_log: Path | None = None
+"""Where the traceback of an error goes, once `run` knows its folder."""
 
 app = typer.Typer(
     help="Train, rescale, sample and compare consistency models from swappable parts.",
@@ -80,28 +83,21 @@ def run(
     """Carry a recipe out, or go on where it stopped: train, search, sample, measure, report."""
     stop = StopSignal()
     stop.listen()
-    start = [f"train.start={inline(from_)}"] if from_ else []
-    loaded, registry = _loaded(recipe, [*set, *start])
-    from cmkit.cli.display import Display
+    begun = [f"train.start={inline(from_)}"] if from_ else []
+    loaded, registry = _loaded(recipe, [*set, *begun])
     from cmkit.device import pick_device
-    from cmkit.run import RunFinished, run, run_folder, shown
+    from cmkit.run import Note, run, run_folder, shown
 
     chosen, folder = pick_device(device), run_folder(loaded, out, registry)
-    debug_log.path = folder.debug_log
-    report: dict[str, Any] = {}
-    with _runs_below(out), Display(chosen, quiet=json) as display:
-        display.say(f"run folder: {folder.path} on {chosen}")
+    global debug_log
+    debug_log = folder.debug_log
+    with _runs_below(out):
         if folder.finished:
             events = shown(loaded, folder, chosen)
         else:
-            plan = _plan(loaded)
-            for stage in _outlook(plan, folder, registry, chosen):
-                display.say(f"{stage.stage}: {stage.said}")
-            events = run(plan, registry, out, chosen, stop)
-        for event in events:
-            display.show(event)
-            if isinstance(event, RunFinished):
-                report = event.report
+            events = run(_plan(loaded), registry, out, chosen, stop)
+        start = Note(f"run folder: {folder.path} on {chosen}")
+        report = _shown(chain([start], events), chosen, json).report
     if json:
         _print_json({**report, "folder": str(folder.path)})
     else:
@@ -145,7 +141,7 @@ def check(
     if json:
         _print_json({**facts, "stages": [stage.facts() for stage in stages]})
         return
-    facts |= {stage.stage: stage.said for stage in stages}
+    facts |= dict(str(stage).split(": ", 1) for stage in stages)
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):<20} {_human(value)}")
 
@@ -370,12 +366,9 @@ def convert(
 
     registry = discover()
     loaded = load(find_recipe(recipe), set, registry) if recipe else None
-    from cmkit.cli.display import Display
     from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
 
-    with Display(None) as display:
-        for event in convert(source, target, to, registry, loaded):
-            display.show(event)
+    _shown(convert(source, target, to, registry, loaded), None)
     print(f"{target}: written in the layout {to}")
 
 
@@ -433,16 +426,19 @@ def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:
     return drawn_from(str(find_recipe(source)), overrides, discover(), images)
 
 
-def _show_until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:
+def _shown(events: Iterable[Event], device: torch.device | None, quiet: bool = False) -> Any:
+    """The last of the events, all shown as they come; None without any."""
     from cmkit.cli.display import Display
-    from cmkit.run import StageFinished
 
-    result: dict[str, Any] = {}
-    with Display(device, quiet=json) as display:
-        for event in events:
-            display.show(event)
-            if isinstance(event, StageFinished):
-                result = event.result
+    last = None
+    with Display(device, quiet) as display:
+        for last in events:
+            display.show(last)
+    return last
+
+
+def _show_until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:
+    result = _shown(events, device, json).result
     if json:
         _print_json({"schema": 1, **result})
     else:

@@ -52,7 +52,8 @@ def _doublings(steps: Sequence[int], sigmas: Sequence[int]) -> list[tuple[int, i
 
 
 def curve_svg(curve: Mapping[str, Any]) -> dict[str, Any]:
-    """Curve, ticks and doublings of N as the template draws them: per cent of the plot, y down."""
+    """Curve, ticks and doublings of N as the template draws them, in per cent of the plot, y down,
+    and the text shown at each point."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     steps, losses = curve["steps"], curve["losses"]
@@ -71,21 +72,16 @@ def curve_svg(curve: Mapping[str, Any]) -> dict[str, Any]:
     ticks = [float(v) for v in locator.tick_values(min(losses), max(losses))]
     levels = [v for v in ticks if v > 0 or not curve["log"]]
     across = [float(v) for v in even.tick_values(0, steps[-1])]
-    points = [(x(step), y(loss)) for step, loss in zip(steps, losses, strict=True)]
+    rows = list(zip(steps, losses, curve["sigmas"], strict=True))
+    points = [(x(step), y(loss)) for step, loss, _ in rows]
     return {
         "line": " ".join(f"{a},{b}" for a, b in points),
         "points": points,
+        "texts": [
+            f"step {number(step)} · loss {number(loss)}" + (f" · N = {sigmas}" if sigmas else "")
+            for step, loss, sigmas in rows
+        ],
         "levels": [(y(v), number(v)) for v in levels if 4 < y(v) < 100],
         "across": [(x(v), count(v)) for v in across if 0 <= x(v) <= 100],
         "marks": [(x(step), sigma) for step, sigma in curve["marks"]],
     }
-
-
-def curve_data(curve: Mapping[str, Any] | None) -> list[str]:
-    """The text that the page shows at each point of the curve."""
-    if not curve:
-        return []
-    return [
-        f"step {number(step)} · loss {number(loss)}" + (f" · N = {sigmas}" if sigmas else "")
-        for step, loss, sigmas in zip(curve["steps"], curve["losses"], curve["sigmas"], strict=True)
-    ]

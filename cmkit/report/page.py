@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cmkit.report.curve import curve_data, curve_of, curve_svg
-from cmkit.report.figures import LEVELS, colour, count, heatmap_png, loss_png, number, score
-from cmkit.report.images import SHEET_PIXELS, picture_of
+from cmkit.report import figures
+from cmkit.report.curve import curve_of, curve_svg
+from cmkit.report.figures import LEVELS, count, number, picture_of, score
 from cmkit.report.search import FEW, axis_label, cell_data, confirm_page, search_page
 from cmkit.run.folder import RunFolder
 
@@ -27,13 +27,29 @@ def write_report(folder: RunFolder) -> Path:
     with folder.reading_report() as written:
         report = _scrub(written)
         stages = report["stages"]
+        sample, confirm = stages.get("sample"), stages.get("search", {}).get("confirm")
         search = search_page(stages["search"], folder) if "search" in stages else None
         curve = curve_of(folder.log()) if "train" in stages else None
         pictures = {
-            **({"heatmap": heatmap_png(search)} if search else {}),
-            **({"loss": loss_png(curve)} if curve else {}),
+            **({"heatmap": figures.heatmap_png(search)} if search else {}),
+            **({"loss": figures.loss_png(curve)} if curve else {}),
         }
-        page = _render(_page(report, folder, search, curve))
+        variables = {
+            **{key: report[key] for key in ("name", "hash", "seconds", "citations")},
+            "time": report["time"].replace("T", " ").replace("+00:00", " UTC"),
+            "headlines": list(_headlines(report)),
+            "samples": _samples(sample, folder) if sample else None,
+            "search": search,
+            "confirm": confirm_page(confirm) if confirm else None,
+            "metrics": _metrics(stages["metric"]) if "metric" in stages else None,
+            "train": stages.get("train"),
+            "curve": curve_svg(curve) if curve else None,
+            "costs": _costs(stages),
+            "recipe": _toml(report["recipe"]),
+            "environment": _environment(report["environment"]),
+            "cells": cell_data(search),
+        }
+        page = _render(variables)
     for name, png in pictures.items():
         folder.keep_picture(name, png)
     folder.keep_page(page)
@@ -69,33 +85,6 @@ def _scrub(value: Any) -> Any:
     if len(home) > 1:
         value = re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?![\w.-])", "~", value)
     return re.sub(r"(\b\w+://)[^/\s@]*@", r"\1", value)
-
-
-def _page(
-    report: Mapping[str, Any],
-    folder: RunFolder,
-    search: Mapping[str, Any] | None,
-    curve: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """The variables of the template."""
-    stages = report["stages"]
-    confirm = stages.get("search", {}).get("confirm")
-    sample = stages.get("sample")
-    return {
-        **{key: report[key] for key in ("name", "hash", "seconds", "citations")},
-        "time": report["time"].replace("T", " ").replace("+00:00", " UTC"),
-        "headlines": list(_headlines(report)),
-        "samples": _samples(sample, folder) if sample else None,
-        "search": search,
-        "confirm": confirm_page(confirm) if confirm else None,
-        "metrics": _metrics(stages["metric"]) if "metric" in stages else None,
-        "train": stages.get("train"),
-        "curve": curve_svg(curve) if curve else None,
-        "costs": _costs(stages),
-        "recipe": _toml(report["recipe"]),
-        "environment": _environment(report["environment"]),
-        "data": {"cells": cell_data(search), "curve": curve_data(curve)},
-    }
 
 
 def _headlines(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -134,7 +123,7 @@ def _nfe(nfe: int) -> str:
 def _samples(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     facts = {"images": stage["images"], "nfe": _nfe(stage["nfe"])}
     pictures = {
-        key: picture_of(folder, stage[key], SHEET_PIXELS) if stage.get(key) else None
+        key: picture_of(folder, stage[key], figures.SHEET_PIXELS) if stage.get(key) else None
         for key in ("before", "after")
     }
     return {**facts, **pictures, "scales": ", ".join(_scales(stage.get("scales", {})))}
@@ -198,7 +187,7 @@ def _toml(recipe: Mapping[str, Any]) -> str:
     return re.sub(r"(\b\w+://[^\s?#\"']*)\?[^\s#\"']*", r"\1?…", text)
 
 
-def _render(page: Mapping[str, Any]) -> str:
+def _render(variables: Mapping[str, Any]) -> str:
     """The page as HTML, whose Content-Security-Policy allows its own style and script alone."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -220,7 +209,7 @@ def _render(page: Mapping[str, Any]) -> str:
     )
     assert "</" not in style + script
     return environment.get_template("report.html.j2").render(
-        page,
+        variables,
         policy=policy,
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
@@ -234,7 +223,7 @@ def _hash(text: str) -> str:
 
 def _ramp() -> str:
     """A rule for each level of the colour scale: the policy forbids style attributes."""
-    colours = [colour(level / (LEVELS - 1)) for level in range(LEVELS)]
+    colours = [figures.colour(level / (LEVELS - 1)) for level in range(LEVELS)]
     return "".join(
         f".q{level} {{ background: {back}; color: {ink}; fill: {back} }}\n"
         for level, (back, ink) in enumerate(colours)

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmkit.report.curve import finite_or_none
-from cmkit.report.figures import LEVELS, number, score
-from cmkit.report.images import CELL_PIXELS, picture_of
+from cmkit.report.figures import CELL_PIXELS, LEVELS, number, picture_of, score
 from cmkit.run.folder import RunFolder
 
 FEW = 4
@@ -22,17 +21,33 @@ def axis_label(stage: Mapping[str, Any], name: str) -> str:
 
 
 def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
-    """The cells of a search in rows, as the page and the heatmap show them."""
+    """The cells of a search in rows, as the page and the heatmap show them; a cell's `level` is
+    its place on the colour scale."""
     axes, records, best = stage["axes"], stage["cells"], stage["best"]
     ones = f"({', '.join('1' for _ in axes)})" if len(axes) <= FEW else "all 1"
     plain = next((cell for cell in records if all(cell[name] == 1 for name in axes)), None)
     scores = [finite_or_none(cell["score"]) for cell in records]
     norm = _norm([value for value in scores if value is not None])
     cells = []
-    for index, record in enumerate(records):
-        picture = picture_of(folder, record["samples"], CELL_PIXELS)
-        cell = _cell(record, stage, plain, norm, ones)
-        cells.append({**cell, "index": index, "picture": picture})
+    for index, (record, value) in enumerate(zip(records, scores, strict=True)):
+        label = _label(record, axes)
+        winner = all(record[name] == best[name] for name in axes)
+        cells.append(
+            {
+                "index": index,
+                "label": label,
+                "name": label,
+                "mark": "best" if winner else ones if record is plain else "",
+                "score": value,
+                "text": score(value),
+                "level": None if value is None else round(float(norm(value)) * (LEVELS - 1)),
+                "winner": winner,
+                "kept": False,
+                "plain": record is plain,
+                "note": _against(value, finite_or_none(plain["score"]) if plain else None),
+                "picture": picture_of(folder, record["samples"], CELL_PIXELS),
+            }
+        )
     edges = [
         name
         for name, values in axes.items()
@@ -93,31 +108,6 @@ def _steps(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[st
     return {"descent": True, "across": "", "down": "", "columns": [""] * width, "rows": rows}
 
 
-def _cell(
-    cell: Mapping[str, Any],
-    stage: Mapping[str, Any],
-    plain: Mapping[str, Any] | None,
-    norm: Any,
-    ones: str,
-) -> dict[str, Any]:
-    """The text and marks of one cell; `level` is its place on the colour scale."""
-    value = finite_or_none(cell["score"])
-    winner = all(cell[name] == stage["best"][name] for name in stage["axes"])
-    label = _label(cell, stage["axes"])
-    return {
-        "label": label,
-        "name": label,
-        "mark": "best" if winner else ones if cell is plain else "",
-        "score": value,
-        "text": score(value),
-        "level": None if value is None else round(float(norm(value)) * (LEVELS - 1)),
-        "winner": winner,
-        "kept": False,
-        "plain": cell is plain,
-        "note": _against(value, finite_or_none(plain["score"]) if plain else None),
-    }
-
-
 def _label(cell: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
     """The values of a cell; of more than FEW only those that are not 1."""
     shown = [name for name in axes if len(axes) <= FEW or cell[name] != 1]
@@ -174,11 +164,6 @@ def confirm_page(stage: Mapping[str, Any]) -> dict[str, Any]:
 def cell_data(search: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """What the script shows of each cell."""
     return [
-        {
-            "label": cell["label"],
-            "score": cell["text"],
-            "note": cell["note"],
-            "src": cell["picture"]["src"],
-        }
-        for cell in (search["cells"] if search else ())
+        {"label": c["label"], "score": c["text"], "note": c["note"], "src": c["picture"]["src"]}
+        for c in (search["cells"] if search else ())
     ]

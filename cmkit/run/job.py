@@ -23,12 +23,6 @@ from cmkit.run.reuse import reuse, reuse_checkpoint
 from cmkit.stop import StopSignal
 from cmkit.values import Reference
 
-DOING = {
-    "train": "training",
-    "search": "search",
-    "sample": "samples",
-    "metric": "metrics",
-}
 SAVE_SECONDS = 60.0
 """Between two saves of images, or of cells that are being drawn."""
 
@@ -94,12 +88,9 @@ class Job:
         if name in self.status:
             return
         if found := reuse(folder, name, self.keys[name]):
-            other, entry = found
-            self._finish(name, entry)
-            yield Note(f"{DOING[name]}: that of {other.path}")
-        elif name == "train" and (begun := reuse_checkpoint(folder, self.keys[name])):
-            other, checkpoint = begun
-            yield Note(f"{DOING[name]}: goes on from {checkpoint} of {other.path}")
+            self._finish(name, found)
+        elif name == "train":
+            reuse_checkpoint(folder, self.keys[name])
 
     @property
     def save_is_due(self) -> bool:

@@ -16,6 +16,13 @@ from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load, run_name, stage_tables
 from cmkit.run.folder import RunFolder
 
+DOING = {
+    "train": "training",
+    "search": "search",
+    "sample": "samples",
+    "metric": "metrics",
+}
+"""The stages as a person calls what they do."""
 MOST = 200
 """Other runs that are looked at, the newest."""
 
@@ -30,11 +37,9 @@ class Outlook:
     origin: RunFolder | None = None
     why: str = ""
 
-    @property
-    def said(self) -> str:
-        """The outlook in words."""
+    def __str__(self) -> str:
         where = f" {self.origin.path}" if self.origin else ""
-        return f"{self.state}{where}{f' ({self.why})' if self.why else ''}"
+        return f"{DOING[self.stage]}: {self.state}{where}{f' ({self.why})' if self.why else ''}"
 
     def facts(self) -> dict[str, str | None]:
         """The outlook as JSON."""
@@ -60,9 +65,9 @@ def outlook(
             yield Outlook(name, "new", None, _why(recipe, name, folder, registry))
 
 
-def reuse(folder: RunFolder, stage: str, key: str) -> tuple[RunFolder, dict[str, Any]] | None:
-    """The run whose finished stage has this key, and the stage's entry of status.json, once its
-    intact files are in `folder` as well; None where there is none."""
+def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:
+    """The entry of status.json of another run's finished stage with this key, once its intact
+    files are in `folder` as well; None where there is none."""
     for other in _others(folder):
         found = _status(other).get(stage, {})
         if found.get("key") != key or other.damage(stage, found):
@@ -73,18 +78,18 @@ def reuse(folder: RunFolder, stage: str, key: str) -> tuple[RunFolder, dict[str,
         except OSError:  # it is being removed at this moment
             continue
         if not folder.damage(stage, found):
-            return other, found
+            return found
     return None
 
 
-def reuse_checkpoint(folder: RunFolder, key: str) -> tuple[RunFolder, str] | None:
-    """The run whose training was begun with this key, and its newest intact checkpoint, once it is
-    in `folder` as well; None where there is none."""
+def reuse_checkpoint(folder: RunFolder, key: str) -> None:
+    """Copy the newest intact checkpoint of another run's training with this key, if there is one
+    and `folder` has none."""
     from cmkit.checkpoint import newest_folder, verify
 
     other = _begun(_others(folder), key)
     if other is None or any(folder.checkpoints.glob("step-*")):
-        return None
+        return
     with contextlib.suppress(CmkitError, OSError):
         newest = newest_folder(other.checkpoints)
         verify(newest)
@@ -94,8 +99,6 @@ def reuse_checkpoint(folder: RunFolder, key: str) -> tuple[RunFolder, str] | Non
                 shutil.copyfile(path, stage / path.name)
         verify(folder.checkpoints / newest.name)
         _take(other, folder, "log.jsonl")
-        return other, newest.name
-    return None
 
 
 def _take(other: RunFolder, folder: RunFolder, name: str) -> None:

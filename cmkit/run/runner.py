@@ -20,7 +20,7 @@ from cmkit.run.events import Event, Note, RunFinished
 from cmkit.run.folder import RUNS, SCHEMA, RunFolder, make_out
 from cmkit.run.inputs import changes, check_inputs, inputs_of
 from cmkit.run.job import Job
-from cmkit.run.reuse import run_folder
+from cmkit.run.reuse import outlook, run_folder
 from cmkit.stop import StopSignal
 from cmkit.weights import download
 
@@ -58,6 +58,9 @@ def run(
         if sentence := changed_environment(folder.starts(), environment):
             yield Note(sentence)
         folder.append_start(environment)
+        stages = list(outlook(recipe, folder, keys, registry))
+        if any(stage.origin or stage.why for stage in stages):
+            yield from (Note(str(stage)) for stage in stages)
         job = Job(plan, folder, device, stop, keys, status)
         yield from job.stages()
         results = {name: stage["result"] for name, stage in job.status.items()}

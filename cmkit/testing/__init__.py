@@ -6,10 +6,9 @@ is broken, what was seen, and what to change. Checks take seconds, on the CPU an
 
 from cmkit.testing.backbone import check_backbone
 from cmkit.testing.dataset import check_dataset
-from cmkit.testing.manifest import check_manifest
 from cmkit.testing.metric import check_metric
 from cmkit.testing.objective import check_objective
-from cmkit.testing.package import Verdict, check_package, check_part
+from cmkit.testing.package import Verdict, check_manifest, check_package, check_part
 from cmkit.testing.precond import check_precond
 from cmkit.testing.protocol import ProtocolError, check_fields
 from cmkit.testing.rescaler import check_rescaler

@@ -11,7 +11,7 @@ from torch import Tensor
 from cmkit.kinds import Metric
 from cmkit.measure import Images
 from cmkit.testing.protocol import report_on
-from cmkit.testing.subjects import CPU, DIGITS, draws
+from cmkit.testing.subjects import CPU, DIGITS, draws, same
 from cmkit.values import DataSpec, Reference
 
 
@@ -73,9 +73,7 @@ def check_metric(
         kept = resumed.state()
         resumed.add(rest)
         report.require(
-            kept.keys() == state.keys()
-            and all(torch.equal(kept[name], state[name]) for name in state)
-            and resumed.values() == taken,
+            same(kept, state) and resumed.values() == taken,
             "a meter that is given another's `state` goes on from there, bit for bit",
             f"{taken}, then {resumed.values()}",
             "return every tensor that `add` changes, on the CPU",

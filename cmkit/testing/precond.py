@@ -11,7 +11,7 @@ from cmkit.denoiser import Scalings
 from cmkit.kinds import Precond
 from cmkit.noise import Noise
 from cmkit.testing.protocol import Report, report_on, shown
-from cmkit.testing.subjects import CPU, META, close, equal
+from cmkit.testing.subjects import CPU, META, close
 
 DATA = 0.5
 """sigma_data."""
@@ -47,8 +47,7 @@ def _axis(report: Report, precond: Precond) -> Noise:
         "return (lowest, highest) of both",
     )
     with report.trying("`noise` gives an axis or None", "compare cmkit.Precond.noise"):
-        own = precond.noise(low, high, 7.0)
-        noise = own or Noise(low, high)
+        noise = precond.noise(low, high, 7.0) or Noise(low, high)
         grid = noise.sigmas(5, dtype=torch.float64)
         middle = noise.sigma_at(torch.linspace(0, 1, 5, dtype=torch.float64))
     for name, levels in (("sigmas(5)", grid), ("sigma_at of five fractions", middle)):
@@ -127,7 +126,7 @@ def _check_images(report: Report, precond: Precond, sigma: Tensor, noise: Noise)
     every = (precond.scalings(given, DATA, noise.sigma_min) for given in inputs)
     for name, value, same, turned, rounded in zip(Scalings._fields, *every, strict=True):
         report.require(
-            equal(same, value) and equal(turned.flip(0), value),
+            torch.equal(same, value) and torch.equal(turned.flip(0), value),
             "the scalings of an image follow from its own sigma",
             f"{name} changes with the others, or from call to call",
             "keep no state, and take no statistics over the batch",

@@ -26,9 +26,9 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((a - b).square().mean().sqrt() <= tolerance * b.square().mean().sqrt())
 
 
-def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether a is b bit for bit; tensors of different shapes differ."""
-    return a.shape == b.shape and torch.equal(a, b)
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether named tensors have the same names and agree bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class Small(Network):
