@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from cmkit import Cond, DataError, Noise, RecipeError
-from cmkit.edit import LUMINANCE, colorize, edit, inpaint, superres
+from cmkit.edit import colorize, edit, inpaint, superres
+from cmkit.edit.projections import LUMINANCE
 from tests.toys import Counting, GaussianFlow
 
 WEIGHTS = torch.tensor(LUMINANCE, dtype=torch.float64).view(3, 1, 1)
