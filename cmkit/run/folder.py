@@ -139,15 +139,15 @@ class RunFolder:
 
     def migrate(self) -> None:
         """Give the records of a run that an earlier cmkit began their digests, as they stand."""
-        if self._status.exists():
-            status = self.status()
-            self.keep_status({k: {**v, "files": self.digests(k)} for k, v in status.items()})
         for path in (self._log, *self._search.glob("*.jsonl")):
             records = files.read_jsonl(path)
             if records:
                 path.unlink()
             for record in records:
                 files.append_jsonl(path, record)
+        if self._status.exists():
+            status = self.status()
+            self.keep_status({k: {**v, "files": self.digests(k)} for k, v in status.items()})
 
     @property
     def checked(self) -> bool:

@@ -17,7 +17,7 @@ from cmkit.recipe import Recipe, run_name, stage_keys
 from cmkit.report import write_report
 from cmkit.run.environment import changed_environment, citations, describe_environment
 from cmkit.run.events import Event, Note, RunFinished
-from cmkit.run.folder import RUNS, SCHEMA, RunFolder, make_out
+from cmkit.run.folder import SCHEMA, RunFolder, make_out
 from cmkit.run.inputs import changes, check_inputs, inputs_of
 from cmkit.run.job import Job
 from cmkit.run.reuse import outlook, run_folder
@@ -35,7 +35,6 @@ def run(
     is left as it is.
     """
     recipe, folder = plan.recipe, run_folder(plan.recipe, out, registry)
-    RUNS.set(out)
     if folder.finished:
         yield from shown(recipe, folder, device)
         return
