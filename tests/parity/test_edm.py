@@ -227,12 +227,36 @@ class LogNormal(NamedTuple):
         return weighting("karras", sigma, 0.5)
 
 
+class UniformTime(NamedTuple):
+    """Draws and weights of training in column VP."""
+
+    vp: VP = VP()
+
+    def drawn(self, u: Tensor) -> Tensor:
+        return self.vp.betas.sigma(1 + u * (self.vp.epsilon - 1))
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return sigma**-2
+
+
+class LogUniform(NamedTuple):
+    """Draws and weights of training in column VE."""
+
+    ve: VE = VE()
+
+    def drawn(self, u: Tensor) -> Tensor:
+        return self.ve.low * (self.ve.high / self.ve.low) ** u
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return sigma**-2
+
+
 def losses(case: dict, dtype: torch.dtype) -> dict:
     options = dict(case["config"])
     network = filled_network(case, dtype, options.pop("net"))
     renamed = {{"P_mean": "mean", "P_std": "std"}[k]: v for k, v in options.items()}
     name = re.fullmatch(r"training\.loss\.(\w+)Loss\.__call__", case["function"])[1]
-    law = {"EDM": LogNormal, "VP": VP, "VE": VE}[name](**renamed)
+    law = {"EDM": LogNormal, "VP": UniformTime, "VE": LogUniform}[name](**renamed)
     images = FIGURES.tensor(case["inputs"]["images"], dtype)
     draw = {"EDM": FIGURES.Z, "VP": FIGURES.U, "VE": FIGURES.U}[name]
     sigma = law.drawn(draw([len(images)], 0).to(dtype))
