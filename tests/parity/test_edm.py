@@ -12,7 +12,7 @@ import pytest
 import torch
 from cmkit_std.backbones.layers import sinusoids
 from cmkit_std.backbones.songunet import SongUNet as Options
-from cmkit_std.backbones.songunet.layers import Conv, Fourier, Positional
+from cmkit_std.backbones.songunet.layers import Conv, Fourier, positional
 from cmkit_std.backbones.songunet.layouts import PREFIX, matches, read, write
 from cmkit_std.backbones.songunet.network import Block, SongUNet
 from cmkit_std.backbones.songunet.options import PRESETS
@@ -361,7 +361,7 @@ def embeddings(case: dict, dtype: torch.dtype) -> dict:
     fourier.frequencies.copy_(FIGURES.weights({"freqs": (dim // 2,)}, dtype)["freqs"])
     return {
         "positional": sinusoids(x, dim),
-        "positional_endpoint": Positional(dim)(x).roll(dim // 2, 1),
+        "positional_endpoint": positional(x, dim).roll(dim // 2, 1),
         "freqs": fourier.frequencies,
         "fourier": fourier(x[:-1]).roll(dim // 2, 1),
     }

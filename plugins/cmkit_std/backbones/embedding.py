@@ -163,6 +163,9 @@ def silent_guidance(width: int) -> nn.Linear:
     return layer
 
 
-def mlp(waves: int, width: int) -> nn.Sequential:
-    """The perceptron that turns sinusoids (B, waves) into an embedding (B, width)."""
-    return nn.Sequential(nn.Linear(waves, width), nn.SiLU(), nn.Linear(width, width))
+def mlp(
+    waves: int, width: int, start: Callable[[nn.Linear], nn.Linear] = lambda layer: layer
+) -> nn.Sequential:
+    """The perceptron that turns sinusoids (B, waves) into an embedding (B, width); `start` sets the
+    weights of a fresh layer."""
+    return nn.Sequential(start(nn.Linear(waves, width)), nn.SiLU(), start(nn.Linear(width, width)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cmkit import Cond, DataSpec, Scales
 from cmkit_std.backbones.adm.options import ADMOptions
 from cmkit_std.backbones.cpu import added, silu, upsampled
-from cmkit_std.backbones.embedding import Filmed, mlp, silent_guidance
+from cmkit_std.backbones.embedding import mlp, silent_guidance
 from cmkit_std.backbones.layers import (
     Downsample,
     Norm,
@@ -21,7 +21,7 @@ from cmkit_std.backbones.layers import (
     full_precision,
     widened,
 )
-from cmkit_std.backbones.shared_encoder import Join, SharedEncoder
+from cmkit_std.backbones.shared_encoder import Join, SharedEncoder, SkipBlock
 
 
 class UNet(SharedEncoder):
@@ -146,7 +146,7 @@ class Stage(nn.ModuleList):
         return h
 
 
-class ResBlock(Filmed):
+class ResBlock(SkipBlock):
     """shortcut(x) + conv(dropout(silu(film(norm(conv(silu(norm(x)))))))), maybe resampled."""
 
     def __init__(
@@ -190,7 +190,6 @@ class ResBlock(Filmed):
         return added(self.second(h, film), self.shortcut(self.resample(x)))
 
     def second(self, h: Tensor, film: Tensor) -> Tensor:
-        """The branch after conv1, (B, C', H', W'), of its output h."""
         film = film[:, :, None, None]
         if self.scale_shift:
             scale, shift = film.chunk(2, dim=1)
@@ -198,10 +197,6 @@ class ResBlock(Filmed):
         else:
             h = self.norm2(h + film.to(h.dtype))
         return self.conv2(self.dropout(silu(h)))
-
-    def finish(self, y: Tensor) -> Tensor:
-        """y itself, the sum of shortcut and branch."""
-        return y
 
 
 class Attention(nn.Module):
