@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from cmkit_std.backbones.adm.options import ADMOptions
 from cmkit_std.backbones.cpu import added, silu, upsampled
 from cmkit_std.backbones.embedding import mlp, silent_guidance
 from cmkit_std.backbones.layers import (
-    Downsample,
+    RESAMPLERS,
     Norm,
     Pointwise,
     Resampling,
@@ -42,22 +44,15 @@ class UNet(SharedEncoder):
         if self.num_classes:
             self.label = nn.Embedding(self.num_classes + options.null_class, emb_channels)
         self.guidance = silent_guidance(width) if "guidance" in conditions else None
-
-        def block(before: int, after: int, resample: Resampling = None) -> ResBlock:
-            return ResBlock(
-                before,
-                after,
-                emb_channels,
-                resample=resample,
-                dropout=options.dropout,
-                scale_shift=options.use_scale_shift_norm,
-                groups=(options.groups(before), options.groups(after)),
-                sigma_to=sigma_to,
-                checkpointed=options.gradient_checkpointing,
-            )
+        block = partial(ResBlock, emb_channels=emb_channels, options=options, sigma_to=sigma_to)
 
         def attention(width: int, decoder: bool = False) -> Attention:
             return Attention(width, options.heads(width, decoder), options.groups(width))
+
+        def resampling(width: int, direction: Literal["up", "down"]) -> nn.Module:
+            if options.resblock_updown:
+                return block(width, width, direction)
+            return RESAMPLERS[direction](width, width, options.conv_resample)
 
         levels = options.levels(data.resolution)
         last = levels[0][0]
@@ -72,12 +67,7 @@ class UNet(SharedEncoder):
                 last = width
                 skips.append(last)
             if level < len(levels) - 1:
-                down = (
-                    block(last, last, "down")
-                    if options.resblock_updown
-                    else Downsample(last, last, options.conv_resample)
-                )
-                self.encoder.append(Stage([down]))
+                self.encoder.append(Stage([resampling(last, "down")]))
                 skips.append(last)
 
         self.middle = Stage([block(last, last), attention(last), block(last, last)])
@@ -91,12 +81,7 @@ class UNet(SharedEncoder):
                 if options.attends(side):
                     stage.append(attention(last, decoder=True))
                 if level and i == options.num_res_blocks:
-                    up = (
-                        block(last, last, "up")
-                        if options.resblock_updown
-                        else Upsample(last, last, options.conv_resample)
-                    )
-                    stage.append(up)
+                    stage.append(resampling(last, "up"))
                 self.decoder.append(stage)
 
         self.norm_out = Norm(options.groups(last), last)
@@ -153,25 +138,23 @@ class ResBlock(SkipBlock):
         self,
         in_channels: int,
         out_channels: int,
-        emb_channels: int,
-        *,
         resample: Resampling = None,
-        dropout: float = 0.0,
-        scale_shift: bool = False,
-        groups: tuple[int, int] = (32, 32),
-        shortcut_kernel: int = 1,
+        *,
+        emb_channels: int,
+        options: ADMOptions,
         sigma_to: bool = False,
-        checkpointed: bool = False,
+        shortcut_kernel: int = 1,
     ):
         super().__init__()
-        self.scale_shift, self.checkpointed = scale_shift, checkpointed
-        film_channels = (2 if scale_shift else 1) * out_channels
-        self.norm1 = Norm(groups[0], in_channels)
+        self.scale_shift = options.use_scale_shift_norm
+        self.checkpointed = options.gradient_checkpointing
+        film_channels = (2 if self.scale_shift else 1) * out_channels
+        self.norm1 = Norm(options.groups(in_channels), in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(emb_channels, film_channels)
         self.film_s = nn.Linear(emb_channels, film_channels) if sigma_to else None
-        self.norm2 = Norm(groups[1], out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = Norm(options.groups(out_channels), out_channels)
+        self.dropout = nn.Dropout(options.dropout)
         self.conv2 = _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
@@ -179,8 +162,7 @@ class ResBlock(SkipBlock):
             self.shortcut = kind(
                 in_channels, out_channels, shortcut_kernel, padding=shortcut_kernel // 2
             )
-        resamplings = {None: nn.Identity, "up": Upsample, "down": Downsample}
-        self.resample = resamplings[resample]()
+        self.resample = RESAMPLERS[resample]()
 
     def compute(self, x: Tensor, film: Tensor) -> Tensor:
         """Features (B, C', H', W') of x (B, C, H, W)."""

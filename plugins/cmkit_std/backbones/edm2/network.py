@@ -26,9 +26,8 @@ from cmkit_std.backbones.edm2.magnitude import (
 from cmkit_std.backbones.edm2.options import EDM2Options
 from cmkit_std.backbones.embedding import GUIDANCE_WAVES, Conditioned, Filmed, class_vectors
 from cmkit_std.backbones.layers import (
-    Downsample,
+    RESAMPLERS,
     Resampling,
-    Upsample,
     attend,
     full_precision,
     scaled,
@@ -212,7 +211,7 @@ class Block(Filmed):
     ):
         super().__init__()
         self.pixel_norm, self.checkpointed = pixel_norm, checkpointed
-        self.resample = {None: nn.Identity, "up": Upsample, "down": Downsample}[resample]()
+        self.resample = RESAMPLERS[resample]()
         self.conv1 = Conv(out_channels if pixel_norm else in_channels, out_channels, 3)
         self.film = Linear(emb_channels, out_channels)
         self.film_gain = gain()
