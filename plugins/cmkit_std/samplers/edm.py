@@ -21,10 +21,6 @@ class EDM(Churn, Sampler):
 
     steps: Steps = 18
 
-    @property
-    def nfe(self) -> int:
-        return 2 * self.steps - 1
-
     def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """The walk of `ablation` with its defaults; the denoiser sees x in the type it came in."""
         walk = Ablation(

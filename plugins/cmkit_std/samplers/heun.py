@@ -18,10 +18,6 @@ class Heun(Churn, Walk):
     """Steps of second order down the sigma grid; deterministic unless s_churn is above 0.
     For diffusion models, such as of denoiser.precond = "edm"."""
 
-    @property
-    def nfe(self) -> int:
-        return 2 * self.steps - 1
-
     def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """The slope is the mean of those at both ends; the last step, to 0, is Euler's."""
         from cmkit.functional import euler, heun

@@ -109,7 +109,8 @@ class Walk(Sampler):
 
 
 class Churn(Part):
-    """Fields of a walk that first goes back up to sigma (1 + gamma) with fresh noise, each step."""
+    """Fields of a walk of second order, each step of which first goes back up to sigma (1 + gamma)
+    with fresh noise."""
 
     steps: Steps = 40
     s_churn: float = Field(0.0, ge=0, le=1e6)
@@ -126,6 +127,11 @@ class Churn(Part):
         if self.s_tmax is not None and self.s_tmin > self.s_tmax:
             raise ValueError(f"s_tmin {self.s_tmin} must not be above s_tmax {self.s_tmax}")
         return self
+
+    @property
+    def nfe(self) -> int:
+        """Two evaluations a step, but one for the last."""
+        return 2 * self.steps - 1
 
     def churned(self, x: Tensor, sigma: float, k: int, noise: Draws) -> tuple[Tensor, float]:
         """(x, sigma) after the k-th draw of noise (EDM, algorithm 2, lines 4 to 6)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,48 +45,36 @@ class UNet(SharedEncoder):
         self.guidance = silent_guidance(width) if "guidance" in conditions else None
         block = partial(ResBlock, emb_channels=emb_channels, options=options, sigma_to=sigma_to)
 
-        def attention(width: int, decoder: bool = False) -> Attention:
-            return Attention(width, options.heads(width, decoder), options.groups(width))
-
-        def resampling(width: int, direction: Literal["up", "down"]) -> nn.Module:
-            if options.resblock_updown:
-                return block(width, width, direction)
-            return RESAMPLERS[direction](width, width, options.conv_resample)
-
         levels = options.levels(data.resolution)
         last = levels[0][0]
-        self.encoder = nn.ModuleList([Stage([nn.Conv2d(data.channels, last, 3, padding=1)])])
         skips = [last]
-        for level, (width, side) in enumerate(levels):
-            for _ in range(options.num_res_blocks):
-                stage = Stage([block(last, width)])
-                if options.attends(side):
-                    stage.append(attention(width))
-                self.encoder.append(stage)
-                last = width
-                skips.append(last)
-            if level < len(levels) - 1:
-                self.encoder.append(Stage([resampling(last, "down")]))
-                skips.append(last)
-
-        self.middle = Stage([block(last, last), attention(last), block(last, last)])
-
+        self.encoder = nn.ModuleList([Stage([nn.Conv2d(data.channels, last, 3, padding=1)])])
+        self.middle = Stage()
         self.decoder = nn.ModuleList()
-        joins = len(skips)
-        for level, (width, side) in reversed(list(enumerate(levels))):
-            for i in range(options.num_res_blocks + 1):
-                stage = Stage([block(last + skips.pop(), width)])
+        for place in options.places(data.resolution):
+            width, _ = levels[place.level]
+            decoder = place.part == "decoder"
+            direction = "up" if decoder else "down"
+            if place.kind == "block":
+                layer = block(last + skips.pop() if decoder else last, width)
                 last = width
-                if options.attends(side):
-                    stage.append(attention(last, decoder=True))
-                if level and i == options.num_res_blocks:
-                    stage.append(resampling(last, "up"))
-                self.decoder.append(stage)
+            elif place.kind == "attention":
+                layer = Attention(width, options.heads(width, decoder), options.groups(width))
+            elif options.resblock_updown:
+                layer = block(width, width, direction)
+            else:
+                layer = RESAMPLERS[direction](width, width, options.conv_resample)
+            stage, _, i = place.key.rpartition(".")
+            if i == "0" and place.part != "middle":
+                getattr(self, place.part).append(Stage())
+            if i == "0" and place.part == "encoder":
+                skips.append(width)
+            self.get_submodule(stage).append(layer)
 
         self.norm_out = Norm(options.groups(last), last)
         outputs = (2 if options.learn_sigma else 1) * data.channels
         self.conv_out = _zeroed(nn.Conv2d(last, outputs, 3, padding=1))
-        self._name_sites(joins)
+        self._name_sites(skips=len(self.encoder))
 
     def lower(self, dtype: torch.dtype) -> None:
         """Rounds all convolutions but the last; see `Network.lower`."""

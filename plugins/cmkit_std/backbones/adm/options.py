@@ -158,10 +158,8 @@ class ADMOptions(UNetOptions):
             self._check_norm(width)
             # The middle block, of the last level's width, always attends.
             if self.attends(side) or side == data.resolution >> len(self.channel_mult) - 1:
-                if self.num_head_channels:
-                    self.check_divides("num_head_channels", width)
-                    continue
-                for name in ("num_heads", "num_heads_upsample"):
+                heads = ("num_heads", "num_heads_upsample")
+                for name in ("num_head_channels",) if self.num_head_channels else heads:
                     self.check_divides(name, width)
 
     def _check_norm(self, width: int) -> None:
