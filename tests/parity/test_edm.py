@@ -12,10 +12,11 @@ import pytest
 import torch
 from cmkit_std.backbones.layers import sinusoids
 from cmkit_std.backbones.songunet import SongUNet as Options
-from cmkit_std.backbones.songunet.layers import Conv, Fourier, positional
+from cmkit_std.backbones.songunet.layers import Conv, Fourier, Positional
 from cmkit_std.backbones.songunet.layouts import PREFIX, matches, read, write
 from cmkit_std.backbones.songunet.network import Block, SongUNet
 from cmkit_std.backbones.songunet.options import PRESETS
+from cmkit_std.discrete import rounded
 from cmkit_std.objectives.weightings import weighting
 from cmkit_std.preconds.iddpm import IDDPM
 from cmkit_std.preconds.ve import VE
@@ -208,7 +209,7 @@ def preconditioned(case: dict, dtype: torch.dtype) -> dict:
     x, sigma = noisy(case, dtype)
     return {
         "D": denoiser(x, sigma, cond_of(case)),
-        "round_sigma": column.rounded(sigma) if name == "iDDPM" else sigma,
+        "round_sigma": rounded(column.schedule, sigma) if name == "iDDPM" else sigma,
         "sigma_min": torch.tensor(column.known[0], dtype=dtype),
         "sigma_max": torch.tensor(column.known[1], dtype=dtype),
     }
@@ -361,7 +362,7 @@ def embeddings(case: dict, dtype: torch.dtype) -> dict:
     fourier.frequencies.copy_(FIGURES.weights({"freqs": (dim // 2,)}, dtype)["freqs"])
     return {
         "positional": sinusoids(x, dim),
-        "positional_endpoint": positional(x, dim).roll(dim // 2, 1),
+        "positional_endpoint": Positional(dim)(x).roll(dim // 2, 1),
         "freqs": fourier.frequencies,
         "fourier": fourier(x[:-1]).roll(dim // 2, 1),
     }

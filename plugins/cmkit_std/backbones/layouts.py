@@ -54,9 +54,9 @@ def moved(key: str, modules: Mapping[str, str]) -> str:
 def check_places(state: Mapping[str, Tensor], modules: Mapping[str, str], project: str) -> None:
     """CheckpointError when the `project` has no place, in `modules`, for some of our weights."""
     if alien := [key for key in state if key.rpartition(".")[0] not in modules]:
+        more = f", nor for {len(alien) - 1} others" if len(alien) > 1 else ""
         raise CheckpointError(
-            f"{alien[0]}: {project} has no place for it, nor for {len(alien) - 1} others; keep"
-            " these weights in another layout"
+            f"{alien[0]}: {project} has no place for it{more}; keep these weights in another layout"
         )
 
 

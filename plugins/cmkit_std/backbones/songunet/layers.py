@@ -79,12 +79,18 @@ def resampled(x: Tensor, filter: Tensor, direction: str, padding: int) -> Tensor
     return F.conv2d(x, kernel, stride=2, padding=padding, groups=x.shape[1])
 
 
-def positional(c_noise: Tensor, dim: int) -> Tensor:
-    """[sin | cos], (B, dim), of c_noise (B,) at frequencies from 1 down to 1 / MAX_PERIOD, both
-    included; in float32 at least."""
-    t = widened(c_noise)
-    steps = torch.linspace(0, 1, dim // 2, dtype=t.dtype, device=t.device)
-    return _waves(t, torch.exp(-math.log(MAX_PERIOD) * steps))
+class Positional(nn.Module):
+    """Sinusoids of frequencies from 1 down to 1 / MAX_PERIOD, both included."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        """[sin | cos], (B, dim), of c_noise (B,); in float32 at least."""
+        t = widened(c_noise)
+        steps = torch.linspace(0, 1, self.dim // 2, dtype=t.dtype, device=t.device)
+        return _waves(t, torch.exp(-math.log(MAX_PERIOD) * steps))
 
 
 class Fourier(nn.Module):

@@ -12,7 +12,7 @@ from cmkit_std.backbones.cpu import silu
 from cmkit_std.backbones.embedding import class_vectors, mlp, silent_guidance
 from cmkit_std.backbones.layers import Norm, Resampling, attend, full_precision, widened
 from cmkit_std.backbones.shared_encoder import Join, SharedEncoder, SkipBlock
-from cmkit_std.backbones.songunet.layers import Conv, Fourier, Resample, positional, xavier
+from cmkit_std.backbones.songunet.layers import Conv, Fourier, Positional, Resample, xavier
 from cmkit_std.backbones.songunet.options import SongUNetOptions, norm_groups
 
 EPS = 1e-6
@@ -36,7 +36,7 @@ class SongUNet(SharedEncoder):
         self.noise = (
             Fourier(noise_channels, options.fourier_scale)
             if options.embedding_type == "fourier"
-            else partial(positional, dim=noise_channels)
+            else Positional(noise_channels)
         )
         self.label = (
             xavier(nn.Linear(self.num_classes, noise_channels)) if self.num_classes else None
