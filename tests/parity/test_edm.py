@@ -326,10 +326,10 @@ def block(case: dict, dtype: torch.dtype) -> dict:
     layer = Block(
         config.pop("in_channels"),
         config.pop("out_channels"),
-        config.pop("emb_channels"),
-        resample="up" if up else "down" if down else None,
-        taps=tuple(config.pop("resample_filter", (1, 1))),
-        attention=config.pop("attention"),
+        "up" if up else "down" if down else None,
+        config.pop("attention"),
+        emb_channels=config.pop("emb_channels"),
+        options=Options(resample_filter=config.pop("resample_filter", (1, 1))),
     )
     assert not config
     filled(layer, case, dtype)

@@ -66,6 +66,7 @@ class Downsample(nn.Module):
 
 
 RESAMPLERS = {None: nn.Identity, "up": Upsample, "down": Downsample}
+"""The layer of each `Resampling`."""
 
 
 class Norm(nn.GroupNorm):

@@ -51,14 +51,7 @@ class SongUNet(SharedEncoder):
         self.time_s = mlp(noise_channels, emb_channels, xavier) if sigma_to else None
 
         taps = options.resample_filter
-        block = partial(
-            Block,
-            emb_channels=emb_channels,
-            taps=taps,
-            dropout=options.dropout,
-            sigma_to=sigma_to,
-            checkpointed=options.gradient_checkpointing,
-        )
+        block = partial(Block, emb_channels=emb_channels, options=options, sigma_to=sigma_to)
         levels = options.levels(data.resolution)
         last, picture = options.channels, data.channels
         skips = [last]
@@ -175,23 +168,22 @@ class Block(SkipBlock):
         self,
         in_channels: int,
         out_channels: int,
-        emb_channels: int,
-        *,
         resample: Resampling = None,
-        taps: tuple[int, ...] = (1, 1),
         attention: bool = False,
-        dropout: float = 0.0,
+        *,
+        emb_channels: int,
+        options: SongUNetOptions,
         sigma_to: bool = False,
-        checkpointed: bool = False,
     ):
         super().__init__()
-        self.checkpointed = checkpointed
+        self.checkpointed = options.gradient_checkpointing
+        taps = options.resample_filter
         self.norm1 = Norm(norm_groups(in_channels), in_channels, eps=EPS)
         self.conv1 = Conv(in_channels, out_channels, 3, resample, taps)
         self.film = xavier(nn.Linear(emb_channels, out_channels))
         self.film_s = xavier(nn.Linear(emb_channels, out_channels)) if sigma_to else None
         self.norm2 = Norm(norm_groups(out_channels), out_channels, eps=EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(options.dropout)
         self.conv2 = Conv(out_channels, out_channels, 3, gain=NEARLY_ZERO)
         self.shortcut = (
             nn.Identity()
