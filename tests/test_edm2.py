@@ -7,16 +7,8 @@ import re
 import pytest
 import torch
 from cmkit_std.backbones.edm2 import EDM2
-from cmkit_std.backbones.edm2.magnitude import (
-    Conv,
-    Fourier,
-    Linear,
-    Weighted,
-    mp_cat,
-    mp_silu,
-    mp_sum,
-    normalized,
-)
+from cmkit_std.backbones.edm2 import magnitude as mp
+from cmkit_std.backbones.edm2.magnitude import Conv, Fourier, Linear, Weighted, normalized
 from cmkit_std.backbones.edm2.network import CLIP, Block, EDM2UNet
 
 from cmkit import Cond, DataSpec, RecipeError, discover
@@ -72,9 +64,9 @@ def test_every_operation_keeps_the_magnitude_of_independent_normal_features():
     kept = {
         "conv": Conv(32, 48, 3)(a)[..., 1:-1, 1:-1],
         "linear": Linear(96, 4096)(b[..., 0, 0]),
-        "silu": mp_silu(a),
-        "sum": mp_sum(a, b[:, :32], 0.3),
-        "cat": mp_cat(a, b),
+        "silu": mp.silu(a),
+        "sum": mp.sum(a, b[:, :32], 0.3),
+        "cat": mp.cat(a, b),
         "pixel norm": normalized(5 * a, (1,)),
         "waves": Fourier(4096)(torch.linspace(-1.6, 1.1, 64)),
     }
@@ -83,7 +75,7 @@ def test_every_operation_keeps_the_magnitude_of_independent_normal_features():
 
 @torch.no_grad()
 def test_both_sides_of_a_concatenation_weigh_alike():
-    both = mp_cat(torch.ones(1, 4, 2, 2), torch.ones(1, 12, 2, 2))
+    both = mp.cat(torch.ones(1, 4, 2, 2), torch.ones(1, 12, 2, 2))
     first, second = both.split([4, 12], dim=1)
     torch.testing.assert_close(first.square().sum(), second.square().sum())
 
@@ -176,8 +168,8 @@ def test_emb_scales_act_before_the_activation_and_each_on_its_own_block():
     x, c_noise, cond = inputs()
     for scales in ({}, {"emb.1": torch.tensor(0.3)}, {"emb.0": torch.tensor(0.3)}):
         network(x, c_noise, cond, scales)
-    emb = mp_sum(embedded[0], network._label(cond), 0.5)
-    torch.testing.assert_close(seen, [mp_silu(emb), mp_silu(0.3 * emb), mp_silu(emb)])
+    emb = mp.sum(embedded[0], network._label(cond), 0.5)
+    torch.testing.assert_close(seen, [mp.silu(emb), mp.silu(0.3 * emb), mp.silu(emb)])
 
 
 @KINDS
@@ -190,7 +182,7 @@ def test_skip_scales_act_on_the_copy_before_the_concatenation_alone(options):
     coarse["blocks"][0].register_forward_pre_hook(lambda _, args: seen.update(first=args[0]))
     last = [site for site in network.sites if site.startswith("skip")][-1]
     network(*inputs(), {last: torch.tensor(0.3)})
-    torch.testing.assert_close(seen["first"], mp_cat(seen["middle"], 0.3 * seen["start"]))
+    torch.testing.assert_close(seen["first"], mp.cat(seen["middle"], 0.3 * seen["start"]))
 
 
 @torch.no_grad()

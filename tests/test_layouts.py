@@ -10,7 +10,6 @@ import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.adm.network import Attention, ResBlock
-from cmkit_std.backbones.adm.places import places
 from cmkit_std.backbones.dit import DiT
 from cmkit_std.backbones.layers import Downsample, Upsample
 from cmkit_std.backbones.songunet import SongUNet
@@ -244,7 +243,7 @@ def test_places_are_the_parts_of_the_network_in_forward_order(tiny):
         if type(module) in kinds and not inside_a_block:
             resamples = not isinstance(getattr(module, "resample", Identity()), Identity)
             found.append((name, "resample" if resamples else kinds[type(module)]))
-    assert [(place.key, place.kind) for place in places(options, 8)] == found
+    assert [(place.key, place.kind) for place in options.places(8)] == found
 
 
 STORED_ROW = {
@@ -284,7 +283,7 @@ def test_attention_computes_with_the_channels_in_the_order_they_are_stored(layou
         for key, t in found.write(network.state_dict()).items()
     }
     network.load_state_dict(found.read(written))
-    attentions = [place for place in places(options, 8) if place.kind == "attention"]
+    attentions = [place for place in options.places(8) if place.kind == "attention"]
     assert len(attentions) > 3
     for place in attentions:
         module = network.get_submodule(place.key)

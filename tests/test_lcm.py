@@ -7,7 +7,7 @@ import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.dit import DiT
 from cmkit_std.backbones.songunet import SongUNet
-from cmkit_std.discrete import DiscreteNoise
+from cmkit_std.discrete import DiscreteNoise, nearest, rounded
 from cmkit_std.objectives.edm import EDM
 from cmkit_std.objectives.lcm import LCM
 from cmkit_std.preconds.discrete import Discrete
@@ -408,9 +408,9 @@ def test_discrete_levels_are_the_steps_of_the_schedule():
     )
     ends = noise.sigmas(51, dtype=torch.float64)[[0, -1]].tolist()
     assert ends == [noise.sigma_min, noise.sigma_max]
-    column, sigma = Discrete(), noise.sigmas(1000, dtype=torch.float64)
-    assert torch.equal(column.step(sigma * 1.0001), torch.arange(1000))
-    assert torch.equal(column.rounded(sigma * 1.0001), sigma)
+    schedule, sigma = Discrete().schedule, noise.sigmas(1000, dtype=torch.float64)
+    assert torch.equal(nearest(schedule, sigma * 1.0001), torch.arange(1000))
+    assert torch.equal(rounded(schedule, sigma * 1.0001), sigma)
     spread = noise.steps(18)
     assert spread[[0, -1]].tolist() == [0, 999]
     assert set(spread.diff().tolist()) <= {58, 59}

@@ -4,24 +4,15 @@ Models, 2023; huggingface/diffusers)."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cmkit import Noise, RecipeError
-from cmkit_std.preconds.schedule import Schedule
+from cmkit_std.preconds.schedule import Cosine, Schedule
 
-
-class Stepped(Hashable, Protocol):
-    """Whatever has noise levels."""
-
-    def sigmas(self) -> tuple[float, ...]:
-        """Noise levels, rising."""
-
-
+Stepped = Schedule | Cosine
 _TABLES: dict[tuple[Stepped, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
 
@@ -101,19 +92,15 @@ class DiscreteNoise(Noise):
             return torch.cat([torch.zeros(1).long(), torch.arange(1, n) * (total // (n - 1)) - 1])
         return torch.linspace(0, total - 1, n, dtype=torch.float64).round().long()
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - equal grids share it
     def sigmas(
         self, n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Levels of `steps(n)`, (n,), rising from sigma_min to sigma_max."""
-        return _grid(self, n, device or torch.device("cpu"), dtype)
+        levels = table(self.schedule, torch.device("cpu"), torch.float64)
+        return levels[self.steps(n)].to(device=device, dtype=dtype)
 
     def sigma_at(self, u: Tensor) -> Tensor:
         """The levels of steps at fractions u in [0, 1] of the way, of which each has its share."""
         levels = table(self.schedule, u.device, u.dtype)
         return levels[(u * len(levels)).long().clamp(max=len(levels) - 1)]
-
-
-@functools.lru_cache(maxsize=64)
-def _grid(noise: DiscreteNoise, n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    levels = table(noise.schedule, torch.device("cpu"), torch.float64)
-    return levels[noise.steps(n)].to(device=device, dtype=dtype)

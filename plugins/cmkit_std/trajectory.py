@@ -64,7 +64,6 @@ def kept_share(
     euler = sigma_to / sigma
     if outer == "euler":
         return euler
-    variances = ((level - sigma_min) ** 2 + sigma_data**2 for level in (sigma_to, sigma))
-    to, from_ = variances
+    to, from_ = ((level - sigma_min) ** 2 + sigma_data**2 for level in (sigma_to, sigma))
     variance = (to / from_).sqrt()
     return variance if outer == "variance" else (sigma_to + variance) / (sigma + 1)

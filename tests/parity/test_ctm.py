@@ -558,6 +558,13 @@ def sampled(case: dict, dtype: torch.dtype) -> dict:
     return {"sample": sample, "draws": len(drawn) + idle}
 
 
+def cosine_time(iddpm: IDDPM, sigma: Tensor) -> Tensor:
+    """Times in [0, 1] at which the schedule, unclipped, has the noise levels sigma:
+    1 / (1 + sigma^2) = cos^2(a (t + c_2)) / cos^2(a c_2), a = pi / (2 (1 + c_2))."""
+    a = 0.5 * math.pi / (1 + iddpm.c_2)
+    return (math.cos(a * iddpm.c_2) * (1 + sigma**2).rsqrt()).arccos() / a - iddpm.c_2
+
+
 def variance_preserving(case: dict, dtype: torch.dtype) -> dict:
     config = dict(case["config"])
     beta_min = config.pop("beta_min")
@@ -566,7 +573,7 @@ def variance_preserving(case: dict, dtype: torch.dtype) -> dict:
     known(config)
     sigma = tensor(case, "sigmas", dtype)
     _, _, mean, _ = vp.scalings(sigma, 0.5, 0.0)
-    tau = IDDPM().time(sigma) if cosine else vp.betas.time(sigma)
+    tau = cosine_time(IDDPM(), sigma) if cosine else vp.betas.time(sigma)
     return {"mean": mean, "std": sigma * mean, "tau": tau}
 
 

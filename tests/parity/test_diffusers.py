@@ -14,11 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cmkit_std.backbones.embedding import guidance_waves
-from cmkit_std.discrete import (
-    DiscreteNoise,
-    lcm_boundary,
-    zero_terminal_snr,
-)
+from cmkit_std.discrete import DiscreteNoise, lcm_boundary, nearest, zero_terminal_snr
 from cmkit_std.objectives.lcm import LCM
 from cmkit_std.preconds.discrete import Discrete
 from cmkit_std.preconds.schedule import Schedule
@@ -144,7 +140,8 @@ class Limited(Denoiser):
 
     def forward(self, x, sigma, cond=None):
         x0 = self.limit(self.inner(x, sigma, Cond()))
-        near, far = lcm_boundary(self.column.step(sigma).to(x.dtype), self.scaling)
+        t = nearest(self.column.schedule, sigma)
+        near, far = lcm_boundary(t.to(x.dtype), self.scaling)
         alpha = (1 + sigma**2).rsqrt()
         out = (near * alpha).view(-1, 1, 1, 1) * x + far.view(-1, 1, 1, 1) * x0
         self.seen.append((x, out))
@@ -228,7 +225,7 @@ def add_noise(case: dict, dtype: torch.dtype) -> dict:
     column = column_of(schedule_of(case["config"]), "v_prediction")
     t = torch.tensor(inputs["t"])
     sigma = float64(column.schedule.sigmas())[t].to(dtype)
-    assert torch.equal(column.step(sigma), t)
+    assert torch.equal(nearest(column.schedule, sigma), t)
     c_skip, c_out, alpha, _ = (c.view(-1, 1, 1, 1) for c in column.scalings(sigma, 0.5, 0.0))
     x0 = FIGURES.tensor(inputs["x"], dtype)
     x = x0 + sigma.view(-1, 1, 1, 1) * FIGURES.tensor(inputs["noise"], dtype)

@@ -16,6 +16,7 @@ from cmkit_std.backbones.songunet.layers import Conv, Fourier, Positional
 from cmkit_std.backbones.songunet.layouts import PREFIX, matches, read, write
 from cmkit_std.backbones.songunet.network import Block, SongUNet
 from cmkit_std.backbones.songunet.options import PRESETS
+from cmkit_std.discrete import rounded
 from cmkit_std.objectives.weightings import weighting
 from cmkit_std.preconds.iddpm import IDDPM
 from cmkit_std.preconds.ve import VE
@@ -208,7 +209,7 @@ def preconditioned(case: dict, dtype: torch.dtype) -> dict:
     x, sigma = noisy(case, dtype)
     return {
         "D": denoiser(x, sigma, cond_of(case)),
-        "round_sigma": column.rounded(sigma) if name == "iDDPM" else sigma,
+        "round_sigma": rounded(column.schedule, sigma) if name == "iDDPM" else sigma,
         "sigma_min": torch.tensor(column.known[0], dtype=dtype),
         "sigma_max": torch.tensor(column.known[1], dtype=dtype),
     }
@@ -227,12 +228,36 @@ class LogNormal(NamedTuple):
         return weighting("karras", sigma, 0.5)
 
 
+class UniformTime(NamedTuple):
+    """Draws and weights of training in column VP."""
+
+    vp: VP = VP()
+
+    def drawn(self, u: Tensor) -> Tensor:
+        return self.vp.betas.sigma(1 + u * (self.vp.epsilon - 1))
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return sigma**-2
+
+
+class LogUniform(NamedTuple):
+    """Draws and weights of training in column VE."""
+
+    ve: VE = VE()
+
+    def drawn(self, u: Tensor) -> Tensor:
+        return self.ve.low * (self.ve.high / self.ve.low) ** u
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        return sigma**-2
+
+
 def losses(case: dict, dtype: torch.dtype) -> dict:
     options = dict(case["config"])
     network = filled_network(case, dtype, options.pop("net"))
     renamed = {{"P_mean": "mean", "P_std": "std"}[k]: v for k, v in options.items()}
     name = re.fullmatch(r"training\.loss\.(\w+)Loss\.__call__", case["function"])[1]
-    law = {"EDM": LogNormal, "VP": VP, "VE": VE}[name](**renamed)
+    law = {"EDM": LogNormal, "VP": UniformTime, "VE": LogUniform}[name](**renamed)
     images = FIGURES.tensor(case["inputs"]["images"], dtype)
     draw = {"EDM": FIGURES.Z, "VP": FIGURES.U, "VE": FIGURES.U}[name]
     sigma = law.drawn(draw([len(images)], 0).to(dtype))
@@ -301,10 +326,10 @@ def block(case: dict, dtype: torch.dtype) -> dict:
     layer = Block(
         config.pop("in_channels"),
         config.pop("out_channels"),
-        config.pop("emb_channels"),
-        resample="up" if up else "down" if down else None,
-        taps=tuple(config.pop("resample_filter", (1, 1))),
-        attention=config.pop("attention"),
+        "up" if up else "down" if down else None,
+        config.pop("attention"),
+        emb_channels=config.pop("emb_channels"),
+        options=Options(resample_filter=config.pop("resample_filter", (1, 1))),
     )
     assert not config
     filled(layer, case, dtype)

@@ -9,17 +9,9 @@ import re
 import pytest
 import torch
 from cmkit_std.backbones.edm2 import EDM2
+from cmkit_std.backbones.edm2 import magnitude as mp
 from cmkit_std.backbones.edm2.layouts import PREFIX, UNCERTAINTY
-from cmkit_std.backbones.edm2.magnitude import (
-    Conv,
-    Fourier,
-    Linear,
-    filters,
-    mp_cat,
-    mp_silu,
-    mp_sum,
-    normalized,
-)
+from cmkit_std.backbones.edm2.magnitude import Conv, Fourier, Linear, filters, normalized
 from cmkit_std.backbones.edm2.network import BRANCH, Block, EDM2UNet
 from torch import Tensor, nn
 
@@ -151,9 +143,9 @@ def functions(case: dict, dtype: torch.dtype) -> dict:
     assert config["t"] == BRANCH
     conv = filled(Conv(*config["conv"]), dtype)
     actual = {
-        "mp_silu": mp_silu(a),
-        "mp_sum": mp_sum(a, b[:, :6], BRANCH),
-        "mp_cat": mp_cat(a, b),
+        "mp_silu": mp.silu(a),
+        "mp_sum": mp.sum(a, b[:, :6], BRANCH),
+        "mp_cat": mp.cat(a, b),
         "normalize": filters(a),
         "normalize_pixel": normalized(a, (1,)),
         "normalize_zero": normalized(torch.zeros_like(a[:, :2, :1, :1]), (1,)),

@@ -9,7 +9,6 @@ import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.adm.network import UNet
-from cmkit_std.backbones.adm.places import places
 
 from cmkit import Cond, DataSpec, Denoiser, Layout, edm_scalings
 from tests.parity import harness
@@ -79,7 +78,7 @@ def traced(official: Official) -> dict[str, torch.Tensor]:
         watch(module, official_name(layout, module))
     watch("label", "map_label")
     network.time.register_forward_pre_hook(lambda _module, args: seen.update(map_noise=args[0]))
-    for place in places(official.options, official.resolution):
+    for place in official.options.places(official.resolution):
         # Attention comes second, under the same name as its block, and has the last word.
         layer = ".norm" if place.kind == "attention" else ".norm1"
         watch(place.key, official_name(layout, place.key, layer))

@@ -224,10 +224,12 @@ def res_block(case: dict, dtype: torch.dtype) -> dict:
     block = ResBlock(
         channels,
         config.pop("out_channels", channels),
-        config.pop("emb_channels"),
-        dropout=config.pop("dropout"),
-        scale_shift=config.pop("use_scale_shift_norm", False),
-        resample="up" if up else "down" if down else None,
+        "up" if up else "down" if down else None,
+        emb_channels=config.pop("emb_channels"),
+        options=ADM(
+            dropout=config.pop("dropout"),
+            use_scale_shift_norm=config.pop("use_scale_shift_norm", False),
+        ),
         shortcut_kernel=3 if config.pop("use_conv", False) else 1,
     )
     assert not config, f"unknown options {config}"

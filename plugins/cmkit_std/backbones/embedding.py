@@ -4,7 +4,7 @@ each block: the same for all backbones."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -49,10 +49,21 @@ class Conditioned(Network):
         self.sites = (*late, *(f"emb.{j}" for j in range(len(self._blocks))))
 
     def _films(self, c_noise: Tensor, cond: Cond, scales: Scales, **given: Any) -> list[Tensor]:
-        """The film (B, k) of each block, in forward order; `given` goes to `_label`."""
+        """The film (B, k) that each block, in forward order, makes of act(scale emb), its scale
+        "emb.j" of shape () or (B,), and of act(emb_s); `given` goes to `_label`."""
         with full_precision(c_noise.device):
             emb, emb_s = self._embeddings(c_noise, cond, **given)
-            return films(self._blocks, emb, emb_s, scales, self.act)
+            active_s = None if emb_s is None else self.act(emb_s)
+            last, active, made = None, self.act(emb), []
+            for j, block in enumerate(self._blocks):
+                scale = scales.get(f"emb.{j}")
+                # Blocks in a row with the same tensor share an activation; to compare values would
+                # make the host wait for the device.
+                if scale is not last:
+                    own = emb if scale is None else emb * scale.to(emb.dtype).view(-1, 1)
+                    last, active = scale, self.act(own)
+                made.append(block.project(active, active_s))
+            return made
 
     def _embeddings(
         self, c_noise: Tensor, cond: Cond, **given: Any
@@ -111,28 +122,6 @@ class Filmed(nn.Module):
         return self.compute(*given)
 
 
-def films(
-    blocks: Iterable[Filmed],
-    emb: Tensor,
-    emb_s: Tensor | None,
-    scales: Scales,
-    act: Callable[[Tensor], Tensor],
-) -> list[Tensor]:
-    """The film (B, k) that each block makes of act(scale emb), its scale "emb.j" of shape () or
-    (B,), and of act(emb_s)."""
-    active_s = None if emb_s is None else act(emb_s)
-    last, active, made = None, act(emb), []
-    for j, block in enumerate(blocks):
-        scale = scales.get(f"emb.{j}")
-        # Blocks in a row with the same tensor share an activation; to compare values would make
-        # the host wait for the device.
-        if scale is not last:
-            own = emb if scale is None else emb * scale.to(emb.dtype).view(-1, 1)
-            last, active = scale, act(own)
-        made.append(block.project(active, active_s))
-    return made
-
-
 def class_vectors(table: Tensor, label: Tensor | None, null_label: int | None) -> Tensor:
     """Rows (B, E) of `table` (classes, E); zeros for the null label, (1, E) zeros for None."""
     if label is None:
@@ -163,6 +152,9 @@ def silent_guidance(width: int) -> nn.Linear:
     return layer
 
 
-def mlp(waves: int, width: int) -> nn.Sequential:
-    """The perceptron that turns sinusoids (B, waves) into an embedding (B, width)."""
-    return nn.Sequential(nn.Linear(waves, width), nn.SiLU(), nn.Linear(width, width))
+def mlp(
+    waves: int, width: int, start: Callable[[nn.Linear], nn.Linear] = lambda layer: layer
+) -> nn.Sequential:
+    """The perceptron that turns sinusoids (B, waves) into an embedding (B, width); `start` sets the
+    weights of a fresh layer."""
+    return nn.Sequential(start(nn.Linear(waves, width)), nn.SiLU(), start(nn.Linear(width, width)))

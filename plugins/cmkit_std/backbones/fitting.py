@@ -96,6 +96,14 @@ class UNetOptions(Options):
         sides = self.attention_resolutions
         return side in (self.attends_at if sides is None else sides)
 
+    def check_divides(self, name: str, width: int, level: str = "a level with attention") -> None:
+        """RecipeError when the option `name`, if given, does not divide a level's `width`."""
+        if (given := getattr(self, name)) and width % given:
+            raise RecipeError(
+                f"backbone.{name} = {given}: does not divide the {width} channels of {level}; give"
+                f" a divisor of {width}"
+            )
+
     def check(self, data: DataSpec) -> None:
         """RecipeError unless pictures can be halved for every level, and attention has its levels;
         subclasses check more."""

@@ -65,6 +65,10 @@ class Downsample(nn.Module):
         return self.pool(x)
 
 
+RESAMPLERS = {None: nn.Identity, "up": Upsample, "down": Downsample}
+"""The layer of each `Resampling`."""
+
+
 class Norm(nn.GroupNorm):
     """GroupNorm computed in float32 at least, and returned in the type of its input; eps 1e-5."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,14 @@ from torch.nn import functional as F
 
 from cmkit import Cond, Scales
 from cmkit_std.backbones.cpu import added, conv1x1, silu
-from cmkit_std.backbones.embedding import Conditioned
+from cmkit_std.backbones.embedding import Conditioned, Filmed
 from cmkit_std.backbones.layers import Norm, scaled
 
 MAX_SHIFT = 1e-5
 """Relative change of a feature that sharing the decoder's work on skips may bring."""
 
 
-class SkipBlock(Protocol):
+class SkipBlock(Filmed):
     """A residual block on features and a skip x:
     finish(shortcut(x) + second(conv1(silu(norm1(x)))))."""
 
@@ -29,13 +29,12 @@ class SkipBlock(Protocol):
     shortcut: nn.Module
 
     def second(self, h: Tensor, film: Tensor) -> Tensor:
-        """The branch after conv1, (B, C', H, W)."""
+        """The branch after conv1, (B, C', H', W'), of its output h."""
+        raise NotImplementedError
 
     def finish(self, y: Tensor) -> Tensor:
-        """The block's output, of the sum y."""
-
-    def __call__(self, x: Tensor, film: Tensor) -> Tensor:
-        """The block's output, of features and skip x."""
+        """The block's output, of the sum y of shortcut and branch."""
+        return y
 
 
 Join = Callable[[SkipBlock, Tensor, Tensor], Tensor]

@@ -64,9 +64,7 @@ class Discrete(Precond):
         sigmas = self.schedule.sigmas()
         return sigmas[0], sigmas[-1]
 
-    @property
-    def known(self) -> tuple[float, float]:
-        return self.levels
+    known = levels
 
     def noise(self, sigma_min: float, sigma_max: float, rho: float) -> Noise:
         """The steps as noise levels; RecipeError for other ends than theirs."""
@@ -84,9 +82,9 @@ class Discrete(Precond):
         """Of the nearest step t, alpha = 1 / sqrt(1 + sigma^2): c_in = alpha, c_noise = t, and
         (c_skip, c_out) = (1, -sigma), (alpha^2, -alpha sigma) or (0, 1) by the prediction."""
         from cmkit import Scalings
-        from cmkit_std.discrete import lcm_boundary
+        from cmkit_std.discrete import lcm_boundary, nearest
 
-        t = self.step(sigma).to(sigma.dtype)
+        t = nearest(self.schedule, sigma).to(sigma.dtype)
         alpha = (1 + sigma**2).rsqrt()
         match self.prediction:
             case "epsilon":
@@ -99,15 +97,3 @@ class Discrete(Precond):
             near, far = lcm_boundary(t, self.timestep_scaling)
             c_skip, c_out = near * alpha + far * c_skip, far * c_out
         return Scalings(c_skip, c_out, alpha, t)
-
-    def step(self, sigma: Tensor) -> Tensor:
-        """The whole step whose noise level is nearest to each sigma (B,), (B,) int64."""
-        from cmkit_std.discrete import nearest
-
-        return nearest(self.schedule, sigma)
-
-    def rounded(self, sigma: Tensor) -> Tensor:
-        """The nearest noise levels, (B,), that the network knows."""
-        from cmkit_std.discrete import rounded
-
-        return rounded(self.schedule, sigma)

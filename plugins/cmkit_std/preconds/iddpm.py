@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -54,15 +53,3 @@ class IDDPM(Precond):
 
         c_noise = (nearest(self.schedule, sigma) - 1).to(sigma.dtype)
         return cmkit.Scalings(sigma.new_ones(sigma.shape), -sigma, (1 + sigma**2).rsqrt(), c_noise)
-
-    def rounded(self, sigma: Tensor) -> Tensor:
-        """The nearest noise levels, (B,), that the network knows."""
-        from cmkit_std.discrete import rounded
-
-        return rounded(self.schedule, sigma)
-
-    def time(self, sigma: Tensor) -> Tensor:
-        """Times in [0, 1] at which the schedule, unclipped, has the noise levels sigma:
-        1 / (1 + sigma^2) = cos^2(a (t + c_2)) / cos^2(a c_2), a = pi / (2 (1 + c_2))."""
-        a = 0.5 * math.pi / (1 + self.c_2)
-        return (math.cos(a * self.c_2) * (1 + sigma**2).rsqrt()).arccos() / a - self.c_2

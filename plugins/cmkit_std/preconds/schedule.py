@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,27 +32,19 @@ class Schedule:
         rise = (high - low) / (self.steps - 1)
         return [(low + k * rise) ** (1 / power) for k in range(self.steps)]
 
+    @functools.cache  # noqa: B019 - few schedules, and equal ones share it
     def alphas_cumprod(self) -> tuple[float, ...]:
         """alpha_t^2, falling, one a step."""
-        return _alphas_cumprod(self)
+        if self.spacing == "cosine":
+            return tuple(1 / (1 + sigma**2) for sigma in self.sigmas())
+        return tuple(itertools.accumulate((1 - beta for beta in self.betas()), operator.mul))
 
+    @functools.cache  # noqa: B019
     def sigmas(self) -> tuple[float, ...]:
         """sigma_t = sqrt(1 / alpha_t^2 - 1), rising, one a step."""
-        return _sigmas(self)
-
-
-@functools.cache
-def _alphas_cumprod(schedule: Schedule) -> tuple[float, ...]:
-    if schedule.spacing == "cosine":
-        return tuple(1 / (1 + sigma**2) for sigma in _sigmas(schedule))
-    return tuple(itertools.accumulate((1 - beta for beta in schedule.betas()), lambda a, b: a * b))
-
-
-@functools.cache
-def _sigmas(schedule: Schedule) -> tuple[float, ...]:
-    if schedule.spacing == "cosine":
-        return Cosine(schedule.steps).sigmas()[1:]
-    return tuple(math.sqrt(1 / kept - 1) for kept in schedule.alphas_cumprod())
+        if self.spacing == "cosine":
+            return Cosine(self.steps).sigmas()[1:]
+        return tuple(math.sqrt(1 / kept - 1) for kept in self.alphas_cumprod())
 
 
 @dataclass(frozen=True)
@@ -62,21 +55,17 @@ class Cosine:
     c_1: float = 0.001
     c_2: float = 0.008
 
+    @functools.cache  # noqa: B019
     def sigmas(self) -> tuple[float, ...]:
         """Noise levels, rising from 0, steps + 1 of them (EDM, table 1).
 
         u_{j-1} = sqrt((u_j^2 + 1) / max(a_{j-1} / a_j, c_1) - 1), from u_steps = 0 upwards, with
         a_j = sin^2(pi j / (2 steps (1 + c_2))).
         """
-        return _cosine(self)
-
-
-@functools.cache
-def _cosine(cosine: Cosine) -> tuple[float, ...]:
-    last = cosine.steps
-    angles = (0.5 * math.pi * j / last / (1 + cosine.c_2) for j in range(last + 1))
-    a = [math.sin(angle) ** 2 for angle in angles]
-    u = [0.0]
-    for j in range(last, 0, -1):
-        u.append(math.sqrt((u[-1] ** 2 + 1) / max(a[j - 1] / a[j], cosine.c_1) - 1))
-    return tuple(u)
+        last = self.steps
+        angles = (0.5 * math.pi * j / last / (1 + self.c_2) for j in range(last + 1))
+        a = [math.sin(angle) ** 2 for angle in angles]
+        u = [0.0]
+        for j in range(last, 0, -1):
+            u.append(math.sqrt((u[-1] ** 2 + 1) / max(a[j - 1] / a[j], self.c_1) - 1))
+        return tuple(u)

@@ -27,19 +27,9 @@ class VE(Precond):
     def levels(self) -> tuple[float, float]:
         return self.low, self.high
 
-    @property
-    def known(self) -> tuple[float, float]:
-        return self.levels
+    known = levels
 
     def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> cmkit.Scalings:
         """c_skip = 1, c_out = sigma, c_in = 1, c_noise = ln(sigma / 2)."""
         one = sigma.new_ones(sigma.shape)
         return cmkit.Scalings(one, sigma, one, (0.5 * sigma + 1e-44).log())
-
-    def drawn(self, u: Tensor) -> Tensor:
-        """Noise levels of training, uniform in ln(sigma), from uniform draws u."""
-        return self.low * (self.high / self.low) ** u
-
-    def weight(self, sigma: Tensor) -> Tensor:
-        """Weight of the squared error of x0_hat in training."""
-        return sigma**-2

@@ -65,19 +65,9 @@ class VP(Precond):
         )
         return low, high
 
-    @property
-    def known(self) -> tuple[float, float]:
-        return self.levels
+    known = levels
 
     def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> cmkit.Scalings:
         """c_skip = 1, c_out = -sigma, c_in = 1 / sqrt(1 + sigma^2), c_noise = (M - 1) t(sigma)."""
         c_noise = (self.steps - 1) * self.betas.time(sigma)
         return cmkit.Scalings(sigma.new_ones(sigma.shape), -sigma, (1 + sigma**2).rsqrt(), c_noise)
-
-    def drawn(self, u: Tensor) -> Tensor:
-        """Noise levels of training, at uniform times, from uniform draws u."""
-        return self.betas.sigma(1 + u * (self.epsilon - 1))
-
-    def weight(self, sigma: Tensor) -> Tensor:
-        """Weight of the squared error of x0_hat in training."""
-        return sigma**-2

@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
 from cmkit import Rescaler
-from cmkit_std.rescalers.families import LABELS, constant, members
+from cmkit_std.rescalers.families import LABELS, Scale, constant, members
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +23,9 @@ class Global(Rescaler):
 
     labels: ClassVar[Mapping[str, str]] = LABELS
 
-    skip: float = Field(1.0, ge=-100, le=100)
+    skip: Scale = 1.0
     """Scale of the copies that travel from encoder to decoder (s0)."""
-    emb: float = Field(1.0, ge=-100, le=100)
+    emb: Scale = 1.0
     """Scale of the embedding, label included, before each block reads it (s1)."""
 
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:

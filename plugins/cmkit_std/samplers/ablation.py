@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from cmkit import Sampler
 from cmkit.errors import RecipeError
+from cmkit_std.samplers.steps import Draws
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,9 +61,7 @@ class Ablation(Sampler):
     def nfe(self) -> int:
         return 2 * self.steps - 1 if self.solver == "heun" else self.steps
 
-    def sample(
-        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
-    ) -> Tensor:
+    def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """Images after steps along dx/dt = (sigma'/sigma + s'/s) x - (sigma' s / sigma) D(x/s)."""
         import torch
 
@@ -79,7 +78,8 @@ class Ablation(Sampler):
             return (dsigma / sigma + ds / s) * x - dsigma * s / sigma * x0
 
         times = [*curve.time(sigmas), torch.zeros((), dtype=torch.float64)]
-        x = x.double() / denoiser.noise.sigma_max * sigmas[0] * curve.at(times[0]).s
+        _, _, s, _ = curve.at(times[0])
+        x = x.double() / denoiser.noise.sigma_max * sigmas[0] * s
         for k, t_next in enumerate(times[1:], 1):
             x, t = self._churned(x, times[k - 1], curve, k, noise)
             step = t_next - t
@@ -117,7 +117,7 @@ class Ablation(Sampler):
                 return levels[((len(levels) - 1) * u).round().long()]
 
     def _churned(
-        self, x: Tensor, t: Tensor, curve: Curve, k: int, noise: Callable[[int], Tensor]
+        self, x: Tensor, t: Tensor, curve: Curve, k: int, noise: Draws
     ) -> tuple[Tensor, Tensor]:
         """(x, t) after the k-th draw of noise (algorithm 2, lines 4 to 6)."""
         sigma, _, s, _ = curve.at(t)
@@ -126,7 +126,7 @@ class Ablation(Sampler):
             return x, t
         higher = sigma * (1 + min(self.s_churn / self.steps, math.sqrt(2) - 1))
         t_higher = curve.time(higher)
-        s_higher = curve.at(t_higher).s
+        _, _, s_higher, _ = curve.at(t_higher)
         added = (higher**2 - sigma**2).sqrt() * self.s_noise * noise(k).double()
         return s_higher / s * x + s_higher * added, t_higher
 
@@ -144,15 +144,6 @@ class Ablation(Sampler):
         return Curve(time, sigma, slope, self.scaling == "vp")
 
 
-class Point(NamedTuple):
-    """sigma(t), its derivative, s(t) and its derivative."""
-
-    sigma: Tensor
-    dsigma: Tensor
-    s: Tensor
-    ds: Tensor
-
-
 class Curve(NamedTuple):
     """The noise level and the scale of the state as functions of time."""
 
@@ -161,13 +152,13 @@ class Curve(NamedTuple):
     slope: Callable[[Tensor], Tensor]
     preserving: bool
 
-    def at(self, t: Tensor) -> Point:
-        """All four at time t."""
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """sigma(t), its derivative, s(t) and its derivative."""
         sigma, dsigma = self.sigma(t), self.slope(t)
         if not self.preserving:
-            return Point(sigma, dsigma, t.new_ones(()), t.new_zeros(()))
+            return sigma, dsigma, t.new_ones(()), t.new_zeros(())
         s = (1 + sigma**2).rsqrt()
-        return Point(sigma, dsigma, s, -sigma * dsigma * s**3)
+        return sigma, dsigma, s, -sigma * dsigma * s**3
 
 
 def _vp(noise: Noise) -> Betas:

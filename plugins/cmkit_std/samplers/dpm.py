@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit_std.samplers.steps import Churn, Walk, estimator
+from cmkit_std.samplers.steps import Churn, Draws, Walk, estimator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +27,7 @@ class DPM(Churn, Walk):
     def nfe(self) -> int:
         return 2 * self.steps
 
-    def sample(
-        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
-    ) -> Tensor:
+    def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """Each step takes the slope at its midpoint, also the last, to 0."""
         for k, (sigma, sigma_next) in enumerate(pairwise(self.levels(denoiser.noise)), 1):
             x, sigma = self.churned(x, sigma, k, noise)

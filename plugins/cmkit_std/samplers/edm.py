@@ -3,12 +3,11 @@ Diffusion-Based Generative Models, 2022, algorithm 2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cmkit import Sampler
 from cmkit_std.samplers.ablation import Ablation
-from cmkit_std.samplers.steps import Churn, Steps
+from cmkit_std.samplers.steps import Churn, Draws, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,13 +21,7 @@ class EDM(Churn, Sampler):
 
     steps: Steps = 18
 
-    @property
-    def nfe(self) -> int:
-        return 2 * self.steps - 1
-
-    def sample(
-        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
-    ) -> Tensor:
+    def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """The walk of `ablation` with its defaults; the denoiser sees x in the type it came in."""
         walk = Ablation(
             steps=self.steps,

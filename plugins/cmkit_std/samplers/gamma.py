@@ -4,14 +4,13 @@ Learning Probability Flow ODE Trajectory of Diffusion, 2023, algorithm 3)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
 from cmkit import Sampler
-from cmkit_std.samplers.steps import Sigmas, between, falling
+from cmkit_std.samplers.steps import Draws, Sigmas, between, falling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,9 +45,7 @@ class Gamma(Sampler):
     def nfe(self) -> int:
         return self.steps or 1 + len(self.sigmas)
 
-    def sample(
-        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
-    ) -> Tensor:
+    def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """x = G(x, sigma, s); then x + sqrt(sigma'^2 - s^2) z, if a jump follows."""
         from cmkit_std.trajectory import jump
 

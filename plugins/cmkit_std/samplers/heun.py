@@ -3,11 +3,10 @@ Design Space of Diffusion-Based Generative Models, 2022, algorithm 2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from cmkit_std.samplers.steps import Churn, Walk, estimator
+from cmkit_std.samplers.steps import Churn, Draws, Walk, estimator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,13 +18,7 @@ class Heun(Churn, Walk):
     """Steps of second order down the sigma grid; deterministic unless s_churn is above 0.
     For diffusion models, such as of denoiser.precond = "edm"."""
 
-    @property
-    def nfe(self) -> int:
-        return 2 * self.steps - 1
-
-    def sample(
-        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
-    ) -> Tensor:
+    def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """The slope is the mean of those at both ends; the last step, to 0, is Euler's."""
         from cmkit.functional import euler, heun
 

@@ -3,12 +3,11 @@ the noise levels are those of huggingface/diffusers)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from cmkit_std.samplers.steps import Walk, estimator, falling
+from cmkit_std.samplers.steps import Draws, Walk, estimator, falling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,9 +31,7 @@ class LCM(Walk):
             raise ValueError(f"steps {self.steps} must not be above grid {self.grid}")
         return self
 
-    def sample(
-        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
-    ) -> Tensor:
+    def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """x0 = f(x, sigma_max); then x = x0 + sigma z, x0 = f(x, sigma)."""
         f = estimator(denoiser, self.clamp)
         levels = falling(denoiser.noise, self.grid + 1)

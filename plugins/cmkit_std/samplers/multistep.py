@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cmkit import Sampler
-from cmkit_std.samplers.steps import Clamp, Sigmas, between
+from cmkit_std.samplers.steps import Clamp, Draws, Sigmas, between
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +28,7 @@ class Multistep(Sampler):
     def nfe(self) -> int:
         return 1 + len(self.sigmas)
 
-    def sample(
-        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
-    ) -> Tensor:
+    def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """x0 = f(x, sigma_max); then x = x0 + sqrt(sigma^2 - sigma_min^2) z, x0 = f(x, sigma)."""
 
         def estimate(x: Tensor, sigma: float) -> Tensor:

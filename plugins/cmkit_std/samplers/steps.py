@@ -26,6 +26,8 @@ Steps = Annotated[
         description="Points of the sigma grid; the last step goes from sigma_min to 0.",
     ),
 ]
+Draws = Callable[[int], "Tensor"]
+"""noise(k), k >= 1: the k-th draw of fresh noise z, of the images' shape."""
 Clamp = Annotated[bool, Field(description="Clamp each estimate to [-1, 1]; false for latents.")]
 
 
@@ -95,9 +97,7 @@ class Walk(Sampler):
         that leads from there to sigma_next, if any."""
         return sigma_next, 0.0
 
-    def sample(
-        self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
-    ) -> Tensor:
+    def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """x0_hat + sigma_down / sigma (x - x0_hat) + sigma_up z for each step."""
         denoise = estimator(denoiser, self.clamp)
         for k, (sigma, sigma_next) in enumerate(pairwise(self.levels(denoiser.noise)), 1):
@@ -109,7 +109,8 @@ class Walk(Sampler):
 
 
 class Churn(Part):
-    """Fields of a walk that first goes back up to sigma (1 + gamma) with fresh noise, each step."""
+    """Fields of a walk of second order, each step of which first goes back up to sigma (1 + gamma)
+    with fresh noise."""
 
     steps: Steps = 40
     s_churn: float = Field(0.0, ge=0, le=1e6)
@@ -127,9 +128,12 @@ class Churn(Part):
             raise ValueError(f"s_tmin {self.s_tmin} must not be above s_tmax {self.s_tmax}")
         return self
 
-    def churned(
-        self, x: Tensor, sigma: float, k: int, noise: Callable[[int], Tensor]
-    ) -> tuple[Tensor, float]:
+    @property
+    def nfe(self) -> int:
+        """Two evaluations a step, but one for the last."""
+        return 2 * self.steps - 1
+
+    def churned(self, x: Tensor, sigma: float, k: int, noise: Draws) -> tuple[Tensor, float]:
         """(x, sigma) after the k-th draw of noise (EDM, algorithm 2, lines 4 to 6)."""
         top = math.inf if self.s_tmax is None else self.s_tmax
         if self.s_churn == 0 or not self.s_tmin <= sigma <= top:

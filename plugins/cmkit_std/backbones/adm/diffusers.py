@@ -13,8 +13,7 @@ from cmkit import DataSpec, Layout
 from cmkit.errors import CheckpointError
 from cmkit_std.backbones.adm.openai import TIME_SCALE
 from cmkit_std.backbones.adm.options import ADMOptions
-from cmkit_std.backbones.adm.places import head_widths, places
-from cmkit_std.backbones.layouts import check_time_scale
+from cmkit_std.backbones.layouts import check_option, check_places, moved
 
 _ENDS = {
     "time.0": "time_embedding.linear_1",
@@ -41,7 +40,7 @@ def layout(options: ADMOptions, data: DataSpec) -> Layout:
 
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own_names = {theirs: own for own, theirs in _modules(options, data).items()}
-        own = {_moved(key, own_names): tensor for key, tensor in _joined(state).items()}
+        own = {moved(key, own_names): tensor for key, tensor in _joined(state).items()}
         return {
             key: t[..., None, None] if key.endswith(_PROJECTIONS) and t.ndim == 2 else t
             for key, t in own.items()
@@ -49,14 +48,10 @@ def layout(options: ADMOptions, data: DataSpec) -> Layout:
 
     def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = _modules(options, data)
-        if alien := [key for key in state if key.rpartition(".")[0] not in names]:
-            raise CheckpointError(
-                f"{alien[0]}: diffusers' UNet2DModel has no place for it, nor for"
-                f" {len(alien) - 1} others; keep these weights in another layout"
-            )
+        check_places(state, names, "diffusers' UNet2DModel")
         return _split(
             {
-                _moved(key, names): t[..., 0, 0] if key.endswith(_PROJECTIONS) else t
+                moved(key, names): t[..., 0, 0] if key.endswith(_PROJECTIONS) else t
                 for key, t in state.items()
             }
         )
@@ -91,7 +86,7 @@ def unet2d_config(options: ADMOptions, data: DataSpec, conditional: bool) -> dic
         "up_block_types": ["AttnUpBlock2D" if a else plain[1] for a in reversed(attends)],
         "downsample_type": resampling,
         "upsample_type": resampling,
-        "attention_head_dim": head_widths(options, data.resolution)[0],
+        "attention_head_dim": options.head_widths(data.resolution)[0],
         "norm_num_groups": options.norm_groups,
         "attn_norm_num_groups": options.norm_groups,
         "resnet_time_scale_shift": "scale_shift" if options.use_scale_shift_norm else "default",
@@ -116,7 +111,7 @@ def _check(options: ADMOptions, data: DataSpec) -> None:
             " convolutions or residual blocks; only conv_resample = true or resblock_updown ="
             " true can be expressed"
         )
-    if len(widths := head_widths(options, data.resolution)) > 1:
+    if len(widths := options.head_widths(data.resolution)) > 1:
         raise CheckpointError(
             "backbone.num_heads: attention heads are"
             f" {', '.join(map(str, widths))} channels wide, and those of diffusers' UNet2DModel"
@@ -129,7 +124,8 @@ def _check(options: ADMOptions, data: DataSpec) -> None:
             f" groups to levels of {narrow} channels, and diffusers' UNet2DModel has"
             f" {options.norm_groups} everywhere; only norm_channels = 1 can be expressed"
         )
-    check_time_scale(options.time_scale, TIME_SCALE, "diffusers' CMStochasticIterativeScheduler")
+    project = "diffusers' CMStochasticIterativeScheduler"
+    check_option(options, "time_scale", TIME_SCALE, project)
 
 
 def _modules(options: ADMOptions, data: DataSpec) -> dict[str, str]:
@@ -137,7 +133,7 @@ def _modules(options: ADMOptions, data: DataSpec) -> dict[str, str]:
     _check(options, data)
     last = len(options.channel_mult) - 1
     names = dict(_ENDS)
-    for place in places(options, data.resolution):
+    for place in options.places(data.resolution):
         level, resamplers, convolution = {
             "encoder": (f"down_blocks.{place.level}", "downsamplers", {"pool": "conv"}),
             "middle": ("mid_block", "", {}),
@@ -155,11 +151,6 @@ def _modules(options: ADMOptions, data: DataSpec) -> dict[str, str]:
 
 def _matches(state: Mapping[str, Tensor]) -> bool:
     return "mid_block.attentions.0.to_q.weight" in state and "conv_norm_out.weight" in state
-
-
-def _moved(key: str, names: Mapping[str, str]) -> str:
-    module, _, leaf = key.rpartition(".")
-    return f"{names[module]}.{leaf}" if module in names else key
 
 
 def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

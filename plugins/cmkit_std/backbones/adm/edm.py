@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from cmkit import DataSpec, Layout
 from cmkit.errors import CheckpointError
 from cmkit_std.backbones.adm.options import ADMOptions
-from cmkit_std.backbones.adm.places import head_widths, is_qkv, places
-from cmkit_std.backbones.layouts import EDM_BLOCK, from_edm_qkv, to_edm_qkv
+from cmkit_std.backbones.layouts import (
+    EDM_BLOCK,
+    check_option,
+    check_places,
+    from_edm_qkv,
+    is_qkv,
+    moved,
+    to_edm_qkv,
+)
 
 _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
 _FIXED = {
@@ -33,45 +40,37 @@ def layout(options: ADMOptions, data: DataSpec) -> Layout:
     alone, are not read.
     """
 
-    def heads(qkv: Tensor) -> int:
-        return len(qkv) // (3 * _HEAD)
+    def converted(key: str, t: Tensor, reorder: Callable[[Tensor, int], Tensor]) -> Tensor:
+        if key == "label.weight":
+            return t.t().contiguous()
+        return reorder(t, len(t) // (3 * _HEAD)) if is_qkv(key) else t
+
+    def check_sigma_to(embedded: bool) -> None:
+        if embedded:
+            check_option(options, "label_sigma_to", True, "sony/ctm's DhariwalUNet")
 
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        _check_sigma_to(options, "model.map_layer0_s.weight" in state)
+        check_sigma_to("model.map_layer0_s.weight" in state)
         own_names = {theirs: own for own, theirs in _modules(options, data).items()}
-        own: dict[str, Tensor] = {}
-        for key, tensor in state.items():
-            module, _, leaf = key.rpartition(".")
-            if leaf == "resample_filter" or module == "model.map_augment":
-                continue
-            name = f"{own_names[module]}.{leaf}" if module in own_names else key
-            if name == "label.weight":
-                tensor = tensor.t().contiguous()
-            elif is_qkv(name):
-                tensor = from_edm_qkv(tensor, heads(tensor))
-            own[name] = tensor
-        return own
+        own = {
+            moved(key, own_names): tensor
+            for key, tensor in state.items()
+            if not key.endswith(".resample_filter") and not key.startswith("model.map_augment.")
+        }
+        return {key: converted(key, tensor, from_edm_qkv) for key, tensor in own.items()}
 
     def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        _check_sigma_to(options, "time_s.0.weight" in state)
+        check_sigma_to("time_s.0.weight" in state)
         names = _modules(options, data)
-        resampling = {p.key for p in places(options, data.resolution) if p.kind == "resample"}
+        check_places(state, names, "EDM's DhariwalUNet")
+        resampling = {p.key for p in options.places(data.resolution) if p.kind == "resample"}
         theirs: dict[str, Tensor] = {}
         for key, tensor in state.items():
-            module, _, leaf = key.rpartition(".")
-            if module not in names:
-                raise CheckpointError(
-                    f"{key}: EDM's DhariwalUNet has no place for it; keep these weights in"
-                    " another layout"
-                )
-            if key == "label.weight":
-                tensor = tensor.t().contiguous()
-            elif is_qkv(key):
-                tensor = to_edm_qkv(tensor, heads(tensor))
-            theirs[f"{names[module]}.{leaf}"] = tensor
-            block, _, layer = module.rpartition(".")
-            if block in resampling and (layer, leaf) == ("conv1", "weight"):
-                for filtered in (names[module], names[f"{block}.shortcut"]):
+            theirs[moved(key, names)] = converted(key, tensor, to_edm_qkv)
+            block = key.removesuffix(".conv1.weight")
+            if block in resampling:
+                for layer in ("conv1", "shortcut"):
+                    filtered = names[f"{block}.{layer}"]
                     theirs[f"{filtered}.resample_filter"] = tensor.new_full((1, 1, 2, 2), _FILTER)
         return theirs
 
@@ -80,12 +79,8 @@ def layout(options: ADMOptions, data: DataSpec) -> Layout:
 
 def _check(options: ADMOptions, data: DataSpec) -> None:
     for name, only in _FIXED.items():
-        if (given := getattr(options, name)) != only:
-            raise CheckpointError(
-                f"backbone.{name} = {str(given).lower()}: EDM's DhariwalUNet computes with"
-                f" {str(only).lower()}; give that, or weights of another project"
-            )
-    if (widths := head_widths(options, data.resolution)) != [_HEAD]:
+        check_option(options, name, only, "EDM's DhariwalUNet")
+    if (widths := options.head_widths(data.resolution)) != [_HEAD]:
         raise CheckpointError(
             f"backbone.num_heads: attention heads are {', '.join(map(str, widths))} channels wide,"
             f" those of EDM's DhariwalUNet {_HEAD}; give num_head_channels = {_HEAD}"
@@ -97,14 +92,6 @@ def _check(options: ADMOptions, data: DataSpec) -> None:
                 f" {min(32, width // 4)} groups in levels of {width} channels; give"
                 " norm_channels = 4"
             )
-
-
-def _check_sigma_to(options: ADMOptions, embedded: bool) -> None:
-    if embedded and not options.label_sigma_to:
-        raise CheckpointError(
-            "backbone.label_sigma_to = false: sony/ctm's DhariwalUNet computes with true; give"
-            " that, or weights of another project"
-        )
 
 
 def _modules(options: ADMOptions, data: DataSpec) -> dict[str, str]:
@@ -121,7 +108,7 @@ def _modules(options: ADMOptions, data: DataSpec) -> dict[str, str]:
         "norm_out": "out_norm",
         "conv_out": "out_conv",
     }
-    for place in places(options, data.resolution):
+    for place in options.places(data.resolution):
         if place.kind != "resample":
             part = {"encoder": "enc", "middle": "dec", "decoder": "dec"}[place.part]
             number = f"in{place.i}" if place.part == "middle" else f"block{place.i}"

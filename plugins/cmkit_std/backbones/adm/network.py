@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from cmkit import Cond, DataSpec, Scales
 from cmkit_std.backbones.adm.options import ADMOptions
 from cmkit_std.backbones.cpu import added, silu, upsampled
-from cmkit_std.backbones.embedding import Filmed, mlp, silent_guidance
+from cmkit_std.backbones.embedding import mlp, silent_guidance
 from cmkit_std.backbones.layers import (
-    Downsample,
+    RESAMPLERS,
     Norm,
     Pointwise,
     Resampling,
@@ -21,7 +22,7 @@ from cmkit_std.backbones.layers import (
     full_precision,
     widened,
 )
-from cmkit_std.backbones.shared_encoder import Join, SharedEncoder
+from cmkit_std.backbones.shared_encoder import Join, SharedEncoder, SkipBlock
 
 
 class UNet(SharedEncoder):
@@ -42,67 +43,38 @@ class UNet(SharedEncoder):
         if self.num_classes:
             self.label = nn.Embedding(self.num_classes + options.null_class, emb_channels)
         self.guidance = silent_guidance(width) if "guidance" in conditions else None
-
-        def block(before: int, after: int, resample: Resampling = None) -> ResBlock:
-            return ResBlock(
-                before,
-                after,
-                emb_channels,
-                resample=resample,
-                dropout=options.dropout,
-                scale_shift=options.use_scale_shift_norm,
-                groups=(options.groups(before), options.groups(after)),
-                sigma_to=sigma_to,
-                checkpointed=options.gradient_checkpointing,
-            )
-
-        def attention(width: int, decoder: bool = False) -> Attention:
-            return Attention(width, options.heads(width, decoder), options.groups(width))
+        block = partial(ResBlock, emb_channels=emb_channels, options=options, sigma_to=sigma_to)
 
         levels = options.levels(data.resolution)
         last = levels[0][0]
-        self.encoder = nn.ModuleList([Stage([nn.Conv2d(data.channels, last, 3, padding=1)])])
         skips = [last]
-        for level, (width, side) in enumerate(levels):
-            for _ in range(options.num_res_blocks):
-                stage = Stage([block(last, width)])
-                if options.attends(side):
-                    stage.append(attention(width))
-                self.encoder.append(stage)
-                last = width
-                skips.append(last)
-            if level < len(levels) - 1:
-                down = (
-                    block(last, last, "down")
-                    if options.resblock_updown
-                    else Downsample(last, last, options.conv_resample)
-                )
-                self.encoder.append(Stage([down]))
-                skips.append(last)
-
-        self.middle = Stage([block(last, last), attention(last), block(last, last)])
-
+        self.encoder = nn.ModuleList([Stage([nn.Conv2d(data.channels, last, 3, padding=1)])])
+        self.middle = Stage()
         self.decoder = nn.ModuleList()
-        joins = len(skips)
-        for level, (width, side) in reversed(list(enumerate(levels))):
-            for i in range(options.num_res_blocks + 1):
-                stage = Stage([block(last + skips.pop(), width)])
+        for place in options.places(data.resolution):
+            width, _ = levels[place.level]
+            decoder = place.part == "decoder"
+            direction = "up" if decoder else "down"
+            if place.kind == "block":
+                layer = block(last + skips.pop() if decoder else last, width)
                 last = width
-                if options.attends(side):
-                    stage.append(attention(last, decoder=True))
-                if level and i == options.num_res_blocks:
-                    up = (
-                        block(last, last, "up")
-                        if options.resblock_updown
-                        else Upsample(last, last, options.conv_resample)
-                    )
-                    stage.append(up)
-                self.decoder.append(stage)
+            elif place.kind == "attention":
+                layer = Attention(width, options.heads(width, decoder), options.groups(width))
+            elif options.resblock_updown:
+                layer = block(width, width, direction)
+            else:
+                layer = RESAMPLERS[direction](width, width, options.conv_resample)
+            stage, _, i = place.key.rpartition(".")
+            if i == "0" and place.part != "middle":
+                getattr(self, place.part).append(Stage())
+            if i == "0" and place.part == "encoder":
+                skips.append(width)
+            self.get_submodule(stage).append(layer)
 
         self.norm_out = Norm(options.groups(last), last)
         outputs = (2 if options.learn_sigma else 1) * data.channels
         self.conv_out = _zeroed(nn.Conv2d(last, outputs, 3, padding=1))
-        self._name_sites(joins)
+        self._name_sites(skips=len(self.encoder))
 
     def lower(self, dtype: torch.dtype) -> None:
         """Rounds all convolutions but the last; see `Network.lower`."""
@@ -146,32 +118,30 @@ class Stage(nn.ModuleList):
         return h
 
 
-class ResBlock(Filmed):
+class ResBlock(SkipBlock):
     """shortcut(x) + conv(dropout(silu(film(norm(conv(silu(norm(x)))))))), maybe resampled."""
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        emb_channels: int,
-        *,
         resample: Resampling = None,
-        dropout: float = 0.0,
-        scale_shift: bool = False,
-        groups: tuple[int, int] = (32, 32),
-        shortcut_kernel: int = 1,
+        *,
+        emb_channels: int,
+        options: ADMOptions,
         sigma_to: bool = False,
-        checkpointed: bool = False,
+        shortcut_kernel: int = 1,
     ):
         super().__init__()
-        self.scale_shift, self.checkpointed = scale_shift, checkpointed
-        film_channels = (2 if scale_shift else 1) * out_channels
-        self.norm1 = Norm(groups[0], in_channels)
+        self.scale_shift = options.use_scale_shift_norm
+        self.checkpointed = options.gradient_checkpointing
+        film_channels = (2 if self.scale_shift else 1) * out_channels
+        self.norm1 = Norm(options.groups(in_channels), in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(emb_channels, film_channels)
         self.film_s = nn.Linear(emb_channels, film_channels) if sigma_to else None
-        self.norm2 = Norm(groups[1], out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = Norm(options.groups(out_channels), out_channels)
+        self.dropout = nn.Dropout(options.dropout)
         self.conv2 = _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
@@ -179,8 +149,7 @@ class ResBlock(Filmed):
             self.shortcut = kind(
                 in_channels, out_channels, shortcut_kernel, padding=shortcut_kernel // 2
             )
-        resamplings = {None: nn.Identity, "up": Upsample, "down": Downsample}
-        self.resample = resamplings[resample]()
+        self.resample = RESAMPLERS[resample]()
 
     def compute(self, x: Tensor, film: Tensor) -> Tensor:
         """Features (B, C', H', W') of x (B, C, H, W)."""
@@ -190,7 +159,6 @@ class ResBlock(Filmed):
         return added(self.second(h, film), self.shortcut(self.resample(x)))
 
     def second(self, h: Tensor, film: Tensor) -> Tensor:
-        """The branch after conv1, (B, C', H', W'), of its output h."""
         film = film[:, :, None, None]
         if self.scale_shift:
             scale, shift = film.chunk(2, dim=1)
@@ -198,10 +166,6 @@ class ResBlock(Filmed):
         else:
             h = self.norm2(h + film.to(h.dtype))
         return self.conv2(self.dropout(silu(h)))
-
-    def finish(self, y: Tensor) -> Tensor:
-        """y itself, the sum of shortcut and branch."""
-        return y
 
 
 class Attention(nn.Module):

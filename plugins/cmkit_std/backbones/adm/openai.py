@@ -9,8 +9,7 @@ from torch import Tensor
 
 from cmkit import Layout
 from cmkit_std.backbones.adm.options import ADMOptions
-from cmkit_std.backbones.adm.places import is_qkv
-from cmkit_std.backbones.layouts import at_time_scale, regrouped, renamed
+from cmkit_std.backbones.layouts import at_time_scale, is_qkv, regrouped, renamings
 
 _NAMES = {
     "time": "time_embed",
@@ -34,23 +33,16 @@ _NAMES = {
 """Component of a key here -> there. Others (qkv, norm, conv, numbers, weight) are the same."""
 TIME_SCALE = 1000
 """`time_scale` of OpenAI's consistency models, and of their like in diffusers."""
-_OWN_NAMES = {official: own for own, official in _NAMES.items()}
-
-
-def to_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a `UNet`, or of one of its blocks, under their official names; no copies."""
-    return {renamed(key, _NAMES): tensor for key, tensor in state.items()}
+_read, to_openai = renamings(_NAMES)
 
 
 def from_openai(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official weights under the names of a `UNet`; no copies. Unknown names stay as they are.
+    """Official weights under the names of a `UNet`, or of one of its blocks.
 
     Attention projections stored as 1-D convolutions, (C', C, 1), become (C', C, 1, 1).
     """
-    return {
-        renamed(key, _OWN_NAMES): t[..., None] if t.ndim == 3 else t  # no other weight has 3 axes
-        for key, t in state.items()
-    }
+    # No other weight has 3 axes.
+    return {key: t[..., None] if t.ndim == 3 else t for key, t in _read(state).items()}
 
 
 def _has_attention_of_rank(rank: int, state: Mapping[str, Tensor]) -> bool:
@@ -63,7 +55,7 @@ def layout(options: ADMOptions) -> Layout:
     """The layout of openai/consistency_models; also of sony/ctm, which adds `time_embed_s` and
     `emb_layers_s`."""
     own = Layout("openai", partial(_has_attention_of_rank, 4), from_openai, to_openai)
-    return at_time_scale(own, options.time_scale, TIME_SCALE, "openai/consistency_models")
+    return at_time_scale(own, options, TIME_SCALE, "openai/consistency_models")
 
 
 def guided_diffusion(options: ADMOptions) -> Layout:
@@ -94,4 +86,4 @@ def guided_diffusion(options: ADMOptions) -> Layout:
         return to_openai({k: t[..., 0] if k.endswith(flat) else t for k, t in theirs.items()})
 
     own = Layout("guided-diffusion", partial(_has_attention_of_rank, 3), read, write)
-    return at_time_scale(own, options.time_scale, 1, "guided-diffusion")
+    return at_time_scale(own, options, 1, "guided-diffusion")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -45,6 +46,17 @@ PRESETS |= {
 }
 """Sizes of the published checkpoints (openai/consistency_models, scripts/launch.sh;
 openai/guided-diffusion, README)."""
+
+
+class Place(NamedTuple):
+    """Where a part of a `UNet` stands: its name in the state dict, and its number `i` among those
+    of its kind in its level."""
+
+    key: str
+    part: Literal["encoder", "middle", "decoder"]
+    kind: Literal["block", "attention", "resample"]
+    level: int
+    i: int
 
 
 class ADMOptions(UNetOptions):
@@ -103,13 +115,52 @@ class ADMOptions(UNetOptions):
         """Groups of a GroupNorm of `width` channels."""
         return min(self.norm_groups, width // self.norm_channels)
 
+    def places(self, resolution: int) -> Iterator[Place]:
+        """Residual blocks, attentions and changes of resolution of a `UNet`, in forward order."""
+        levels = self.levels(resolution)
+        last, stage = len(levels) - 1, 1
+        for level, (_, side) in enumerate(levels):
+            for i in range(self.num_res_blocks):
+                yield Place(f"encoder.{stage}.0", "encoder", "block", level, i)
+                if self.attends(side):
+                    yield Place(f"encoder.{stage}.1", "encoder", "attention", level, i)
+                stage += 1
+            if level < last:
+                yield Place(f"encoder.{stage}.0", "encoder", "resample", level, 0)
+                stage += 1
+        yield Place("middle.0", "middle", "block", last, 0)
+        yield Place("middle.1", "middle", "attention", last, 0)
+        yield Place("middle.2", "middle", "block", last, 1)
+        stage = 0
+        for level, (_, side) in reversed(list(enumerate(levels))):
+            for i in range(self.num_res_blocks + 1):
+                yield Place(f"decoder.{stage}.0", "decoder", "block", level, i)
+                if self.attends(side):
+                    yield Place(f"decoder.{stage}.1", "decoder", "attention", level, i)
+                if level and i == self.num_res_blocks:
+                    layer = 2 if self.attends(side) else 1
+                    yield Place(f"decoder.{stage}.{layer}", "decoder", "resample", level, 0)
+                stage += 1
+
+    def head_widths(self, resolution: int) -> list[int]:
+        """Different widths, in channels, of the attention heads of a `UNet`, rising."""
+        levels = self.levels(resolution)
+        found = set()
+        for place in self.places(resolution):
+            if place.kind == "attention":
+                width = levels[place.level][0]
+                found.add(width // max(1, self.heads(width, place.part == "decoder")))
+        return sorted(found)
+
     def check(self, data: DataSpec) -> None:
         super().check(data)
         for width, side in self.levels(data.resolution):
             self._check_norm(width)
             # The middle block, of the last level's width, always attends.
             if self.attends(side) or side == data.resolution >> len(self.channel_mult) - 1:
-                self._check_heads(width)
+                heads = ("num_heads", "num_heads_upsample")
+                for name in ("num_head_channels",) if self.num_head_channels else heads:
+                    self.check_divides(name, width)
 
     def _check_norm(self, width: int) -> None:
         if width % self.norm_groups:
@@ -120,30 +171,10 @@ class ADMOptions(UNetOptions):
                 f" into norm_groups = {self.norm_groups}; give channels = {above}, or"
                 f" norm_groups = {fitting}"
             )
-        if width % self.norm_channels:
-            raise RecipeError(
-                f"backbone.norm_channels = {self.norm_channels}: does not divide the {width}"
-                f" channels of a level; give a divisor of {width}"
-            )
+        self.check_divides("norm_channels", width, "a level")
         if self.groups(width) == width and not self.use_scale_shift_norm:
             raise RecipeError(
                 f"backbone.norm_groups = {self.norm_groups}: with one channel a group ({width}"
                 " channels) the norm removes an added embedding; give use_scale_shift_norm = true,"
                 " or fewer norm_groups"
             )
-
-    def _check_heads(self, width: int) -> None:
-        if self.num_head_channels:
-            if width % self.num_head_channels:
-                raise RecipeError(
-                    f"backbone.num_head_channels = {self.num_head_channels}: does not divide the"
-                    f" {width} channels of a level with attention; give a divisor of {width}"
-                )
-            return
-        for name in ("num_heads", "num_heads_upsample"):
-            heads = getattr(self, name)
-            if heads and width % heads:
-                raise RecipeError(
-                    f"backbone.{name} = {heads}: does not divide the {width} channels of a level"
-                    f" with attention; give a divisor of {width}"
-                )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cmkit import Layout
 from cmkit_std.backbones.dit.options import DiTOptions
-from cmkit_std.backbones.layouts import at_time_scale, renamed
+from cmkit_std.backbones.layouts import at_time_scale, renamings
 
 _NAMES = {
     "patch": "x_embedder",
@@ -21,26 +21,16 @@ _NAMES = {
 }
 """Component of a key here -> there; `w_embedder` and `s_embedder` are ours, in their manner.
 Others (pos_embed, blocks, attn, mlp, numbers, weight) are the same."""
-_OWN_NAMES = {official: own for own, official in _NAMES.items()}
+read, write = renamings(_NAMES)
 _MARKS = {"x_embedder.proj.weight", "t_embedder.mlp.0.weight", "blocks.0.adaLN_modulation.1.weight"}
 
 
 def layout(options: DiTOptions) -> Layout:
     """The layout of facebookresearch/DiT, whose networks take steps as they are."""
     own = Layout("dit", matches, read, write)
-    return at_time_scale(own, options.time_scale, 1, "facebookresearch/DiT")
+    return at_time_scale(own, options, 1, "facebookresearch/DiT")
 
 
 def matches(state: Mapping[str, Tensor]) -> bool:
     """Whether the names are those of facebookresearch/DiT."""
     return state.keys() >= _MARKS
-
-
-def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official weights under the names of a `Transformer`; no copies. Unknown names stay."""
-    return {renamed(key, _OWN_NAMES): tensor for key, tensor in state.items()}
-
-
-def write(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a `Transformer`, or of one of its blocks, under official names; no copies."""
-    return {renamed(key, _NAMES): tensor for key, tensor in state.items()}

@@ -96,17 +96,17 @@ def normalized(x: Tensor, dim: tuple[int, ...]) -> Tensor:
     return x / (rms + EPS).to(x.dtype)
 
 
-def mp_silu(x: Tensor) -> Tensor:
+def silu(x: Tensor) -> Tensor:
     """SiLU of mean square 1 for standard normal x (eq. 81)."""
     return F.silu(x) / SILU_RMS
 
 
-def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
+def sum(a: Tensor, b: Tensor, t: float) -> Tensor:
     """(1 - t) a + t b, of the variance that a and b share if they are independent (eq. 88)."""
     return a.lerp(b, t) / math.hypot(1 - t, t)
 
 
-def mp_cat(a: Tensor, b: Tensor) -> Tensor:
+def cat(a: Tensor, b: Tensor) -> Tensor:
     """The channels of a, then those of b, scaled so that both weigh alike in what follows, and the
     whole keeps its mean square (eq. 103, t = 0.5)."""
     half = math.sqrt((a.shape[1] + b.shape[1]) / 2)

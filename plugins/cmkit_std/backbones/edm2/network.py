@@ -11,24 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from cmkit import Cond, DataSpec, Scales
-from cmkit_std.backbones.edm2.magnitude import (
-    Conv,
-    Fourier,
-    Linear,
-    Weighted,
-    filters,
-    gain,
-    mp_cat,
-    mp_silu,
-    mp_sum,
-    normalized,
-)
+from cmkit_std.backbones.edm2 import magnitude as mp
 from cmkit_std.backbones.edm2.options import EDM2Options
 from cmkit_std.backbones.embedding import GUIDANCE_WAVES, Conditioned, Filmed, class_vectors
 from cmkit_std.backbones.layers import (
-    Downsample,
+    RESAMPLERS,
     Resampling,
-    Upsample,
     attend,
     full_precision,
     scaled,
@@ -50,7 +38,7 @@ class EDM2UNet(Conditioned):
     """
 
     paths = ("noise", "noise_s")
-    act = staticmethod(mp_silu)
+    act = staticmethod(mp.silu)
 
     def __init__(self, options: EDM2Options, data: DataSpec, conditions: frozenset[str]):
         super().__init__(options, data, conditions)
@@ -58,14 +46,14 @@ class EDM2UNet(Conditioned):
         levels = options.levels(data.resolution)
         emb_channels = max(width for width, _ in levels)
         last, _ = levels[0]
-        self.waves = Fourier(last)
-        self.noise = Linear(last, emb_channels)
-        self.noise_s = Linear(last, emb_channels) if sigma_to else None
-        self.label = Linear(self.num_classes, emb_channels) if self.num_classes else None
+        self.waves = mp.Fourier(last)
+        self.noise = mp.Linear(last, emb_channels)
+        self.noise_s = mp.Linear(last, emb_channels) if sigma_to else None
+        self.label = mp.Linear(self.num_classes, emb_channels) if self.num_classes else None
         self.guidance = None
         if "guidance" in conditions:
-            self.guidance = Linear(GUIDANCE_WAVES, emb_channels)
-            self.guidance_gain = gain()
+            self.guidance = mp.Linear(GUIDANCE_WAVES, emb_channels)
+            self.guidance_gain = mp.gain()
 
         def block(before: int, after: int, side: int, **flavour: object) -> Block:
             return Block(
@@ -86,7 +74,7 @@ class EDM2UNet(Conditioned):
         for n, (width, side) in enumerate(levels):
             level = nn.ModuleDict()
             if n == 0:
-                level["enter"] = Conv(data.channels + 1, last, 3)
+                level["enter"] = mp.Conv(data.channels + 1, last, 3)
             else:
                 level["down"] = block(last, last, side, pixel_norm=True, resample="down")
             skips.append(last)
@@ -114,8 +102,8 @@ class EDM2UNet(Conditioned):
                 level["blocks"].append(block(before, width, side, heads=heads(width, side)))
                 last = width
             self.decoder[str(side)] = level
-        self.conv_out = Conv(last, data.channels, 3)
-        self.out_gain = gain()
+        self.conv_out = mp.Conv(last, data.channels, 3)
+        self.out_gain = mp.gain()
 
         self._name_sites(joins)
 
@@ -130,15 +118,15 @@ class EDM2UNet(Conditioned):
     def settle(self) -> None:
         """Forced weight normalization: every stored filter gets length sqrt(fan in) (eq. 66)."""
         for layer in self.modules():
-            if isinstance(layer, Weighted):
-                layer.weight.copy_(filters(layer.weight))
+            if isinstance(layer, mp.Weighted):
+                layer.weight.copy_(mp.filters(layer.weight))
 
     @torch.no_grad()
     def lower(self, dtype: torch.dtype) -> None:
         """Rounds all convolutions but the last, whose filters are then stored as they act; see
         `Network.lower`."""
         for layer in self.modules():
-            if isinstance(layer, Conv) and layer is not self.conv_out:
+            if isinstance(layer, mp.Conv) and layer is not self.conv_out:
                 layer.weight = nn.Parameter(layer.acting().to(dtype))
                 layer.lowered = True
 
@@ -167,7 +155,7 @@ class EDM2UNet(Conditioned):
             for block in level["blocks"]:
                 i, skip = skips.pop()
                 skip = scaled(skip, scales.get(f"skip.{i}"))
-                h = block(mp_cat(h, skip), next(following))
+                h = block(mp.cat(h, skip), next(following))
         with full_precision(h.device):
             return self.conv_out(widened(h)) * self.out_gain
 
@@ -183,14 +171,14 @@ class EDM2UNet(Conditioned):
     ) -> Tensor:
         emb = path(self.waves(c_noise).to(path.weight.dtype))
         if label is not None:
-            emb = mp_sum(emb, label, 0.5)
+            emb = mp.sum(emb, label, 0.5)
         if guidance is not None:
             emb = emb + self.guidance(math.sqrt(2) * guidance) * self.guidance_gain
         return emb
 
 
 class Block(Filmed):
-    """mp_sum(x, conv(dropout(mp_silu(film * conv(mp_silu(x)))))), maybe resampled before, with
+    """mp.sum(x, conv(dropout(mp.silu(film * conv(mp.silu(x)))))), maybe resampled before, with
     attention after, if wanted; clipped (figure 21).
 
     A block of the encoder takes x's shortcut and its pixel norm first; one of the decoder takes the
@@ -212,21 +200,21 @@ class Block(Filmed):
     ):
         super().__init__()
         self.pixel_norm, self.checkpointed = pixel_norm, checkpointed
-        self.resample = {None: nn.Identity, "up": Upsample, "down": Downsample}[resample]()
-        self.conv1 = Conv(out_channels if pixel_norm else in_channels, out_channels, 3)
-        self.film = Linear(emb_channels, out_channels)
-        self.film_gain = gain()
-        self.film_s = Linear(emb_channels, out_channels) if sigma_to else None
+        self.resample = RESAMPLERS[resample]()
+        self.conv1 = mp.Conv(out_channels if pixel_norm else in_channels, out_channels, 3)
+        self.film = mp.Linear(emb_channels, out_channels)
+        self.film_gain = mp.gain()
+        self.film_s = mp.Linear(emb_channels, out_channels) if sigma_to else None
         if sigma_to:
-            self.film_s_gain = gain()
+            self.film_s_gain = mp.gain()
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = Conv(out_channels, out_channels, 3)
+        self.conv2 = mp.Conv(out_channels, out_channels, 3)
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else Conv(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else mp.Conv(in_channels, out_channels, 1)
         self.attention = Attention(out_channels, heads) if heads else nn.Identity()
 
     def project(self, active: Tensor, active_s: Tensor | None = None) -> Tensor:
-        """Film (B, k) of mp_silu(embedding) (B, E); both layers start without effect."""
+        """Film (B, k) of mp.silu(embedding) (B, E); both layers start without effect."""
         film = 1 + self.film(active) * self.film_gain
         return film if active_s is None else film + self.film_s(active_s) * self.film_s_gain
 
@@ -234,24 +222,24 @@ class Block(Filmed):
         """Features (B, C', H', W') of x (B, C, H, W)."""
         x = self.resample(x)
         if self.pixel_norm:
-            x = normalized(self.shortcut(x), (1,))
-        y = self.conv1(mp_silu(x))
-        y = mp_silu(y * film[:, :, None, None].to(y.dtype))
+            x = mp.normalized(self.shortcut(x), (1,))
+        y = self.conv1(mp.silu(x))
+        y = mp.silu(y * film[:, :, None, None].to(y.dtype))
         y = self.conv2(self.dropout(y))
         x = x if self.pixel_norm else self.shortcut(x)
-        return self.attention(mp_sum(x, y, BRANCH)).clamp(-CLIP, CLIP)
+        return self.attention(mp.sum(x, y, BRANCH)).clamp(-CLIP, CLIP)
 
 
 class Attention(nn.Module):
-    """mp_sum(x, proj(attention(x))) by cosines: queries, keys and values have one length."""
+    """mp.sum(x, proj(attention(x))) by cosines: queries, keys and values have one length."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = Conv(channels, 3 * channels, 1)
-        self.proj = Conv(channels, channels, 1)
+        self.qkv = mp.Conv(channels, 3 * channels, 1)
+        self.proj = mp.Conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, C, H, W) of x (B, C, H, W)."""
-        qkv = self.qkv(x).unflatten(1, (3 * self.heads, -1))
-        return mp_sum(x, self.proj(attend(normalized(qkv, (2,)).flatten(1, 2), self.heads)), BRANCH)
+        qkv = mp.normalized(self.qkv(x).unflatten(1, (3 * self.heads, -1)), (2,)).flatten(1, 2)
+        return mp.sum(x, self.proj(attend(qkv, self.heads)), BRANCH)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from cmkit import DataSpec
-from cmkit.errors import RecipeError
 from cmkit_std.backbones.fitting import Blocks, Channels, Sides, UNetOptions, Widths
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -59,8 +58,4 @@ class EDM2Options(UNetOptions):
         levels = self.levels(data.resolution)
         attend = [width for width, side in levels if self.attends(side)]
         for width in (*attend, levels[-1][0]):
-            if width % self.num_head_channels:
-                raise RecipeError(
-                    f"backbone.num_head_channels = {self.num_head_channels}: does not divide the"
-                    f" {width} channels of a level with attention; give a divisor of {width}"
-                )
+            self.check_divides("num_head_channels", width)

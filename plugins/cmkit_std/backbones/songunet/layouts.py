@@ -11,7 +11,14 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from cmkit_std.backbones.layouts import EDM_BLOCK, from_edm_qkv, renamed, to_edm_qkv
+from cmkit_std.backbones.layouts import (
+    EDM_BLOCK,
+    Conversion,
+    from_edm_qkv,
+    is_qkv,
+    renamed,
+    to_edm_qkv,
+)
 
 PREFIX = "model."
 """The official network is a member of its preconditioning."""
@@ -47,7 +54,6 @@ _NAMES = {
 _OWN_STAGES, _OWN_PLACES = (
     {theirs: ours for ours, theirs in names.items()} for names in (_STAGES, _PLACES)
 )
-Conversion = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 def matches(state: Mapping[str, Tensor]) -> bool:
@@ -68,9 +74,6 @@ def conversions(
     and values.
     """
     own_names = {theirs: ours for ours, theirs in names.items()}
-
-    def is_qkv(key: str) -> bool:
-        return ".attention.qkv." in f".{key}"
 
     def read(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own = {

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 
 from torch import Tensor, nn
 
 from cmkit import Cond, DataSpec, Scales
 from cmkit_std.backbones.cpu import silu
-from cmkit_std.backbones.embedding import Filmed, class_vectors, silent_guidance
+from cmkit_std.backbones.embedding import class_vectors, mlp, silent_guidance
 from cmkit_std.backbones.layers import Norm, Resampling, attend, full_precision, widened
-from cmkit_std.backbones.shared_encoder import Join, SharedEncoder
+from cmkit_std.backbones.shared_encoder import Join, SharedEncoder, SkipBlock
 from cmkit_std.backbones.songunet.layers import Conv, Fourier, Positional, Resample, xavier
 from cmkit_std.backbones.songunet.options import SongUNetOptions, norm_groups
 
@@ -48,39 +47,31 @@ class SongUNet(SharedEncoder):
             else None
         )
         self.guidance = silent_guidance(noise_channels) if "guidance" in conditions else None
-        self.time = _mlp(noise_channels, emb_channels)
-        self.time_s = _mlp(noise_channels, emb_channels) if sigma_to else None
+        self.time = mlp(noise_channels, emb_channels, xavier)
+        self.time_s = mlp(noise_channels, emb_channels, xavier) if sigma_to else None
 
-        block = partial(
-            Block,
-            emb_channels=emb_channels,
-            taps=options.resample_filter,
-            dropout=options.dropout,
-            sigma_to=sigma_to,
-            checkpointed=options.gradient_checkpointing,
-        )
+        taps = options.resample_filter
+        block = partial(Block, emb_channels=emb_channels, options=options, sigma_to=sigma_to)
         levels = options.levels(data.resolution)
         last, picture = options.channels, data.channels
         skips = [last]
         self.encoder = nn.ModuleDict()
         for n, (width, side) in enumerate(levels):
-            level = EncoderLevel()
+            level = nn.ModuleDict()
             if n == 0:
-                level.enter = Conv(data.channels, last, 3)
+                level["enter"] = Conv(data.channels, last, 3)
             else:
-                level.down = block(last, last, resample="down")
+                level["down"] = block(last, last, resample="down")
                 skips.append(last)
                 if options.encoder_type == "skip":
-                    level.picture_down = Resample("down", options.resample_filter)
-                    level.picture_in = Conv(picture, last, 1)
+                    level["picture_down"] = Resample("down", taps)
+                    level["picture_in"] = Conv(picture, last, 1)
                 elif options.encoder_type == "residual":
-                    level.residual = Conv(
-                        picture, last, 3, "down", options.resample_filter, fused=True
-                    )
+                    level["residual"] = Conv(picture, last, 3, "down", taps, fused=True)
                     picture = last
-            level.blocks = nn.ModuleList()
+            level["blocks"] = nn.ModuleList()
             for _ in range(options.num_res_blocks):
-                level.blocks.append(block(last, width, attention=options.attends(side)))
+                level["blocks"].append(block(last, width, attention=options.attends(side)))
                 last = width
                 skips.append(last)
             self.encoder[str(side)] = level
@@ -88,51 +79,63 @@ class SongUNet(SharedEncoder):
 
         self.decoder = nn.ModuleDict()
         for n, (width, side) in reversed(list(enumerate(levels))):
-            level = DecoderLevel()
+            level = nn.ModuleDict()
             coarsest = n == len(levels) - 1
             if coarsest:
-                level.middle = nn.ModuleList([block(last, last, attention=True), block(last, last)])
+                first = block(last, last, attention=True)
+                level["middle"] = nn.ModuleList([first, block(last, last)])
             else:
-                level.up = block(last, last, resample="up")
-            level.blocks = nn.ModuleList()
+                level["up"] = block(last, last, resample="up")
+            level["blocks"] = nn.ModuleList()
             for i in range(options.num_res_blocks + 1):
                 attention = options.attends(side) and i == options.num_res_blocks
-                level.blocks.append(block(last + skips.pop(), width, attention=attention))
+                level["blocks"].append(block(last + skips.pop(), width, attention=attention))
                 last = width
             if options.decoder_type == "skip" or n == 0:
                 if not coarsest and options.decoder_type == "skip":
-                    level.picture_up = Resample("up", options.resample_filter)
-                level.norm_out = Norm(norm_groups(last), last, eps=EPS)
-                level.conv_out = Conv(last, data.channels, 3, gain=NEARLY_ZERO)
+                    level["picture_up"] = Resample("up", taps)
+                level["norm_out"] = Norm(norm_groups(last), last, eps=EPS)
+                level["conv_out"] = Conv(last, data.channels, 3, gain=NEARLY_ZERO)
             self.decoder[str(side)] = level
 
         self._name_sites(joins)
 
     def _encode(
-        self,
-        x: Tensor,
-        c_noise: Tensor,
-        cond: Cond,
-        scales: Scales,
-        augment: Tensor | None = None,
+        self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales, augment: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """`augment` (B, augment_dim) are EDM's augmentation labels; absent ones are zeros."""
         films = iter(self._films(c_noise, cond, scales, augment=augment))
         h, picture, skips = x, x, []
         for level in self.encoder.values():
-            h, picture = level(h, picture, films, skips)
+            h = level["enter"](h) if "enter" in level else level["down"](h, next(films))
+            if "picture_in" in level:
+                picture = level["picture_down"](picture)
+                h = h + level["picture_in"](picture)
+            elif "residual" in level:
+                h = picture = (h + level["residual"](picture)) * HALF
+            skips.append(h)
+            for block in level["blocks"]:
+                h = block(h, next(films))
+                skips.append(h)
         coarsest = next(iter(self.decoder.values()))
-        for block in coarsest.middle:
+        for block in coarsest["middle"]:
             h = block(h, next(films))
         return h, skips, list(films)
 
     def _joining(self) -> list[Block]:
-        return [block for level in self.decoder.values() for block in level.blocks]
+        return [block for level in self.decoder.values() for block in level["blocks"]]
 
     def _decode(self, h: Tensor, films: list[Tensor], join: Join) -> Tensor:
         following, out = iter(films), None
         for level in self.decoder.values():
-            h, out = level(h, out, following, join)
+            if "up" in level:
+                h = level["up"](h, next(following))
+            for block in level["blocks"]:
+                h = join(block, h, next(following))
+            if "conv_out" in level:
+                with full_precision(h.device):
+                    picture = level["conv_out"](silu(level["norm_out"](widened(h))))
+                    out = level["picture_up"](out) + picture if "picture_up" in level else picture
         return out
 
     def _label(self, cond: Cond, augment: Tensor | None = None) -> Tensor | None:
@@ -157,72 +160,7 @@ class SongUNet(SharedEncoder):
         return path(waves)
 
 
-class EncoderLevel(nn.Module):
-    """The layers of one resolution on the way down; absent ones are None."""
-
-    blocks: nn.ModuleList
-
-    def __init__(self):
-        super().__init__()
-        self.enter: Conv | None = None
-        self.down: Block | None = None
-        self.picture_down: Resample | None = None
-        self.picture_in: Conv | None = None
-        self.residual: Conv | None = None
-
-    def forward(
-        self, h: Tensor, picture: Tensor, films: Iterator[Tensor], skips: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Features, and the input picture at this resolution; appends to `skips`."""
-        h = self.enter(h) if self.enter is not None else self.down(h, next(films))
-        if self.picture_in is not None:
-            picture = self.picture_down(picture)
-            h = h + self.picture_in(picture)
-        elif self.residual is not None:
-            h = picture = (h + self.residual(picture)) * HALF
-        skips.append(h)
-        for block in self.blocks:
-            h = block(h, next(films))
-            skips.append(h)
-        return h, picture
-
-
-class DecoderLevel(nn.Module):
-    """The layers of one resolution on the way up; absent ones are None.
-
-    The coarsest has `middle`, through which features pass before they join any skip.
-    """
-
-    blocks: nn.ModuleList
-
-    def __init__(self):
-        super().__init__()
-        self.middle: nn.ModuleList | None = None
-        self.up: Block | None = None
-        self.picture_up: Resample | None = None
-        self.norm_out: Norm | None = None
-        self.conv_out: Conv | None = None
-
-    def forward(
-        self,
-        h: Tensor,
-        out: Tensor | None,
-        films: Iterator[Tensor],
-        join: Join,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Features, and the output picture up to this resolution, of what came from below."""
-        if self.up is not None:
-            h = self.up(h, next(films))
-        for block in self.blocks:
-            h = join(block, h, next(films))
-        if self.conv_out is not None:
-            with full_precision(h.device):
-                picture = self.conv_out(silu(self.norm_out(widened(h))))
-                out = picture if self.picture_up is None else self.picture_up(out) + picture
-        return h, out
-
-
-class Block(Filmed):
+class Block(SkipBlock):
     """(shortcut(x) + conv(dropout(silu(norm(film + conv(silu(norm(x)))))))) / sqrt(2), maybe
     resampled; then (y + attention(y)) / sqrt(2), maybe."""
 
@@ -230,23 +168,22 @@ class Block(Filmed):
         self,
         in_channels: int,
         out_channels: int,
-        emb_channels: int,
-        *,
         resample: Resampling = None,
-        taps: tuple[int, ...] = (1, 1),
         attention: bool = False,
-        dropout: float = 0.0,
+        *,
+        emb_channels: int,
+        options: SongUNetOptions,
         sigma_to: bool = False,
-        checkpointed: bool = False,
     ):
         super().__init__()
-        self.checkpointed = checkpointed
+        self.checkpointed = options.gradient_checkpointing
+        taps = options.resample_filter
         self.norm1 = Norm(norm_groups(in_channels), in_channels, eps=EPS)
         self.conv1 = Conv(in_channels, out_channels, 3, resample, taps)
         self.film = xavier(nn.Linear(emb_channels, out_channels))
         self.film_s = xavier(nn.Linear(emb_channels, out_channels)) if sigma_to else None
         self.norm2 = Norm(norm_groups(out_channels), out_channels, eps=EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(options.dropout)
         self.conv2 = Conv(out_channels, out_channels, 3, gain=NEARLY_ZERO)
         self.shortcut = (
             nn.Identity()
@@ -256,7 +193,6 @@ class Block(Filmed):
         self.attention = Attention(out_channels) if attention else nn.Identity()
 
     def second(self, h: Tensor, film: Tensor) -> Tensor:
-        """The branch after conv1, (B, C', H', W'), of its output h."""
         h = silu(self.norm2(h + film[:, :, None, None].to(h.dtype)))
         return self.conv2(self.dropout(h))
 
@@ -266,7 +202,6 @@ class Block(Filmed):
         return self.finish(self.shortcut(x) + self.second(h, film))
 
     def finish(self, y: Tensor) -> Tensor:
-        """The block's output, of the sum y of shortcut and branch."""
         return self.attention(y * HALF)
 
 
@@ -283,11 +218,3 @@ class Attention(nn.Module):
         """Features (B, C, H, W) of x (B, C, H, W)."""
         qkv = self.qkv(self.norm(x)).flatten(2)
         return (x + self.proj(attend(qkv, heads=1).unflatten(2, x.shape[2:]))) * HALF
-
-
-def _mlp(channels: int, emb_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        xavier(nn.Linear(channels, emb_channels)),
-        nn.SiLU(),
-        xavier(nn.Linear(emb_channels, emb_channels)),
-    )
