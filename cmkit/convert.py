@@ -26,18 +26,33 @@ Known = tuple[Backbone, DataSpec, frozenset[str]]
 
 
 def convert(
-    source: str, target: Path, to: str, registry: Registry, recipe: Recipe | None = None
+    source: str,
+    target: Path,
+    to: str,
+    registry: Registry,
+    recipe: Recipe | None = None,
+    drop_scales: bool = False,
 ) -> Iterator[Downloaded]:
     """Write the weights `source` to `target` in the layout `to`, after any download.
 
     The network is the recipe's, or that of the run folder `source`, or the published one that the
-    tensors fit. RecipeError for an unknown layout or an existing target, CheckpointError when the
-    tensors fit no such network.
+    tensors fit. RecipeError for an unknown layout or an existing target, and for a run that samples
+    with scales, which no file of weights holds, unless they are to be dropped; CheckpointError when
+    the tensors fit no such network.
     """
     if target.exists():
         raise RecipeError(f"{target}: exists already; name a new file, or remove it")
-    if recipe is None and (kept := RunFolder(Path(source)).recipe).is_file():
-        recipe = load(kept, [], registry)
+    folder = RunFolder.of_weights(source)
+    if folder.recipe.is_file():
+        own = load(folder.recipe, [], registry)
+        recipe = recipe or own
+        numbers = {**(own.rescaler.numbers() if own.rescaler else {}), **folder.winner()}
+        scales = [f"{name} = {value:g}" for name, value in numbers.items() if value != 1]
+        if scales and not drop_scales:
+            raise RecipeError(
+                f"{source}: it samples with {', '.join(scales)}, which no file of weights holds;"
+                " write the unscaled model with --drop-scales, or draw with `cmkit sample`"
+            )
     if recipe:
         data = recipe.dataset.spec()
         candidates = [(recipe.backbone, data, conditions_of(recipe, data))]

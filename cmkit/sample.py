@@ -63,15 +63,20 @@ class Draws:
 
 @dataclass(frozen=True)
 class RepeatedDraws(Draws):
-    """Draws kept in memory, for models that are compared on the same noise."""
+    """Draws for models that are compared on the same noise: the first `most` bytes of them are kept
+    in memory, the others drawn anew."""
 
     kept: dict[tuple[Sequence[int], int], Tensor] = field(default_factory=dict, compare=False)
+    most: int = 2**30
 
     def noise(self, indices: Sequence[int], k: int) -> Tensor:
-        """The k-th draw of these images, computed once."""
-        if (indices, k) not in self.kept:
-            self.kept[indices, k] = super().noise(indices, k)
-        return self.kept[indices, k]
+        """The k-th draw of these images."""
+        if (indices, k) in self.kept:
+            return self.kept[indices, k]
+        drawn = super().noise(indices, k)
+        if sum(kept.nbytes for kept in self.kept.values()) + drawn.nbytes <= self.most:
+            self.kept[indices, k] = drawn
+        return drawn
 
 
 @torch.inference_mode()

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmkit import CheckpointError, CmkitError, DataError, NonFiniteError, discover
+from cmkit import CheckpointError, CmkitError, DataError, DataSpec, NonFiniteError, discover
 from cmkit.checkpoint import read_weights
 from cmkit.plan import plan
 from cmkit.recipe import load, run_name, stage_keys
 from cmkit.run import Note, RunFinished, RunFolder, drawn_from, outlook, run, verify
 from cmkit.run.inputs import changes
+from cmkit.sample import Draws, RepeatedDraws
 from cmkit.stop import StopSignal
 from cmkit.train import Step
 from cmkit.weights import find, read
@@ -442,3 +443,13 @@ def test_a_run_that_an_earlier_cmkit_began_goes_on(home, copied):
     assert seen[-1].folder == old
     assert not steps(seen)
     assert seen[-1].report["stages"]["metric"]["values"] == whole["metric"]["values"]
+
+
+def test_repeated_draws_keep_what_their_budget_holds_and_draw_the_same():
+    spec = DataSpec(1, 8)
+    batches = [range(0, 5), range(5, 10), range(10, 15)]
+    kept, plain = RepeatedDraws(spec, 3, most=2 * 5 * 64 * 4), Draws(spec, 3)
+    for _ in range(2):
+        for rows in batches:
+            assert torch.equal(kept.noise(rows, 0), plain.noise(rows, 0))
+    assert [rows for rows, _ in kept.kept] == batches[:2]

@@ -23,6 +23,7 @@ from PIL import Image
 from cmkit.errors import CheckpointError, DataError
 from cmkit.pictures import grid_png
 from cmkit.report import write_report
+from cmkit.report.figures import CELLS_BYTES, picture_of
 from cmkit.run import RunFolder
 from tests.browser import chromium
 
@@ -477,6 +478,17 @@ def test_picture_that_is_no_picture_is_refused(tmp_path, small):
         write_report(RunFolder(tmp_path))
 
 
+def test_pictures_of_many_cells_fit_the_page(tmp_path):
+    """400 sheets of 320 pixels of noise, 300 KiB each, in about 3 MiB."""
+    pixels = np.random.default_rng(0).integers(0, 255, (320, 320, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cell.png")
+    assert (tmp_path / "cell.png").stat().st_size > 3e5
+    found = picture_of(RunFolder(tmp_path), "cell.png", 640, CELLS_BYTES // 400)
+    assert len(found["src"]) * 400 < 5e6
+    assert found["width"] == 320  # it takes the same place
+    assert picture_of(RunFolder(tmp_path), "cell.png", 640)["src"].startswith("data:image/png")
+
+
 def test_large_sheets_are_made_smaller_in_the_page_only(tmp_path, small):
     noise = np.random.default_rng(0).integers(0, 256, (700, 2600, 3), dtype=np.uint8)
     path = tmp_path / "samples_after.png"
@@ -491,10 +503,11 @@ def test_large_sheets_are_made_smaller_in_the_page_only(tmp_path, small):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "No such file"),
+        (None, "no such file"),
         ("{", "damaged"),
-        ("[]", "schema None"),
-        ('{"schema": 2}', "schema 2"),
+        ("[]", "not a JSON object"),
+        ('{"schema": 3}', "schema 3"),
+        ('{"schema": 2}', "its digest is not that of its content"),
         ('{"schema": 1}', "KeyError: 'stages'"),
         ('{"schema": 1, "stages": {"search": {"axes": 3}}}', "not a report that cmkit wrote"),
     ],

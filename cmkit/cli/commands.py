@@ -359,6 +359,9 @@ def convert(
         str | None, typer.Option(help="A recipe with the backbone and data set of the weights.")
     ] = None,
     set: SetOption = [],  # noqa: B006
+    drop_scales: Annotated[
+        bool, typer.Option("--drop-scales", help="Write the unscaled model of a rescaled run.")
+    ] = False,
 ) -> None:
     """Rewrite weights in another project's names and order, bit for bit, as safetensors."""
     from cmkit.plugins import discover
@@ -368,7 +371,7 @@ def convert(
     loaded = load(find_recipe(recipe), set, registry) if recipe else None
     from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
 
-    _shown(convert(source, target, to, registry, loaded), None)
+    _shown(convert(source, target, to, registry, loaded, drop_scales), None)
     print(f"{target}: written in the layout {to}")
 
 

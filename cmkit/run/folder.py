@@ -62,7 +62,7 @@ class RunFolder:
     @classmethod
     def of_weights(cls, weights: str) -> RunFolder:
         """The folder that the key `weights` of a recipe names: a run, or a run's weights."""
-        path = Path(weights.removeprefix("path:"))
+        path = cls.at(chosen(weights)[0]).path
         return cls(path.parent if path.name == "model.safetensors" else path)
 
     @classmethod
