@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cmkit import DataError, Dataset, DataSpec, Reference
+from cmkit import DataError, DataSpec
 from cmkit_std.datasets.idx import read_idx
+from cmkit_std.datasets.on_disk import File, OnDisk
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from cmkit import Cond
+    from cmkit_std.datasets.pixels import Pixels
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 PREFIXES = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 
 
-class FashionMNIST(Dataset):
+class FashionMNIST(OnDisk):
     """70,000 grey pictures of clothing, 28x28, ten classes, in the IDX files of MNIST.
 
     MNIST's own files, which have the same names, can be read as well. Nothing is downloaded.
@@ -45,33 +42,21 @@ class FashionMNIST(Dataset):
             channels=1, resolution=self.resolution, num_classes=10 if self.labels else None
         )
 
-    def batches(
-        self, size: int, seed: int, device: torch.device, start: int = 0
-    ) -> Iterator[tuple[Tensor, Cond]]:
-        """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
-        from cmkit_std.datasets.pixels import resident_batches
+    def _images(self) -> Pixels:
+        from cmkit_std.datasets.pixels import Pixels
 
         images, labels = self._arrays()
-        return resident_batches(
-            images, labels if self.labels else None, size, seed, device, start=start
-        )
-
-    def reference(self) -> Reference:
-        """The images of the split."""
-        from cmkit_std.datasets.pixels import reference
-
-        return reference(self._arrays()[0])
+        return Pixels(images, labels if self.labels else None)
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Images (N, 1, R, R) uint8 and labels (N,) uint8."""
         folder = Path(self.path).expanduser() if self.path else DEBIAN
         files = [
-            _find(folder, f"{prefix}-{kind}")
+            File.at(_find(folder, f"{prefix}-{kind}"))
             for prefix in PREFIXES[self.split]
             for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
         ]
-        stamps = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        return _load(stamps, self.resolution)
+        return _load(tuple(files), self.resolution)
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -85,12 +70,9 @@ def _find(folder: Path, name: str) -> Path:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(
-    stamps: tuple[tuple[Path, int, int], ...], resolution: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _load(files: tuple[File, ...], resolution: int) -> tuple[np.ndarray, np.ndarray]:
     """All files, read again only when the size or time of one changed."""
-    files = [file for file, _, _ in stamps]
-    pairs = [_pair(*pair) for pair in zip(files[::2], files[1::2], strict=True)]
+    pairs = [_pair(a.path, b.path) for a, b in zip(files[::2], files[1::2], strict=True)]
     images = np.concatenate([images for images, _ in pairs])
     border = (resolution - 28) // 2
     padded = np.pad(images[:, None], ((0, 0), (0, 0), (border, border), (border, border)))
