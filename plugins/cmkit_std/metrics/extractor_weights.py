@@ -10,9 +10,9 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit import CheckpointError, DownloadError, RecipeError
 from cmkit.files import cached_sha256
-from cmkit_std.metrics.digits_net import EXTRACTOR, SHA256
+from cmkit_std.metrics.digits_net import SHA256
 from cmkit_std.metrics.extract import Extractor
-from cmkit_std.metrics.fidelity_options import INCEPTION
+from cmkit_std.metrics.fidelity import DIGITS, INCEPTION
 
 
 class Weights(NamedTuple):
@@ -48,7 +48,7 @@ def find(name: str, given: str | None, download: bool) -> Extractor:
     RecipeError for a name that nobody knows, DownloadError for weights that are not on this disk
     and may not be fetched, CheckpointError for others than the published ones.
     """
-    if name == EXTRACTOR:
+    if name == DIGITS:
         if given:
             raise RecipeError(f"metric.weights: {name} ships its own weights; leave it out")
         return Extractor(name, None, SHA256["digits_features"])

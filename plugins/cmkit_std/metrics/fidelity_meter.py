@@ -19,7 +19,7 @@ from cmkit_std.metrics.extract import (
     reference_features,
     width,
 )
-from cmkit_std.metrics.fidelity_options import NEIGHBOURS, NUMBERS, PUBLISHED, FidelityOptions
+from cmkit_std.metrics.fidelity import NEIGHBOURS, NUMBERS, PUBLISHED, Fidelity
 from cmkit_std.metrics.frechet import frechet
 from cmkit_std.metrics.manifold import precision_recall
 
@@ -36,9 +36,7 @@ WANTED = {
 class FidelityMeter:
     """The numbers of a `Fidelity` for images that come in batches."""
 
-    def __init__(
-        self, metric: FidelityOptions, images: int, reference: Reference, device: torch.device
-    ):
+    def __init__(self, metric: Fidelity, images: int, reference: Reference, device: torch.device):
         self.metric, self.images, self.reference, self.device = metric, images, reference, device
         self.streams: Streams | None = None
         self.restored: Mapping[str, Tensor] = {}
@@ -96,7 +94,7 @@ class FidelityMeter:
 
 
 def prepare(
-    metric: FidelityOptions, reference: Reference, image: Tensor, device: torch.device
+    metric: Fidelity, reference: Reference, image: Tensor, device: torch.device
 ) -> tuple[Extractor, dict[str, dict[str, Any]], list[str]]:
     """The extractor for such images, published statistics by flag, and the flags that need the
     reference's images. It raises what `Fidelity.check_reference` raises."""
@@ -133,7 +131,7 @@ def _want(extractor: Extractor, flag: str) -> Want:
 
 
 def _values(
-    metric: FidelityOptions,
+    metric: Fidelity,
     flag: str,
     ours: Mapping[str, Tensor],
     real: Mapping[str, Any],

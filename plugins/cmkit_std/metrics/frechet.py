@@ -16,15 +16,13 @@ def frechet(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     """
     from torch_fidelity import metric_fid
 
+    a, b = ({name: np.asarray(x, np.float64) for name, x in each.items()} for each in (a, b))
     if "rows" in a and "rows" in b:
-        return frechet_of_two_few(np.asarray(a["rows"]), np.asarray(b["rows"]))
-    if "rows" in b:
-        a, b = b, a
-    theirs = {name: np.asarray(b[name], np.float64) for name in ("mu", "sigma")}
-    if "rows" in a:
-        return frechet_of_few(np.asarray(a["rows"]), theirs)
-    ours = {name: np.asarray(a[name], np.float64) for name in ("mu", "sigma")}
-    found = metric_fid.fid_statistics_to_metric(ours, theirs, verbose=False)
+        return frechet_of_two_few(a["rows"], b["rows"])
+    if "rows" in a or "rows" in b:
+        few, other = (a, b) if "rows" in a else (b, a)
+        return frechet_of_few(few["rows"], other)
+    found = metric_fid.fid_statistics_to_metric(a, b, verbose=False)
     return float(found[metric_fid.KEY_METRIC_FID])
 
 
