@@ -41,23 +41,19 @@ class CIFAR10(Published):
 
     def spec(self) -> DataSpec:
         """Three channels, ten classes; reads every file whole, DataError when one is not right."""
-        self._arrays()
+        self._images()
         self._check_published()
         return DataSpec(channels=3, resolution=32, num_classes=10 if self.labels else None)
 
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels
 
-        images, labels = self._arrays()
-        return Pixels(images, labels if self.labels else None, self.flip)
-
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images (N, 3, 32, 32) uint8 and labels (N,) uint8."""
         files = tuple(self._root / name for name in FILES[self.split])
         for file in files:
             if not file.is_file():
                 raise DataError(_missing(file))
-        return _load(tuple(map(File.at, files)))
+        images, labels = _load(tuple(map(File.at, files)))
+        return Pixels(images, labels if self.labels else None, self.flip)
 
 
 def _missing(file: Path) -> str:
@@ -74,7 +70,7 @@ def _missing(file: Path) -> str:
 
 @functools.lru_cache(maxsize=2)
 def _load(files: tuple[File, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """All files, read again only when the size or time of one changed."""
+    """Images (N, 3, 32, 32) and labels (N,), uint8; read again only when a size or time changed."""
     records = np.concatenate([_records(file) for file in files])
     return np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32), records[:, 0].copy()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cmkit import DataError, ResourceError
-from cmkit.files import cache_folder
+from cmkit.files import cache_folder, sync_folder
 from cmkit_std.datasets.npz import Header, array, headers
 from cmkit_std.datasets.on_disk import File
 
@@ -117,11 +117,7 @@ def _unpack(files: tuple[File, ...], cache: Path) -> None:
         part.rename(cache)
     finally:
         part.unlink(missing_ok=True)
-    folder = os.open(cache.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(cache.parent)
 
 
 def _cache(files: tuple[File, ...]) -> Path:

@@ -37,7 +37,7 @@ class FashionMNIST(OnDisk):
 
     def spec(self) -> DataSpec:
         """One channel, ten classes; reads every file whole, DataError when one is not right."""
-        self._arrays()
+        self._images()
         return DataSpec(
             channels=1, resolution=self.resolution, num_classes=10 if self.labels else None
         )
@@ -45,18 +45,14 @@ class FashionMNIST(OnDisk):
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels
 
-        images, labels = self._arrays()
-        return Pixels(images, labels if self.labels else None)
-
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images (N, 1, R, R) uint8 and labels (N,) uint8."""
         folder = Path(self.path).expanduser() if self.path else DEBIAN
         files = [
             File.at(_find(folder, f"{prefix}-{kind}"))
             for prefix in PREFIXES[self.split]
             for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
         ]
-        return _load(tuple(files), self.resolution)
+        images, labels = _load(tuple(files), self.resolution)
+        return Pixels(images, labels if self.labels else None)
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -71,7 +67,7 @@ def _find(folder: Path, name: str) -> Path:
 
 @functools.lru_cache(maxsize=2)
 def _load(files: tuple[File, ...], resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """All files, read again only when the size or time of one changed."""
+    """Images (N, 1, R, R) and labels (N,), uint8; read again only when a size or time changed."""
     pairs = [_pair(a.path, b.path) for a, b in zip(files[::2], files[1::2], strict=True)]
     images = np.concatenate([images for images, _ in pairs])
     border = (resolution - 28) // 2

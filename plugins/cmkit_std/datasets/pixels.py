@@ -90,7 +90,7 @@ class Pixels(Images):
         return len(self.images)
 
     def row(self, index: int) -> np.ndarray:
-        return self.images[index]
+        return np.array(self.images[index])
 
     def fingerprint(self) -> str:
         """SHA-256 of their shape and bytes."""
@@ -99,8 +99,9 @@ class Pixels(Images):
         return digest.hexdigest()
 
 
-class Mapped(Images):
-    """Images (N, C, H, W) in a `.npy` file, read from the disk when they are asked for.
+class Mapped(Pixels):
+    """Images (N, C, H, W) in a `.npy` file, read from the disk when they are asked for; `digest` is
+    their fingerprint.
 
     DataError for a damaged file. The file may be removed or replaced meanwhile: the operating
     system keeps the mapped one.
@@ -109,21 +110,15 @@ class Mapped(Images):
     def __init__(
         self, file: Path, digest: str = "", labels: np.ndarray | None = None, flip: bool = False
     ):
-        self.file, self.digest, self.labels, self.flip = file, digest, labels, flip
         try:
-            self.images = np.load(file, mmap_mode="r", allow_pickle=False)
+            super().__init__(np.load(file, mmap_mode="r", allow_pickle=False), labels, flip)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{file}: damaged ({error}); remove it, it is made again") from error
+        self.file, self.digest, self.held = file, digest, None
 
     def __reduce__(self) -> tuple[type[Mapped], tuple[Path]]:
         """To another process the name of the file travels, not its pixels."""
         return Mapped, (self.file,)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def row(self, index: int) -> np.ndarray:
-        return np.array(self.images[index])
 
     def fingerprint(self) -> str:
         return self.digest

@@ -33,12 +33,6 @@ class Extractor:
     weights: str | None
     sha256: str | None
 
-    def layer(self, metric: str) -> str:
-        """The features that torch-fidelity takes for `metric`: "isc", "fid", "kid" or "prc"; for
-        "sfid" those that ADM's evaluator takes."""
-        network = FEATURE_EXTRACTORS_REGISTRY[self.name]
-        return SPATIAL if metric == "sfid" else network.get_default_feature_layer_for_metric(metric)
-
 
 class Want(NamedTuple):
     """A layer of an extractor, and what to keep of it: a key of `STREAMS`."""

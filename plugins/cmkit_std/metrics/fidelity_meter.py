@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_fidelity import metric_kid
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit import DataError, NonFiniteError, Reference
 from cmkit_std.metrics.extract import (
+    SPATIAL,
     Extractor,
     Features,
     Streams,
@@ -30,7 +32,8 @@ WANTED = {
     "kid": ("kid", "rows"),
     "precision_recall": ("prc", "rows"),
 }
-"""torch-fidelity's name of the metric, which decides the layer, and what is kept of a layer."""
+"""torch-fidelity's name of the metric, which decides the layer, and what is kept of a layer;
+sFID has one of its own, that of ADM's evaluator."""
 
 
 class FidelityMeter:
@@ -99,7 +102,12 @@ def prepare(
     """The extractor for such images, published statistics by flag, and the flags that need the
     reference's images. It raises what `Fidelity.check_reference` raises."""
     flags = metric.wanted()
-    given = _published(reference)
+    known = reference.statistics or {}
+    given = {
+        flag: {"mu": known[mu], "sigma": known[sigma]}
+        for flag, (mu, sigma) in PUBLISHED.items()
+        if mu in known and sigma in known
+    }
     seen = [flag for flag in flags if flag != "isc" and flag not in given]
     metric.enough(len(reference.images), "reference images", seen)  # type: ignore[arg-type]
     channels, _, resolution = image.shape
@@ -115,19 +123,11 @@ def prepare(
     return extractor, given, seen
 
 
-def _published(reference: Reference) -> dict[str, dict[str, Any]]:
-    """{flag: {"mu": (d,), "sigma": (d, d)}} of the Frechet distances with published statistics."""
-    found = reference.statistics or {}
-    return {
-        flag: {"mu": found[mu], "sigma": found[sigma]}
-        for flag, (mu, sigma) in PUBLISHED.items()
-        if mu in found and sigma in found
-    }
-
-
 def _want(extractor: Extractor, flag: str) -> Want:
     metric, stream = WANTED[flag]
-    return Want(extractor.layer(metric), stream)
+    network = FEATURE_EXTRACTORS_REGISTRY[extractor.name]
+    layer = SPATIAL if flag == "sfid" else network.get_default_feature_layer_for_metric(metric)
+    return Want(layer, stream)
 
 
 def _values(

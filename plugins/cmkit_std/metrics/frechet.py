@@ -18,7 +18,11 @@ def frechet(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 
     a, b = ({name: np.asarray(x, np.float64) for name, x in each.items()} for each in (a, b))
     if "rows" in a and "rows" in b:
-        return frechet_of_two_few(a["rows"], b["rows"])
+        (mu1, x), (mu2, y) = _root(a["rows"]), _root(b["rows"])
+        # as in `frechet_of_few`; the eigenvalues are the squares of singular values of X Y^T
+        root_trace = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+        difference = mu1 - mu2
+        return float(difference @ difference + (x * x).sum() + (y * y).sum() - 2 * root_trace)
     if "rows" in a or "rows" in b:
         few, other = (a, b) if "rows" in a else (b, a)
         return frechet_of_few(few["rows"], other)
@@ -40,15 +44,6 @@ def frechet_of_few(features: np.ndarray, reference: Mapping[str, np.ndarray]) ->
     root_trace = np.sqrt(eigenvalues.clip(min=0)).sum()
     difference = mu1 - reference["mu"]
     return float(difference @ difference + (x * x).sum() + np.trace(sigma2) - 2 * root_trace)
-
-
-def frechet_of_two_few(features: np.ndarray, others: np.ndarray) -> float:
-    """The distance of features (N, d) and (M, d): with X and Y as above, the eigenvalues of S1 S2
-    are the squares of the singular values of X Y^T, which is N by M."""
-    (mu1, x), (mu2, y) = _root(features), _root(others)
-    root_trace = np.linalg.svd(x @ y.T, compute_uv=False).sum()
-    difference = mu1 - mu2
-    return float(difference @ difference + (x * x).sum() + (y * y).sum() - 2 * root_trace)
 
 
 def _root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
