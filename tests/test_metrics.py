@@ -14,7 +14,7 @@ import timm
 import torch
 import torch_fidelity
 from cmkit_std.datasets.digits import Digits, digits
-from cmkit_std.metrics import digits_net, extract, manifold, stored, streams
+from cmkit_std.metrics import digits_net, extract, fidelity_meter, manifold, stored, streams
 from cmkit_std.metrics.digits_judge import DigitsJudge
 from cmkit_std.metrics.extract import Extractor, Want
 from cmkit_std.metrics.extractor_weights import PUBLIC, Weights
@@ -366,7 +366,7 @@ def timm_weights(tmp_path_factory):
 def test_a_network_of_timm_sees_images_as_it_was_trained(timm_weights):
     metric = Fidelity(extractor="timm-test_efficientnet", weights=str(timm_weights), isc=True)
     metric.check(DataSpec(3, 160), 1000)
-    extractor = metric.network(3, 160)
+    extractor = fidelity_meter.network(metric, 3, 160)
     wanted = [Want("pooled", "rows"), Want("logits", "rows")]
     shades = torch.arange(256, dtype=torch.uint8).repeat(3, 75)[:, : 160 * 160 // 2]
     image = torch.cat([shades, shades.flip(1)], 1).reshape(3, 160, 160)
@@ -678,7 +678,7 @@ def test_published_spatial_statistics_stand_for_the_images(shades, inception, mo
     trust(monkeypatch, inception)
     want, alone = Want("spatial", "gaussian"), metric.only("sfid")
     assert alone.keys() == ("sfid",)
-    extractor = alone.network(3, 24)
+    extractor = fidelity_meter.network(alone, 3, 24)
     kept = extract.reference_features(extractor, [want], Reference(real, "shades"), CPU, 5)
     rows = kept[want]["rows"].numpy()
     assert real.reads == len(real)

@@ -109,13 +109,13 @@ def _open(source: Source, index: int) -> Image.Image:
         raise DataError(
             f"{source.name(index)}: {error}; at most {MAX_PIXELS} pixels: shrink it"
         ) from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{source.name(index)}: not a picture of {', '.join(FORMATS)}; convert it, or move it"
+            " away"
+        ) from error
     except Exception as error:  # Pillow's readers raise almost anything
-        name = source.name(index)
-        if isinstance(error, UnidentifiedImageError):
-            raise DataError(
-                f"{name}: not a picture of {', '.join(FORMATS)}; convert it, or move it away"
-            ) from error
-        raise _damaged(name, error) from error
+        raise _damaged(source.name(index), error) from error
     fault = ""
     if image.width * image.height > MAX_PIXELS:
         fault = f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} in all; shrink it"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from cmkit import CheckpointError
-from cmkit_std.metrics.fidelity import DIGITS
+from cmkit_std.metrics.fidelity_options import DIGITS
 
 Net = TypeVar("Net", bound=nn.Module)
 SHA256 = {

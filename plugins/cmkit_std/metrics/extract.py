@@ -15,7 +15,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit import CheckpointError, DataError, NonFiniteError, Reference
 from cmkit_std.metrics import stored
-from cmkit_std.metrics.fidelity import DIGITS
+from cmkit_std.metrics.fidelity_options import DIGITS
 from cmkit_std.metrics.streams import STREAMS, whole
 
 KEPT_REFERENCES = 2

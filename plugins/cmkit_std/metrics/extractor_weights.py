@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch_fidelity import register_feature_extractor
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit import CheckpointError, DownloadError, RecipeError
 from cmkit.files import cached_sha256
 from cmkit_std.metrics.digits_net import SHA256
 from cmkit_std.metrics.extract import Extractor
-from cmkit_std.metrics.fidelity import DIGITS, INCEPTION
+from cmkit_std.metrics.fidelity_options import DIGITS, INCEPTION
 
 
 class Weights(NamedTuple):
@@ -90,10 +91,11 @@ def _fetch(public: Weights, file: Path) -> None:
 def _other(name: str, given: str | None, download: bool) -> Path | None:
     """The file for an extractor that timm, torch-fidelity or another package knows."""
     if name.startswith("timm-"):
-        from cmkit_std.metrics.timm_extractor import register
+        from cmkit_std.metrics.timm_extractor import TimmExtractor
         from cmkit_std.timm_network import weights_of
 
-        register(name)
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            register_feature_extractor(name, TimmExtractor)
         network = name.removeprefix("timm-")
         files = None if given is None else {network: str(Path(given).expanduser())}
         return weights_of(network, files, "fidelity.extractor", "metric.weights")

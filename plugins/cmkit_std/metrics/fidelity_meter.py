@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_fidelity import metric_kid
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from cmkit import DataError, NonFiniteError, Reference
+from cmkit import DataError, NonFiniteError, RecipeError, Reference
 from cmkit_std.metrics.extract import (
     SPATIAL,
     Extractor,
@@ -21,7 +21,15 @@ from cmkit_std.metrics.extract import (
     reference_features,
     width,
 )
-from cmkit_std.metrics.fidelity import NEIGHBOURS, NUMBERS, PUBLISHED, Fidelity
+from cmkit_std.metrics.extractor_weights import find
+from cmkit_std.metrics.fidelity_options import (
+    DIGITS,
+    INCEPTION,
+    NEIGHBOURS,
+    NUMBERS,
+    PUBLISHED,
+    FidelityOptions,
+)
 from cmkit_std.metrics.frechet import frechet
 from cmkit_std.metrics.manifold import precision_recall
 
@@ -39,7 +47,9 @@ sFID has one of its own, that of ADM's evaluator."""
 class FidelityMeter:
     """The numbers of a `Fidelity` for images that come in batches."""
 
-    def __init__(self, metric: Fidelity, images: int, reference: Reference, device: torch.device):
+    def __init__(
+        self, metric: FidelityOptions, images: int, reference: Reference, device: torch.device
+    ):
         self.metric, self.images, self.reference, self.device = metric, images, reference, device
         self.streams: Streams | None = None
         self.restored: Mapping[str, Tensor] = {}
@@ -97,7 +107,7 @@ class FidelityMeter:
 
 
 def prepare(
-    metric: Fidelity, reference: Reference, image: Tensor, device: torch.device
+    metric: FidelityOptions, reference: Reference, image: Tensor, device: torch.device
 ) -> tuple[Extractor, dict[str, dict[str, Any]], list[str]]:
     """The extractor for such images, published statistics by flag, and the flags that need the
     reference's images. It raises what `Fidelity.check_reference` raises."""
@@ -111,7 +121,7 @@ def prepare(
     seen = [flag for flag in flags if flag != "isc" and flag not in given]
     metric.enough(len(reference.images), "reference images", seen)  # type: ignore[arg-type]
     channels, _, resolution = image.shape
-    extractor = metric.network(channels, resolution)
+    extractor = network(metric, channels, resolution)
     for flag in set(given) & set(flags):
         count = width(extractor, _want(extractor, flag).layer, image, device)
         if given[flag]["mu"].shape != (count,) or given[flag]["sigma"].shape != (count, count):
@@ -123,6 +133,27 @@ def prepare(
     return extractor, given, seen
 
 
+def network(metric: FidelityOptions, channels: int, resolution: int) -> Extractor:
+    """The extractor for such images, with its weights found; it raises what `Fidelity.check`
+    raises."""
+    name, small = metric.extractor, channels == 1 and resolution <= 16
+    if name == "auto":
+        name = DIGITS if small else INCEPTION
+    if name == DIGITS and not small:
+        raise DataError(
+            f"fidelity.extractor = {name!r}: images of {channels} channels and {resolution}"
+            f" pixels; it knows grey digits of at most 16x16: use {INCEPTION}"
+        )
+    if metric.sfid and name != INCEPTION:
+        raise RecipeError(
+            f"fidelity.sfid: extractor {name} has no spatial features; set"
+            f' metric.extractor = "{INCEPTION}", or metric.sfid = false'
+        )
+    found = find(name, metric.weights, metric.download)
+    metric._used = found.name, found.sha256
+    return found
+
+
 def _want(extractor: Extractor, flag: str) -> Want:
     metric, stream = WANTED[flag]
     network = FEATURE_EXTRACTORS_REGISTRY[extractor.name]
@@ -131,7 +162,7 @@ def _want(extractor: Extractor, flag: str) -> Want:
 
 
 def _values(
-    metric: Fidelity,
+    metric: FidelityOptions,
     flag: str,
     ours: Mapping[str, Tensor],
     real: Mapping[str, Any],

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmkit_std.metrics.fidelity import IS_SPLITS
+from cmkit_std.metrics.fidelity_options import IS_SPLITS
 
 SHUFFLE_SEED = 2020
 """Of torch-fidelity: its Inception score splits the images in this random order."""

@@ -8,8 +8,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch_fidelity import register_feature_extractor
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit_std.metrics.digits_net import LabelExtractor
 from cmkit_std.timm_network import network
@@ -48,9 +46,3 @@ class TimmExtractor(LabelExtractor):
         if "logits" in self.features_list:
             found["logits"] = self.net.forward_head(maps)
         return tuple(found[name] for name in self.features_list)
-
-
-def register(name: str) -> None:
-    """Make `name`, "timm-" and a network of timm, known to torch-fidelity."""
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(name, TimmExtractor)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from cmkit import Cond, Models, Noise, Rng
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 @dataclass(frozen=True)
 class Jumps:
     """Noisy images x (B, C, H, W) at grid points t, and the points s that they jump to, at most
@@ -84,10 +87,7 @@ class CTM(Comparison):
     """Of so many steps the first teaches the denoiser, the others the discriminator."""
     gan_lr: float = Field(2e-3, gt=0, le=10)
     """The discriminator's learning rate."""
-    gan_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.5,
-        0.9,
-    )
+    gan_betas: tuple[Decay, Decay] = (0.5, 0.9)
     """Its decays of averages in the optimizer."""
     gan_features: tuple[str, ...] = Field(
         ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0"), min_length=1
