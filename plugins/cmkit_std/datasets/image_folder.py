@@ -16,8 +16,6 @@ from cmkit import DataError, DataSpec
 from cmkit_std.datasets.on_disk import Published
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from cmkit_std.datasets.pictures import Decoder
 
 
@@ -54,11 +52,9 @@ class Folder:
         """How many there are; each has a picture."""
         return self.files[-1].label + 1
 
-    def labels(self) -> np.ndarray:
+    def labels(self) -> list[int]:
         """Classes of the pictures, (N,)."""
-        import numpy as np
-
-        return np.array([file.label for file in self.files])
+        return [file.label for file in self.files]
 
     def fingerprint(self) -> str:
         """SHA-256 of names and contents."""

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cmkit import DataError
 from cmkit.pictures import FORMATS
-from cmkit_std.datasets.pixels import Images, pool
+from cmkit_std.datasets.pixels import Images, Labels, pool
 
 MAX_PIXELS = 2**26
 RESIDENT_BYTES = 2**31
@@ -51,7 +51,7 @@ class Decoder(Images):
     """Pictures of shape (C, R, R), decoded when asked for, or once if they all fit in memory."""
 
     def __init__(
-        self, source: Source, shape: Shape, labels: np.ndarray | None = None, flip: bool = False
+        self, source: Source, shape: Shape, labels: Labels | None = None, flip: bool = False
     ):
         self.source, self.shape, self.labels, self.flip = source, shape, labels, flip
 

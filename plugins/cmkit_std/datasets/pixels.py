@@ -20,6 +20,9 @@ from cmkit import Cond, DataError, Rng, permutation
 
 BATCHES_AHEAD = 4
 
+Labels = np.ndarray | list[int]
+"""The class of each image, (N,)."""
+
 
 class Images(TorchDataset[Tensor], ABC):
     """uint8 images (C, H, W) by number, as metrics take them, and training batches of them.
@@ -27,7 +30,7 @@ class Images(TorchDataset[Tensor], ABC):
     `labels` are their classes, (N,) or None; `flip` mirrors half of the images of batches.
     """
 
-    labels: np.ndarray | None
+    labels: Labels | None
     flip: bool
 
     @functools.cached_property
@@ -66,7 +69,7 @@ class Images(TorchDataset[Tensor], ABC):
         """
         labels = None
         if self.labels is not None:
-            labels = torch.from_numpy(self.labels.astype(np.int64)).to(device)
+            labels = torch.as_tensor(self.labels, dtype=torch.int64).to(device)
         indices = batch_indices(len(self), size, seed, start)
         if self.held is None:
             stream = _ahead(self.row, indices, device)
@@ -82,9 +85,8 @@ class Images(TorchDataset[Tensor], ABC):
 class Pixels(Images):
     """Images (N, C, H, W) held in memory."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray | None = None, flip: bool = False):
-        self.images = self.held = images
-        self.labels, self.flip = labels, flip
+    def __init__(self, images: np.ndarray, labels: Labels | None = None, flip: bool = False):
+        self.images, self.held, self.labels, self.flip = images, images, labels, flip
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,7 +110,7 @@ class Mapped(Pixels):
     """
 
     def __init__(
-        self, file: Path, digest: str = "", labels: np.ndarray | None = None, flip: bool = False
+        self, file: Path, digest: str = "", labels: Labels | None = None, flip: bool = False
     ):
         try:
             super().__init__(np.load(file, mmap_mode="r", allow_pickle=False), labels, flip)

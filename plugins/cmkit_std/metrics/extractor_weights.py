@@ -66,26 +66,21 @@ def _published(name: str, given: str | None, download: bool) -> Path:
                 f"fidelity: extractor {name} needs {public.file}: put {public.url} into"
                 f" {file.parent}, or name a copy in metric.weights, or set metric.download = true"
             )
-        _fetch(public, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(
+                public.url, str(file), hash_prefix=public.sha256, progress=False
+            )
+        except (OSError, RuntimeError) as error:
+            raise DownloadError(
+                f"{public.url}: {error}; download it elsewhere and put it at {file}"
+            ) from error
     if (found := cached_sha256(file)) != public.sha256:
         raise CheckpointError(
             f"{file}: SHA-256 {found[:12]}.. is not that of {public.file},"
             f" {public.sha256[:12]}..; remove it and download {public.url}"
         )
     return file
-
-
-def _fetch(public: Weights, file: Path) -> None:
-    """Download the file, whole or not at all; DownloadError when it cannot be had."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(
-            public.url, str(file), hash_prefix=public.sha256, progress=False
-        )
-    except (OSError, RuntimeError) as error:
-        raise DownloadError(
-            f"{public.url}: {error}; download it elsewhere and put it at {file}"
-        ) from error
 
 
 def _other(name: str, given: str | None, download: bool) -> Path | None:

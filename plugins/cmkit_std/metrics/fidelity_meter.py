@@ -15,7 +15,6 @@ from cmkit import DataError, NonFiniteError, RecipeError, Reference
 from cmkit_std.metrics.extract import (
     SPATIAL,
     Extractor,
-    Features,
     Streams,
     Want,
     reference_features,
@@ -72,12 +71,8 @@ class FidelityMeter:
         metric, reference, streams = self.metric, self.reference, self.streams
         assert streams is not None, "no image was added"
         ours = streams.tensors()
-        theirs: Features = {}
-        if self.seen:
-            wanted = {self.wants[flag] for flag in self.seen}
-            theirs = reference_features(
-                streams.extractor, wanted, reference, self.device, metric.batch
-            )
+        wanted = {self.wants[flag] for flag in self.seen}
+        theirs = reference_features(streams.extractor, wanted, reference, self.device, metric.batch)
         numbers: dict[str, float] = {}
         for flag, want in self.wants.items():
             real = self.given.get(flag) or theirs.get(want, {})
