@@ -9,8 +9,9 @@ from cmkit_std.objectives import distances
 from cmkit_std.objectives.ccd import CCD
 from cmkit_std.objectives.cct import CCT
 from cmkit_std.objectives.cd import CD
+from cmkit_std.objectives.comparison import levels
 from cmkit_std.objectives.ct import CT
-from cmkit_std.objectives.limits import levels, limit
+from cmkit_std.objectives.distances import limit
 from pydantic import ValidationError
 
 from cmkit import Cond, DataSpec, Denoiser, Models, Noise, Phase, Rng

@@ -157,14 +157,14 @@ def test_digits_splits_are_disjoint_and_stratified():
 
 
 def test_fingerprint_changes_with_a_pixel_and_a_shape():
-    from cmkit_std.datasets.pixels import reference
+    from cmkit_std.datasets.pixels import Pixels
 
     images = digits("test")[0].copy()
-    before = reference(images).fingerprint
+    before = Pixels(images).fingerprint()
     assert before == Digits(split="test").reference().fingerprint
-    assert before != reference(images.reshape(-1, 1, 4, 16)).fingerprint
+    assert before != Pixels(images.reshape(-1, 1, 4, 16)).fingerprint()
     images[7, 0, 3, 3] ^= 1
-    assert before != reference(images).fingerprint
+    assert before != Pixels(images).fingerprint()
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from cmkit_std import timm_network
-from cmkit_std.objectives import diffaugment, projected_gan
+from cmkit_std.objectives import diffaugment
 from cmkit_std.objectives.ctm import CTM, gradient_norm, last_weight
 from cmkit_std.objectives.diffaugment import draw
 from cmkit_std.objectives.projected_gan import Discriminator, fooling, judging
@@ -210,7 +210,7 @@ def test_batch_normalisation_remembers_nothing(critic, plain):
 
 def test_a_distilled_transformer_and_its_companion_have_the_published_sizes(monkeypatch):
     """Channels and map sizes of sony/ctm's two networks, without their weights."""
-    monkeypatch.setattr(projected_gan, "weights_of", lambda name, files: name)
+    monkeypatch.setattr(timm_network, "weights_of", lambda name, *_: name)
     monkeypatch.setattr(timm_network, "read_weights", lambda path: {})
     monkeypatch.setattr(timm_network, "load_weights", lambda *arguments: None)
     with torch.device("meta"):

@@ -14,7 +14,7 @@ import timm
 import torch
 import torch_fidelity
 from cmkit_std.datasets.digits import Digits, digits
-from cmkit_std.metrics import digits_net, extract, manifold, stored, streams
+from cmkit_std.metrics import digits_net, extract, fidelity_meter, manifold, stored, streams
 from cmkit_std.metrics.digits_judge import DigitsJudge
 from cmkit_std.metrics.extract import Extractor, Want
 from cmkit_std.metrics.extractor_weights import PUBLIC, Weights
@@ -175,7 +175,7 @@ def test_numbers_do_not_depend_on_order_or_batch():
     fake, truth = noisy(images("test"), 30), images("train")[:400]
     order = torch.randperm(len(fake))
     straight = measured(metric, fake, truth)
-    extract._references.clear()
+    extract._references.cache_clear()
     other = metric.model_copy(update={"batch": 33})
     assert measured(other, fake[order], truth.flip(0)) == pytest.approx(straight, rel=1e-4)
 
@@ -204,7 +204,7 @@ def test_the_cache_of_references_is_bounded_and_keyed_by_fingerprint():
         for sd in (0, 10, 20, 40)
     }
     assert len(set(fids.values())) == 4
-    assert len(extract._references) <= extract.KEPT_REFERENCES
+    assert extract._references.cache_info().currsize <= extract.KEPT_REFERENCES
 
 
 def test_measuring_draws_nothing_from_global_generators():
@@ -366,7 +366,7 @@ def timm_weights(tmp_path_factory):
 def test_a_network_of_timm_sees_images_as_it_was_trained(timm_weights):
     metric = Fidelity(extractor="timm-test_efficientnet", weights=str(timm_weights), isc=True)
     metric.check(DataSpec(3, 160), 1000)
-    extractor = metric.network(3, 160)
+    extractor = fidelity_meter.network(metric, 3, 160)
     wanted = [Want("pooled", "rows"), Want("logits", "rows")]
     shades = torch.arange(256, dtype=torch.uint8).repeat(3, 75)[:, : 160 * 160 // 2]
     image = torch.cat([shades, shades.flip(1)], 1).reshape(3, 160, 160)
@@ -678,7 +678,7 @@ def test_published_spatial_statistics_stand_for_the_images(shades, inception, mo
     trust(monkeypatch, inception)
     want, alone = Want("spatial", "gaussian"), metric.only("sfid")
     assert alone.keys() == ("sfid",)
-    extractor = alone.network(3, 24)
+    extractor = fidelity_meter.network(alone, 3, 24)
     kept = extract.reference_features(extractor, [want], Reference(real, "shades"), CPU, 5)
     rows = kept[want]["rows"].numpy()
     assert real.reads == len(real)
@@ -701,7 +701,7 @@ def test_spatial_features_are_refused_where_the_extractor_has_none():
 def disk(monkeypatch, tmp_path):
     """An empty folder of stored features, and a process that remembers none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    extract._references.clear()
+    extract._references.cache_clear()
     return tmp_path / "cmkit" / "features"
 
 
@@ -709,10 +709,10 @@ def test_a_second_process_reads_no_real_image(disk):
     fake, real = images("test"), Counted(images("train")[:500])
     first = ALL.measure(Counted(fake), Reference(real, "stored"), CPU)
     assert real.reads == len(real)
-    extract._references.clear()
+    extract._references.cache_clear()
     assert ALL.measure(Counted(fake), Reference(real, "stored"), CPU) == first
     assert real.reads == len(real)
-    extract._references.clear()
+    extract._references.cache_clear()
     ALL.measure(Counted(fake), Reference(real, "another"), CPU)
     assert real.reads == 2 * len(real)
 
@@ -739,7 +739,7 @@ def test_damaged_features_are_made_anew(disk, fault):
     (file,) = disk.iterdir()
     whole = file.read_bytes()
     DAMAGE[fault](file)
-    extract._references.clear()
+    extract._references.cache_clear()
     assert Fidelity().measure(Counted(images("test")), reference, CPU) == first
     assert reference.images.reads == 2 * len(reference.images)
     assert file.read_bytes() == whole

@@ -5,22 +5,19 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from cmkit import DataError, Dataset, DataSpec, Reference
+from cmkit import DataError, DataSpec
+from cmkit_std.datasets.on_disk import OnDisk
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from cmkit import Cond
+    from cmkit_std.datasets.pixels import Pixels
 
 
-class Digits(Dataset):
+class Digits(OnDisk):
     """1,797 scanned handwritten digits, 8x8 in 17 grey levels, found inside scikit-learn.
 
     Every fifth image of each class, in the order of the file, is "test" (355 images); the other
@@ -37,22 +34,11 @@ class Digits(Dataset):
         _file()
         return DataSpec(channels=1, resolution=8, num_classes=10 if self.labels else None)
 
-    def batches(
-        self, size: int, seed: int, device: torch.device, start: int = 0
-    ) -> Iterator[tuple[Tensor, Cond]]:
-        """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
-        from cmkit_std.datasets.pixels import resident_batches
+    def _images(self) -> Pixels:
+        from cmkit_std.datasets.pixels import Pixels
 
         images, labels = digits(self.split)
-        return resident_batches(
-            images, labels if self.labels else None, size, seed, device, start=start
-        )
-
-    def reference(self) -> Reference:
-        """The images of the split."""
-        from cmkit_std.datasets.pixels import reference
-
-        return reference(digits(self.split)[0])
+        return Pixels(images, labels if self.labels else None)
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:

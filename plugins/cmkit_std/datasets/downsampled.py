@@ -11,28 +11,19 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cmkit import DataError, ResourceError
-from cmkit.files import cache_folder
+from cmkit.files import cache_folder, sync_folder
 from cmkit_std.datasets.npz import Header, array, headers
+from cmkit_std.datasets.on_disk import File
 
 SHAPE = (3, 64, 64)
 WIDTH = 3 * 64 * 64
 CLASSES = 1000
 NAMES = {"train": re.compile(r"train_data_batch_(\d+)\.npz"), "val": re.compile(r"val_data()\.npz")}
-
-
-@dataclass(frozen=True)
-class File:
-    """A batch file, with the size and time by which a change is noticed."""
-
-    path: Path
-    size: int
-    mtime_ns: int
 
 
 def find(folder: Path, split: str) -> tuple[File, ...]:
@@ -53,7 +44,7 @@ def find(folder: Path, split: str) -> tuple[File, ...]:
     if names and absent:
         first = "val_data" if split == "val" else f"train_data_batch_{min(absent)}"
         raise DataError(f"{folder / first}.npz: no such file; put it there, or set dataset.split")
-    return tuple(_file(numbered[number]) for number in sorted(numbered))
+    return tuple(File.at(numbered[number]) for number in sorted(numbered))
 
 
 @functools.lru_cache(maxsize=2)
@@ -126,11 +117,7 @@ def _unpack(files: tuple[File, ...], cache: Path) -> None:
         part.rename(cache)
     finally:
         part.unlink(missing_ok=True)
-    folder = os.open(cache.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(cache.parent)
 
 
 def _cache(files: tuple[File, ...]) -> Path:
@@ -145,16 +132,6 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _file(path: Path) -> File:
-    try:
-        info = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    if not path.is_file():
-        raise DataError(f"{path}: no regular file; remove it")
-    return File(path, info.st_size, info.st_mtime_ns)
 
 
 def _data(path: Path) -> Header:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import gzip
+import math
+import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
 import numpy as np
 
-from cmkit import DataError, Dataset, DataSpec, Reference
-from cmkit_std.datasets.idx import read_idx
+from cmkit import DataError, DataSpec
+from cmkit_std.datasets.on_disk import File, OnDisk
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from cmkit import Cond
+    from cmkit_std.datasets.pixels import Pixels
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+MAX_BYTES = 2**30
 PREFIXES = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 
 
-class FashionMNIST(Dataset):
+class FashionMNIST(OnDisk):
     """70,000 grey pictures of clothing, 28x28, ten classes, in the IDX files of MNIST.
 
     MNIST's own files, which have the same names, can be read as well. Nothing is downloaded.
@@ -40,38 +40,22 @@ class FashionMNIST(Dataset):
 
     def spec(self) -> DataSpec:
         """One channel, ten classes; reads every file whole, DataError when one is not right."""
-        self._arrays()
+        self._images()
         return DataSpec(
             channels=1, resolution=self.resolution, num_classes=10 if self.labels else None
         )
 
-    def batches(
-        self, size: int, seed: int, device: torch.device, start: int = 0
-    ) -> Iterator[tuple[Tensor, Cond]]:
-        """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
-        from cmkit_std.datasets.pixels import resident_batches
+    def _images(self) -> Pixels:
+        from cmkit_std.datasets.pixels import Pixels
 
-        images, labels = self._arrays()
-        return resident_batches(
-            images, labels if self.labels else None, size, seed, device, start=start
-        )
-
-    def reference(self) -> Reference:
-        """The images of the split."""
-        from cmkit_std.datasets.pixels import reference
-
-        return reference(self._arrays()[0])
-
-    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images (N, 1, R, R) uint8 and labels (N,) uint8."""
         folder = Path(self.path).expanduser() if self.path else DEBIAN
         files = [
-            _find(folder, f"{prefix}-{kind}")
+            File.at(_find(folder, f"{prefix}-{kind}"))
             for prefix in PREFIXES[self.split]
             for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
         ]
-        stamps = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        return _load(stamps, self.resolution)
+        images, labels = _load(tuple(files), self.resolution)
+        return Pixels(images, labels if self.labels else None)
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -85,12 +69,9 @@ def _find(folder: Path, name: str) -> Path:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(
-    stamps: tuple[tuple[Path, int, int], ...], resolution: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """All files, read again only when the size or time of one changed."""
-    files = [file for file, _, _ in stamps]
-    pairs = [_pair(*pair) for pair in zip(files[::2], files[1::2], strict=True)]
+def _load(files: tuple[File, ...], resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 1, R, R) and labels (N,), uint8; read again only when a size or time changed."""
+    pairs = [_pair(a.path, b.path) for a, b in zip(files[::2], files[1::2], strict=True)]
     images = np.concatenate([images for images, _ in pairs])
     border = (resolution - 28) // 2
     padded = np.pad(images[:, None], ((0, 0), (0, 0), (border, border), (border, border)))
@@ -113,3 +94,38 @@ def _pair(images_file: Path, labels_file: Path) -> tuple[np.ndarray, np.ndarray]
             " fetch it again"
         )
     return images, labels
+
+
+def read_idx(file: Path, axes: int) -> np.ndarray:
+    """The uint8 array, with `axes` axes, of an IDX file, gzipped iff it is named .gz:
+    two zero bytes, a type, the number of axes, their sizes, the bytes.
+
+    Raises DataError for any byte too few, too many or wrong. Never holds more than the header
+    announces, and never more than 1 GiB, whatever the file expands to.
+    """
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            return _read(cast(BinaryIO, stream), file, axes)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read ({error}); fetch it again") from error
+
+
+def _read(stream: BinaryIO, file: Path, axes: int) -> np.ndarray:
+    header = stream.read(4 + 4 * axes)
+    magic = bytes([0, 0, 0x08, axes])  # uint8
+    if header[:4] != magic:
+        raise DataError(
+            f"{file}: starts with {header[:4].hex() or 'nothing'}, not with {magic.hex()}; not an"
+            f" IDX file of {axes}-dimensional bytes: fetch it again"
+        )
+    if len(header) < 4 + 4 * axes:
+        raise DataError(f"{file}: truncated inside its header; fetch it again")
+    shape = tuple(int(n) for n in np.frombuffer(header, ">u4", offset=4))
+    size = math.prod(shape)
+    if not 0 < size <= MAX_BYTES:
+        raise DataError(f"{file}: its header announces {shape}, {size} bytes; fetch it again")
+    body = stream.read(size + 1)
+    if len(body) != size:
+        fault = "trailing bytes" if len(body) > size else f"truncated to {len(body)}"
+        raise DataError(f"{file}: its header announces {size} bytes, but {fault}; fetch it again")
+    return np.frombuffer(body, np.uint8).reshape(shape).copy()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,11 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from cmkit import DataError, Dataset, DataSpec, Reference
+from cmkit import DataError, DataSpec
+from cmkit_std.datasets.on_disk import Published
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from cmkit import Cond
+    from cmkit_std.datasets.pictures import Decoder
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,15 @@ class Folder:
         """The file of picture `index`."""
         return self.root / self.files[index].name
 
+    @property
+    def classes(self) -> int:
+        """How many there are; each has a picture."""
+        return self.files[-1].label + 1
+
+    def labels(self) -> list[int]:
+        """Classes of the pictures, (N,)."""
+        return [file.label for file in self.files]
+
     def fingerprint(self) -> str:
         """SHA-256 of names and contents."""
         digest = hashlib.sha256()
@@ -64,7 +70,7 @@ class Folder:
             return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-class ImageFolder(Dataset):
+class ImageFolder(Published):
     """Pictures (PNG, JPEG, WebP, BMP, TIFF, GIF, PPM) in a folder, or in one folder a class.
 
     Every file below `path` must be a picture, hidden ones (.name) aside. Each is halved by box
@@ -82,68 +88,49 @@ class ImageFolder(Dataset):
     """3 for RGB, 1 for grey."""
     labels: bool = False
     """Each folder in `path` is a class, numbered in the order of their names."""
-    flip: bool = False
-    """Mirror half of the training images, chosen anew each time; metrics see none mirrored."""
-
-    reference_npz: str | None = None
-    """A published reference file (guided-diffusion's or EDM's .npz) that metrics compare with,
-    instead of the pictures."""
 
     def spec(self) -> DataSpec:
         """Shape and classes; opens every file, DataError names the first that is no picture."""
         from cmkit_std.datasets.pictures import check
 
-        folder, classes = self._folder()
+        folder = find(self.path, self.labels)
         check(folder, range(len(folder)))
         if self.reference_npz:
             from cmkit_std.datasets import reference_npz
 
             reference_npz.statistics(Path(self.reference_npz).expanduser(), self.channels)
-        return DataSpec(self.channels, self.resolution, classes if self.labels else None)
+        return DataSpec(self.channels, self.resolution, folder.classes if self.labels else None)
 
-    def batches(
-        self, size: int, seed: int, device: torch.device, start: int = 0
-    ) -> Iterator[tuple[Tensor, Cond]]:
-        """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
-        import numpy as np
+    @property
+    def _channels(self) -> int:
+        return self.channels
 
-        from cmkit_std.datasets.pictures import batches
+    def _images(self) -> Decoder:
+        from cmkit_std.datasets.pictures import Decoder
 
-        folder, _ = self._folder()
-        labels = np.array([file.label for file in folder.files]) if self.labels else None
-        shape = (self.channels, self.resolution)
-        return batches(folder, shape, labels, self.flip, size, seed, device, start)
+        folder = find(self.path, self.labels)
+        labels = folder.labels() if self.labels else None
+        return Decoder(folder, (self.channels, self.resolution), labels, self.flip)
 
-    def reference(self) -> Reference:
-        """The published statistics, or all pictures, resized and cropped, none mirrored."""
-        if self.reference_npz:
-            from cmkit_std.datasets import reference_npz
 
-            return reference_npz.read(Path(self.reference_npz).expanduser(), self.channels)
-        from cmkit_std.datasets.pictures import reference
-
-        return reference(self._folder()[0], (self.channels, self.resolution))
-
-    def _folder(self) -> tuple[Folder, int]:
-        """(pictures in the order of their names, number of classes)."""
-        root = Path(self.path).expanduser()
-        if not root.is_dir():
-            raise DataError(f"dataset.path = {self.path!r}: no such folder")
-        if not self.labels:
-            return Folder(root, _below(root, root, 0)), 0
-        loose = [entry.name for entry in _visible(root) if not entry.is_dir()]
-        if loose:
-            raise DataError(
-                f"{root / loose[0]}: not in a folder of its class; move it, or read it with"
-                " image_folder and dataset.labels = false"
-            )
-        names = sorted(entry.name for entry in _visible(root))
-        if not names:
-            raise DataError(f"{root}: no folder in it; each class needs one of its pictures")
-        files = [
-            file for label, name in enumerate(names) for file in _below(root, root / name, label)
-        ]
-        return Folder(root, tuple(files)), len(names)
+def find(path: str, labels: bool) -> Folder:
+    """The pictures of `dataset.path`, in the order of their names, with classes if `labels`."""
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise DataError(f"dataset.path = {path!r}: no such folder")
+    if not labels:
+        return Folder(root, _below(root, root, 0))
+    loose = [entry.name for entry in _visible(root) if not entry.is_dir()]
+    if loose:
+        raise DataError(
+            f"{root / loose[0]}: not in a folder of its class; move it, or read it with"
+            " image_folder and dataset.labels = false"
+        )
+    names = sorted(entry.name for entry in _visible(root))
+    if not names:
+        raise DataError(f"{root}: no folder in it; each class needs one of its pictures")
+    files = [file for label, name in enumerate(names) for file in _below(root, root / name, label)]
+    return Folder(root, tuple(files))
 
 
 def _below(root: Path, folder: Path, label: int) -> tuple[File, ...]:

@@ -7,28 +7,25 @@ import hashlib
 import io
 import threading
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from cmkit import DataError, Dataset, DataSpec, PluginError, Reference
-from cmkit_std.datasets.image_folder import ImageFolder
+from cmkit import DataError, DataSpec, PluginError
+from cmkit_std.datasets import image_folder
+from cmkit_std.datasets.on_disk import File, Published
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from cmkit import Cond
+    from cmkit_std.datasets.pictures import Decoder
 
 CHANNELS = 3
 CHECKED = 1024
 SAMPLED = 1024
 
 
-class LSUN(Dataset):
+class LSUN(Published):
     """Bedrooms, cats, churches and the like, without labels, as LSUN is published.
 
     `path` is the folder of an unzipped LMDB, such as `bedroom_train_lmdb` with its `data.mdb`, or
@@ -37,24 +34,12 @@ class LSUN(Dataset):
     LMDB's keys, or of the names of files. An LMDB needs the package `lmdb`
     (`pip install 'cmkit[lsun]'`), which trusts what it reads: a truncated file is refused, but
     damage inside one can end the process. It is only read, and takes 48 bytes of memory a
-    picture. Nothing is downloaded.
+    picture. Metrics that read three million bedrooms take hours: see `reference_npz`. Nothing is
+    downloaded.
     """
 
-    path: str | None = None
-    """The folder; without it nothing can be trained, only compared with `reference_npz`."""
     resolution: int = Field(256, ge=4, le=4096)
     """Height and width after resizing and cropping."""
-    flip: bool = False
-    """Mirror half of the training images, chosen anew each time; metrics see none mirrored."""
-    reference_npz: str | None = None
-    """A published reference file (guided-diffusion's or EDM's .npz) that metrics compare with,
-    instead of the pictures: three million bedrooms take hours."""
-
-    @model_validator(mode="after")
-    def _something(self) -> LSUN:
-        if self.path is None and self.reference_npz is None:
-            raise ValueError("name the folder by path, or a file by reference_npz")
-        return self
 
     def spec(self) -> DataSpec:
         """Shape; DataError when there are no pictures, or when one that was opened is none.
@@ -62,68 +47,32 @@ class LSUN(Dataset):
         Of an LMDB all keys are read, but only 1,024 pictures are opened, spread evenly. A damaged
         one among the others stops training when its turn comes.
         """
-        if self.reference_npz:
-            from cmkit_std.datasets import reference_npz
+        self._check_published()
+        if self.path is not None:
+            from cmkit_std.datasets.pictures import check
 
-            reference_npz.check(Path(self.reference_npz).expanduser(), CHANNELS)
-        if self.path is None:
-            return DataSpec(CHANNELS, self.resolution)
-        records = self._records(self.path)
-        if records is None:
-            return self._folder(self.path).spec()
-        from cmkit_std.datasets.pictures import check
-
-        check(records, spread(len(records), CHECKED))
+            source = self._source()
+            most = CHECKED if isinstance(source, Records) else len(source)
+            check(source, spread(len(source), most))
         return DataSpec(CHANNELS, self.resolution)
 
-    def batches(
-        self, size: int, seed: int, device: torch.device, start: int = 0
-    ) -> Iterator[tuple[Tensor, Cond]]:
-        """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
-        if self.path is None:
-            raise DataError("dataset.path: missing; name the folder of the pictures to train on")
-        records = self._records(self.path)
-        if records is None:
-            return self._folder(self.path).batches(size, seed, device, start)
-        from cmkit_std.datasets.pictures import batches
+    def _images(self) -> Decoder:
+        from cmkit_std.datasets.pictures import Decoder
 
-        shape = (CHANNELS, self.resolution)
-        return batches(records, shape, None, self.flip, size, seed, device, start)
+        return Decoder(self._source(), (CHANNELS, self.resolution), flip=self.flip)
 
-    def reference(self) -> Reference:
-        """The published statistics, or all pictures, resized and cropped, none mirrored."""
-        if self.reference_npz:
-            from cmkit_std.datasets import reference_npz
-
-            return reference_npz.read(Path(self.reference_npz).expanduser(), CHANNELS)
-        assert self.path is not None
-        records = self._records(self.path)
-        if records is None:
-            return self._folder(self.path).reference()
-        from cmkit_std.datasets.pictures import reference
-
-        return reference(records, (CHANNELS, self.resolution))
-
-    def _folder(self, path: str) -> ImageFolder:
-        return ImageFolder(
-            path=path,
-            resolution=self.resolution,
-            channels=CHANNELS,
-            flip=self.flip,
-        )
-
-    def _records(self, path: str) -> Records | None:
-        """The LMDB in `path`, or None when `path` holds pictures."""
-        root = Path(path).expanduser()
+    def _source(self) -> Records | image_folder.Folder:
+        """The LMDB in `path`, or the folder of pictures."""
+        root = self._root
         if (root / "data.mdb").exists():
             return Records.open(root)
         below = sorted(root.glob("*/data.mdb"))
         if below:
             raise DataError(
-                f"dataset.path = {path!r}: the LMDB is in a folder below; name"
+                f"dataset.path = {self.path!r}: the LMDB is in a folder below; name"
                 f" {str(below[0].parent)!r}"
             )
-        return None
+        return image_folder.find(str(self.path), labels=False)
 
 
 @dataclass(frozen=True)
@@ -131,21 +80,12 @@ class Records:
     """The pictures of an LMDB in the order of their keys, as `pictures` takes them; equal while
     the file is the same."""
 
-    file: Path
-    size: int
-    mtime_ns: int
+    file: File
 
     @classmethod
     def open(cls, folder: Path) -> Records:
         """The records of `folder`; DataError when its file cannot be looked at."""
-        file = folder / "data.mdb"
-        try:
-            info = file.stat()
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
-        if not file.is_file():
-            raise DataError(f"{file}: no regular file; name the folder of an LMDB")
-        return cls(file, info.st_size, info.st_mtime_ns)
+        return cls(File.at(folder / "data.mdb", "name the folder of an LMDB"))
 
     def __len__(self) -> int:
         """Number of pictures; errors as of `_open`."""
@@ -156,7 +96,7 @@ class Records:
         key = _opened(self).key(index)
         text = key.decode("ascii", "replace")
         shown = text if text.isprintable() and text.isascii() else key.hex()
-        return f"{self.file}: record {shown!r}"
+        return f"{self.file.path}: record {shown!r}"
 
     def open_picture(self, index: int) -> io.BytesIO:
         """The encoded picture `index`, as a file in memory."""
@@ -171,12 +111,13 @@ class Records:
             with opened.environment.begin() as transaction:
                 return transaction.get(opened.key(index), b"")
         except lmdb.Error as error:
-            raise _damaged(self.file, error) from error
+            raise _damaged(self.file.path, error) from error
 
     def fingerprint(self) -> str:
         """SHA-256 of the keys, the last transaction, the size and time of the file, and 1,024
         pictures, spread evenly."""
-        digest = hashlib.sha256(f"{_opened(self).digest} {self.size} {self.mtime_ns}".encode())
+        file = self.file
+        digest = hashlib.sha256(f"{_opened(self).digest} {file.size} {file.mtime_ns}".encode())
         for index in spread(len(self), SAMPLED):
             digest.update(self.read(index))
         return digest.hexdigest()
@@ -220,7 +161,7 @@ def _open(records: Records) -> _Opened:
     PluginError without the package lmdb; DataError for a file that is no LMDB, truncated, or
     empty. What is wrong inside a page is lmdb's to find, and it may abort the process over it.
     """
-    file = records.file
+    file = records.file.path
     try:
         import lmdb
     except ImportError as error:  # the data may be fine, so this is no DataError
@@ -234,9 +175,9 @@ def _open(records: Records) -> _Opened:
                 lmdb.open(str(file.parent), readonly=True, lock=False, readahead=False)
             )
             needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-            if records.size < needed:  # reading a page that is missing would be a SIGBUS
+            if records.file.size < needed:  # reading a page that is missing would be a SIGBUS
                 raise DataError(
-                    f"{file}: truncated to {records.size} of {needed} bytes; download it again"
+                    f"{file}: truncated to {records.file.size} of {needed} bytes; download it again"
                 )
             with environment.begin() as transaction:
                 for key in transaction.cursor().iternext(values=False):

@@ -6,11 +6,15 @@ import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from cmkit import DataError
+
+READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,11 @@ def array(path: Path, name: str) -> np.ndarray:
 
 def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Header:
     with archive.open(member) as stream:
-        shape, dtype = _npy(stream)
+        version = np.lib.format.read_magic(stream)
+        if version not in READERS:
+            raise ValueError(f"npy version {version}")
+        shape, _, dtype = READERS[version](stream)
         held = member.file_size - stream.tell()
     if min(shape, default=0) < 0 or held != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{member.filename} announces {dtype} {shape}, but holds {held} bytes")
     return Header(shape, dtype, member.CRC)
-
-
-def _npy(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
-        raise ValueError(f"npy version {version}")
-    return shape, dtype

@@ -5,19 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
 
-from cmkit import Cond, DataError, Reference
+from cmkit import DataError
 from cmkit.pictures import FORMATS
-from cmkit_std.datasets.pixels import pool, resident_batches, streamed_batches
+from cmkit_std.datasets.pixels import Images, Labels, pool
 
 MAX_PIXELS = 2**26
 RESIDENT_BYTES = 2**31
@@ -50,57 +47,29 @@ def check(source: Source, indices: Iterable[int]) -> None:
             pass
 
 
-def batches(
-    source: Source,
-    shape: Shape,
-    labels: np.ndarray | None,
-    flip: bool,
-    size: int,
-    seed: int,
-    device: torch.device,
-    start: int,
-) -> Iterator[tuple[Tensor, Cond]]:
-    """Endless (x0, cond): gathered on the device if all pixels fit, else decoded ahead of time."""
-    if _fits(source, shape):
-        pixels = _decoded(source, shape)
-        return resident_batches(pixels, labels, size, seed, device, start, flip)
-    decoder = Decoder(source, shape)
-    return streamed_batches(decoder.decode, len(source), labels, size, seed, device, start, flip)
+class Decoder(Images):
+    """Pictures of shape (C, R, R), decoded when asked for, or once if they all fit in memory."""
 
-
-def reference(source: Source, shape: Shape) -> Reference:
-    """All pictures as they are decoded, with the SHA-256 of their fingerprint and shape."""
-    digest = hashlib.sha256(f"{source.fingerprint()} {shape}".encode())
-    return Reference(Decoder(source, shape), digest.hexdigest())
-
-
-class Decoder(TorchDataset[Tensor]):
-    """Pictures as uint8 (C, R, R), decoded when asked for, or once if they all fit in memory."""
-
-    def __init__(self, source: Source, shape: Shape):
-        self.source, self.shape = source, shape
+    def __init__(
+        self, source: Source, shape: Shape, labels: Labels | None = None, flip: bool = False
+    ):
+        self.source, self.shape, self.labels, self.flip = source, shape, labels, flip
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> Tensor:
-        kept = self._kept
-        return torch.from_numpy(self.decode(index) if kept is None else kept[index])
+    def row(self, index: int) -> np.ndarray:
+        return decode(self.source, index, self.shape) if self.held is None else self.held[index]
 
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        """The same, many at once: torch's DataLoader asks for it."""
-        if self._kept is not None:
-            return [self[index] for index in indices]
-        with pool() as threads:
-            return [torch.from_numpy(image) for image in threads.map(self.decode, indices)]
-
-    def decode(self, index: int) -> np.ndarray:
-        """Picture `index`, (C, R, R) uint8."""
-        return decode(self.source, index, self.shape)
+    def fingerprint(self) -> str:
+        """SHA-256 of the source's fingerprint and the shape."""
+        return hashlib.sha256(f"{self.source.fingerprint()} {self.shape}".encode()).hexdigest()
 
     @functools.cached_property
-    def _kept(self) -> np.ndarray | None:
-        return _decoded(self.source, self.shape) if _fits(self.source, self.shape) else None
+    def held(self) -> np.ndarray | None:
+        channels, resolution = self.shape
+        fits = len(self) * channels * resolution**2 <= RESIDENT_BYTES
+        return _decoded(self.source, self.shape) if fits else None
 
 
 def decode(source: Source, index: int, shape: Shape) -> np.ndarray:
@@ -140,13 +109,13 @@ def _open(source: Source, index: int) -> Image.Image:
         raise DataError(
             f"{source.name(index)}: {error}; at most {MAX_PIXELS} pixels: shrink it"
         ) from error
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{source.name(index)}: not a picture of {', '.join(FORMATS)}; convert it, or move it"
+            " away"
+        ) from error
     except Exception as error:  # Pillow's readers raise almost anything
-        name = source.name(index)
-        if isinstance(error, UnidentifiedImageError):
-            raise DataError(
-                f"{name}: not a picture of {', '.join(FORMATS)}; convert it, or move it away"
-            ) from error
-        raise _damaged(name, error) from error
+        raise _damaged(source.name(index), error) from error
     fault = ""
     if image.width * image.height > MAX_PIXELS:
         fault = f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} in all; shrink it"
@@ -170,11 +139,6 @@ def _flat(image: Image.Image, mode: str) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert(mode)
-
-
-def _fits(source: Source, shape: Shape) -> bool:
-    channels, resolution = shape
-    return len(source) * channels * resolution**2 <= RESIDENT_BYTES
 
 
 @functools.lru_cache(maxsize=1)

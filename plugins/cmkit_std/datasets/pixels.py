@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,62 +16,114 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from cmkit import Cond, DataError, Reference, Rng, permutation
+from cmkit import Cond, DataError, Rng, permutation
 
 BATCHES_AHEAD = 4
 
+Labels = np.ndarray | list[int]
+"""The class of each image, (N,)."""
 
-class Pixels(TorchDataset[Tensor]):
-    """uint8 images (N, C, H, W) held in memory."""
 
-    def __init__(self, images: np.ndarray):
-        self.images = torch.from_numpy(images)
+class Images(TorchDataset[Tensor], ABC):
+    """uint8 images (C, H, W) by number, as metrics take them, and training batches of them.
+
+    `labels` are their classes, (N,) or None; `flip` mirrors half of the images of batches.
+    """
+
+    labels: Labels | None
+    flip: bool
+
+    @functools.cached_property
+    def held(self) -> np.ndarray | None:
+        """All of them, (N, C, H, W), if they fit in memory."""
+        return None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def row(self, index: int) -> np.ndarray:
+        """Image `index`, (C, H, W) uint8, in memory."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What changes whenever an image does."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.row(index))
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        """The same, many at once: torch's DataLoader asks for it."""
+        if self.held is not None:
+            return list(torch.from_numpy(self.held[indices]))
+        with pool() as threads:
+            return [torch.from_numpy(image) for image in threads.map(self.row, indices)]
+
+    def batches(
+        self, size: int, seed: int, device: torch.device, start: int = 0
+    ) -> Iterator[tuple[Tensor, Cond]]:
+        """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch).
+
+        Images in memory live on `device` and are gathered there: only indices are copied to it, and
+        the host does not wait for that. Others are read ahead in threads.
+        """
+        labels = None
+        if self.labels is not None:
+            labels = torch.as_tensor(self.labels, dtype=torch.int64).to(device)
+        indices = batch_indices(len(self), size, seed, start)
+        if self.held is None:
+            stream = _ahead(self.row, indices, device)
+        else:
+            stream = _gathered(self.held, indices, device)
+        for batch, (index, images) in enumerate(stream, start):
+            x0 = to_x0(images)
+            if self.flip:
+                x0 = flipped(x0, seed, batch)
+            yield x0, Cond(label=None if labels is None else labels[index])
+
+
+class Pixels(Images):
+    """Images (N, C, H, W) held in memory."""
+
+    def __init__(self, images: np.ndarray, labels: Labels | None = None, flip: bool = False):
+        self.images, self.held, self.labels, self.flip = images, images, labels, flip
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
+    def row(self, index: int) -> np.ndarray:
+        return np.array(self.images[index])
 
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        """The same, many at once: torch's DataLoader asks for it."""
-        return list(self.images[indices])
+    def fingerprint(self) -> str:
+        """SHA-256 of their shape and bytes."""
+        digest = hashlib.sha256(repr(self.images.shape).encode())
+        digest.update(np.ascontiguousarray(self.images).data)
+        return digest.hexdigest()
 
 
-class Mapped(TorchDataset[Tensor]):
-    """uint8 images (N, C, H, W) in a `.npy` file, read from the disk when they are asked for.
+class Mapped(Pixels):
+    """Images (N, C, H, W) in a `.npy` file, read from the disk when they are asked for; `digest` is
+    their fingerprint.
 
     DataError for a damaged file. The file may be removed or replaced meanwhile: the operating
     system keeps the mapped one.
     """
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(
+        self, file: Path, digest: str = "", labels: Labels | None = None, flip: bool = False
+    ):
         try:
-            self.images = np.load(file, mmap_mode="r", allow_pickle=False)
+            super().__init__(np.load(file, mmap_mode="r", allow_pickle=False), labels, flip)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{file}: damaged ({error}); remove it, it is made again") from error
+        self.file, self.digest, self.held = file, digest, None
 
     def __reduce__(self) -> tuple[type[Mapped], tuple[Path]]:
         """To another process the name of the file travels, not its pixels."""
         return Mapped, (self.file,)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.row(index))
-
-    def row(self, index: int) -> np.ndarray:
-        """Image `index`, (C, H, W) uint8, in memory."""
-        return np.array(self.images[index])
-
-
-def reference(images: np.ndarray) -> Reference:
-    """All of `images`, uint8 (N, C, H, W), with the SHA-256 of their shape and bytes."""
-    digest = hashlib.sha256(repr(images.shape).encode())
-    digest.update(np.ascontiguousarray(images).data)
-    return Reference(Pixels(images), digest.hexdigest())
+    def fingerprint(self) -> str:
+        return self.digest
 
 
 def batch_indices(n: int, size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
@@ -94,61 +148,25 @@ def batch_indices(n: int, size: int, seed: int, start: int = 0) -> Iterator[np.n
         yield np.concatenate(taken)
 
 
-def resident_batches(
-    images: np.ndarray,
-    labels: np.ndarray | None,
-    size: int,
-    seed: int,
-    device: torch.device,
-    start: int = 0,
-    flip: bool = False,
-) -> Iterator[tuple[Tensor, Cond]]:
-    """Endless (x0, cond) of uint8 images (N, C, H, W) that live on `device` and are gathered there.
-
-    Only indices are copied to the device, and the host does not wait for it.
-    """
-    pixels = torch.from_numpy(images).to(device)
-    classes = None if labels is None else torch.from_numpy(labels.astype(np.int64)).to(device)
-    indices = batch_indices(len(images), size, seed, start)
-    for batch, chosen in enumerate(indices, start):
-        index = to_device(torch.from_numpy(chosen), device)
-        x0 = to_x0(pixels[index])
-        if flip:
-            x0 = flipped(x0, seed, batch)
-        yield x0, Cond(label=None if classes is None else classes[index])
-
-
-def streamed_batches(
-    image: Callable[[int], np.ndarray],
-    count: int,
-    labels: np.ndarray | None,
-    size: int,
-    seed: int,
-    device: torch.device,
-    start: int = 0,
-    flip: bool = False,
-) -> Iterator[tuple[Tensor, Cond]]:
-    """The same batches of image(0) .. image(count - 1), uint8 (C, H, W), read ahead in threads."""
-    stream = _ahead(image, batch_indices(count, size, seed, start))
-    for batch, (chosen, images) in enumerate(stream, start):
-        x0 = to_x0(to_device(images, device))
-        if flip:
-            x0 = flipped(x0, seed, batch)
-        label = None
-        if labels is not None:
-            label = to_device(torch.from_numpy(labels[chosen].astype(np.int64)), device)
-        yield x0, Cond(label=label)
-
-
 def pool() -> ThreadPoolExecutor:
     """Threads to decode in: Pillow and file reads release the interpreter's lock."""
     return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
 
 
+def _gathered(
+    images: np.ndarray, indices: Iterable[np.ndarray], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(indices, uint8 images (B, C, H, W)), both on `device`, where all images are."""
+    pixels = torch.from_numpy(images).to(device)
+    for chosen in indices:
+        index = to_device(chosen, device)
+        yield index, pixels[index]
+
+
 def _ahead(
-    image: Callable[[int], np.ndarray], indices: Iterable[np.ndarray]
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """(indices, uint8 images (B, C, H, W)), while the next batches are read in threads."""
+    image: Callable[[int], np.ndarray], indices: Iterable[np.ndarray], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same of images that are read in threads, which go on to the next batches."""
     threads = pool()
     waiting: deque[tuple[np.ndarray, list[Future[np.ndarray]]]] = deque()
     try:
@@ -156,7 +174,8 @@ def _ahead(
             waiting.append((chosen, [threads.submit(image, int(i)) for i in chosen]))
             if len(waiting) > BATCHES_AHEAD:
                 due, futures = waiting.popleft()
-                yield due, torch.from_numpy(np.stack([future.result() for future in futures]))
+                images = np.stack([future.result() for future in futures])
+                yield to_device(due, device), to_device(images, device)
     finally:
         threads.shutdown(cancel_futures=True)
 
@@ -169,12 +188,11 @@ def to_x0(images: Tensor) -> Tensor:
 def flipped(x0: Tensor, seed: int, batch: int) -> Tensor:
     """x0 with about half of its images mirrored, chosen by (seed, batch number)."""
     coins = Rng(seed, "data/flip", batch, torch.device("cpu")).integers(2, len(x0)).bool()
-    mirrored = to_device(coins, x0.device).view(-1, 1, 1, 1)
+    mirrored = to_device(coins.numpy(), x0.device).view(-1, 1, 1, 1)
     return torch.where(mirrored, x0.flip(-1), x0)
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """x (on the CPU) on `device`, without waiting for it."""
-    if device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """`array` on `device`, without waiting for it."""
+    x = torch.from_numpy(array)
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

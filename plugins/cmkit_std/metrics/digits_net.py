@@ -7,7 +7,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
 
 from cmkit import CheckpointError
+from cmkit_std.metrics.fidelity_options import DIGITS
 
-EXTRACTOR = "cmkit-digits"
 Net = TypeVar("Net", bound=nn.Module)
 SHA256 = {
     "digits_features": "0b42f7e0d8b8ffd542ea3ad14e0e52d565a5c176131483c4b02917947b18aae2",
@@ -98,32 +98,39 @@ class MixerBlock(nn.Module):
         return h + self.width(self.norm_width(h))
 
 
-class DigitsExtractor(FeatureExtractorBase):
-    """`FeatureNet` as torch-fidelity takes it: `feature_extractor="cmkit-digits"`."""
+class LabelExtractor(FeatureExtractorBase):
+    """A classifier as torch-fidelity takes it: "logits" for the Inception score, `pooled` features
+    for all else. `black` is the shape (C, H, W) of an image to compile it with."""
+
+    pooled: ClassVar[str]
+    black: ClassVar[tuple[int, int, int]]
+
+    @classmethod
+    def get_provided_features_list(cls) -> tuple[str, ...]:
+        return cls.pooled, "logits"
+
+    @classmethod
+    def get_default_feature_layer_for_metric(cls, metric: str) -> str:
+        return "logits" if metric == "isc" else cls.pooled
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return True
+
+    @classmethod
+    def get_dummy_input_for_compile(cls) -> Tensor:
+        return torch.zeros(1, *cls.black, dtype=torch.uint8)
+
+
+class DigitsExtractor(LabelExtractor):
+    """`FeatureNet`, as `feature_extractor="cmkit-digits"`."""
+
+    pooled = "64"
+    black = (1, 8, 8)
 
     def __init__(self, name: str, features_list: list[str], **kwargs: object):
         super().__init__(name, features_list)
         self.net = feature_net()
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """Names of the features that `forward` can return."""
-        return "64", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Logits for the Inception score, the 64 features for all else."""
-        return "logits" if metric == "isc" else "64"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Yes: it is made of plain tensor operations."""
-        return True
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        """One black image."""
-        return torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The requested features, each (B, d), of uint8 images (B, 1, H, W)."""
@@ -168,4 +175,4 @@ def _load(build: Callable[[], Net], name: str) -> Net:
     return net.eval().requires_grad_(False)
 
 
-register_feature_extractor(EXTRACTOR, DigitsExtractor)
+register_feature_extractor(DIGITS, DigitsExtractor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit import CheckpointError, DataError, NonFiniteError, Reference
 from cmkit_std.metrics import stored
-from cmkit_std.metrics.digits_net import EXTRACTOR
+from cmkit_std.metrics.fidelity_options import DIGITS
 from cmkit_std.metrics.streams import STREAMS, whole
 
 KEPT_REFERENCES = 2
@@ -33,12 +32,6 @@ class Extractor:
     name: str
     weights: str | None
     sha256: str | None
-
-    def layer(self, metric: str) -> str:
-        """The features that torch-fidelity takes for `metric`: "isc", "fid", "kid" or "prc"; for
-        "sfid" those that ADM's evaluator takes."""
-        network = FEATURE_EXTRACTORS_REGISTRY[self.name]
-        return SPATIAL if metric == "sfid" else network.get_default_feature_layer_for_metric(metric)
 
 
 class Want(NamedTuple):
@@ -142,7 +135,10 @@ def width(extractor: Extractor, layer: str, image: Tensor, device: torch.device)
         return int(network(_fit(image[None].to(device), extractor.name))[layer].shape[1])
 
 
-_references: OrderedDict[tuple[object, ...], Features] = OrderedDict()
+@functools.lru_cache(KEPT_REFERENCES)
+def _references(fingerprint: str, extractor: Extractor, device_type: str) -> Features:
+    """The features of a reference that are in memory, to be filled by who asks."""
+    return {}
 
 
 def reference_features(
@@ -154,10 +150,7 @@ def reference_features(
 ) -> Features:
     """`features` of the real images, kept in memory for the next set of samples, and on disk for
     the next process (see `stored`) where the extractor's weights are known by their SHA-256."""
-    held = _references.setdefault((reference.fingerprint, extractor, device.type), {})
-    _references.move_to_end((reference.fingerprint, extractor, device.type))
-    while len(_references) > KEPT_REFERENCES:
-        _references.popitem(last=False)
+    held = _references(reference.fingerprint, extractor, device.type)
     count = len(reference.images)
     names = {
         want: stored.name(reference.fingerprint, extractor.name, extractor.sha256, device, *want)
@@ -177,9 +170,9 @@ def reference_features(
 
 def _fit(batch: Tensor, name: str) -> Tensor:
     channels = batch.shape[1]
-    if name == EXTRACTOR and channels != 1:
+    if name == DIGITS and channels != 1:
         raise DataError(f"extractor {name} takes grey images, not {channels} channels")
-    return batch.expand(-1, 3, -1, -1) if channels == 1 and name != EXTRACTOR else batch
+    return batch.expand(-1, 3, -1, -1) if channels == 1 and name != DIGITS else batch
 
 
 @functools.lru_cache(maxsize=2)

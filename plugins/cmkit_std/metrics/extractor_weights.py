@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch_fidelity import register_feature_extractor
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit import CheckpointError, DownloadError, RecipeError
 from cmkit.files import cached_sha256
-from cmkit_std.metrics.digits_net import EXTRACTOR, SHA256
+from cmkit_std.metrics.digits_net import SHA256
 from cmkit_std.metrics.extract import Extractor
-from cmkit_std.metrics.fidelity_options import INCEPTION
+from cmkit_std.metrics.fidelity_options import DIGITS, INCEPTION
 
 
 class Weights(NamedTuple):
@@ -48,7 +49,7 @@ def find(name: str, given: str | None, download: bool) -> Extractor:
     RecipeError for a name that nobody knows, DownloadError for weights that are not on this disk
     and may not be fetched, CheckpointError for others than the published ones.
     """
-    if name == EXTRACTOR:
+    if name == DIGITS:
         if given:
             raise RecipeError(f"metric.weights: {name} ships its own weights; leave it out")
         return Extractor(name, None, SHA256["digits_features"])
@@ -65,7 +66,15 @@ def _published(name: str, given: str | None, download: bool) -> Path:
                 f"fidelity: extractor {name} needs {public.file}: put {public.url} into"
                 f" {file.parent}, or name a copy in metric.weights, or set metric.download = true"
             )
-        _fetch(public, file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(
+                public.url, str(file), hash_prefix=public.sha256, progress=False
+            )
+        except (OSError, RuntimeError) as error:
+            raise DownloadError(
+                f"{public.url}: {error}; download it elsewhere and put it at {file}"
+            ) from error
     if (found := cached_sha256(file)) != public.sha256:
         raise CheckpointError(
             f"{file}: SHA-256 {found[:12]}.. is not that of {public.file},"
@@ -74,26 +83,14 @@ def _published(name: str, given: str | None, download: bool) -> Path:
     return file
 
 
-def _fetch(public: Weights, file: Path) -> None:
-    """Download the file, whole or not at all; DownloadError when it cannot be had."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(
-            public.url, str(file), hash_prefix=public.sha256, progress=False
-        )
-    except (OSError, RuntimeError) as error:
-        raise DownloadError(
-            f"{public.url}: {error}; download it elsewhere and put it at {file}"
-        ) from error
-
-
 def _other(name: str, given: str | None, download: bool) -> Path | None:
     """The file for an extractor that timm, torch-fidelity or another package knows."""
     if name.startswith("timm-"):
-        from cmkit_std.metrics.timm_extractor import register
+        from cmkit_std.metrics.timm_extractor import TimmExtractor
         from cmkit_std.timm_network import weights_of
 
-        register(name)
+        if name not in FEATURE_EXTRACTORS_REGISTRY:
+            register_feature_extractor(name, TimmExtractor)
         network = name.removeprefix("timm-")
         files = None if given is None else {network: str(Path(given).expanduser())}
         return weights_of(network, files, "fidelity.extractor", "metric.weights")

@@ -5,21 +5,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cmkit import DataError, DataSpec, Metric, RecipeError, Reference
-from cmkit_std.metrics.fidelity_options import (
-    DIGITS,
-    INCEPTION,
-    NEIGHBOURS,
-    NUMBERS,
-    FidelityOptions,
-)
+from cmkit import DataSpec, Metric, RecipeError, Reference
+from cmkit_std.metrics.fidelity_options import DIGITS, NEIGHBOURS, NUMBERS, FidelityOptions
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from torch.utils.data import Dataset as Images
 
-    from cmkit_std.metrics.extract import Extractor
     from cmkit_std.metrics.fidelity_meter import FidelityMeter
 
 
@@ -55,8 +48,10 @@ class Fidelity(FidelityOptions, Metric):
         DataError when the extractor is unfit for `data` or `images` are too few, RecipeError when
         nobody knows it.
         """
+        from cmkit_std.metrics.fidelity_meter import network
+
         self.enough(images, "samples", self.wanted())
-        self.network(data.channels, data.resolution)
+        network(self, data.channels, data.resolution)
 
     def check_reference(self, data: DataSpec, reference: Reference, device: torch.device) -> None:
         """DataError for too few reference images, or statistics of other features."""
@@ -80,7 +75,7 @@ class Fidelity(FidelityOptions, Metric):
         count = len(images)  # type: ignore[arg-type]
         self.enough(count, "samples", self.wanted())
         meter = self.meter(count, reference, device)
-        place = f"metric extractor {self._used.name if self._used else self.extractor}"
+        place = f"metric extractor {self._used[0] if self._used else self.extractor}"
         for batch in batches(images, self.batch, place, pin=device.type == "cuda"):
             meter.add(batch)
         return meter.values()
@@ -99,34 +94,14 @@ class Fidelity(FidelityOptions, Metric):
         """
         from importlib.metadata import version
 
-        name = self._used.name if self._used else self.extractor
+        name, sha256 = self._used or (self.extractor, None)
         shipped = name == DIGITS
         return {
             "extractor": name,
-            "weights_sha256": self._used.sha256 if self._used else None,
+            "weights_sha256": sha256,
             "resize": "area to 8x8, none if 8x8" if shipped else f"inside {name}, from full size",
             "torch_fidelity": version("torch-fidelity"),
             **({"compared_with": self._compared} if self._compared else {}),
             **({"kid_subset_size": self.kid_subset_size} if self.kid else {}),
             **({"neighbours": NEIGHBOURS} if self.precision_recall else {}),
         }
-
-    def network(self, channels: int, resolution: int) -> Extractor:
-        """The extractor for such images, with its weights found; it raises what `check` raises."""
-        name, small = self.extractor, channels == 1 and resolution <= 16
-        if name == "auto":
-            name = DIGITS if small else INCEPTION
-        if name == DIGITS and not small:
-            raise DataError(
-                f"fidelity.extractor = {name!r}: images of {channels} channels and {resolution}"
-                f" pixels; it knows grey digits of at most 16x16: use {INCEPTION}"
-            )
-        if self.sfid and name != INCEPTION:
-            raise RecipeError(
-                f"fidelity.sfid: extractor {name} has no spatial features; set"
-                f' metric.extractor = "{INCEPTION}", or metric.sfid = false'
-            )
-        from cmkit_std.metrics.extractor_weights import find
-
-        self._used = find(name, self.weights, self.download)
-        return self._used

@@ -9,17 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch_fidelity import metric_kid
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from cmkit import DataError, NonFiniteError, Reference
+from cmkit import DataError, NonFiniteError, RecipeError, Reference
 from cmkit_std.metrics.extract import (
+    SPATIAL,
     Extractor,
-    Features,
     Streams,
     Want,
     reference_features,
     width,
 )
-from cmkit_std.metrics.fidelity_options import NEIGHBOURS, NUMBERS, PUBLISHED, FidelityOptions
+from cmkit_std.metrics.extractor_weights import find
+from cmkit_std.metrics.fidelity_options import (
+    DIGITS,
+    INCEPTION,
+    NEIGHBOURS,
+    NUMBERS,
+    PUBLISHED,
+    FidelityOptions,
+)
 from cmkit_std.metrics.frechet import frechet
 from cmkit_std.metrics.manifold import precision_recall
 
@@ -30,7 +39,8 @@ WANTED = {
     "kid": ("kid", "rows"),
     "precision_recall": ("prc", "rows"),
 }
-"""torch-fidelity's name of the metric, which decides the layer, and what is kept of a layer."""
+"""torch-fidelity's name of the metric, which decides the layer, and what is kept of a layer;
+sFID has one of its own, that of ADM's evaluator."""
 
 
 class FidelityMeter:
@@ -61,12 +71,8 @@ class FidelityMeter:
         metric, reference, streams = self.metric, self.reference, self.streams
         assert streams is not None, "no image was added"
         ours = streams.tensors()
-        theirs: Features = {}
-        if self.seen:
-            wanted = {self.wants[flag] for flag in self.seen}
-            theirs = reference_features(
-                streams.extractor, wanted, reference, self.device, metric.batch
-            )
+        wanted = {self.wants[flag] for flag in self.seen}
+        theirs = reference_features(streams.extractor, wanted, reference, self.device, metric.batch)
         numbers: dict[str, float] = {}
         for flag, want in self.wants.items():
             real = self.given.get(flag) or theirs.get(want, {})
@@ -101,11 +107,16 @@ def prepare(
     """The extractor for such images, published statistics by flag, and the flags that need the
     reference's images. It raises what `Fidelity.check_reference` raises."""
     flags = metric.wanted()
-    given = _published(reference)
+    known = reference.statistics or {}
+    given = {
+        flag: {"mu": known[mu], "sigma": known[sigma]}
+        for flag, (mu, sigma) in PUBLISHED.items()
+        if mu in known and sigma in known
+    }
     seen = [flag for flag in flags if flag != "isc" and flag not in given]
     metric.enough(len(reference.images), "reference images", seen)  # type: ignore[arg-type]
     channels, _, resolution = image.shape
-    extractor = metric.network(channels, resolution)
+    extractor = network(metric, channels, resolution)
     for flag in set(given) & set(flags):
         count = width(extractor, _want(extractor, flag).layer, image, device)
         if given[flag]["mu"].shape != (count,) or given[flag]["sigma"].shape != (count, count):
@@ -117,19 +128,32 @@ def prepare(
     return extractor, given, seen
 
 
-def _published(reference: Reference) -> dict[str, dict[str, Any]]:
-    """{flag: {"mu": (d,), "sigma": (d, d)}} of the Frechet distances with published statistics."""
-    found = reference.statistics or {}
-    return {
-        flag: {"mu": found[mu], "sigma": found[sigma]}
-        for flag, (mu, sigma) in PUBLISHED.items()
-        if mu in found and sigma in found
-    }
+def network(metric: FidelityOptions, channels: int, resolution: int) -> Extractor:
+    """The extractor for such images, with its weights found; it raises what `Fidelity.check`
+    raises."""
+    name, small = metric.extractor, channels == 1 and resolution <= 16
+    if name == "auto":
+        name = DIGITS if small else INCEPTION
+    if name == DIGITS and not small:
+        raise DataError(
+            f"fidelity.extractor = {name!r}: images of {channels} channels and {resolution}"
+            f" pixels; it knows grey digits of at most 16x16: use {INCEPTION}"
+        )
+    if metric.sfid and name != INCEPTION:
+        raise RecipeError(
+            f"fidelity.sfid: extractor {name} has no spatial features; set"
+            f' metric.extractor = "{INCEPTION}", or metric.sfid = false'
+        )
+    found = find(name, metric.weights, metric.download)
+    metric._used = found.name, found.sha256
+    return found
 
 
 def _want(extractor: Extractor, flag: str) -> Want:
     metric, stream = WANTED[flag]
-    return Want(extractor.layer(metric), stream)
+    network = FEATURE_EXTRACTORS_REGISTRY[extractor.name]
+    layer = SPATIAL if flag == "sfid" else network.get_default_feature_layer_for_metric(metric)
+    return Want(layer, stream)
 
 
 def _values(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from cmkit import DataError, Part
-
-if TYPE_CHECKING:
-    from cmkit_std.metrics.extract import Extractor
 
 DIGITS = "cmkit-digits"
 INCEPTION = "inception-v3-compat"
@@ -53,11 +50,12 @@ class FidelityOptions(Part):
     kid_subset_size: int = Field(1000, ge=2, le=10**6)
     """Images in a subset of KID; neither set of images may be smaller."""
 
-    _used: Extractor | None = PrivateAttr(None)
+    _used: tuple[str, str | None] | None = PrivateAttr(None)
+    """Name and SHA-256 of the extractor that the last check or measurement chose."""
     _compared: str | None = PrivateAttr(None)
 
     @model_validator(mode="after")
-    def _something(self) -> FidelityOptions:
+    def _something(self) -> Self:
         if not self.wanted():
             raise ValueError(f"nothing to measure; set one of {', '.join(NUMBERS)} to true")
         return self
@@ -87,7 +85,3 @@ class FidelityOptions(Part):
                     f"fidelity.{flag}: {count} {what}; it needs at least {least[flag]}"
                     f"{cures.get(flag, '')}"
                 )
-
-    def network(self, channels: int, resolution: int) -> Extractor:
-        """The extractor for such images, its weights found."""
-        raise NotImplementedError

@@ -16,41 +16,34 @@ def frechet(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     """
     from torch_fidelity import metric_fid
 
-    if "rows" in a and "rows" in b:
-        return frechet_of_two_few(np.asarray(a["rows"]), np.asarray(b["rows"]))
-    if "rows" in b:
-        a, b = b, a
-    theirs = {name: np.asarray(b[name], np.float64) for name in ("mu", "sigma")}
-    if "rows" in a:
-        return frechet_of_few(np.asarray(a["rows"]), theirs)
-    ours = {name: np.asarray(a[name], np.float64) for name in ("mu", "sigma")}
-    found = metric_fid.fid_statistics_to_metric(ours, theirs, verbose=False)
+    a, b = ({name: np.asarray(x, np.float64) for name, x in each.items()} for each in (a, b))
+    if "rows" in a or "rows" in b:
+        few, other = (a, b) if "rows" in a else (b, a)
+        return frechet_of_few(few["rows"], other)
+    found = metric_fid.fid_statistics_to_metric(a, b, verbose=False)
     return float(found[metric_fid.KEY_METRIC_FID])
 
 
-def frechet_of_few(features: np.ndarray, reference: Mapping[str, np.ndarray]) -> float:
-    """The distance of features (N, d) with N <= d from {"mu": (d,), "sigma": (d, d)}.
+def frechet_of_few(features: np.ndarray, other: Mapping[str, np.ndarray]) -> float:
+    """The distance of features (N, d) with N <= d from {"mu": (d,), "sigma": (d, d)}, or from other
+    such features {"rows": (M, d)}.
 
     With X the centred features and S1 = X^T X / (N - 1), the eigenvalues of S1 S2 that are not zero
     are those of X S2 X^T / (N - 1), which is N by N and symmetric: the trace of the root is the sum
     of their roots. For N = 200 and d = 2048 that is hundreds of times cheaper than the d by d form,
-    which the rank-deficient S1 also makes inaccurate.
+    which the rank-deficient S1 also makes inaccurate. Where Y gives S2 so, they are the squares of
+    the singular values of X Y^T, which is N by M.
     """
     mu1, x = _root(features)
-    sigma2 = reference["sigma"].astype(np.float64)
-    eigenvalues = np.linalg.eigvalsh(x @ sigma2 @ x.T)
-    root_trace = np.sqrt(eigenvalues.clip(min=0)).sum()
-    difference = mu1 - reference["mu"]
-    return float(difference @ difference + (x * x).sum() + np.trace(sigma2) - 2 * root_trace)
-
-
-def frechet_of_two_few(features: np.ndarray, others: np.ndarray) -> float:
-    """The distance of features (N, d) and (M, d): with X and Y as above, the eigenvalues of S1 S2
-    are the squares of the singular values of X Y^T, which is N by M."""
-    (mu1, x), (mu2, y) = _root(features), _root(others)
-    root_trace = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    if "rows" in other:
+        mu2, y = _root(other["rows"])
+        trace, root_trace = (y * y).sum(), np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    else:
+        mu2, sigma2 = other["mu"], other["sigma"].astype(np.float64)
+        eigenvalues = np.linalg.eigvalsh(x @ sigma2 @ x.T)
+        trace, root_trace = np.trace(sigma2), np.sqrt(eigenvalues.clip(min=0)).sum()
     difference = mu1 - mu2
-    return float(difference @ difference + (x * x).sum() + (y * y).sum() - 2 * root_trace)
+    return float(difference @ difference + (x * x).sum() + trace - 2 * root_trace)
 
 
 def _root(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

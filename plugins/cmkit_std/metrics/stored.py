@@ -29,9 +29,8 @@ MAX_BYTES = 4 * 2**30
 DIGEST = "sha256"
 
 
-def folder() -> Path:
-    """Where the files are."""
-    return cache_folder("features")
+def _file(name: str) -> Path:
+    return cache_folder("features") / f"{name}.safetensors"
 
 
 def name(
@@ -45,16 +44,15 @@ def name(
 
 def load(name: str) -> dict[str, Tensor] | None:
     """The tensors that `save` stored, or None when they are missing or damaged."""
-    file = folder() / f"{name}.safetensors"
     try:
-        tensors = read_weights(file)
+        tensors = read_weights(_file(name))
     except (CheckpointError, ResourceError):
         return None
     digest = tensors.pop(DIGEST, None)
     if digest is None or digest.tolist() != list(_digest(name, tensors)):
         return None
     with contextlib.suppress(OSError):  # another's folder: its files stay as old as they are
-        os.utime(file)
+        os.utime(_file(name))
     return tensors
 
 
@@ -63,9 +61,9 @@ def save(name: str, tensors: Mapping[str, Tensor]) -> None:
     digest = torch.tensor(list(_digest(name, tensors)), dtype=torch.uint8)
     # a full or read-only disk costs the next process time, not this one its numbers
     with contextlib.suppress(OSError, ResourceError):
-        folder().mkdir(parents=True, exist_ok=True)
-        save_weights(folder() / f"{name}.safetensors", {**tensors, DIGEST: digest})
-        _prune()
+        _file(name).parent.mkdir(parents=True, exist_ok=True)
+        save_weights(_file(name), {**tensors, DIGEST: digest})
+        _prune(_file(name).parent)
 
 
 def _digest(name: str, tensors: Mapping[str, Tensor]) -> bytes:
@@ -76,8 +74,8 @@ def _digest(name: str, tensors: Mapping[str, Tensor]) -> bytes:
     return sha.digest()
 
 
-def _prune() -> None:
-    files = sorted(folder().iterdir(), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+def _prune(folder: Path) -> None:
+    files = sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns, reverse=True)
     total = 0
     for index, file in enumerate(files):
         total += file.stat().st_size

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IS_SPLITS = 10
+from cmkit_std.metrics.fidelity_options import IS_SPLITS
+
 SHUFFLE_SEED = 2020
 """Of torch-fidelity: its Inception score splits the images in this random order."""
 
@@ -105,8 +106,7 @@ class Score:
         split[order] = np.repeat(np.arange(IS_SPLITS), np.diff(bounds))
         self.split = torch.from_numpy(split)  # of each image
         self.seen = 0
-        self.sums: Tensor | float = 0.0
-        self.negentropies: Tensor | float = 0.0
+        self.sums = self.negentropies = torch.zeros(())
 
     def add(self, logits: Tensor) -> None:
         """Take a batch of logits (B, C), which stay on their device."""
@@ -121,8 +121,6 @@ class Score:
     def tensors(self) -> dict[str, Tensor]:
         """{"scores": (splits,)} float64 on the CPU."""
         sizes = self.split.bincount(minlength=IS_SPLITS)
-        assert isinstance(self.sums, Tensor)
-        assert isinstance(self.negentropies, Tensor)
         q = self.sums.cpu() / sizes[:, None]
         mean = self.negentropies.cpu() / sizes
         return {"scores": (mean - torch.xlogy(q, q).sum(1)).exp()}
@@ -130,8 +128,6 @@ class Score:
     def state(self) -> dict[str, Tensor]:
         if not self.seen:
             return {}
-        assert isinstance(self.sums, Tensor)
-        assert isinstance(self.negentropies, Tensor)
         sums = {"sums": self.sums, "negentropies": self.negentropies}
         return {**sums, "seen": torch.tensor(self.seen)}
 

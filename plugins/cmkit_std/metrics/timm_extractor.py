@@ -8,17 +8,19 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch_fidelity import FeatureExtractorBase, register_feature_extractor
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from cmkit_std.metrics.digits_net import LabelExtractor
 from cmkit_std.timm_network import network
 
 PREFIX = "timm-"
 
 
-class TimmExtractor(FeatureExtractorBase):
+class TimmExtractor(LabelExtractor):
     """Pooled features of a network of timm, and its logits for the Inception score, from images
     resized and normalised as in its training."""
+
+    pooled = "pooled"
+    black = (3, 64, 64)
 
     def __init__(
         self,
@@ -35,26 +37,6 @@ class TimmExtractor(FeatureExtractorBase):
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(config[key]).view(1, -1, 1, 1))
 
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        """Names of the features that `forward` can return."""
-        return "pooled", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Logits for the Inception score, pooled features for all else."""
-        return "logits" if metric == "isc" else "pooled"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        """Yes: it is made of plain tensor operations."""
-        return True
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        """One black image."""
-        return torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """The requested features, each (B, d), of uint8 images (B, 3, H, W)."""
         x = images.to(self.mean.dtype) / 255
@@ -64,9 +46,3 @@ class TimmExtractor(FeatureExtractorBase):
         if "logits" in self.features_list:
             found["logits"] = self.net.forward_head(maps)
         return tuple(found[name] for name in self.features_list)
-
-
-def register(name: str) -> None:
-    """Make `name`, "timm-" and a network of timm, known to torch-fidelity."""
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
-        register_feature_extractor(name, TimmExtractor)

@@ -13,7 +13,7 @@ from cmkit_std.objectives.weightings import Weighting, weighting
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmkit import Cond, Models, Rng
+    from cmkit import Cond, Models, Noise, Rng
 
 Distance = Literal["l1", "l2", "l2-32", "lpips", "pseudo_huber"]
 HuberC = Annotated[
@@ -87,8 +87,7 @@ class Continuous(Compared):
         import torch
 
         from cmkit.functional import derivative, per_image
-        from cmkit_std.objectives.distances import distance
-        from cmkit_std.objectives.limits import levels, limit
+        from cmkit_std.objectives.distances import distance, limit
 
         online = models.online
         sigma, gap = levels(online.noise, rng.uniform(len(x0)).to(x0.dtype))
@@ -107,3 +106,13 @@ class Continuous(Compared):
         else:
             d = distance(self.distance, v, torch.zeros_like(v))
         return d * weighting(self.weighting, sigma, online.sigma_data)
+
+
+def levels(noise: Noise, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(sigma, dsigma / du), (B,) each, of the Karras grid at fractions u (B,) in [0, 1].
+
+    A grid of N points has gaps of dsigma / du / (N - 1).
+    """
+    low, high = noise.sigma_min ** (1 / noise.rho), noise.sigma_max ** (1 / noise.rho)
+    sigma = noise.sigma_at(u)
+    return sigma, noise.rho * (high - low) * sigma ** (1 - 1 / noise.rho)

@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from cmkit import Cond, Models, Noise, Rng
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 @dataclass(frozen=True)
 class Jumps:
-    """Noisy images x (B, C, H, W) at grid points t, the points u = t - gap that the teacher's
-    solver goes to, and the points s <= u that both jump to; t, u, s (B,) int64."""
+    """Noisy images x (B, C, H, W) at grid points t, and the points s that they jump to, at most
+    u = t - gap, where the teacher's solver goes; t, s (B,) int64."""
 
     sigmas: Tensor
     x: Tensor
     t: Tensor
-    u: Tensor
     s: Tensor
     gap: int
 
@@ -85,10 +87,7 @@ class CTM(Comparison):
     """Of so many steps the first teaches the denoiser, the others the discriminator."""
     gan_lr: float = Field(2e-3, gt=0, le=10)
     """The discriminator's learning rate."""
-    gan_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.5,
-        0.9,
-    )
+    gan_betas: tuple[Decay, Decay] = (0.5, 0.9)
     """Its decays of averages in the optimizer."""
     gan_features: tuple[str, ...] = Field(
         ("deit_base_distilled_patch16_224", "tf_efficientnet_lite0"), min_length=1
@@ -112,7 +111,7 @@ class CTM(Comparison):
     def check(self, data: DataSpec) -> None:
         super().check(data)
         if self.gan_weight:
-            from cmkit_std.objectives.projected_gan import weights_of
+            from cmkit_std.timm_network import weights_of
 
             if data.channels not in (1, 3):
                 raise RecipeError(
@@ -120,7 +119,7 @@ class CTM(Comparison):
                     f" {data.channels}; set gan_weight = 0"
                 )
             for name in self.gan_features:
-                weights_of(name, self.gan_weights)
+                weights_of(name, self.gan_weights, "gan_features", "gan_weights")
 
     def check_batch(self, size: int) -> None:
         if self.gan_weight and size < 2:
@@ -188,7 +187,7 @@ class CTM(Comparison):
         s = (rng.uniform(len(x0)).double() * (u + 1)).long()
         t = u + gap
         x = x0 + per_image(sigmas[t], x0) * rng.normal_like(x0)
-        return Jumps(sigmas, x, t, u, s, gap)
+        return Jumps(sigmas, x, t, s, gap)
 
     def estimate(self, models: Models, jumps: Jumps, cond: Cond, rng: Rng) -> Tensor:
         """The image at sigma_min of the jump from t to s, (B, C, H, W)."""
@@ -212,7 +211,7 @@ class CTM(Comparison):
             x_u = jumps.x
             for k in range(jumps.gap):
                 x_u = solve(models.teacher, x_u, sigmas[t - k], sigmas[t - k - 1], cond)
-            target = self.estimate(models, replace(jumps, x=x_u, t=jumps.u), cond, rng)
+            target = self.estimate(models, replace(jumps, x=x_u, t=t - jumps.gap), cond, rng)
         weight = self.weight(sigmas[t], sigmas[jumps.s], models.online.sigma_data)
         return self.apart(estimate, target) * weight
 

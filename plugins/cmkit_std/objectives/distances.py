@@ -29,18 +29,11 @@ def distance(
     lpips_weights: str | None = None,
 ) -> Tensor:
     """The distance `name` of each pair of images, (B,), with the options that it takes."""
-    match name:
-        case "l1":
-            return l1(a, b)
-        case "l2":
-            return l2(a, b)
-        case "l2-32":
-            return l2_32(a, b)
-        case "pseudo_huber":
-            return pseudo_huber(a, b, c)
-        case "lpips":
-            return lpips(a, b, lpips_net, lpips_weights)
-    raise ValueError(f"no distance {name!r}")
+    if name == "pseudo_huber":
+        return pseudo_huber(a, b, c)
+    if name == "lpips":
+        return lpips(a, b, lpips_net, lpips_weights)
+    return {"l1": l1, "l2": l2, "l2-32": l2_32}[name](a, b)
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:
@@ -86,6 +79,31 @@ def check_lpips(net: str, weights: str | None) -> None:
             f"LPIPS needs torchvision's {name}: put download.pytorch.org/models/{name} into"
             f" {folder}, or name a .safetensors file of the same tensors in lpips_weights"
         )
+
+
+def limit(name: str, f: Tensor, v: Tensor, net: str = "vgg", weights: str | None = None) -> Tensor:
+    """v H v / 2, (B,), with gradient H v in f (B, C, H, W): the limit of the discrete loss (Song,
+    Dhariwal, Chen, Sutskever: Consistency Models, 2023, theorems 5 and 6).
+
+    H is the Hessian of the distance `name` at f; v (B, C, H, W), without gradient, is the change of
+    f over a gap. For "l2" the value is the distance of f and f - v; "l1" has no Hessian, its value
+    is that distance too (theorem 4).
+    """
+    moved = f - f.detach()  # zero, with the gradient of f
+    if name == "l1":
+        return l1(moved, -v)
+    return ((moved + v / 2) * _hessian_times(name, f.detach(), v, net, weights)).flatten(1).sum(1)
+
+
+def _hessian_times(name: str, f: Tensor, v: Tensor, net: str, weights: str | None) -> Tensor:
+    if name == "l2":
+        return 2 * v / f[0].numel()
+    with torch.enable_grad(), torch.autocast(f.device.type, enabled=False):
+        a = f.clone().requires_grad_()
+        d = distance(name, a, f, lpips_net=net, lpips_weights=weights)
+        (gradient,) = torch.autograd.grad(d.sum(), a, create_graph=True)
+        (product,) = torch.autograd.grad((gradient * v).sum(), a)
+    return product
 
 
 def _for_lpips(x: Tensor) -> Tensor:

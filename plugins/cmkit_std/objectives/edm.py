@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 import cmkit
-from cmkit import Objective, Phase
-from cmkit.errors import RecipeError
+from cmkit import Objective, Phase, RecipeError
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:

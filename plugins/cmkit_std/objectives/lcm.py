@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 import cmkit
-from cmkit import Objective, Phase
-from cmkit.errors import RecipeError
+from cmkit import Objective, Phase, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, names: Sequence[str], files: Files):
         super().__init__()
-        self.features = nn.ModuleList(Features(name, weights_of(name, files)) for name in names)
+        self.features = nn.ModuleList(Features(name, files) for name in names)
         self.projections = nn.ModuleList(Projection(f.channels) for f in self.features)
         self.heads = nn.ModuleList(nn.ModuleList(map(head, range(4))) for _ in names)
 
@@ -89,8 +88,9 @@ class Features(nn.Module):
     convolutions.
     """
 
-    def __init__(self, name: str, weights: Path):
+    def __init__(self, name: str, files: Files):
         super().__init__()
+        weights = timm_network.weights_of(name, files, "gan_features", "gan_weights")
         self.network = timm_network.network(name, weights, "gan_weights")
         self.indices, channels, self.flat = _scales(name, self.network)
         config = self.network.pretrained_cfg
@@ -164,11 +164,6 @@ def fixed(conv: nn.Module) -> nn.Module:
         delattr(conv, name)
         conv.register_buffer(name, parameter.detach())
     return conv
-
-
-def weights_of(name: str, files: Files) -> Path:
-    """The file of a feature network's weights; errors as of `timm_network.weights_of`."""
-    return timm_network.weights_of(name, files, "gan_features", "gan_weights")
 
 
 def _scales(name: str, network: nn.Module) -> tuple[list[int], list[int], bool]:
