@@ -44,9 +44,9 @@ def convert(
         raise RecipeError(f"{target}: exists already; name a new file, or remove it")
     folder = RunFolder.of_weights(source)
     if folder.recipe.is_file():
-        own = load(folder.recipe, [], registry)
-        recipe = recipe or own
-        numbers = {**(own.rescaler.numbers() if own.rescaler else {}), **folder.winner()}
+        run = load(folder.recipe, [], registry)
+        recipe = recipe or run
+        numbers = {**(run.rescaler.numbers() if run.rescaler else {}), **folder.winner()}
         scales = [f"{name} = {value:g}" for name, value in numbers.items() if value != 1]
         if scales and not drop_scales:
             raise RecipeError(

@@ -1,6 +1,7 @@
 """What a run depends on: stages shared between recipes, changed inputs, damaged files."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cmkit_std.datasets.image_folder import ImageFolder
+from PIL import Image
 
 from cmkit import CheckpointError, CmkitError, DataError, DataSpec, NonFiniteError, discover
 from cmkit.checkpoint import read_weights
@@ -276,11 +279,11 @@ def test_an_error_in_a_step_keeps_the_steps_before_it(tmp_path, monkeypatch):
 def test_what_changed_is_named():
     then = {"dataset": {"classes": ["a", "aa", "b"], "pictures": 30, "contents": "0" * 64}}
     now = {"dataset": {"classes": ["aa", "b", "z"], "pictures": 31, "contents": "f" * 64}}
-    said = list(changes(then, now, ["dataset"]))
+    said = [sentence for _, _, sentence in changes(then, now)]
     assert said[0] == "dataset: classes: z is new, a is gone; it was begun with a, aa, b"
     assert said[1] == "dataset: pictures 31, it was begun with 30"
     assert said[2].startswith("dataset: contents changed: SHA-256 ffffffffffff..")
-    assert list(changes(then, then, ["dataset"])) == []
+    assert list(changes(then, then)) == []
 
 
 def test_an_unfinished_run_whose_inputs_changed_is_refused(tmp_path, monkeypatch):
@@ -453,3 +456,71 @@ def test_repeated_draws_keep_what_their_budget_holds_and_draw_the_same():
         for rows in batches:
             assert torch.equal(kept.noise(rows, 0), plain.noise(rows, 0))
     assert [rows for rows, _ in kept.kept] == batches[:2]
+
+
+FOLDERS = """
+name = "folders"
+dataset = { use = "image_folder", path = "%s", resolution = 8, channels = 1, labels = true }
+"""
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Pictures in folders a and b, a recipe that trains on them, and its run of two steps."""
+    for label in "ab":
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for k in range(4):
+            level = 40 * k + 20 * (label == "b")
+            Image.new("L", (8, 8), level).save(tmp_path / "data" / label / f"{k}.png")
+    text = BASE.replace('dataset = { use = "digits" }\n', "").replace('name = "tiny"\n', "")
+    text = FOLDERS % (tmp_path / "data") + re.sub(r"metric = .*\n", "", text)
+    text = text[: text.index("[search]")].replace('rescaler = { use = "global" }\n', "")
+    (tmp_path / "tiny.toml").write_text(text)
+    return tmp_path
+
+
+def test_labels_that_would_be_permuted_are_refused(pictures):
+    go(pictures, until=lambda e: isinstance(e, Step) and e.step == 3)
+    (pictures / "data" / "a").rename(pictures / "data" / "z")
+    with pytest.raises(DataError, match="classes: z is new, a is gone; it was begun with a, b"):
+        go(pictures)
+    (pictures / "data" / "z").rename(pictures / "data" / "a")
+    folder, _ = go(pictures)
+    shutil.copytree(pictures / "data" / "a", pictures / "data" / "aa")
+    again, seen = go(pictures)
+    assert again.path == folder.path
+    assert "dataset: classes: aa is new; it was begun with a, b" in notes(seen)
+    assert folder.data().num_classes == 2
+
+
+def test_pictures_that_changed_are_noticed_and_copies_are_not(pictures):
+    dataset = load(pictures / "tiny.toml", [], discover()).dataset
+    before = dataset.identity()
+    picture = pictures / "data" / "a" / "0.png"
+    content = picture.read_bytes()
+    os.utime(picture, (1, 1))
+    assert dataset.identity() == before
+    Image.new("L", (8, 8), 99).save(picture)
+    assert dataset.identity()["contents"] != before["contents"]
+    picture.write_bytes(content)
+    assert dataset.identity() == before
+
+
+def test_folders_named_by_numbers_are_classes_in_their_order(tmp_path):
+    for name in (0, 1, 2, 10, 11):
+        (tmp_path / str(name)).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / str(name) / "one.png")
+    found = ImageFolder(path=str(tmp_path), resolution=8, labels=True)
+    assert found.identity()["classes"] == ["0", "1", "2", "10", "11"]
+
+
+def test_another_reference_measures_again_and_trains_no_more(tmp_path):
+    text = FOLDERS % tmp_path + BASE[BASE.index("objective") :].replace("digits_judge", "fidelity")
+    (tmp_path / "tiny.toml").write_text(text)
+    recipes = [
+        load(tmp_path / "tiny.toml", said, discover())
+        for said in ([], ['dataset.reference_npz="other.npz"'])
+    ]
+    first, second = map(stage_keys, recipes)
+    assert first["train"] == second["train"]
+    assert first["search"] != second["search"]

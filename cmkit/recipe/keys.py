@@ -29,7 +29,8 @@ def stage_keys(recipe: Recipe, inputs: Inputs = MappingProxyType({})) -> dict[st
     before = ""
     for name in recipe.stages:
         tables = stage_tables(recipe, name)
-        read = {table: inputs[table] for table in tables if table in inputs}
+        known = [table for table in tables if table in inputs]
+        read = {table: read_by(recipe, table, name, inputs[table]) for table in known}
         text = json.dumps([before, tables, read], sort_keys=True)
         before = keys[name] = hashlib.sha256(text.encode()).hexdigest()
     return keys
@@ -40,9 +41,16 @@ def stage_tables(recipe: Recipe, stage: str) -> dict[str, Any]:
     which may be added to a part later, and without what changes no bit of it."""
     found: dict[str, Any] = {"seed": recipe.seed}
     for table in dict.fromkeys((*recipe.stages[stage].reads, stage)):
-        if table in recipe.resolved or table == "minimized":
+        if table in recipe.resolved or (table == "minimized" and recipe.metric):
             found[table] = _said(recipe, table, stage)
     return found
+
+
+def read_by(recipe: Recipe, table: str, stage: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage reads of the identity of a table's inputs, whose keys may be those of fields."""
+    part = getattr(recipe, table, None)
+    known = part.read_by if isinstance(part, Part) else {}
+    return {key: value for key, value in about.items() if stage in known.get(key, (stage,))}
 
 
 def _said(recipe: Recipe, table: str, stage: str) -> Any:

@@ -15,7 +15,7 @@ from cmkit.device import precision
 from cmkit.errors import CheckpointError, DataError
 from cmkit.plan import Plan
 from cmkit.recipe import Recipe, minimized, stage_tables
-from cmkit.recipe.keys import Inputs
+from cmkit.recipe.keys import Inputs, read_by
 from cmkit.run.folder import RunFolder
 from cmkit.values import DataSpec
 from cmkit.weights import identity, start_checkpoint
@@ -33,7 +33,7 @@ def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str,
     shape = {key: value for key, value in asdict(data).items() if value is not None}
     found["dataset"] = {**shape, **recipe.dataset.identity()}
     found["metric"] = {key: v for part in recipe.metric for key, v in part.identity().items()}
-    if recipe.search:
+    if recipe.search and recipe.metric:
         found["minimized"] = dict(minimized(recipe).identity())
     if recipe.denoiser.weights:
         found["denoiser"] = identity(recipe.denoiser.weights, recipe.backbone)
@@ -48,13 +48,14 @@ def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str,
     return {table: about for table, about in found.items() if about}
 
 
-def changes(then: Inputs, now: Inputs, tables: Sequence[str]) -> Iterator[str]:
-    """A sentence for each input of `tables` that is not what it was."""
-    for table in tables:
+def changes(then: Inputs, now: Inputs) -> Iterator[tuple[str, str, str]]:
+    """(table, key, sentence) of each input that is not what it was."""
+    for table in dict.fromkeys((*then, *now)):
         was, new = then.get(table, {}), now.get(table, {})
         for key in dict.fromkeys((*was, *new)):
             if was.get(key) != new.get(key):
-                yield f"{table}: {_change(key.replace('_', ' '), was.get(key), new.get(key))}"
+                said = _change(key.replace("_", " "), was.get(key), new.get(key))
+                yield table, key, f"{table}: {said}"
 
 
 def _change(key: str, was: Any, new: Any) -> str:
@@ -84,14 +85,17 @@ def check_inputs(
     """Sentences about inputs that changed since the run was begun, and that `finished` stages
     alone read; DataError or CheckpointError where a stage that is to be done reads one."""
     recipe, then = plan.recipe, folder.inputs()["inputs"]
-    open_stages = [name for name in recipe.stages if name not in finished]
-    read = {table for name in open_stages for table in stage_tables(recipe, name)}
-    read |= {"dataset"} if open_stages else set()
-    every = dict.fromkeys((*then, *now))
-    for sentence in changes(then, now, [table for table in every if table in read]):
-        kind = DataError if sentence.startswith(("dataset", "metric")) else CheckpointError
-        raise kind(
-            f"{folder.path}: what it reads has changed: {sentence}; restore it, or begin a new run"
-            " with another name or --out"
-        )
-    yield from changes(then, now, [table for table in every if table not in read])
+    read: dict[str, set[str]] = {}
+    for name in recipe.stages:
+        if name not in finished:
+            for table in (*stage_tables(recipe, name), "dataset"):
+                both = {**then.get(table, {}), **now.get(table, {})}
+                read.setdefault(table, set()).update(read_by(recipe, table, name, both))
+    for table, key, sentence in changes(then, now):
+        if key in read.get(table, ()):
+            kind = DataError if table in ("dataset", "metric") else CheckpointError
+            raise kind(
+                f"{folder.path}: what it reads has changed: {sentence}; restore it, or begin a new"
+                " run with another name or --out"
+            )
+        yield sentence

@@ -93,7 +93,7 @@ def shown(recipe: Recipe, folder: RunFolder, device: torch.device) -> Iterator[E
     except CmkitError as error:
         yield Note(f"what it read cannot be read now: {error}")
     else:
-        for sentence in changes(then, now, [*dict.fromkeys((*then, *now))]):
+        for _, _, sentence in changes(then, now):
             yield Note(f"{sentence}; the results shown are those of then")
     yield RunFinished(folder.path, report)
 

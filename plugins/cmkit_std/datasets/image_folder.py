@@ -8,15 +8,20 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from cmkit import DataError, DataSpec
+from cmkit.files import cached_digest
 from cmkit_std.datasets.on_disk import Published
 
 if TYPE_CHECKING:
     from cmkit_std.datasets.pictures import Decoder
+
+
+LISTED = 2**35
+"""Bytes of pictures beyond which their contents are not read to tell whether they changed."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Folder:
 
     root: Path
     files: tuple[File, ...]
+    classes: tuple[str, ...] = ()
+    """Names of the classes, by number."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -47,17 +54,19 @@ class Folder:
         """The file of picture `index`."""
         return self.root / self.files[index].name
 
-    @property
-    def classes(self) -> int:
-        """How many there are; each has a picture."""
-        return self.files[-1].label + 1
-
     def labels(self) -> list[int]:
         """Classes of the pictures, (N,)."""
         return [file.label for file in self.files]
 
     def fingerprint(self) -> str:
-        """SHA-256 of names and contents."""
+        """SHA-256 of names and contents, computed anew when a file's name, size or time changes; of
+        more than LISTED bytes that of names, sizes and times."""
+        listing = "".join(f"{f.name}\0{f.size}\0{f.mtime_ns}\n" for f in self.files)
+        if sum(file.size for file in self.files) > LISTED:
+            return hashlib.sha256(os.fsencode(listing)).hexdigest()
+        return cached_digest(f"{self.root.resolve()}\n{listing}", self._contents)
+
+    def _contents(self) -> str:
         digest = hashlib.sha256()
         with ThreadPoolExecutor() as threads:
             contents = threads.map(self._sha256, range(len(self)))
@@ -87,7 +96,8 @@ class ImageFolder(Published):
     channels: Literal[1, 3] = 3
     """3 for RGB, 1 for grey."""
     labels: bool = False
-    """Each folder in `path` is a class, numbered in the order of their names."""
+    """Each folder in `path` is a class, numbered in the order of their names, or, where all names
+    are numbers, of these."""
 
     def spec(self) -> DataSpec:
         """Shape and classes; opens every file, DataError names the first that is no picture."""
@@ -99,7 +109,13 @@ class ImageFolder(Published):
             from cmkit_std.datasets import reference_npz
 
             reference_npz.statistics(Path(self.reference_npz).expanduser(), self.channels)
-        return DataSpec(self.channels, self.resolution, folder.classes if self.labels else None)
+        classes = len(folder.classes) if self.labels else None
+        return DataSpec(self.channels, self.resolution, classes)
+
+    def identity(self) -> dict[str, Any]:
+        """As of any files on this disk, with the names of the classes."""
+        folder = find(self.path, self.labels)
+        return {**({"classes": list(folder.classes)} if self.labels else {}), **super().identity()}
 
     @property
     def _channels(self) -> int:
@@ -127,10 +143,12 @@ def find(path: str, labels: bool) -> Folder:
             " image_folder and dataset.labels = false"
         )
     names = sorted(entry.name for entry in _visible(root))
+    if all(name.isascii() and name.isdigit() for name in names):
+        names.sort(key=int)
     if not names:
         raise DataError(f"{root}: no folder in it; each class needs one of its pictures")
     files = [file for label, name in enumerate(names) for file in _below(root, root / name, label)]
-    return Folder(root, tuple(files))
+    return Folder(root, tuple(files), tuple(names))
 
 
 def _below(root: Path, folder: Path, label: int) -> tuple[File, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cmkit import DataError, DataSpec
 from cmkit_std.datasets import image_folder
@@ -48,8 +48,17 @@ class ImageNet64(Published):
 
                 folder = image_folder.find(self.path, labels=True)
                 check(folder, range(len(folder)))
-                classes = folder.classes
+                classes = len(folder.classes)
         return DataSpec(channels=3, resolution=64, num_classes=classes)
+
+    def identity(self) -> dict[str, Any]:
+        """As of any files on this disk; .npz files are not unpacked for it."""
+        if self.path is None or not (files := self._files()):
+            return super().identity()
+        from cmkit_std.datasets.downsampled import fingerprint
+
+        own = {"contents": fingerprint(files)}
+        return {**self.model_copy(update={"path": None}).identity(), **own}
 
     def _images(self) -> Images:
         files = self._files()
