@@ -321,6 +321,18 @@ def test_overwritten_weights_are_noticed(home, tmp_path):
         go(tmp_path)
 
 
+def test_relative_weights_are_found_from_elsewhere(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(RunFolder(home / "runs" / name_of(home)).weights, "own.safetensors")
+    text = BASE[: BASE.index("[train]")].replace('rescaler = { use = "global" }\n', "")
+    text = re.sub("(objective|metric) = .*\n", "", text)
+    Path("tiny.toml").write_text(text + '[denoiser]\nweights = "own.safetensors"\n')
+    folder, _ = go(tmp_path)
+    monkeypatch.chdir("/")
+    made = drawn_from(folder.path, [], discover(), 2)
+    assert made.denoiser.weights == str(tmp_path / "own.safetensors")
+
+
 @pytest.fixture
 def copied(home, tmp_path):
     """A copy of the finished run, with the recipe beside it."""

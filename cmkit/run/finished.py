@@ -60,7 +60,7 @@ def _finished(recipe: Recipe, folder: RunFolder, at: str) -> Recipe:
         weights = {"weights": f"{folder.path}{at}", "init": None}
         recipe = replace(recipe, denoiser=recipe.denoiser.model_copy(update=weights))
     elif not _said(recipe, "denoiser", "weights"):
-        recipe = trained(recipe, folder)
+        recipe = _at_home(trained(recipe, folder), folder)
         if recipe.train and not Path(recipe.denoiser.weights or "").is_file():
             raise CheckpointError(
                 f"{recipe.denoiser.weights}: not there yet; finish the run first:"
@@ -83,6 +83,18 @@ def _finished(recipe: Recipe, folder: RunFolder, at: str) -> Recipe:
     if any(path[0] == "dataset" for path in recipe.source.overrides):
         return recipe
     return replace(recipe, data=folder.data())
+
+
+def _at_home(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe with relative weights where they are not here, but where the run was begun."""
+    weights = recipe.denoiser.weights
+    if weights is None or Path(weights).exists():
+        return recipe
+    there = Path(folder.inputs().get("home", ".")) / weights
+    if not there.exists():
+        return recipe
+    denoiser = recipe.denoiser.model_copy(update={"weights": str(there)})
+    return replace(recipe, denoiser=denoiser)
 
 
 def _said(recipe: Recipe, *path: str) -> bool:

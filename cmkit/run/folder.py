@@ -128,13 +128,15 @@ class RunFolder:
             )
 
     def inputs(self) -> dict[str, Any]:
-        """What the run was begun with: "inputs" by table, "keys" by stage, "recipe"; empty for a
-        folder of an earlier cmkit. CheckpointError where it is damaged."""
+        """What the run was begun with: "inputs" by table, "keys" by stage, digest of the "recipe",
+        and "home", the working folder, from which relative paths count; empty for a folder of an
+        earlier cmkit. CheckpointError where it is damaged."""
         return files.unsealed(self._inputs) if self._inputs.exists() else {}
 
     def keep_inputs(self, inputs: Mapping[str, Any], keys: Mapping[str, str]) -> None:
         """Write `inputs()`."""
-        content = {"inputs": inputs, "keys": keys, "recipe": files.sha256_of(self.recipe)}
+        recipe, home = files.sha256_of(self.recipe), str(Path.cwd())
+        content = {"inputs": inputs, "keys": keys, "recipe": recipe, "home": home}
         files.atomic_write(self._inputs, files.sealed(content))
 
     def migrate(self) -> None:

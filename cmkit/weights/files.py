@@ -79,7 +79,7 @@ def find(name: str, backbone: Backbone) -> Weights:
         )
     raise CheckpointError(
         f"{path}: no such file; give a checkpoint, a run folder, or a published name such as"
-        " openai:ct_bedroom256"
+        f" openai:ct_bedroom256 (a relative path counts from {Path.cwd()})"
     )
 
 
