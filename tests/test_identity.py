@@ -22,6 +22,7 @@ from cmkit.sample import Draws, RepeatedDraws
 from cmkit.stop import StopSignal
 from cmkit.train import Step
 from cmkit.weights import find, read
+from tests.forks import CMKIT, Fork
 from tests.test_run import CPU, RECIPE
 
 BASE = RECIPE.replace("confirm_seeds = 2", "confirm_seeds = 2\nthumbnails = 4")
@@ -146,7 +147,7 @@ def test_what_is_new_is_said_with_the_reason(home):
         assert sentence.startswith(f"{stage}: that of {home / 'runs' / 'tiny-'}")
     new = said("train.steps=9", "seed=3")
     assert new[0].startswith(f"training: new (train.steps = 9, in {home / 'runs' / 'tiny-'}")
-    assert new[0].endswith(" 6)")
+    assert re.search(r" 6; --from \S+ goes on from there\)$", new[0])
 
 
 def test_a_finished_run_is_shown_and_never_written(home):
@@ -354,6 +355,30 @@ def test_an_intact_run_is_said_to_be_so(copied):
         "model.safetensors",
     } <= names
     assert {"samples/0000000.npz", "checkpoints/step-00000006", "starts.jsonl"} <= names
+
+
+def test_verify_names_the_damaged_file_and_its_exit_code_is_4(copied):
+    place, folder = copied
+    done = Fork(CMKIT, "verify", folder.path, cwd=place).wait()
+    assert done.returncode == 0, done.stderr
+    assert "model.safetensors" in done.stdout
+    folder.weights.write_bytes(flipped(folder.weights.read_bytes(), random.Random(0)))
+    done = Fork(CMKIT, "verify", folder.path, "--json", cwd=place).wait()
+    assert done.returncode == 4
+    found = {each["file"]: each["fault"] for each in json.loads(done.stdout)["files"]}
+    assert {name: fault for name, fault in found.items() if fault} == {
+        "model.safetensors": "damaged"
+    }
+    assert "model.safetensors not intact" in done.stderr
+
+
+def test_check_says_what_a_run_would_share(home, copied):
+    place, folder = copied
+    more = 'metric=[{use="fidelity"}]'
+    done = Fork(CMKIT, "check", "tiny.toml", "--set", more, "--json", cwd=place).wait()
+    stages = json.loads(done.stdout)["stages"]
+    assert [stage["state"] for stage in stages] == ["that of", "that of", "that of", "new"]
+    assert (place / stages[0]["origin"]) == folder.path
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:

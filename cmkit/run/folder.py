@@ -31,7 +31,7 @@ _CHOSEN = re.compile(r"(.+?)(?:@(\d+))?(?::(online|ema-[\d.]+))?")
 STAGE_FILES = {
     "train": ("model.safetensors", "log.jsonl"),
     "search": ("search/*.jsonl", "search/*.png", "search.json"),
-    "sample": ("samples/*.npz", "samples_*.png"),
+    "sample": ("samples/*.npz", "samples.jsonl", "samples_*.png"),
     "metric": (),
 }
 """What a finished stage leaves, of which status.json keeps the digests."""
@@ -131,7 +131,12 @@ class RunFolder:
         """What the run was begun with: "inputs" by table, "keys" by stage, digest of the "recipe",
         and "home", the working folder, from which relative paths count; empty for a folder of an
         earlier cmkit. CheckpointError where it is damaged."""
-        return files.unsealed(self._inputs) if self._inputs.exists() else {}
+        try:
+            return files.unsealed(self._inputs) if self._inputs.exists() else {}
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; restore it from a copy, or run with another --out"
+            ) from error
 
     def keep_inputs(self, inputs: Mapping[str, Any], keys: Mapping[str, str]) -> None:
         """Write `inputs()`."""
