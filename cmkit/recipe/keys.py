@@ -18,7 +18,7 @@ Inputs = Mapping[str, Mapping[str, Any]]
 
 def run_name(recipe: Recipe) -> str:
     """`<name>-<key>`: the key is 8 digits of that of the last stage, whatever lies on the disk."""
-    *_, last = stage_keys(recipe).values()
+    last = next(reversed(stage_keys(recipe).values()), "")
     return f"{recipe.name}-{last[:8]}"
 
 

@@ -220,8 +220,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has its report."""
-        return self._report.exists()
+        """Whether the run has its report; without status.json its stages are to be done again."""
+        return self._report.exists() and self._status.exists()
 
     def report(self) -> dict[str, Any]:
         """report.json; CheckpointError where it is missing or not one that cmkit wrote."""

@@ -52,6 +52,7 @@ def outlook(
 ) -> Iterator[Outlook]:
     """What becomes of each stage of a recipe with these keys in `folder`."""
     own, others = folder.status(), list(_others(folder))
+    new = ""
     for name, key in keys.items():
         if name in own:
             yield Outlook(name, "finished")
@@ -62,7 +63,9 @@ def outlook(
         elif name == "train" and (origin := _begun(others, key)):
             yield Outlook(name, "goes on from", origin)
         else:
-            yield Outlook(name, "new", None, _why(recipe, name, folder, registry))
+            why = _why(recipe, name, folder, registry)
+            yield Outlook(name, "new", None, why or (f"after new {new}" if new else ""))
+            new = DOING[name]
 
 
 def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:
@@ -153,9 +156,7 @@ def _why(recipe: Recipe, stage: str, folder: RunFolder, registry: Registry) -> s
             shown[0] += f"; --from {other.path} goes on from there"
         if nearest is None or len(shown) < len(nearest):
             nearest = shown
-    if nearest is None:
-        return ""
-    return "; ".join(nearest[:3]) or "other inputs, or other stages before it"
+    return "; ".join((nearest or [])[:3])
 
 
 def _differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, str]]:
