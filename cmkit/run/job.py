@@ -62,7 +62,7 @@ class Job:
                     "peak_memory_mib": peak_memory_mib(self.device),
                 }
                 self._finish(name, {"result": result, "files": folder.digests(name)})
-            yield StageFinished(name, self.status[name]["result"])
+                yield StageFinished(name, result)
             self.stop.check(f"{name} is finished and kept")
 
     def _finish(self, name: str, entry: Mapping[str, Any]) -> None:
