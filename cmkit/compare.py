@@ -10,8 +10,8 @@ from typing import Any
 from cmkit.run.folder import RunFolder
 
 COMPARED = ("extractor", "weights_sha256", "images", "reference", "protocol", "labels")
-"""Keys of provenance that must agree for two numbers to be comparable; `labels` may be absent, where
-a model has no classes."""
+"""Keys of provenance that must agree for two numbers to be comparable; that of a model without
+classes has no `labels`."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from cmkit_std.datasets import pictures
 from cmkit_std.datasets.digits import Digits, digits
-from cmkit_std.datasets.fashion_mnist import DEBIAN, FashionMNIST
+from cmkit_std.datasets.fashion_mnist import CLASSES, DEBIAN, FashionMNIST
 from cmkit_std.datasets.image_folder import ImageFolder
 from cmkit_std.datasets.pixels import batch_indices
 from PIL import Image
@@ -145,7 +145,8 @@ def test_digits_are_those_of_scikit_learn():
     loaded = load_digits()
     assert np.array_equal(np.round(images[:, 0] * (16 / 255)), loaded.images)
     assert np.array_equal(labels, loaded.target)
-    assert Digits().spec() == DataSpec(channels=1, resolution=8, num_classes=10)
+    counts = tuple(np.bincount(digits("train")[1]).tolist())
+    assert Digits().spec() == DataSpec(1, 8, 10, tuple("0123456789"), counts)
     assert Digits(labels=False).spec().num_classes is None
 
 
@@ -189,7 +190,7 @@ def test_idx_files_are_padded_and_joined(fashion):
         for split in ("train", "test", "all")
     }
     assert counts == {"train": 20, "test": 5, "all": 25}
-    assert FashionMNIST(path=str(fashion)).spec() == DataSpec(1, 32, 10)
+    assert FashionMNIST(path=str(fashion)).spec() == DataSpec(1, 32, 10, counts=(2,) * 10)
     padded = FashionMNIST(path=str(fashion)).reference().images[3]
     plain = FashionMNIST(path=str(fashion), resolution=28).reference().images[3]
     assert torch.equal(padded[:, 2:-2, 2:-2], plain)
@@ -255,7 +256,7 @@ def test_a_changed_idx_file_is_read_again(fashion):
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 def test_the_real_fashion_mnist_is_found_by_itself():
     data = FashionMNIST(split="test")
-    assert data.spec() == DataSpec(1, 32, 10)
+    assert data.spec() == DataSpec(1, 32, 10, CLASSES, (1000,) * 10)
     (x0, label), *_ = take(data, 1, size=10_000)
     assert torch.equal(torch.bincount(label), torch.full((10,), 1000))
     assert x0.min() == -1
@@ -264,7 +265,7 @@ def test_the_real_fashion_mnist_is_found_by_itself():
 
 def test_classes_are_folders_in_the_order_of_their_names(folder):
     data = ImageFolder(path=str(folder), resolution=8, labels=True)
-    assert data.spec() == DataSpec(3, 8, 3)
+    assert data.spec() == DataSpec(3, 8, 3, ("class_0", "class_1", "class_2"), (4, 4, 3))
     (_, label), *_ = take(data, 1, size=11)
     assert sorted(label.tolist()) == [0] * 4 + [1] * 4 + [2] * 3
     assert ImageFolder(path=str(folder), resolution=8).spec().num_classes is None

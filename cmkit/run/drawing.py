@@ -58,7 +58,7 @@ def draw(
         _write_pictures(out, {f"{k:07d}": image for k, image in enumerate(images)})
     drawn = draws.labels(range(count)) if "label" in plan.conditions else None
     labels = None if drawn is None else drawn.tolist()
-    facts = {"images": count, "seed": seed, "labels": labels, "nfe": plan.nfe}
+    facts: dict[str, Any] = {"images": count, "seed": seed, "labels": labels, "nfe": plan.nfe}
     if labels is not None:
         names = [plan.data.classes[label] for label in labels] if plan.data.classes else None
         facts |= {"classes": names, "label_rule": "given" if numbers else plan.label_rule}

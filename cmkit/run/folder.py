@@ -269,8 +269,9 @@ class RunFolder:
     def data(self) -> DataSpec | None:
         """Shape of the data, by the report of a finished run; None without one."""
         try:
-            data = self.report()["data"]
-            return DataSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+            data: dict[str, Any] = self.report()["data"]
+            lists = {key: tuple(v) for key, v in data.items() if isinstance(v, list)}
+            return DataSpec(**{**data, **lists})
         except (CheckpointError, KeyError, TypeError, AttributeError):
             return None  # it is of an earlier version, or yet to be written
 

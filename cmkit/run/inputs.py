@@ -56,7 +56,8 @@ def as_begun(data: DataSpec, folder: RunFolder) -> DataSpec:
     if not folder.begun:
         return data
     then = folder.inputs().get("inputs", {}).get("dataset", {})
-    return replace(data, **{key: () for key in ("classes", "counts") if key not in then})
+    classes = data.classes if "classes" in then else ()
+    return replace(data, classes=classes, counts=data.counts if "counts" in then else ())
 
 
 def left_out(dataset: Dataset) -> Iterator[str]:

@@ -31,7 +31,7 @@ class PartialCells:
     drawn: tuple[int, ...]
     """Images of each cell so far."""
     tensors: Mapping[str, Tensor]
-    """States of the meters by "k/name" for the cell `labels[k]`."""
+    """States of the meters by "k/name" for the cell `labels[k]`, of whole cells their scores."""
 
     def of(self, label: str) -> dict[str, Tensor]:
         """The tensors of one cell, by name."""
@@ -92,21 +92,25 @@ def scored(
         json.dumps([draws.purpose, count, rescaler and rescaler.model_dump(mode="json")])
         for rescaler in rescalers
     )
-    drawn = [0] * len(rescalers)
+    drawn, scores = [0] * len(rescalers), [math.nan] * len(rescalers)
     for k, label in enumerate(labels):
         if begun and label in begun.labels:
             state = begun.of(label)
             finite[k] = state.pop("finite")
             thumbnails[k].append(state.pop("thumbnails"))
-            meters[k].restore(state)
             drawn[k] = begun.drawn[begun.labels.index(label)]
+            if drawn[k] == count:
+                scores[k] = state["score"].item()
+            else:
+                meters[k].restore(state)
 
     def unfinished() -> PartialCells | None:
         kept = [k for k, images in enumerate(drawn) if images]
         tensors: dict[str, Tensor] = {}
         for place, k in enumerate(kept):
             own = {"finite": finite[k].cpu(), "thumbnails": torch.cat(thumbnails[k])}
-            own |= meters[k].state()
+            score = {"score": torch.tensor(scores[k], dtype=torch.float64)}
+            own |= score if drawn[k] == count else meters[k].state()
             tensors |= {f"{place}/{name}": value for name, value in own.items()}
         found = (tuple(labels[k] for k in kept), tuple(drawn[k] for k in kept), tensors)
         return PartialCells(*found) if kept else None
@@ -127,17 +131,16 @@ def scored(
             meters[k].add(images)
             if rows.start < table.thumbnails:
                 thumbnails[k].append(images[: table.thumbnails - rows.start].cpu())
+            if rows.stop == count and finite[k]:
+                scores[k] = _value(meters[k], table.minimize)
             drawn[k] = rows.stop
-    return [
-        (_value(taken, table.minimize) if whole else None, torch.cat(shown))
-        for taken, whole, shown in zip(meters, finite.tolist(), thumbnails, strict=True)
-    ]
+    found = (score if math.isfinite(score) else None for score in scores)
+    return list(zip(found, map(torch.cat, thumbnails), strict=True))
 
 
-def _value(taken: Meter, key: str) -> float | None:
-    """The number `key`, None where it is not finite."""
+def _value(taken: Meter, key: str) -> float:
+    """The number `key`, NaN where there is none."""
     try:
-        value = taken.values()[key]
+        return taken.values()[key]
     except NonFiniteError:
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan

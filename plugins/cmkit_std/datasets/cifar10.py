@@ -23,8 +23,6 @@ CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
-    ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-)
 IMAGES = 10_000
 RECORD = 1 + 3 * 32 * 32
 """Bytes of one image: its label, then its red, green and blue planes, row by row."""
