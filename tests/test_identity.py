@@ -24,6 +24,7 @@ from cmkit import (
     DataError,
     DataSpec,
     NonFiniteError,
+    PluginError,
     discover,
     image_labels,
 )
@@ -609,6 +610,24 @@ def test_samples_have_the_shares_of_the_data_and_sets_without_counts_are_uniform
     labels = np.load(folder.path / "samples" / "0000000.npz")["arr_1"]
     assert labels.tolist() == image_labels(3, "sample", range(70), 2).tolist()
     assert seen[-1].report["stages"]["sample"]["label_rule"] == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"classes": ("a",)}, "gives 1 classes and num_classes 2"),
+        ({"counts": (1, 2, 3)}, "gives 3 counts and num_classes 2"),
+        ({"counts": (0, 0)}, "count the images"),
+        ({"counts": (3, -1)}, "count the images"),
+    ],
+)
+def test_names_and_counts_that_are_not_of_the_classes_are_the_plugins_fault(
+    pictures, monkeypatch, wrong, message
+):
+    honest = ImageFolder.spec
+    monkeypatch.setattr(ImageFolder, "spec", lambda self: replace(honest(self), **wrong))
+    with pytest.raises(PluginError, match=message):
+        go(pictures)
 
 
 def test_a_run_that_was_begun_without_counts_goes_on_without(pictures, monkeypatch):
