@@ -141,7 +141,7 @@ def _samples(
     rows = [shown[k : k + columns] for k in range(0, len(shown), columns)]
     rule = {"data": "in the proportions of the data", "uniform": "each as often as any other"}
     facts = {"images": stage["images"], "nfe": _nfe(stage["nfe"]), "classes": rows}
-    facts["rule"] = rule.get(stage.get("label_rule"))
+    facts["rule"] = rule.get(stage.get("label_rule", ""))
     pictures = {
         key: picture_of(folder, stage[key], figures.SHEET_PIXELS) if stage.get(key) else None
         for key in ("before", "after")
