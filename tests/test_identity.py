@@ -731,7 +731,7 @@ def test_folders_named_by_numbers_are_classes_in_their_order(tmp_path):
         (tmp_path / str(name)).mkdir()
         Image.new("L", (8, 8)).save(tmp_path / str(name) / "one.png")
     found = ImageFolder(path=str(tmp_path), resolution=8, labels=True)
-    assert found.identity()["classes"] == ["0", "1", "2", "10", "11"]
+    assert found.spec().classes == ("0", "1", "2", "10", "11")
 
 
 def test_another_reference_measures_again_and_trains_no_more(tmp_path):
