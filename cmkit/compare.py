@@ -9,8 +9,9 @@ from typing import Any
 
 from cmkit.run.folder import RunFolder
 
-COMPARED = ("extractor", "weights_sha256", "images", "reference", "protocol")
-"""Keys of provenance that must agree for two numbers to be comparable."""
+COMPARED = ("extractor", "weights_sha256", "images", "reference", "protocol", "labels")
+"""Keys of provenance that must agree for two numbers to be comparable; that of a model without
+classes has no `labels`."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def caveats(compared: Sequence[Entry]) -> Iterator[str]:
     for key in dict.fromkeys(key for entry in compared for key in entry.scores):
         found = [entry.provenance.get(key, {}) for entry in compared if key in entry.scores]
         for fact in COMPARED:
-            values = list(dict.fromkeys(str(record.get(fact)) for record in found))
+            known = [r for r in found if fact in r] if fact == "labels" else found
+            values = list(dict.fromkeys(str(record.get(fact)) for record in known))
             if len(values) > 1:
                 yield f"{key}: not comparable, {fact} differs: {', '.join(values)}"
 
@@ -53,12 +55,16 @@ def _entry(folder: Path) -> Entry:
         sampled = stages.get("sample", {})
         expected = recipe.get("expected", {"scores": {}})
         moved = {k: v for k, v in sampled.get("scales", {}).items() if v != 1}
+        classes = (report.get("data") or {}).get("num_classes")
+        before = {"labels": "uniform"} if classes and "label_rule" not in sampled else {}
         return Entry(
             name=f"{report['name']}-{report['hash']}",
             scores=dict(measured["values"]),
             facts={"images": sampled.get("images"), "nfe": sampled.get("nfe"), **moved},
             provenance={
-                key: record for record in measured["provenance"] for key in record["numbers"]
+                key: {**before, **record}
+                for record in measured["provenance"]
+                for key in record["numbers"]
             },
             expected=dict(expected["scores"]),
             source=expected.get("source"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -201,7 +201,8 @@ class Dataset(Part, ABC):
 
     @abstractmethod
     def spec(self) -> DataSpec:
-        """Shape and classes; DataError when the files are missing or corrupt."""
+        """Shape and classes, with their names and counts where they are known; DataError when the
+        files are missing or corrupt."""
 
     @abstractmethod
     def batches(
@@ -212,6 +213,14 @@ class Dataset(Part, ABC):
     @abstractmethod
     def reference(self) -> Reference:
         """The real images that metrics compare with."""
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with single images, each by its place, found by reading them all."""
+        return iter(())
+
+    def left_out(self) -> Sequence[str]:
+        """Images that are not used, each by its place and why not."""
+        return ()
 
 
 class Meter(Protocol):

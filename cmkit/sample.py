@@ -42,6 +42,8 @@ class Draws:
     purpose: str = "sample"
     classes: tuple[int, ...] = ()
     """Labels instead of drawn ones: image k gets the one at k modulo their number."""
+    rule: str | None = "data"
+    """How labels are drawn, as `Plan.label_rule` says."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -53,12 +55,14 @@ class Draws:
         return image_noise(self.seed, self.purpose, indices, k, self.shape)
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
-        """Uniform labels of these images unless given, (B,), or None without classes."""
+        """Labels of these images, (B,), or None without classes: those given, or drawn in the
+        data's proportions, or uniformly where the rule says so or these are not known."""
         if self.classes:
             return torch.tensor([self.classes[index % len(self.classes)] for index in indices])
         if not self.data.num_classes:
             return None
-        return image_labels(self.seed, self.purpose, indices, self.data.num_classes)
+        counts = self.data.counts if self.rule == "data" else ()
+        return image_labels(self.seed, self.purpose, indices, self.data.num_classes, counts)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,21 @@ def test_scores_that_were_measured_unlike_are_not_comparable(tmp_path):
     ]
 
 
+def test_labels_drawn_by_other_rules_are_not_comparable(tmp_path):
+    """A run of an earlier cmkit with classes drew them uniformly; one without classes fits both."""
+    share = folder(tmp_path / "a", "a", 1.0, labels="data")
+    even = folder(tmp_path / "b", "b", 1.0, labels="uniform")
+    plain, old = folder(tmp_path / "c", "c", 1.0), folder(tmp_path / "d", "d", 1.0)
+    report = json.loads((old / "report.json").read_text())
+    report["data"] = {"channels": 1, "resolution": 8, "num_classes": 10}
+    (old / "report.json").write_text(json.dumps(report))
+    for unlike in ((share, even), (share, old)):
+        (note, _) = caveats(entries(list(unlike)))
+        assert note == "fid: not comparable, labels differs: data, uniform"
+    for alike in ((share, plain), (even, plain), (even, old), (old, plain)):
+        assert list(caveats(entries(list(alike)))) == []
+
+
 def printed(monkeypatch, capsys, *arguments) -> str:
     monkeypatch.setattr(sys, "argv", ["cmkit", "compare", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:

@@ -1,23 +1,39 @@
 """What a run depends on: stages shared between recipes, changed inputs, damaged files."""
 
+import itertools
 import json
 import os
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cmkit_std.datasets.image_folder import ImageFolder
+from cmkit_std.datasets.pixels import batch_indices
+from cmkit_std.metrics.fidelity_meter import FidelityMeter
+from cmkit_std.samplers.multistep import Multistep
 from PIL import Image
 
-from cmkit import CheckpointError, CmkitError, DataError, DataSpec, NonFiniteError, discover
+from cmkit import (
+    CheckpointError,
+    CmkitError,
+    DataError,
+    DataSpec,
+    NonFiniteError,
+    PluginError,
+    discover,
+    image_labels,
+)
 from cmkit.checkpoint import read_weights
 from cmkit.plan import plan
 from cmkit.recipe import load, run_name, stage_keys
 from cmkit.run import Note, RunFinished, RunFolder, drawn_from, outlook, run, verify
 from cmkit.run.inputs import changes
+from cmkit.run.stages import saving_first
 from cmkit.sample import Draws, RepeatedDraws
 from cmkit.stop import StopSignal
 from cmkit.train import Step
@@ -277,6 +293,90 @@ def test_an_error_in_a_step_keeps_the_steps_before_it(tmp_path, monkeypatch):
     assert steps(seen) == [6]
 
 
+def failing_at(monkeypatch, owner, name, call):
+    """Let call number `call` of a method on images fail as full memory does."""
+    honest, calls = getattr(owner, name), itertools.count(1)
+
+    def failing(self, *arguments):
+        dry = any(getattr(argument, "is_meta", False) for argument in arguments)
+        if not dry and next(calls) == call:
+            raise MemoryError("out of memory")
+        return honest(self, *arguments)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(("owner", "name", "kept"), [
+    (Multistep, "sample", [70, 35]),
+    (FidelityMeter, "add", [70]),
+])  # fmt: skip
+def test_an_error_in_a_search_keeps_what_is_drawn(home, tmp_path, monkeypatch, owner, name, kept):
+    """A cell whose meter failed half way is drawn again, the other goes on; bits are the same."""
+    (tmp_path / "tiny.toml").write_text(BASE)
+    go(tmp_path, until=done("train"))
+    failing_at(monkeypatch, owner, name, 4)
+    with pytest.raises(MemoryError):
+        go(tmp_path)
+    monkeypatch.undo()
+    folder = RunFolder(tmp_path / "runs" / name_of(tmp_path))
+    assert json.loads(folder.unfinished()[1]["drawn"]) == kept
+    missing = (140 - sum(kept)) // 35
+    failing_at(monkeypatch, owner, name, missing + 1)  # the first batch of the next cells
+    with pytest.raises(MemoryError):
+        go(tmp_path)
+    assert len(folder.scores("cells")[0]) == 2
+    monkeypatch.undo()
+    _, seen = go(tmp_path)
+    whole = RunFolder(home / "runs" / name_of(home)).report()["stages"]["search"]
+    again = seen[-1].report["stages"]["search"]
+    for key in ("best", "cells", "rerank", "confirm"):
+        assert again[key] == whole[key]
+
+
+def test_an_error_in_a_batch_of_samples_keeps_those_before_it(home, tmp_path, monkeypatch):
+    (tmp_path / "tiny.toml").write_text(BASE)
+    go(tmp_path, until=done("search"))
+    failing_at(monkeypatch, Multistep, "sample", 2)
+    with pytest.raises(MemoryError):
+        go(tmp_path)
+    monkeypatch.undo()
+    folder = RunFolder(tmp_path / "runs" / name_of(tmp_path))
+    assert folder.intact_samples() == (35, [])
+    _, seen = go(tmp_path)
+    whole = RunFolder(home / "runs" / name_of(home)).report()["stages"]
+    assert seen[-1].report["stages"]["metric"]["values"] == whole["metric"]["values"]
+
+
+def test_an_error_that_cannot_be_saved_first_is_still_the_one_that_is_told():
+    def save():
+        raise OSError("disk full")
+
+    with pytest.raises(MemoryError) as caught, saving_first(save):
+        raise MemoryError("out of memory")
+    assert "could not be kept: disk full" in caught.value.__notes__[0]
+
+
+def test_every_stage_draws_labels_by_the_rule_of_the_recipe(tmp_path, monkeypatch):
+    (tmp_path / "tiny.toml").write_text(BASE)
+    drawn = {}
+    monkeypatch.setattr(
+        "cmkit.sample.image_labels",
+        lambda seed, purpose, *rest: (
+            (drawn.setdefault(purpose, rest[2]) and None) or image_labels(seed, purpose, *rest)
+        ),
+    )
+    for rule in ("data", "uniform"):
+        drawn.clear()
+        folder, seen = go(tmp_path, f"sample.labels={rule!r}".replace("'", '"'))
+        assert drawn.keys() == {"search", "rerank", "confirm-0", "confirm-1", "sample"}
+        assert set(drawn.values()) == {folder.data().counts if rule == "data" else ()}
+        stages = seen[-1].report["stages"]
+        assert {p["labels"] for p in stages["metric"]["provenance"]} == {rule}
+        assert {stages[name]["label_rule"] for name in ("search", "sample")} == {rule}
+    assert "training: that of" in notes(seen)
+    assert "search: that of" not in notes(seen)
+
+
 def test_what_changed_is_named():
     then = {"dataset": {"classes": ["a", "aa", "b"], "pictures": 30, "contents": "0" * 64}}
     now = {"dataset": {"classes": ["aa", "b", "z"], "pictures": 31, "contents": "f" * 64}}
@@ -530,6 +630,126 @@ def test_labels_that_would_be_permuted_are_refused(pictures):
     assert folder.data().num_classes == 2
 
 
+def test_samples_have_the_shares_of_the_data_and_sets_without_counts_are_uniform(
+    pictures, monkeypatch
+):
+    for k in range(4, 36):
+        Image.new("L", (8, 8), k).save(pictures / "data" / "a" / f"{k}.png")
+    folder, _ = go(pictures)
+    assert folder.data() == DataSpec(1, 8, 2, ("a", "b"), (36, 4))
+    labels = np.load(folder.path / "samples" / "0000000.npz")["arr_1"]
+    assert np.bincount(labels).tolist() == [63, 7]
+    honest = ImageFolder.spec
+    bare = lambda self: replace(honest(self), classes=(), counts=())  # noqa: E731
+    monkeypatch.setattr(ImageFolder, "spec", bare)
+    shutil.rmtree(pictures / "runs")
+    folder, seen = go(pictures)
+    labels = np.load(folder.path / "samples" / "0000000.npz")["arr_1"]
+    assert labels.tolist() == image_labels(3, "sample", range(70), 2).tolist()
+    assert seen[-1].report["stages"]["sample"]["label_rule"] == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"classes": ("a",)}, "gives 1 classes and num_classes 2"),
+        ({"counts": (1, 2, 3)}, "gives 3 counts and num_classes 2"),
+        ({"counts": (0, 0)}, "count the images"),
+        ({"counts": (3, -1)}, "count the images"),
+    ],
+)
+def test_names_and_counts_that_are_not_of_the_classes_are_the_plugins_fault(
+    pictures, monkeypatch, wrong, message
+):
+    honest = ImageFolder.spec
+    monkeypatch.setattr(ImageFolder, "spec", lambda self: replace(honest(self), **wrong))
+    with pytest.raises(PluginError, match=message):
+        go(pictures)
+
+
+def test_a_run_that_was_begun_without_counts_goes_on_without(pictures, monkeypatch):
+    honest = ImageFolder.spec
+    bare = lambda self: replace(honest(self), classes=(), counts=())  # noqa: E731
+    monkeypatch.setattr(ImageFolder, "spec", bare)
+    go(pictures, until=lambda e: isinstance(e, Step) and e.step == 3)
+    monkeypatch.undo()
+    folder, seen = go(pictures)
+    assert folder.data() == DataSpec(1, 8, 2)
+    assert seen[-1].report["stages"]["sample"]["label_rule"] == "uniform"
+
+
+def test_a_report_without_names_and_counts_is_still_read(pictures):
+    folder, _ = go(pictures)
+    report = folder.report()
+    del report["data"]["classes"], report["data"]["counts"]
+    folder.keep_report(report)
+    assert folder.data() == DataSpec(1, 8, 2)
+    report["data"] |= {"classes": ["a", "b"], "later": 1}
+    folder.keep_report(report)
+    assert folder.data() is None
+
+
+def test_a_bad_picture_of_a_streamed_set_keeps_the_steps_before_it(pictures, monkeypatch):
+    monkeypatch.setattr("cmkit_std.datasets.pictures.RESIDENT_BYTES", 0)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    bad = pictures / "data" / "b" / "9.png"
+    Image.fromarray(noise).save(bad)
+    bad.write_bytes(bad.read_bytes()[:-1500])
+    third = (list(itertools.islice(batch_indices(9, 2, seed), 3))[2] for seed in range(99))
+    seed = next(seed for seed, batch in enumerate(third) if 8 in batch)
+    said = ["train.save_every=1000", "train.batch=2", f"seed={seed}"]
+    message = r"9\.png: cannot be decoded .* --data .* --from "
+    with pytest.raises(DataError, match=message) as caught:
+        go(pictures, *said)
+    origin = RunFolder(Path(str(caught.value).rpartition("--from ")[2]))
+    (kept,) = origin.checkpoints.glob("step-*")
+    bad.unlink()
+    _, seen = go(pictures, *said, f'train.start="{origin.path}"', until=done("train"))
+    assert kept.name == "step-00000002"
+    assert steps(seen)[0] == 3
+
+
+def test_check_shows_classes_and_lists_every_bad_picture(cmkit, pictures):
+    recipe = pictures / "tiny.toml"
+    code, out, _ = cmkit("check", recipe, "--data")
+    assert code == 0
+    assert re.search(r"^class 0 +a  4 images$", out, re.MULTILINE)
+    assert re.search(r"^labels +data$", out, re.MULTILINE)
+    _, out, _ = cmkit("check", recipe, "--json")
+    assert json.loads(out)["class_counts"] == [4, 4]
+    for k in range(30):
+        bad = pictures / "data" / "a" / f"bad{k:02d}.png"
+        Image.effect_noise((64, 64), 99).save(bad)
+        bad.write_bytes(bad.read_bytes()[:-1500])
+    assert cmkit("check", recipe)[0] == 0
+    code, out, err = cmkit("check", recipe, "--data")
+    assert (code, len(out.splitlines())) == (3, 21)
+    assert "bad00.png: cannot be decoded" in out.splitlines()[0]
+    assert out.splitlines()[-1] == "and 10 more; --json lists all"
+    assert "30 bad images" in err
+    code, out, _ = cmkit("check", recipe, "--data", "--json")
+    assert (code, len(json.loads(out)["faults"])) == (3, 30)
+    code, out, _ = cmkit("check", recipe, "--data", "--set", 'dataset.on_bad="skip"')
+    assert code == 0
+    assert re.search(r"^left out +30$", out, re.MULTILINE)
+    assert out.count("left out: ") == 21
+
+
+def test_pictures_that_are_left_out_are_noted_and_part_of_the_identity(pictures):
+    skip = 'dataset.on_bad="skip"'
+    (pictures / "data" / "a" / "note.txt").write_text("none")
+    with pytest.raises(DataError, match=r"note\.txt: not a picture"):
+        go(pictures)
+    folder, seen = go(pictures, skip, until=lambda e: isinstance(e, Step) and e.step == 3)
+    assert re.search(r"left out, bad files: 1: .*note\.txt: not a picture", notes(seen))
+    (pictures / "data" / "a" / "more.txt").write_text("none")
+    with pytest.raises(DataError, match="left out 2, it was begun with 1"):
+        go(pictures, skip)
+    (pictures / "data" / "a" / "more.txt").unlink()
+    go(pictures, skip)
+    assert folder.data().counts == (4, 4)
+
+
 def test_pictures_that_changed_are_noticed_and_copies_are_not(pictures):
     dataset = load(pictures / "tiny.toml", [], discover()).dataset
     before = dataset.identity()
@@ -548,7 +768,7 @@ def test_folders_named_by_numbers_are_classes_in_their_order(tmp_path):
         (tmp_path / str(name)).mkdir()
         Image.new("L", (8, 8)).save(tmp_path / str(name) / "one.png")
     found = ImageFolder(path=str(tmp_path), resolution=8, labels=True)
-    assert found.identity()["classes"] == ["0", "1", "2", "10", "11"]
+    assert found.spec().classes == ("0", "1", "2", "10", "11")
 
 
 def test_another_reference_measures_again_and_trains_no_more(tmp_path):

@@ -358,6 +358,24 @@ def test_what_is_absent_is_left_out(tmp_path, small, absent):
     assert (tmp_path / "heatmap.png").exists() == ("search" in stages)
 
 
+def test_classes_are_listed_and_named_under_the_pictures(tmp_path, small):
+    assert "Classes" not in render(tmp_path).text
+    names = [f"kind {k} <b>" for k in range(300)]
+    data = {"channels": 1, "resolution": 8, "num_classes": 300}
+    small["data"] = {**data, "classes": names, "counts": list(range(300))}
+    small["stages"]["sample"] |= {"labels": [7, 1, 2, 3, 290], "label_rule": "data"}
+    store(tmp_path, small)
+    text = " ".join(render(tmp_path).text.split())
+    assert "Classes in the proportions of the data." in text
+    assert "row by row kind 7 <b> · kind 1 <b> · kind 2 <b> kind 3 <b> · kind 290 <b>" in text
+    assert "And 100 more, in report.json" in text
+    assert "199 kind 199 <b> 199" in text
+    assert "200 kind 200" not in text
+    small["data"] = {**data, "classes": [], "counts": []}
+    store(tmp_path, small)
+    assert "row by row 7 · 1 · 2 3 · 290" in " ".join(render(tmp_path).text.split())
+
+
 @pytest.mark.parametrize("axes", [{"skip": SKIPS}, {"emb": EMBS}, {"skip": [0.5], "emb": [1.0]}])
 def test_grid_of_any_shape_has_a_cell_for_each_combination(tmp_path, report, axes):
     stage = report["stages"]["search"]

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cmkit.errors import CheckpointError, PluginError, RecipeError, did_you_mean, inline
+from cmkit.errors import CheckpointError, DataError, PluginError, RecipeError, did_you_mean, inline
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
     import torch
 
+    from cmkit.kinds import Dataset
     from cmkit.plan import Plan
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
     from cmkit.run import Event, Outlook, RunFolder
+    from cmkit.values import DataSpec
 
 debug_log: Path | None = None
 """Where the traceback of an error goes, once `run` knows its folder."""
@@ -50,7 +52,12 @@ SetOption = Annotated[
     typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value, written as in TOML."),
 ]
 LabelOption = Annotated[
-    list[int], typer.Option(help="Class of every image; several are taken in turns.")
+    list[str],
+    typer.Option(
+        metavar="NAME|NUMBER",
+        help="Class of every image, by name or number, of which a class's name goes first; several"
+        " are taken in turns.",
+    ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -110,6 +117,9 @@ def check(
     set: SetOption = [],  # noqa: B006
     out: OutOption = Path("runs"),
     device: DeviceOption = "auto",
+    data: Annotated[
+        bool, typer.Option("--data", help="Read every image as well, and list the bad ones.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Check all that `run` would check, and say what it would cost, without running."""
@@ -118,11 +128,14 @@ def check(
     from cmkit.plan import check_disk
     from cmkit.run import run_folder
 
+    if data:
+        _check_images(loaded.dataset, json)
     chosen, folder = pick_device(device), run_folder(loaded, out, registry)
     with _runs_below(out):
         plan = _plan(loaded)
         stages = list(_outlook(plan, folder, registry, chosen))
     check_disk(plan, out)
+    bad = loaded.dataset.left_out()
     facts = {
         "recipe": plan.recipe.name,
         "folder": str(folder.path),
@@ -133,17 +146,23 @@ def check(
         "disk_mib": plan.disk / 2**20,
         "images": [plan.data.channels, plan.data.resolution, plan.data.resolution],
         "classes": plan.data.num_classes,
+        "labels": plan.label_rule,
         "nfe": plan.nfe,
         "sites": len(plan.sites),
         "weights": plan.recipe.denoiser.weights,
         "to_download": [weights.url for weights in plan.downloads],
     }
     if json:
-        _print_json({**facts, "stages": [stage.facts() for stage in stages]})
+        known = {"class_names": list(plan.data.classes), "class_counts": list(plan.data.counts)}
+        told = {**known, "left_out": list(bad), "stages": [stage.facts() for stage in stages]}
+        _print_json({**facts, **told})
         return
+    facts |= {"left_out": len(bad)} if bad else {}
     facts |= dict(str(stage).split(": ", 1) for stage in stages)
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):<20} {_human(value)}")
+    _print_classes(plan.data)
+    _print_first("left out: ", bad)
 
 
 @app.command()
@@ -403,9 +422,10 @@ def _outlook(
 ) -> Iterator[Outlook]:
     """What becomes of each stage, before anything starts."""
     from cmkit.recipe import stage_keys
-    from cmkit.run import inputs_of, outlook
+    from cmkit.run import as_begun, inputs_of, outlook
 
-    keys = stage_keys(plan.recipe, inputs_of(plan.recipe, plan.data, device))
+    data = as_begun(plan.data, folder)
+    keys = stage_keys(plan.recipe, inputs_of(plan.recipe, data, device))
     found: Iterator[Outlook] = outlook(plan.recipe, folder, keys, registry)
     return found
 
@@ -474,6 +494,39 @@ def _human(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+LISTED = 20
+"""Lines of a list that are printed."""
+
+
+def _check_images(dataset: Dataset, json: bool) -> None:
+    """DataError where images cannot be read, once they are listed."""
+    faults = list(dataset.faults())
+    if json and faults:
+        _print_json({"schema": 1, "faults": faults})
+    else:
+        _print_first("", faults)
+    if faults:
+        raise DataError(f"dataset: {len(faults)} bad images; see the list, mend or remove them")
+
+
+def _print_first(label: str, lines: Sequence[str]) -> None:
+    for line in lines[:LISTED]:
+        print(f"{label}{line}")
+    if len(lines) > LISTED:
+        print(f"{label}and {len(lines) - LISTED} more; --json lists all")
+
+
+def _print_classes(data: DataSpec) -> None:
+    """The classes that have names or counts, by number."""
+    for number in range(min(data.num_classes or 0, LISTED)):
+        name = data.classes[number] if data.classes else ""
+        count = f"{data.counts[number]:,} images" if data.counts else ""
+        if name or count:
+            print(f"{f'class {number}':<20} {f'{name}  {count}'.strip()}")
+    if max(len(data.classes), len(data.counts)) > LISTED:
+        print(f"{'classes':<20} and {(data.num_classes or 0) - LISTED} more; --json lists all")
 
 
 def _print_results(folder: RunFolder, report: dict[str, Any]) -> None:

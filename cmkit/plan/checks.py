@@ -41,6 +41,18 @@ def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
     return frozenset(wanted)
 
 
+def check_classes(data: DataSpec) -> None:
+    """PluginError where names or counts of the classes are not one for each."""
+    for key, values in (("classes", data.classes), ("counts", data.counts)):
+        if values and len(values) != data.num_classes:
+            raise PluginError(
+                f"dataset: spec() gives {len(values)} {key} and num_classes {data.num_classes};"
+                " give one for each, or none"
+            )
+    if data.counts and (min(data.counts) < 0 or not sum(data.counts)):
+        raise PluginError(f"dataset: spec() gives counts {data.counts[:5]}; count the images")
+
+
 def check_disk(plan: Plan, out: Path) -> None:
     """ResourceError when the disk below `out` has no room for the run."""
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())

@@ -27,6 +27,7 @@ def check_fit(recipe: Recipe) -> Plan:
     runs the sampler once on it, so that shapes, sites and conditions are tried, not assumed.
     """
     data = recipe.data or recipe.dataset.spec()
+    checks.check_classes(data)
     conditions = checks.conditions_of(recipe, data)
     with naming_table(recipe, "backbone"), torch.device("meta"):
         network = networks.built(recipe.backbone, data, conditions)

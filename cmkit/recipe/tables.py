@@ -200,6 +200,9 @@ class SampleTable(StageTable):
     """Images at a time; the images do not depend on it."""
     precision: Precision = "auto"
     """Autocast while sampling."""
+    labels: Literal["data", "uniform"] = "data"
+    """Classes of the images, those of a search as well: in the proportions of the data, where
+    these are known, or each as often as any other."""
 
 
 class ExpectedTable(Part):

@@ -18,7 +18,7 @@ _HOMES = {
     "cmkit.run.finished": "drawn_from",
     "cmkit.run.folder": "RunFolder",
     "cmkit.run.reuse": "Outlook outlook run_folder",
-    "cmkit.run.inputs": "changes inputs_of",
+    "cmkit.run.inputs": "as_begun changes inputs_of left_out",
     "cmkit.run.integrity": "verify",
     "cmkit.run.runner": "run shown",
 }

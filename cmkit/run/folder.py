@@ -157,6 +157,12 @@ class RunFolder:
             self.keep_status({k: {**v, "files": self.digests(k)} for k, v in status.items()})
 
     @property
+    def begun(self) -> bool:
+        """Whether anything of the run's work may be here."""
+        files = (self._inputs, self._log, self._status, self._search, self.samples)
+        return any(path.exists() for path in (*files, self.checkpoints))
+
+    @property
     def checked(self) -> bool:
         """Whether every line of a log has its CRC, as an earlier cmkit's have not."""
         return self._inputs.exists()
@@ -270,8 +276,10 @@ class RunFolder:
     def data(self) -> DataSpec | None:
         """Shape of the data, by the report of a finished run; None without one."""
         try:
-            return DataSpec(**self.report()["data"])
-        except (CheckpointError, KeyError, TypeError):
+            data: dict[str, Any] = self.report()["data"]
+            lists = {key: tuple(v) for key, v in data.items() if isinstance(v, list)}
+            return DataSpec(**{**data, **lists})
+        except (CheckpointError, KeyError, TypeError, AttributeError):
             return None  # it is of an earlier version, or yet to be written
 
     def log(self) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from cmkit import files
 from cmkit.checkpoint import MANIFEST
 from cmkit.device import precision
 from cmkit.errors import CheckpointError, DataError
+from cmkit.kinds import Dataset
 from cmkit.plan import Plan
 from cmkit.recipe import Recipe, minimized, stage_tables
 from cmkit.recipe.keys import Inputs, read_by
@@ -30,7 +31,8 @@ def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str,
     for table in ("backbone", "objective", "rescaler", "sampler"):
         if part := getattr(recipe, table):
             found[table] = dict(part.identity())
-    shape = {key: value for key, value in asdict(data).items() if value is not None}
+    shape = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(data).items()}
+    shape = {key: value for key, value in shape.items() if value not in (None, [])}
     found["dataset"] = {**shape, **recipe.dataset.identity()}
     found["metric"] = {key: v for part in recipe.metric for key, v in part.identity().items()}
     if recipe.search and recipe.metric:
@@ -48,6 +50,23 @@ def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str,
     return {table: about for table, about in found.items() if about}
 
 
+def as_begun(data: DataSpec, folder: RunFolder) -> DataSpec:
+    """`data` without names and counts of classes that were not known when a run was begun: it goes
+    on with uniform labels, as an earlier cmkit drew them."""
+    if not folder.begun:
+        return data
+    then = folder.inputs().get("inputs", {}).get("dataset", {})
+    classes = data.classes if "classes" in then else ()
+    return replace(data, classes=classes, counts=data.counts if "counts" in then else ())
+
+
+def left_out(dataset: Dataset) -> Iterator[str]:
+    """A sentence of the images that a data set leaves out, if any."""
+    if bad := dataset.left_out():
+        more = f"; and {len(bad) - SHOWN} more, which cmkit check lists" * (len(bad) > SHOWN)
+        yield f"dataset: left out, bad files: {len(bad)}: {'; '.join(bad[:SHOWN])}{more}"
+
+
 def changes(then: Inputs, now: Inputs) -> Iterator[tuple[str, str, str]]:
     """(table, key, sentence) of each input that is not what it was."""
     for table in dict.fromkeys((*then, *now)):
@@ -60,14 +79,21 @@ def changes(then: Inputs, now: Inputs) -> Iterator[tuple[str, str, str]]:
 
 def _change(key: str, was: Any, new: Any) -> str:
     if isinstance(was, list) and isinstance(new, list):
+        if key == "counts":
+            changed = sum(a != b for a, b in zip(was, new, strict=False)) + abs(len(was) - len(new))
+            return f"images by class: {changed} of {len(new)} differ; they were {_few(was)}"
         added = [str(each) for each in new if each not in was]
         gone = [str(each) for each in was if each not in new]
         parts = [f"{_names(added)} new"] * bool(added) + [f"{_names(gone)} gone"] * bool(gone)
         said = ", ".join(parts) or "in another order"
-        return f"{key}: {said}; it was begun with {', '.join(map(str, was[: 4 * SHOWN]))}"
+        return f"{key}: {said}; it was begun with {_few(was)}"
     if all(isinstance(v, str) and re.fullmatch(r"[0-9a-f]{64}", v) for v in (was, new)):
         return f"{key} changed: SHA-256 {new[:12]}.., it was begun with {was[:12]}.."
     return f"{key} {_shown(new)}, it was begun with {_shown(was)}"
+
+
+def _few(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[: 4 * SHOWN]))
 
 
 def _names(names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cmkit.report import write_report
 from cmkit.run.environment import changed_environment, citations, describe_environment
 from cmkit.run.events import Event, Note, RunFinished
 from cmkit.run.folder import SCHEMA, RunFolder, make_out
-from cmkit.run.inputs import changes, check_inputs, inputs_of
+from cmkit.run.inputs import as_begun, changes, check_inputs, inputs_of, left_out
 from cmkit.run.job import Job
 from cmkit.run.reuse import outlook, run_folder
 from cmkit.stop import StopSignal
@@ -41,6 +41,7 @@ def run(
     check_disk(plan, out)
     make_out(folder.path)
     with folder.held():
+        plan = replace(plan, data=as_begun(plan.data, folder))
         folder.keep_recipe(recipe.toml())
         for weights in plan.downloads:
             for event in download(weights):
@@ -51,6 +52,7 @@ def run(
         if not folder.checked:
             folder.migrate()
             folder.keep_inputs(inputs, keys)
+        yield from map(Note, left_out(recipe.dataset))
         status = folder.status()
         yield from map(Note, check_inputs(plan, folder, inputs, list(status)))
         environment = describe_environment(plan, registry, device)

@@ -47,7 +47,7 @@ def search(
     encoder's work.
     """
     recipe, count = scoring.plan.recipe, scoring.table.images
-    draws, total = RepeatedDraws(scoring.plan.data, recipe.seed, "search"), most_cells(recipe)
+    draws, total = _draws(scoring, "search"), most_cells(recipe)
     scores = {place(recipe, record): record["score"] for record in stored}
     indices: dict[tuple[float, ...], int] = {}
     for _, tried in trials(recipe, scores):
@@ -69,7 +69,7 @@ def rerank(scoring: Scoring, chosen: Sequence[Mapping[str, Any]]) -> Iterator[Ce
     """The cells of the records `chosen` again, scored on more images of other noise."""
     recipe, table = scoring.plan.recipe, scoring.table
     count = table.rerank_images or 4 * table.images
-    draws = RepeatedDraws(scoring.plan.data, recipe.seed, "rerank")
+    draws = _draws(scoring, "rerank")
     for record in chosen:
         values = {axis: record[axis] for axis in table.grid}
         ((score, shown),) = yield from scored(scoring, [with_values(recipe, values)], draws, count)
@@ -80,10 +80,10 @@ def confirm(
     scoring: Scoring, winner: Rescaler, seeds: Iterable[int]
 ) -> Iterator[Comparison | CellsDrawn]:
     """The winner against the unscaled model, on noise that the search never saw, seed by seed."""
-    plan, table = scoring.plan, scoring.table
+    table = scoring.table
     count = table.confirm_images or table.images
     for k in seeds:
-        draws = RepeatedDraws(plan.data, plan.recipe.seed, f"confirm-{k}")
+        draws = _draws(scoring, f"confirm-{k}")
         ((plain, _), (rescaled, _)) = yield from scored(scoring, (None, winner), draws, count)
         if plain is None or rescaled is None:
             raise NonFiniteError(
@@ -91,3 +91,8 @@ def confirm(
                 ' "fp32" and scales nearer to 1'
             )
         yield Comparison(k, table.confirm_seeds, plain, rescaled)
+
+
+def _draws(scoring: Scoring, purpose: str) -> RepeatedDraws:
+    plan = scoring.plan
+    return RepeatedDraws(plan.data, plan.recipe.seed, purpose, rule=plan.label_rule)

@@ -26,6 +26,14 @@ def check_dataset(dataset: Dataset) -> None:
         "return DataSpec(channels, resolution, num_classes)",
     )
 
+    for key, values in (("classes", data.classes), ("counts", data.counts)):
+        report.require(
+            not values or len(values) == data.num_classes,
+            f"{key} are one for each class, or none",
+            f"{len(values)} of {data.num_classes}",
+            "give one for each number from 0 to num_classes - 1",
+        )
+
     def draw(seed: int = 0, start: int = 0, count: int = 3, size: int = 4) -> list[Any]:
         with report.untouched("batches"):
             return list(itertools.islice(dataset.batches(size, seed, CPU, start), count))

@@ -27,6 +27,8 @@ class Measure(Stage):
         metrics, images = job.plan.recipe.metric, SavedImages(job.folder.sample_files())
         yield StageStarted("metric", 0, len(metrics))
         values, provenance = measure(metrics, images, job.reference, job.device)
+        for record in provenance if job.plan.label_rule else ():
+            record["labels"] = job.plan.label_rule
         result |= {"values": values, "provenance": provenance}
 
     def line(self, result: Mapping[str, Any]) -> str:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit.recipe import SampleTable
-from cmkit.run.stages import Stage
+from cmkit.run.stages import Stage, saving_first
 
 if TYPE_CHECKING:
     from cmkit.denoiser import Denoiser
     from cmkit.run.events import Event
     from cmkit.run.job import Job
+    from cmkit.sample import Batch
 
 FILE_IMAGES = 1000
 """Samples in a file, and up to a batch more; fewer where they take long."""
@@ -36,7 +37,7 @@ class Sample(SampleTable, Stage):
         folder, sampler = job.folder, job.plan.recipe.sampler
         assert sampler is not None
         denoiser, rescaler = job.denoiser(self.precision), job.rescaler()
-        draws = Draws(job.plan.data, job.plan.recipe.seed)
+        draws = Draws(job.plan.data, job.plan.recipe.seed, rule=job.plan.label_rule)
         scaled = denoiser.rescaled(rescaler) if rescaler else denoiser
 
         def batches(model: Denoiser, indices: range) -> Iterator[Any]:
@@ -46,25 +47,36 @@ class Sample(SampleTable, Stage):
         done = kept
         yield from (Note(f"{name}: damaged; drawn again") for name in damaged)
         yield StageStarted("sample", done, self.images)
-        drawn = []
-        for batch in batches(scaled, range(done, self.images)):
-            drawn.append(batch)
-            done += len(batch.images)
-            yield Sampled(done, self.images)
-            if job.save_is_due or done - kept >= FILE_IMAGES or done == self.images:
+        drawn: list[Batch] = []
+
+        def keep() -> None:
+            nonlocal kept
+            if drawn:
                 folder.keep_samples(kept, done - kept, npz(drawn))
-                kept, drawn, job.saved = done, [], time.monotonic()
-            job.stop.check(f"{done} of {self.images} samples are kept in {folder.samples}")
+                kept, job.saved = done, time.monotonic()
+                drawn.clear()
+
+        with saving_first(keep):
+            for batch in batches(scaled, range(done, self.images)):
+                drawn.append(batch)
+                done += len(batch.images)
+                yield Sampled(done, self.images)
+                if job.save_is_due or done - kept >= FILE_IMAGES or done == self.images:
+                    keep()
+                job.stop.check(f"{done} of {self.images} samples are kept in {folder.samples}")
         shown = range(min(SHOWN_IMAGES, self.images))
         models = {"before": denoiser, "after": scaled} if rescaler else {"after": denoiser}
         result |= {
             "images": self.images,
             "nfe": job.plan.nfe,
+            "label_rule": job.plan.label_rule,
             "scales": rescaler.model_dump(mode="json") if rescaler else {},
         }
         for name, model in models.items():
             images = torch.cat([batch.images for batch in batches(model, shown)])
             result[name] = folder.keep_picture(f"samples_{name}", grid_png(images))
+        if job.plan.label_rule and (labels := draws.labels(shown)) is not None:
+            result["labels"] = labels.tolist()
 
     def line(self, result: Mapping[str, Any]) -> str:
         from cmkit.report.figures import number

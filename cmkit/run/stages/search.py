@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit.recipe import SearchTable
-from cmkit.run.stages import Stage
+from cmkit.run.stages import Stage, saving_first
 from cmkit.run.stages.sample import Sample
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Search(SearchTable, Stage):
         result |= {
             "minimize": self.minimize,
             "images": self.images,
+            "label_rule": job.plan.label_rule,
             "precision": precision(self.precision, job.device),
             "method": self.method or "grid",
             "axes": {axis: list(values) for axis, values in self.grid.items()},
@@ -121,22 +122,30 @@ def _without_index(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _keeping(job: Job, found: Iterator[Any]) -> Iterator[Any]:
-    """The events `found`, with cells that are being drawn kept whenever a save is due."""
+    """The events `found`, with cells that are being drawn kept whenever a save is due, and
+    when an error comes."""
     from cmkit.run.events import CellsDrawn
 
-    for event in found:
-        if isinstance(event, CellsDrawn):
-            if job.save_is_due and event.unfinished:
-                partial = event.unfinished()
-                about = {
-                    "labels": json.dumps(partial.labels),
-                    "drawn": str(partial.drawn),
-                    "stage": job.keys["search"],
-                }
-                job.folder.keep_unfinished(partial.tensors, about)
-                job.saved = time.monotonic()
-            job.stop.check(f"what is drawn so far is kept in {job.folder.path}")
-        yield event
+    last: CellsDrawn | None = None
+
+    def keep() -> None:
+        if last and last.unfinished and (partial := last.unfinished()):
+            about = {
+                "labels": json.dumps(partial.labels),
+                "drawn": json.dumps(partial.drawn),
+                "stage": job.keys["search"],
+            }
+            job.folder.keep_unfinished(partial.tensors, about)
+            job.saved = time.monotonic()
+
+    with saving_first(keep):
+        for event in found:
+            last = event if isinstance(event, CellsDrawn) else None
+            if last:
+                if job.save_is_due:
+                    keep()
+                job.stop.check(f"what is drawn so far is kept in {job.folder.path}")
+            yield event
 
 
 def _unfinished(job: Job) -> PartialCells | None:
@@ -147,4 +156,5 @@ def _unfinished(job: Job) -> PartialCells | None:
     if found is None or found[1].get("stage") != job.keys["search"]:
         return None
     tensors, about = found
-    return PartialCells(tuple(json.loads(about["labels"])), int(about["drawn"]), tensors)
+    labels, drawn = (tuple(json.loads(about[key])) for key in ("labels", "drawn"))
+    return PartialCells(labels, drawn, tensors)

@@ -23,7 +23,7 @@ class Train(TrainTable, Stage):
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Train from the newest intact checkpoint on, and leave the first average as weights."""
         from cmkit.checkpoint import latest_checkpoint, open_checkpoint, save_checkpoint
-        from cmkit.errors import NonFiniteError
+        from cmkit.errors import DataError, NonFiniteError
         from cmkit.run.events import Note, Saved, StageStarted
         from cmkit.tensors import save_weights
         from cmkit.train import start, train
@@ -71,9 +71,14 @@ class Train(TrainTable, Stage):
                 f"{error}: cmkit run {job.plan.recipe.source.file} --from {folder.path} --set"
                 f" train.lr={self.lr / 3:.2g}"
             ) from error
-        except Exception:  # a bad picture, full memory: what is trained so far is kept first
+        except Exception as error:  # a bad picture, full memory: what is trained is kept first
             if training.whole and training.step > saved:
                 yield save()
+            if isinstance(error, DataError):
+                raise DataError(
+                    f"{error}; cmkit check --data lists every such file; then go on: cmkit run"
+                    f" {job.plan.recipe.source.file} --from {folder.path}"
+                ) from error
             raise
         save_weights(folder.weights, training.models.ema[self.ema[0]].network.state_dict())
         seconds = spent + time.perf_counter() - began

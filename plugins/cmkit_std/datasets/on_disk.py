@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -39,6 +40,12 @@ class File:
         if not path.is_file():
             raise DataError(f"{path}: no regular file; {cure}")
         return cls(path, info.st_size, info.st_mtime_ns)
+
+
+def counted(labels: Iterable[int], classes: int) -> tuple[int, ...]:
+    """How many images each class has."""
+    found = Counter(map(int, labels))
+    return tuple(found[label] for label in range(classes))
 
 
 class OnDisk(Dataset):
