@@ -203,6 +203,11 @@ class Dataset(Part, ABC):
     def spec(self) -> DataSpec:
         """Shape and classes; DataError when the files are missing or corrupt."""
 
+    def declared(self) -> DataSpec | None:
+        """What `spec` returns where the keys alone decide it, so that a model can be drawn from
+        without the data; None where files must be read for it."""
+        return None
+
     @abstractmethod
     def batches(
         self, size: int, seed: int, device: torch.device, start: int = 0

@@ -101,6 +101,10 @@ class ImageFolder(Dataset):
             reference_npz.statistics(Path(self.reference_npz).expanduser(), self.channels)
         return DataSpec(self.channels, self.resolution, classes if self.labels else None)
 
+    def declared(self) -> DataSpec | None:
+        """The same without the pictures, where they have no classes."""
+        return None if self.labels else DataSpec(self.channels, self.resolution)
+
     def batches(
         self, size: int, seed: int, device: torch.device, start: int = 0
     ) -> Iterator[tuple[Tensor, Cond]]:

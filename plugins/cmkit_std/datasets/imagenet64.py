@@ -70,6 +70,14 @@ class ImageNet64(Dataset):
             check_disk(files)
         return DataSpec(channels=3, resolution=64, num_classes=CLASSES)
 
+    def declared(self) -> DataSpec | None:
+        """The 1,000 classes where no files are; a folder there may hold fewer."""
+        from cmkit_std.datasets.downsampled import CLASSES
+
+        if self.path and Path(self.path).expanduser().exists():
+            return None
+        return DataSpec(channels=3, resolution=64, num_classes=CLASSES)
+
     def batches(
         self, size: int, seed: int, device: torch.device, start: int = 0
     ) -> Iterator[tuple[Tensor, Cond]]:

@@ -67,13 +67,17 @@ class LSUN(Dataset):
 
             reference_npz.check(Path(self.reference_npz).expanduser(), CHANNELS)
         if self.path is None:
-            return DataSpec(CHANNELS, self.resolution)
+            return self.declared()
         records = self._records(self.path)
         if records is None:
             return self._folder(self.path).spec()
         from cmkit_std.datasets.pictures import check
 
         check(records, spread(len(records), CHECKED))
+        return self.declared()
+
+    def declared(self) -> DataSpec:
+        """The same, without the files."""
         return DataSpec(CHANNELS, self.resolution)
 
     def batches(
