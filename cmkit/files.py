@@ -22,7 +22,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cmkit.errors import BusyError, CheckpointError, NonFiniteError, ResourceError
+from cmkit.errors import (
+    BusyError,
+    CheckpointError,
+    CmkitError,
+    NonFiniteError,
+    ResourceError,
+)
 
 TEMPORARY = ".tmp-cmkit-"
 """How names of unfinished files begin; `sweep` removes them."""
@@ -290,10 +296,10 @@ def cache_folder(name: str) -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "cmkit" / name
 
 
-def require_regular(path: Path) -> None:
-    """CheckpointError unless `path` is a regular file: a device or FIFO would be read for ever."""
+def require_regular(path: Path, kind: type[CmkitError] = CheckpointError) -> None:
+    """An error of `kind` unless `path` is a regular file: a device or FIFO is read for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise CheckpointError(f"{path}: not a regular file")
+        raise kind(f"{path}: not a regular file; name one that is")
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import io
 import itertools
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from cmkit.denoiser import Cond, Denoiser
 from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
+from cmkit.files import reading, require_regular
 from cmkit.kinds import Sampler
 from cmkit.rng import image_labels, image_noise
 from cmkit.values import DataSpec
@@ -140,12 +142,12 @@ def to_uint8(x0: Tensor) -> Tensor:
 class SavedImages(TorchDataset[Tensor]):
     """Images of a folder of `.npz` files in ADM's format: `arr_0` uint8 (N, H, W, C).
 
-    One file is held in memory at a time, so read in order.
+    One file is held in memory at a time, so read in order. CheckpointError for a damaged file.
     """
 
     def __init__(self, files: Sequence[Path]):
         self.files = list(files)
-        self.starts = [0, *itertools.accumulate(map(_length, self.files))]
+        self.starts = [0, *itertools.accumulate(_read(file, _length) for file in self.files)]
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
@@ -156,17 +158,38 @@ class SavedImages(TorchDataset[Tensor]):
             raise IndexError(index)
         part = bisect.bisect_right(self.starts, index) - 1
         if self._held[0] != part:
-            with np.load(self.files[part], allow_pickle=False) as arrays:
-                self._held = (part, arrays["arr_0"])
+            self._held = (part, _read(self.files[part], _images))
         return torch.from_numpy(self._held[1][index - self.starts[part]]).permute(2, 0, 1)
 
 
-def _length(file: Path) -> int:
-    """Number of images in a `.npz` file, by the header of `arr_0`."""
-    with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
+def _read(file: Path, read: Callable[[zipfile.ZipFile], Any]) -> Any:
+    """What `read` finds in a `.npz` file; CheckpointError where it is damaged."""
+    with reading(file):
+        require_regular(file)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return read(archive)
+        except OSError:
+            raise
+        except Exception as error:  # zipfile and numpy raise almost anything
+            raise ValueError(error) from error
+
+
+def _length(archive: zipfile.ZipFile) -> int:
+    """Number of images, by the header of `arr_0`; ValueError unless it is uint8 (N, H, W, C)."""
+    with archive.open("arr_0.npy") as stream:
         np.lib.format.read_magic(stream)
-        shape, _, _ = np.lib.format.read_array_header_1_0(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        held = archive.getinfo("arr_0.npy").file_size - stream.tell()
+    if dtype != np.uint8 or len(shape) != 4 or min(shape) < 1 or math.prod(shape) != held:
+        raise ValueError(f"arr_0 is {dtype} {shape} in {held} bytes, not images")
     return shape[0]
+
+
+def _images(archive: zipfile.ZipFile) -> np.ndarray:
+    _length(archive)
+    with archive.open("arr_0.npy") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def npz(batches: Sequence[Batch]) -> bytes:

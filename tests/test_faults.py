@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import random
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
 from cmkit_std.backbones.adm import ADM
+from cmkit_std.datasets.image_folder import ImageFolder
 from safetensors.torch import save_file
 
-from cmkit import DataSpec
+from cmkit import CheckpointError, CmkitError, DataSpec
+from cmkit.checkpoint import verify as verify_checkpoint
+from cmkit.cli import entry
+from cmkit.report.figures import picture_of
+from cmkit.run import RunFolder
+from cmkit.sample import Batch, SavedImages, npz
 from tests.test_cli import refused
-from tests.test_draw import OPTIONS, RECIPE, written
+from tests.test_draw import OPTIONS, RECIPE, picture, written
 
 ABSENT = {
     "cifar10": ('path = "none"', DataSpec(3, 32, 10)),
@@ -38,3 +52,177 @@ def test_a_model_of_unknown_classes_names_the_data_that_would_tell(cmkit, tmp_pa
     written(tmp_path, DataSpec(3, 8))
     dataset = 'dataset={use="image_folder", path="none", resolution=8, labels=true}'
     refused(cmkit("sample", "random.toml", "--set", dataset), 3, "dataset.path = 'none'")
+
+
+@pytest.fixture
+def promptly():
+    """Fails a test that waits for a FIFO, or reads a device for ever."""
+
+    def late(*_):
+        raise AssertionError("still reading")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def no_file(path: Path, what: str) -> Path:
+    """A `path` that is no regular file."""
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(what)
+    return path
+
+
+ODD = ("fifo", "folder", "/dev/zero", "/dev/full")
+
+
+@pytest.mark.usefixtures("promptly")
+@pytest.mark.parametrize("what", ODD)
+def test_pictures_masks_and_references_that_are_no_files_are_refused(cmkit, tmp_path, what):
+    recipe, odd = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"})), tmp_path / "odd"
+    good = picture(tmp_path / "good" / "0.png")
+    no_file(odd, what)
+    edit = ("edit", recipe, "--label", 1, "--set", "sampler.use=multistep")
+    refused(cmkit(*edit, odd, "--task", "superres"), 3, "odd", "not a regular file")
+    inpaint = (*edit, good, "--task", "inpaint", "--mask", odd)
+    refused(cmkit(*inpaint), 3, "odd", "not a regular file")
+    for dataset in (
+        'use="image_folder", path="good", resolution=8, channels=1, reference_npz="odd"',
+        'use="lsun", resolution=8, reference_npz="odd"',
+        'use="imagenet64", reference_npz="odd"',
+    ):
+        told = refused_text(cmkit("check", recipe, "--set", f"dataset={{{dataset}}}"), 3)
+        assert "odd: not a regular file" in told
+    if what != "folder":
+        no_file(tmp_path / "good" / "1.png", what)
+        dataset = 'dataset={use="image_folder", path="good", resolution=8, channels=1}'
+        refused(cmkit("check", recipe, "--set", dataset), 3, "1.png", "no regular file")
+
+
+def refused_text(result, code) -> str:
+    refused(result, code)
+    return result[2]
+
+
+READERS = {
+    "report.json": RunFolder.report,
+    "status.json": RunFolder.status,
+    "inputs.json": RunFolder.inputs,
+    "starts.jsonl": RunFolder.starts,
+    "log.jsonl": RunFolder.log,
+    "search/cells.jsonl": lambda folder: folder.scores("cells"),
+    "samples.jsonl": RunFolder.intact_samples,
+    "samples/0000000.npz": lambda folder: SavedImages(folder.sample_files()),
+    "cell.png": lambda folder: picture_of(folder, "cell.png", 100),
+    "checkpoints/step-00000001/SHA256SUMS": lambda f: verify_checkpoint(f.checkpoint(1)),
+}
+
+
+@pytest.mark.usefixtures("promptly")
+@pytest.mark.parametrize("what", ODD)
+@pytest.mark.parametrize("name", READERS)
+def test_files_of_a_run_that_are_no_files_are_refused(tmp_path, name, what):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    no_file(path, what)
+    if name == "cell.png" and not path.is_symlink():
+        assert READERS[name](RunFolder(tmp_path))["src"] is None  # the page says that it is gone
+        return
+    with pytest.raises(CmkitError, match=re.escape(path.name)):
+        READERS[name](RunFolder(tmp_path))
+
+
+@pytest.mark.usefixtures("promptly")
+def test_a_debug_log_that_nobody_reads_keeps_no_error_waiting(tmp_path):
+    os.mkfifo(tmp_path / "debug.log")
+    try:
+        raise ValueError
+    except ValueError:
+        assert not entry._write_debug_log(tmp_path / "debug.log")
+
+
+LINKS = {
+    "itself": ("pictures/a/loop", "loop"),
+    "its folder": ("pictures/a/loop", "."),
+    "the folder above": ("pictures/a/loop", ".."),
+    "each other": ("pictures/a/loop", "../b"),
+    "nothing": ("pictures/a/loop", "none"),
+}
+
+
+@pytest.mark.parametrize("labels", ["true", "false"])
+@pytest.mark.parametrize("link", LINKS)
+def test_links_that_lead_nowhere_or_in_circles_are_one_line(cmkit, tmp_path, link, labels):
+    recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    for name in "ab":
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        picture(tmp_path / "pictures" / name / "0.png")
+    path, target = LINKS[link]
+    (tmp_path / path).symlink_to(target)
+    if link == "each other":
+        (tmp_path / "pictures/b/loop").symlink_to("../a")
+    keys = f'path="pictures", resolution=8, channels=1, labels={labels}'
+    dataset = f'dataset={{use="image_folder", {keys}}}'
+    refused(cmkit("check", recipe, "--set", dataset), 3, "loop", "remove it")
+
+
+def test_a_class_may_be_a_link_to_a_folder_elsewhere(tmp_path):
+    picture(tmp_path / "elsewhere" / "0.png")
+    (tmp_path / "pictures").mkdir()
+    for name in "ab":
+        (tmp_path / "pictures" / name).symlink_to("../elsewhere")
+    data = ImageFolder(path=str(tmp_path / "pictures"), resolution=8, channels=1, labels=True)
+    assert data.spec() == DataSpec(1, 8, 2)
+
+
+def damaged(data: bytes, seed: int) -> bytes:
+    """A file cut, overwritten, or with flipped bits."""
+    rng = random.Random(seed)
+    start = rng.randrange(len(data))
+    match seed % 4:
+        case 0:
+            return data[:start]
+        case 1:
+            return data[:start] + rng.randbytes(rng.randrange(1, 64)) + data[start:]
+        case 2:
+            return data[:start] + bytes(min(64, len(data) - start)) + data[start + 64 :]
+    return data[:start] + bytes([data[start] ^ (1 << rng.randrange(8))]) + data[start + 1 :]
+
+
+def test_damaged_samples_are_refused_or_read_as_they_were(tmp_path):
+    """A zip has bytes on which nothing depends: what is read at all is what was written."""
+    images = torch.arange(5 * 64, dtype=torch.uint8).view(5, 1, 8, 8)
+    whole = npz([Batch(0, images, torch.arange(5))])
+    file, refusals = tmp_path / "0000000.npz", 0
+    for seed in range(400):
+        file.write_bytes(damaged(whole, seed))
+        try:
+            found = SavedImages([file])
+            read = torch.stack([found[k] for k in range(len(found))])
+        except CheckpointError:
+            refusals += 1
+        else:
+            assert torch.equal(read, images)
+    assert refusals > 200
+
+
+ODD_ARRAYS = {
+    "grey": np.zeros((2, 8, 8), np.uint8),
+    "floats": np.zeros((2, 8, 8, 1)),
+    "objects": np.array([{}] * 2, object),
+    "a number": np.uint8(3),
+    "none": np.zeros((0, 8, 8, 1), np.uint8),
+}
+
+
+@pytest.mark.parametrize("array", ODD_ARRAYS)
+def test_samples_that_are_no_images_are_refused(tmp_path, array):
+    np.savez(tmp_path / "0000000.npz", ODD_ARRAYS[array])
+    with pytest.raises(CheckpointError, match="arr_0"):
+        SavedImages([tmp_path / "0000000.npz"])

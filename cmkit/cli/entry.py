@@ -73,6 +73,8 @@ def _unexpected(error: BaseException) -> int:
 
 def _write_debug_log(path: Path) -> bool:
     """Append the traceback of the current error; False where the file cannot be written."""
+    if path.exists() and not path.is_file():  # a FIFO would wait for its reader
+        return False
     try:
         with path.open("a", encoding="utf-8") as file:
             traceback.print_exc(file=file)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmkit.errors import DataError
+from cmkit.files import read_bytes
 from cmkit.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def picture_of(folder: RunFolder, name: str, limit: int) -> dict[str, Any]:
     path = folder.picture(name)
     if not path.is_file():
         return {"name": name, "src": None}
-    data = path.read_bytes()
+    data = read_bytes(path)
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
         raise DataError(f"{path}: not a PNG picture; delete it, or run the recipe again")
     width, height = struct.unpack(">II", data[16:24])

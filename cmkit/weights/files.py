@@ -18,7 +18,7 @@ from cmkit.checkpoint import (
     weights_file,
 )
 from cmkit.errors import CheckpointError, did_you_mean
-from cmkit.files import atomic_write, cache_folder, cached_sha256
+from cmkit.files import atomic_write, cache_folder, cached_sha256, read_bytes
 from cmkit.run.folder import RunFolder, chosen
 from cmkit.tensors import is_pickle
 
@@ -157,7 +157,7 @@ def _pin(path: Path, digest: str) -> None:
     record = path.with_name(f"{path.name}.sha256")
     if not record.exists():
         atomic_write(record, f"{digest}  {path.name}\n")
-    known = record.read_text("utf-8").split()[:1]
+    known = read_bytes(record).decode(errors="replace").split()[:1]
     if known != [digest]:
         raise CheckpointError(
             f"{path}: its SHA-256 {digest[:12]}.. is not {''.join(known)[:12]}.. of its first use"
@@ -169,8 +169,8 @@ def _converted(path: Path, digest: str) -> Path:
     """The safetensors file that a pickle of this SHA-256 became; made now if there is none."""
     folder = cache_folder("converted")
     target, record = folder / f"{digest}.safetensors", folder / f"{digest}.sha256"
-    kept = record.read_text("utf-8") if target.exists() and record.exists() else None
-    if kept and kept == cached_sha256(target):
+    there = target.is_file() and record.is_file()
+    if there and read_bytes(record) == cached_sha256(target).encode():
         return target
     from cmkit.weights.pickles import pickle_to_safetensors
 

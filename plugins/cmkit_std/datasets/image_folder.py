@@ -135,7 +135,7 @@ class ImageFolder(Dataset):
             raise DataError(f"dataset.path = {self.path!r}: no such folder")
         if not self.labels:
             return Folder(root, _below(root, root, 0)), 0
-        loose = [entry.name for entry in _visible(root) if not entry.is_dir()]
+        loose = [entry.name for entry in _visible(root) if not _is_folder(entry)]
         if loose:
             raise DataError(
                 f"{root / loose[0]}: not in a folder of its class; move it, or read it with"
@@ -153,16 +153,27 @@ class ImageFolder(Dataset):
 def _below(root: Path, folder: Path, label: int) -> tuple[File, ...]:
     """Every visible file below `folder`, by name; DataError when there is none."""
     files = []
-    pending = [folder]
+    pending = [(folder, (folder.resolve(),))]
     while pending:
-        for entry in _visible(pending.pop()):
-            if entry.is_dir():
-                pending.append(Path(entry.path))
-            else:
+        current, above = pending.pop()
+        for entry in _visible(current):
+            if not _is_folder(entry):
                 files.append(_file(root, entry, label))
+                continue
+            inner = Path(entry.path)
+            if entry.is_symlink() and inner.resolve() in above:
+                raise DataError(f"{inner}: a link to a folder that it is in itself; remove it")
+            pending.append((inner, (*above, inner.resolve())))
     if not files:
         raise DataError(f"{folder}: no pictures in it; put some there, or remove the folder")
     return tuple(sorted(files, key=lambda file: file.name))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, of which `_file` says so
+        return False
 
 
 def _file(root: Path, entry: os.DirEntry[str], label: int) -> File:

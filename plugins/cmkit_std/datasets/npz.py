@@ -11,6 +11,7 @@ from typing import IO
 import numpy as np
 
 from cmkit import DataError
+from cmkit.files import require_regular
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,14 @@ def headers(path: Path) -> dict[str, Header]:
     the size that they announce, pickled ones among them.
     """
     try:
+        require_regular(path, DataError)
         with zipfile.ZipFile(path) as archive:
             return {
                 member.filename.removesuffix(".npy"): _header(archive, member)
                 for member in archive.infolist()
             }
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; name an .npz file") from error
     except Exception as error:  # zipfile and numpy raise almost anything
