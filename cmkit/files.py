@@ -308,7 +308,7 @@ def require_space(folder: Path, needed: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-_CURES = {
+CURES = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some of your quota or choose another folder",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
@@ -317,6 +317,7 @@ _CURES = {
     errno.EACCES: "give this user permission or choose another folder",
     errno.EPERM: "give this user permission or choose another folder",
 }
+"""What to do about an errno."""
 
 
 def _resource_error(error: OSError, path: Path, needed: int) -> ResourceError:
@@ -325,7 +326,7 @@ def _resource_error(error: OSError, path: Path, needed: int) -> ResourceError:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.absolute().parent).free
             room = f" ({needed} bytes needed, {free} free)"
-    cure = _CURES.get(error.errno or 0, "check the path, or choose another folder")
+    cure = CURES.get(error.errno or 0, "check the path, or choose another folder")
     return ResourceError(f"{path}: {error.strerror or error}{room}; {cure}")
 
 

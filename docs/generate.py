@@ -17,7 +17,7 @@ import typer
 import cmkit
 import cmkit.functional
 import cmkit.testing
-from cmkit.cli import app
+from cmkit.cli.commands import app
 from cmkit.errors import CmkitError
 from cmkit.plugins import KINDS, Hooks, discover
 from cmkit.recipe import core_tables, fields

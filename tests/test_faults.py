@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -17,9 +18,12 @@ from safetensors.torch import save_file
 
 from cmkit import CheckpointError, CmkitError, DataSpec
 from cmkit.checkpoint import verify as verify_checkpoint
-from cmkit.cli import entry
+from cmkit.cli import commands, entry
+from cmkit.cli.display import Display
+from cmkit.errors import printable
+from cmkit.plugins import Plugin, Registry, Row
 from cmkit.report.figures import picture_of
-from cmkit.run import RunFolder
+from cmkit.run import Note, RunFolder, Sampled, StageStarted
 from cmkit.sample import Batch, SavedImages, npz
 from tests.test_cli import refused
 from tests.test_draw import OPTIONS, RECIPE, picture, written
@@ -226,3 +230,114 @@ def test_samples_that_are_no_images_are_refused(tmp_path, array):
     np.savez(tmp_path / "0000000.npz", ODD_ARRAYS[array])
     with pytest.raises(CheckpointError, match="arr_0"):
         SavedImages([tmp_path / "0000000.npz"])
+
+
+EVIL = {
+    "escape": "\x1b[2J\x1b]0;owned\x07",
+    "right to left": "a\u202egnp.exe",
+    "return": "good\rbad",
+    "line": "good\nerror: bad",
+    "C1": "\x9b31m",
+    "separator": "a\u2028b",
+    "not UTF-8": "caf\udce9",
+    "delete": "a\x7fb",
+}
+"""Names that would steer a terminal, or that it could not be given."""
+
+
+def harmless(text: str) -> bool:
+    return all(c.isprintable() or c == "\n" for c in text)
+
+
+@pytest.mark.parametrize("name", EVIL.values(), ids=list(EVIL))
+def test_foreign_names_cannot_steer_the_terminal(cmkit, tmp_path, name):
+    """In errors, in results, in tables and in notes; a JSON document keeps what it says."""
+    recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    (tmp_path / f"{name}.toml").write_text("x = [")
+    code, out, err = cmkit("check", f"{name}.toml")
+    assert (code, out) == (2, "")
+    assert harmless(err)
+    assert err.count("\n") == 1
+    where = ("--out", f"{name}.png", "--device", "cpu")
+    code, out, err = cmkit("sample", recipe, "-n", 1, *where)
+    assert code == 0
+    assert harmless(out + err)
+    assert out.count("\n") == 1
+    code, out, err = cmkit("sample", recipe, "-n", 1, *where[:1], f"b{name}.png", "--json")
+    assert harmless(out + err)
+    assert json.loads(out)["out"] == f"b{name}.png"
+
+
+@pytest.mark.parametrize("name", EVIL.values(), ids=list(EVIL))
+def test_what_plugins_and_runs_say_cannot_steer_the_terminal(capsys, monkeypatch, name):
+    row = Row("objective", name, name, "1", Plugin("objective", name, "a:B", name))
+    monkeypatch.setattr("cmkit.plugins.discover", lambda: Registry([row]))
+    commands.app(["plugins"], standalone_mode=False)
+    with Display(None) as display:
+        display.show(Note(name))
+        display.show(StageStarted(name, 0, 1))
+        display.show(Sampled(1, 1))
+    out, err = capsys.readouterr()
+    assert harmless(out + err)
+    assert out.count("\n") == 2
+    assert err.count("\n") == 2
+
+
+def test_text_beyond_the_encoding_of_the_terminal_is_escaped():
+    assert printable("ünï ✓", "ascii") == "\\xfcn\\xef \\u2713"
+    assert printable("ünï ✓", "utf-8") == "ünï ✓"
+
+
+LONG = {
+    "recipe": ("check", "x" * 5000),
+    "recipe.toml": ("check", "x" * 5000 + ".toml"),
+    "out": ("run", "RECIPE", "--out", "x" * 5000),
+    "folders": ("run", "RECIPE", "--out", "x/" * 5000),
+    "picture": ("sample", "RECIPE", "--out", "x" * 5000 + ".png"),
+    "run": ("sample", "x" * 5000),
+    "run by name": ("sample", "run:" + "x" * 5000),
+    "step": ("sample", "x@" + "1" * 5000),
+    "weights": ("check", "RECIPE", "--set", "denoiser.weights=" + "x" * 5000),
+    "data": ("check", "RECIPE", "--set", f'dataset={{use="cifar10", path="{"x" * 5000}"}}'),
+    "compared": ("compare", "x" * 5000),
+    "verified": ("verify", "x" * 5000),
+    "converted": ("convert", "x" * 5000, "y", "--to", "cmkit"),
+    "edited": ("edit", "RECIPE", "x" * 5000, "--task", "superres", "--label", "1"),
+    "package": ("new", "sampler", "a", "--out", "x" * 5000),
+    "from": ("run", "RECIPE", "--from", "x" * 5000),
+    "index": ("check", "RECIPE", "--set", "metric." + "1" * 5000 + ".fid=true"),
+    "label": ("sample", "RECIPE", "--label", "1" * 5000),
+    "seed": ("sample", "RECIPE", "--seed", "1" * 5000),
+    "steps": ("check", "RECIPE", "--set", "train.steps=" + "1" * 5000),
+    "device": ("check", "RECIPE", "--device", "x" * 5000),
+    "kind": ("plugins", "show", "x" * 5000, "y"),
+    "null": ("check", "RECIPE", "--set", 'denoiser.weights="a\\u0000b"'),
+    "null out": ("check", "RECIPE", "--set", 'dataset={use="lsun", resolution=8, path="\\u0000"}'),
+}
+
+
+@pytest.mark.parametrize("words", LONG.values(), ids=list(LONG))
+def test_names_and_numbers_of_thousands_of_letters_are_one_line(cmkit, tmp_path, words):
+    recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    recipe.write_text(recipe.read_text() + 'metric = [{ use = "fidelity", fid = true }]\n')
+    words = [recipe if word == "RECIPE" else word for word in words]
+    code, out, err = cmkit(*words, *(("--device", "cpu") if words[0] in ("run", "sample") else ()))
+    assert (code, out) != (0, "")
+    assert code in (2, 3, 4, 5), err
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+
+
+@pytest.mark.parametrize("metrics", [1, 2])
+def test_a_metric_is_named_without_its_index_where_there_is_one(cmkit, tmp_path, metrics):
+    recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    listed = ", ".join(['{ use = "fidelity", fid = true }', '{ use = "digits_judge" }'][:metrics])
+    recipe.write_text(recipe.read_text() + f"metric = [{listed}]\n")
+    said = cmkit("check", recipe, "--set", "metric.downlaod=true", "--device", "cpu")
+    if metrics == 1:
+        refused(said, 2, "--set metric.0.downlaod: unknown key; did you mean 'download'")
+        change = ("--set", "metric.download=true", "--device", "cpu")
+        assert cmkit("check", recipe, *change)[0] == 0
+    else:
+        refused(said, 2, "not an index from 0 to 1", "metric.0.downlaod")
+        assert cmkit("check", recipe, "--set", "metric.0.download=true")[0] == 0

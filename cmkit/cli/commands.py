@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cmkit.errors import CheckpointError, PluginError, RecipeError, did_you_mean, inline
+from cmkit.errors import CheckpointError, PluginError, RecipeError, did_you_mean, inline, printable
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 debug_log: Path | None = None
 """Where the traceback of an error goes, once `run` knows its folder."""
+stop = StopSignal()
+"""The signals that this process received."""
 
 app = typer.Typer(
     help="Train, rescale, sample and compare consistency models from swappable parts.",
@@ -64,7 +67,7 @@ def _root(
     if version:
         import cmkit
 
-        print(cmkit.__version__)
+        _print(cmkit.__version__)
         raise typer.Exit
 
 
@@ -81,8 +84,6 @@ def run(
     json: JsonOption = False,
 ) -> None:
     """Carry a recipe out, or go on where it stopped: train, search, sample, measure, report."""
-    stop = StopSignal()
-    stop.listen()
     begun = [f"train.start={inline(from_)}"] if from_ else []
     loaded, registry = _loaded(recipe, [*set, *begun])
     from cmkit.device import pick_device
@@ -97,6 +98,7 @@ def run(
         else:
             events = run(_plan(loaded), registry, out, chosen, stop)
         start = Note(f"run folder: {folder.path} on {chosen}")
+        stop.listen()
         report = _shown(chain([start], events), chosen, json).report
     if json:
         _print_json({**report, "folder": str(folder.path)})
@@ -143,7 +145,7 @@ def check(
         return
     facts |= dict(str(stage).split(": ", 1) for stage in stages)
     for name, value in facts.items():
-        print(f"{name.replace('_', ' '):<20} {_human(value)}")
+        _print(f"{name.replace('_', ' '):<20} {_human(value)}")
 
 
 @app.command()
@@ -259,11 +261,12 @@ def plugins_show(
     if json:
         _print_json(described)
         return
-    print(f"{kind} {name} ({row.dist} {row.version})\n{described['help']}")
+    _print(f"{kind} {name} ({row.dist} {row.version})")
+    _print(described["help"])
     heads = ("key", "type", "default", "meaning")
     _print_table(heads, [[entry[head] for head in heads] for entry in described["fields"]])
     if row.plugin.cite:
-        print(f"cite: {row.plugin.cite}")
+        _print(f"cite: {row.plugin.cite}")
 
 
 @plugins_app.command("check")
@@ -295,7 +298,7 @@ def new(
     from cmkit.new import new
 
     folder = new(kind, name, out)
-    print(f"{folder}: written; now `pip install -e {folder}` and `pytest {folder}`")
+    _print(f"{folder}: written; now `pip install -e {folder}` and `pytest {folder}`")
 
 
 @app.command()
@@ -326,7 +329,7 @@ def compare(
             lines.append(["  difference", *blank, *(signed.get(key, "") for key in keys)])
     _print_table(["run", *facts, *keys], lines)
     for note in notes:
-        print(f"note: {note}")
+        _print(f"note: {note}")
 
 
 @app.command()
@@ -369,7 +372,7 @@ def convert(
     from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
 
     _shown(convert(source, target, to, registry, loaded), None)
-    print(f"{target}: written in the layout {to}")
+    _print(f"{target}: written in the layout {to}")
 
 
 @app.command()
@@ -442,7 +445,7 @@ def _show_until_written(events: Iterator[Event], device: torch.device, json: boo
     if json:
         _print_json({"schema": 1, **result})
     else:
-        print(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
+        _print(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
 
 
 def find_recipe(name: str) -> Path:
@@ -460,11 +463,16 @@ def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     for row in (heads, *rows):
         cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+        _print("  ".join(cells).rstrip())
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1, ensure_ascii=True))
+    print(json.dumps(content, indent=1, ensure_ascii=True).replace("\x7f", "\\u007f"))
+
+
+def _print(text: str) -> None:
+    """Print one line, in which foreign names cannot steer the terminal."""
+    print(printable(text, sys.stdout.encoding))
 
 
 def _human(value: Any) -> str:
@@ -475,11 +483,11 @@ def _human(value: Any) -> str:
 
 def _print_results(folder: RunFolder, report: dict[str, Any]) -> None:
     stages = report["stages"]
-    print(f"report: {folder.page}")
+    _print(f"report: {folder.page}")
     if "search" in stages:
         found = stages["search"]
         winner = " ".join(f"{axis} = {found['best'][axis]:g}" for axis in found["axes"])
-        print(f"winner of the search: {winner}")
-        print(found["confirm"]["verdict"])
+        _print(f"winner of the search: {winner}")
+        _print(found["confirm"]["verdict"])
     for name, value in stages.get("metric", {}).get("values", {}).items():
-        print(f"{name} = {value:.6g}")
+        _print(f"{name} = {value:.6g}")

@@ -16,7 +16,7 @@ from cmkit.kinds import Backbone, Precond
 from cmkit.plan import networks
 from cmkit.plan.networks import naming_table, noise_of
 from cmkit.plan.record import CONDITIONS, Plan
-from cmkit.plugins import discover
+from cmkit.plugins import blame, discover
 from cmkit.recipe import Recipe, Teacher, load
 from cmkit.recipe.grid import minimized
 from cmkit.run.folder import RunFolder
@@ -207,10 +207,11 @@ def _trying(kind: str) -> Iterator[None]:
         with torch.inference_mode():
             yield
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        reason = str(error).strip().splitlines()[:1]
+        reason = "".join(str(error).strip().splitlines()[:1])
+        place = blame(error, discover().rows)
         raise PluginError(
-            f"the {kind} fails on a tensor without data ({type(error).__name__}:"
-            f" {''.join(reason)}); does it make all its tensors on x.device?"
+            f"the {kind} fails on a tensor without data ({type(error).__name__}: {reason}"
+            f"{f'; at {place}' * bool(place)}); does it make all its tensors on x.device?"
         ) from error
 
 
