@@ -31,6 +31,11 @@ class StopSignal:
         self.listening = True
         _handle(self._received)
 
+    @property
+    def ended(self) -> bool:
+        """Whether a signal came before a run listened: nothing was being written."""
+        return bool(self.signum) and not self.listening
+
     def _received(self, signum: int, frame: FrameType | None) -> None:
         if self.signum:
             _end(signum, "ended without a save; run the same command again to go on")

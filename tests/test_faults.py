@@ -7,6 +7,9 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ from cmkit_std.backbones.adm import ADM
 from cmkit_std.datasets.image_folder import ImageFolder
 from safetensors.torch import save_file
 
-from cmkit import CheckpointError, CmkitError, DataSpec
+import cmkit
+from cmkit import CheckpointError, CmkitError, DataSpec, discover
 from cmkit.checkpoint import verify as verify_checkpoint
 from cmkit.cli import commands, entry
 from cmkit.cli.display import Display
@@ -25,8 +29,11 @@ from cmkit.plugins import Plugin, Registry, Row
 from cmkit.report.figures import picture_of
 from cmkit.run import Note, RunFolder, Sampled, StageStarted
 from cmkit.sample import Batch, SavedImages, npz
+from cmkit.stop import StopSignal
+from tests.forks import CMKIT, Fork
 from tests.test_cli import refused
 from tests.test_draw import OPTIONS, RECIPE, picture, written
+from tests.test_run import RECIPE as RUN_RECIPE
 
 ABSENT = {
     "cifar10": ('path = "none"', DataSpec(3, 32, 10)),
@@ -341,3 +348,134 @@ def test_a_metric_is_named_without_its_index_where_there_is_one(cmkit, tmp_path,
     else:
         refused(said, 2, "not an index from 0 to 1", "metric.0.downlaod")
         assert cmkit("check", recipe, "--set", "metric.0.download=true")[0] == 0
+
+
+EARLY = "from cmkit.cli import main; print('ready', flush=True); main()"
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.mark.parametrize(
+    ("signum", "delay"), zip(2 * SIGNALS, (0.0, 0.1, 0.5, 1.2, 2.0, 3.0), strict=True)
+)
+def test_a_signal_in_the_first_seconds_is_one_line(tmp_path, signum, delay):
+    """While modules are imported, while the plan is made, and when the run has begun."""
+    (tmp_path / "tiny.toml").write_text(RUN_RECIPE.replace("steps = 6", "steps = 100000"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", EARLY, "run", "tiny.toml"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(delay)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert out == ""
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert re.fullmatch(
+        rf"(error: )?{signum.name}: (nothing was being written|.* saved in .*)", last
+    )
+    assert err.count("\n") == 1 or "saved in" in last
+
+
+def test_nohup_keeps_a_run_from_hearing_of_the_terminals_end():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    others = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        StopSignal().listen()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        for number, handler in others.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"])
+def test_a_closed_stream_is_silent(tmp_path, closed):
+    """Whichever of the three streams is closed, and whatever there is to say."""
+    told = {"plugins": 5 if "full" in closed else 0, "check none.toml": 2}
+    for words, code in told.items():
+        command = f'"{sys.executable}" -c "from cmkit.cli import main; main()" {words} {closed}'
+        done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+        if code and "2>" not in closed:
+            assert done.stderr.startswith("error: ")
+            assert done.stderr.count("\n") == 1
+
+
+def test_a_run_outlives_the_reader_of_its_log(tmp_path):
+    (tmp_path / "tiny.toml").write_text(RUN_RECIPE)
+    broken = "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 2)\n"
+    done = Fork(broken + CMKIT, "run", "tiny.toml", cwd=tmp_path).wait()
+    assert done.returncode == 0
+    assert "fid = " in done.stdout
+
+
+class Typo(cmkit.Objective):
+    """An objective of another package, with a chosen fault in its loss."""
+
+    fault: str = "none"
+
+    def phase(self, step, total):
+        return cmkit.Phase(step, num_sigmas=5)
+
+    def loss(self, models, x0, cond, phase, rng):
+        match self.fault:
+            case "attribute":
+                return models.onlnie(x0, phase)
+            case "shape":
+                return models.online(x0, torch.ones(3, 3), cond)
+            case "library":
+                return torch.linalg.cholesky(-torch.eye(2)) + x0
+            case "exit":
+                raise SystemExit(3)
+            case "key":
+                return {}["x0"]
+            case "own":
+                raise type("TheirError", (Exception,), {})("of theirs")
+        return x0.mean((1, 2, 3))
+
+
+FAULTS = {
+    "attribute": "onlnie",
+    "shape": "",
+    "library": "cholesky",
+    "exit": "SystemExit: 3",
+    "key": "KeyError: 'x0'",
+    "own": "TheirError: of theirs",
+}
+
+
+@pytest.fixture
+def typo(monkeypatch):
+    """The registry, with the part `typo` of the package cmkit-typo, which is this file."""
+    plugin = Plugin("objective", "typo", f"{__name__}:Typo", "a typo")
+    row = Row("objective", "typo", "cmkit-typo", "0.3", plugin)
+    made = Registry([*discover().rows, row])
+    for module in ("cmkit.plugins", "cmkit.cli.entry", "cmkit.plan.checks"):
+        monkeypatch.setattr(f"{module}.discover", lambda: made)
+
+
+@pytest.mark.usefixtures("typo")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_strangers_part_names_package_file_and_line(cmkit, tmp_path, fault):
+    recipe = re.sub("objective = .*", f'objective = {{use="typo", fault="{fault}"}}', RUN_RECIPE)
+    (tmp_path / "tiny.toml").write_text(recipe)
+    result = cmkit("run", "tiny.toml", "--device", "cpu")
+    refused(result, 9, f"cmkit-typo 0.3, {__file__}:", FAULTS[fault], "debug.log")
+    line = int(re.search(rf"{re.escape(__file__)}:(\d+)", result[2])[1])
+    first = Path(__file__).read_text().splitlines()[line - 1]
+    assert "return" in first or "raise" in first
+
+
+def test_a_fault_of_ours_is_still_a_bug_in_cmkit(cmkit, tmp_path, monkeypatch):
+    (tmp_path / "tiny.toml").write_text(RUN_RECIPE)
+    monkeypatch.setattr("cmkit.run.folder.RunFolder.rewind_log", lambda *_: 1 / 0)
+    refused(cmkit("run", "tiny.toml"), 70, "a bug in cmkit: ZeroDivisionError")

@@ -23,11 +23,17 @@ PLAIN_SECONDS = 5.0
 """Between two plain lines of a stage."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `Display.say`: rich would end the run, and close stdout."""
+        raise BrokenPipeError
+
+
 class Display:
     """A context in which `show` takes every event, in order."""
 
     def __init__(self, device: Any, quiet: bool = False):
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = _Console(stderr=True, highlight=False, soft_wrap=True)
         self.device = device
         self.quiet = quiet
         self.progress = progress.Progress(

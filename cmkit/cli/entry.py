@@ -27,24 +27,28 @@ def main() -> None:
     try:
         code = commands.app(standalone_mode=False) or 0
         sys.stdout.flush()
-    except CmkitError as error:
-        code = _fail(error)
-    except BrokenPipeError:
-        code = 0
-    except typer.Exit as exit_:
-        code = exit_.exit_code
-    except BaseException as error:  # an import that a signal broke off may raise almost anything
-        if isinstance(error, KeyboardInterrupt) or (stop.signum and not stop.listening):
-            signum = stop.signum or signal.SIGINT
-            code = _say(f"{signal.Signals(signum).name}: {NOTHING}", 128 + signum)
-        else:
-            code = _resource_error(error)
+    except BaseException as error:  # what a signal breaks off may raise almost anything
+        code = 0 if stop.ended else _code_of(error)
+    if stop.ended:
+        code = _say(f"{signal.Signals(stop.signum).name}: {NOTHING}", 128 + stop.signum)
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
         # Python writes what is left in stdout as it ends, and would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _code_of(error: BaseException) -> int:
+    """The exit code of an error, whose line is printed."""
+    match error:
+        case CmkitError():
+            return _fail(error)
+        case BrokenPipeError():
+            return 0
+        case typer.Exit():
+            return int(error.exit_code)
+    return _resource_error(error)
 
 
 def _fail(error: CmkitError) -> int:
