@@ -266,7 +266,10 @@ class Metric(Part, ABC):
         return None
 
     def provenance(self) -> dict[str, Any]:
-        """What must stand beside the numbers so that they can be compared: extractor, weights."""
+        """What must stand beside the numbers so that they can be compared: extractor, weights.
+
+        cmkit adds the number of images and the reference's fingerprint.
+        """
         return {}
 
 

@@ -307,27 +307,32 @@ def compare(
     json: JsonOption = False,
 ) -> None:
     """Print the scores of runs side by side, and beside those that others published."""
-    from cmkit.compare import caveats, entries
+    from cmkit.compare import caveats, columns, entries, unfinished
     from cmkit.report import score
 
-    compared = entries(runs)
-    notes = list(caveats(compared))
+    open_runs = unfinished(runs)
+    if open_runs == runs:
+        raise CheckpointError(f"{runs[0]}: not finished; `cmkit run {runs[0]}/recipe.toml` first")
+    compared = entries([folder for folder in runs if folder not in open_runs])
+    notes = [f"{folder}: not finished, left out" for folder in open_runs]
+    notes += caveats(compared)
     if json:
         rows = [{**vars(entry), "differences": entry.differences} for entry in compared]
         _print_json({"schema": 1, "runs": rows, "caveats": notes})
         return
-    keys = list(dict.fromkeys(k for e in compared for k in (*e.scores, *e.expected)))
+    heads = columns(compared)
     facts = list(dict.fromkeys(k for e in compared for k in e.facts))
     blank, lines = [""] * len(facts), []
     for entry in compared:
+        own = entry.places(heads)
         values = [_human(entry.facts.get(fact, 1)) for fact in facts]
-        lines.append([entry.name, *values, *(score(entry.scores.get(key)) for key in keys)])
+        lines.append([entry.name, *values, *(score(entry.scores.get(key)) for key in own)])
         if entry.source:
-            published = [score(entry.expected.get(key)) for key in keys]
+            published = [score(entry.expected.get(key)) for key in own]
             lines.append([f"  {entry.source}", *blank, *published])
             signed = {key: f"{value:+.3g}" for key, value in entry.differences.items()}
-            lines.append(["  difference", *blank, *(signed.get(key, "") for key in keys)])
-    _print_table(["run", *facts, *keys], lines)
+            lines.append(["  difference", *blank, *(signed.get(key, "") for key in own)])
+    _print_table(["run", *facts, *(head.heading for head in heads)], lines)
     for note in notes:
         _print(f"note: {note}")
 
