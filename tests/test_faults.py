@@ -17,7 +17,7 @@ import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.datasets.image_folder import ImageFolder
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import cmkit
 from cmkit import CheckpointError, CmkitError, DataSpec, discover
@@ -357,7 +357,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.mark.parametrize(
-    ("signum", "delay"), zip(2 * SIGNALS, (0.0, 0.1, 0.5, 1.2, 2.0, 3.0), strict=True)
+    ("signum", "delay"), [*zip(2 * SIGNALS, (0.0, 0.1, 0.5, 1.2, 2.0, 3.0), strict=True)]
 )
 def test_a_signal_in_the_first_seconds_is_one_line(tmp_path, signum, delay):
     """While modules are imported, while the plan is made, and when the run has begun."""
@@ -479,3 +479,78 @@ def test_a_fault_of_ours_is_still_a_bug_in_cmkit(cmkit, tmp_path, monkeypatch):
     (tmp_path / "tiny.toml").write_text(RUN_RECIPE)
     monkeypatch.setattr("cmkit.run.folder.RunFolder.rewind_log", lambda *_: 1 / 0)
     refused(cmkit("run", "tiny.toml"), 70, "a bug in cmkit: ZeroDivisionError")
+
+
+WRAPPED = ("module.", "_orig_mod.", "model.", "module._orig_mod.", "module.model.", "net.unet.")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "layout"), [*((prefix, "cmkit") for prefix in WRAPPED), ("module.", "openai")]
+)
+def test_a_prefix_of_all_names_of_weights_is_left_out_and_said(cmkit, tmp_path, prefix, layout):
+    recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    assert cmkit("sample", recipe, "-n", 2, "--out", "a.npz", "--device", "cpu")[0] == 0
+    if layout != "cmkit":
+        source = ("random.safetensors", "theirs.safetensors")
+        assert cmkit("convert", *source, "--to", layout, "--recipe", recipe)[0] == 0
+        (tmp_path / source[1]).replace(tmp_path / source[0])
+    weights = load_file(tmp_path / "random.safetensors")
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+    save_file(wrapped, tmp_path / "random.safetensors")
+    told = "random.safetensors: the prefix "
+    code, out, err = cmkit("check", recipe)
+    assert (code, told in out) == (0, True), err
+    code, _, err = cmkit("sample", recipe, "-n", 2, "--out", "b.npz", "--device", "cpu")
+    assert code == 0, err
+    assert told in err
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    code, _, err = cmkit("convert", "random.safetensors", "c", "--to", "cmkit", "--recipe", recipe)
+    assert (code, told in err) == (0, True)
+
+
+def test_a_compiled_block_inside_is_found_as_well(cmkit, tmp_path):
+    recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    weights = load_file(tmp_path / "random.safetensors")
+    compiled = {name.replace("time.", "time._orig_mod."): t for name, t in weights.items()}
+    assert compiled.keys() != weights.keys()
+    save_file(compiled, tmp_path / "random.safetensors")
+    assert cmkit("sample", recipe, "-n", 1, "--device", "cpu")[0] == 0
+
+
+def test_weights_of_another_network_show_their_names_and_their_own_prefix(cmkit, tmp_path):
+    recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    save_file({"module.other.weight": torch.zeros(3)}, tmp_path / "random.safetensors")
+    refused(cmkit("sample", recipe), 4, "its own names begin module.other.weight")
+
+
+SHADOWS = {
+    "shadow_params": lambda state: {"shadow_params": list(state.values()), "decay": 0.999},
+    "a list": lambda state: list(state.values()),
+    "numbers": lambda state: {"decay": 0.999, "num_updates": 5},
+    "empty": lambda state: {},
+}
+
+
+@pytest.mark.parametrize("shadow", SHADOWS)
+def test_an_average_without_names_is_passed_over_and_said(
+    cmkit, tmp_path, forked_reader, monkeypatch, shadow
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    state = load_file(tmp_path / "random.safetensors")
+    torch.save({"model": state, "ema": SHADOWS[shadow](state), "step": 7}, tmp_path / "w.pt")
+    told = "w.pt: 'ema' in it has no names of tensors; 'model' is taken"
+    for number in range(2):  # converted, then known
+        change = ("--set", "denoiser.weights=w.pt", "--out", f"{number}.npz", "--device", "cpu")
+        code, _, err = cmkit("sample", recipe, "-n", 2, *change)
+        assert (code, told in err) == (0, True), err
+    assert cmkit("sample", recipe, "-n", 2, "--out", "a.npz", "--device", "cpu")[0] == 0
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
+
+
+def test_a_checkpoint_without_any_names_is_refused(cmkit, tmp_path, forked_reader, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    torch.save({"ema": {"shadow_params": [torch.zeros(2)]}, "model": [1]}, tmp_path / "w.pt")
+    told = cmkit("sample", recipe, "--set", "denoiser.weights=w.pt", "--device", "cpu")
+    refused(told, 4, "w.pt: holds no state dict")

@@ -141,11 +141,14 @@ def check(
         "to_download": [weights.url for weights in plan.downloads],
     }
     if json:
-        _print_json({**facts, "stages": [stage.facts() for stage in stages]})
+        outlook = [stage.facts() for stage in stages]
+        _print_json({**facts, "notes": plan.notes, "stages": outlook})
         return
     facts |= dict(str(stage).split(": ", 1) for stage in stages)
     for name, value in facts.items():
         _print(f"{name.replace('_', ' '):<20} {_human(value)}")
+    for note in plan.notes:
+        _print(f"note: {note}")
 
 
 @app.command()

@@ -138,14 +138,15 @@ def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
 
 def check_teacher(
     recipe: Recipe, given: Teacher, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]
-) -> None:
-    """Check that the `given` teacher's weights fit its network, that it was trained on the noise
-    levels of the student `denoiser`, and that this can start from it where the recipe says so."""
+) -> tuple[str, ...]:
+    """Notes of what the `given` teacher's weights hold; errors where they do not fit its network,
+    it was trained on other noise levels than those of the student `denoiser`, or this cannot start
+    from it where the recipe says so."""
     with naming_table(recipe, "teacher"), torch.device("meta"):
         teacher = networks.teacher_of(given, recipe.denoiser, data)
     with naming_table(recipe, "teacher", "weights"):
         check_weights(given.table.weights, given.backbone, given.precond)
-        networks.load_into(teacher.network, given.table.weights, given.backbone, data)
+        notes = networks.load_into(teacher.network, given.table.weights, given.backbone, data)
     own, other = denoiser.noise, teacher.noise
     if not other.sigma_min <= own.sigma_min < own.sigma_max <= other.sigma_max:
         raise recipe.source.error(
@@ -170,6 +171,7 @@ def check_teacher(
     x, cond = _dry_input(data, conditions)
     with naming_table(recipe, "teacher"), _trying("teacher's backbone"):
         teacher(x, x.new_empty(1), cond)
+    return notes
 
 
 def dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:

@@ -20,7 +20,7 @@ from cmkit.files import atomic_write, new_folder
 from cmkit.pictures import grid_png, png
 from cmkit.plan import Plan, check_disk, check_fit, for_sampling, noise_of, traits_of
 from cmkit.recipe import Recipe, SampleTable
-from cmkit.run.events import Event, Sampled, StageFinished, StageStarted
+from cmkit.run.events import Event, Note, Sampled, StageFinished, StageStarted
 from cmkit.run.folder import make_out
 from cmkit.sample import Draws, finite_uint8, npz, sample, starts
 from cmkit.weights import download
@@ -154,6 +154,7 @@ def _model(
     plan: Plan, table: SampleTable, device: torch.device
 ) -> Generator[Event, None, Denoiser]:
     """The rescaled denoiser on `device`, after any download of its weights."""
+    yield from map(Note, plan.notes)
     for weights in plan.downloads:
         yield from download(weights)
     denoiser = for_sampling(plan, device, table.precision)
