@@ -7,10 +7,10 @@ import io
 import itertools
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -194,11 +194,28 @@ def _images(archive: zipfile.ZipFile) -> np.ndarray:
 
 def npz(batches: Sequence[Batch]) -> bytes:
     """The bytes of one `.npz` file: images `arr_0` (N, H, W, C), and labels `arr_1` if any."""
-    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()
-    arrays: dict[str, Any] = {"arr_0": np.ascontiguousarray(images)}
-    labels = [batch.labels for batch in batches if batch.labels is not None]
-    if labels:
-        arrays["arr_1"] = torch.cat(labels).numpy()
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    count = sum(len(batch.images) for batch in batches)
+    for _ in write_npz(buffer, batches, (count, *batches[0].images.shape[1:])):
+        pass
     return buffer.getvalue()
+
+
+def write_npz(
+    file: IO[bytes], batches: Iterable[Batch], shape: tuple[int, int, int, int]
+) -> Iterator[Batch]:
+    """Each of `batches`, after its images are in `file`, as of `npz`; `shape` (N, C, H, W) is that
+    of all images together."""
+    n, channels, height, width = shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, height, width, channels)}
+    labels = []
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for batch in batches:
+                stream.write(batch.images.permute(0, 2, 3, 1).contiguous().numpy().data)
+                labels += [] if batch.labels is None else [batch.labels]
+                yield batch
+        if labels:
+            with archive.open("arr_1.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, torch.cat(labels).numpy())

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +21,20 @@ import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.datasets.image_folder import ImageFolder
+from cmkit_std.metrics import stored
 from safetensors.torch import load_file, save_file
 
 import cmkit
-from cmkit import CheckpointError, CmkitError, DataSpec, discover
+from cmkit import CheckpointError, CmkitError, DataSpec, ResourceError, discover, files
 from cmkit.checkpoint import verify as verify_checkpoint
 from cmkit.cli import commands, entry
 from cmkit.cli.display import Display
 from cmkit.errors import printable
+from cmkit.plan import plan
 from cmkit.plugins import Plugin, Registry, Row
+from cmkit.recipe import load
 from cmkit.report.figures import picture_of
-from cmkit.run import Note, RunFolder, Sampled, StageStarted
+from cmkit.run import Note, RunFolder, Sampled, StageStarted, draw, drawn_from, run
 from cmkit.sample import Batch, SavedImages, npz
 from cmkit.stop import StopSignal
 from tests.forks import CMKIT, Fork
@@ -554,3 +561,186 @@ def test_a_checkpoint_without_any_names_is_refused(cmkit, tmp_path, forked_reade
     torch.save({"ema": {"shadow_params": [torch.zeros(2)]}, "model": [1]}, tmp_path / "w.pt")
     told = cmkit("sample", recipe, "--set", "denoiser.weights=w.pt", "--device", "cpu")
     refused(told, 4, "w.pt: holds no state dict")
+
+
+def test_arrays_are_what_numpy_would_write(tmp_path):
+    images = torch.arange(5 * 3 * 64, dtype=torch.int64).to(torch.uint8).view(5, 3, 8, 8)
+    labels = torch.arange(5)
+    batches = [Batch(0, images[:2], labels[:2]), Batch(2, images[2:], labels[2:])]
+    np.savez(tmp_path / "a.npz", arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
+    assert npz(batches) == (tmp_path / "a.npz").read_bytes()
+    assert sorted(np.load(io.BytesIO(npz([Batch(0, images, None)])))) == ["arr_0"]
+
+
+@pytest.mark.parametrize("out", ["x.npz", "folder"])
+def test_no_more_than_a_batch_waits_to_be_written(tmp_path, monkeypatch, out):
+    alive = weakref.WeakSet()
+    most = 0
+
+    def drawn(*_):
+        nonlocal most
+        for first in range(0, 40, 2):
+            images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+            alive.add(images)
+            most = max(most, len(alive))
+            yield Batch(first, images, torch.zeros(2, dtype=torch.int64))
+            del images
+
+    written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cmkit.run.drawing.sample", drawn)
+    recipe = drawn_from("random.toml", [], discover(), 40)
+    events = list(draw(recipe, 0, (), tmp_path / out, torch.device("cpu")))
+    assert [event.done for event in events if isinstance(event, Sampled)] == [*range(2, 41, 2)]
+    assert most <= 2
+    found = SavedImages([tmp_path / out]) if out == "x.npz" else list((tmp_path / out).iterdir())
+    assert len(found) == 40
+
+
+@pytest.mark.parametrize("out", ["x.npz", "folder"])
+def test_a_drawing_that_is_broken_off_leaves_nothing(tmp_path, monkeypatch, out):
+    written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    recipe = drawn_from("random.toml", [], discover(), 9)
+    events = draw(recipe, 0, (), tmp_path / out, torch.device("cpu"))
+    assert any(isinstance(event, Sampled) for event in events)
+    events.close()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_temporaries_of_killed_processes_are_swept_wherever_a_run_writes(tmp_path):
+    places = [tmp_path, *(tmp_path / name for name in ("search", "samples", "checkpoints"))]
+    for place in places:
+        place.mkdir(exist_ok=True)
+        (place / f"{files.TEMPORARY}abc").touch()
+        (place / f"{files.TEMPORARY}folder").mkdir()
+        (place / f"{files.TEMPORARY}folder" / "x").touch()
+        (place / "kept").touch()
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / f"{files.TEMPORARY}abc").touch()
+    (tmp_path / "link").symlink_to(elsewhere)
+    with RunFolder(tmp_path).held():
+        left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert left == [".lock", "checkpoints/kept", "kept", "samples/kept", "search/kept"]
+    assert list(elsewhere.iterdir())  # what a link leads to is another's
+
+
+def test_old_temporaries_in_the_users_cache_are_swept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("digests", "features"):
+        (tmp_path / "cmkit" / name).mkdir(parents=True)
+        for age in (0, 2 * files.ABANDONED):
+            path = tmp_path / "cmkit" / name / f"{files.TEMPORARY}{age}"
+            path.touch()
+            os.utime(path, (time.time() - age,) * 2)
+    files.cached_digest("something new", lambda: "0" * 64)
+    stored.save("0" * 64, {"x": torch.zeros(2)})
+    left = [path.name for path in tmp_path.rglob(f"{files.TEMPORARY}*")]
+    assert left == [f"{files.TEMPORARY}0"] * 2  # another process may be writing it now
+
+
+GONE = {
+    "renamed": lambda path: path.rename(path.with_name("other")),
+    "removed": shutil.rmtree,
+    "replaced": lambda path: (path.rename(path.with_name("other")), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("how", GONE)
+@pytest.mark.parametrize("when", ["train", "search", "sample", "metric"])
+def test_a_run_folder_that_is_gone_under_its_run_is_said(tmp_path, monkeypatch, how, when):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.toml").write_text(RUN_RECIPE)
+    made = plan(load("tiny.toml", ["train.save_every=1"], discover()))
+    running = run(made, discover(), tmp_path / "runs", torch.device("cpu"), StopSignal())
+    for event in running:
+        if isinstance(event, StageStarted) and event.stage == when:
+            (path,) = (tmp_path / "runs").iterdir()
+            GONE[how](path)
+            break
+    with pytest.raises(ResourceError, match="is gone, it was renamed or removed"):
+        list(running)
+    assert how == "replaced" or not path.exists()
+    assert how != "replaced" or not list(path.iterdir())
+
+
+CLOSED = """
+import os, sys, contextlib, io
+from cmkit.cli import main
+sys.argv = ["cmkit", "check", "random.toml"]
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()
+if os.getuid() == 0: os.setgid(65534); os.setuid(65534)  # root passes permissions by
+sys.argv = ["cmkit", *{words}]
+main()
+"""
+REFUSED = {
+    "recipe": ("random.toml", ["check", "random.toml"]),
+    "folder of the recipe": ("inner", ["check", "inner/random.toml"]),
+    "weights": ("random.safetensors", ["sample", "random.toml", "--out", "/dev/shm/x.png"]),
+    "pictures": ("colours", ["check", "random.toml", "--set", "sample.images=1"]),
+    "picture": ("colours/0.png", ["check", "random.toml", "--set", "sample.images=1"]),
+    "run": ("inner", ["sample", "inner"]),
+    "report": ("report.json", ["compare", "."]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_may_not_be_read_says_permission(what):
+    path, words = REFUSED[what]
+    with tempfile.TemporaryDirectory() as home:
+        os.chmod(home, 0o755)
+        written(Path(home), DataSpec(3, 8))
+        (Path(home) / "inner").mkdir()
+        for name in ("inner/random.toml", "report.json"):
+            (Path(home) / name).write_text((Path(home) / "random.toml").read_text())
+        os.chmod(f"{home}/{path}", 0)
+        code = CLOSED.format(words=words)
+        done = Fork(code, cwd=home, XDG_CACHE_HOME=f"{home}/none").wait()
+    assert done.returncode in (2, 3, 4, 5), done.stderr
+    refused((done.returncode, done.stdout, done.stderr), done.returncode, "ermission")
+    assert "did you mean" not in done.stderr
+    assert "give this user permission" in done.stderr or "cannot be listed" in done.stderr
+
+
+def test_compiling_without_a_compiler_is_refused_before_any_work(cmkit, tmp_path, monkeypatch):
+    (tmp_path / "tiny.toml").write_text(RUN_RECIPE)
+    change = ("--set", "train.compile=true", "--device", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for command in ("check", "run"):
+        told = cmkit(command, "tiny.toml", *change)
+        refused(told, 5, "tiny.toml", "train.compile", "no-such-compiler", "install it")
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(cmkit("check", "tiny.toml", *change), 5, "CXX")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    refused(cmkit("check", "tiny.toml", *change), 5, "gcc or clang or cc")
+    (tmp_path / "cc").write_text("")
+    (tmp_path / "cc").chmod(0o755)
+    assert cmkit("check", "tiny.toml", *change)[0] == 0
+
+
+def test_several_devices_or_processes_say_what_works(cmkit, tmp_path, monkeypatch):
+    (tmp_path / "tiny.toml").write_text(RUN_RECIPE)
+    for device in ("cuda:0,1", "0,1", "cuda:0,cuda:1", "cpu,cpu"):
+        told = cmkit("run", "tiny.toml", "--device", device)
+        refused(told, 2, f"--device {device}", "one process on one device", "--device cuda:0")
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    refused(cmkit("run", "tiny.toml"), 2, "a launcher of 2 processes", "`cmkit run` by itself")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert cmkit("check", "tiny.toml")[0] == 0
+
+
+@pytest.mark.parametrize("missing", ["fcntl", "resource"])
+def test_a_system_without_file_locks_is_one_line(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from cmkit.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "plugins"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr == (
+        "error: cmkit needs Linux or macOS, whose file locks it holds a run with; on Windows"
+        " use WSL\n"
+    )

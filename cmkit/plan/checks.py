@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +68,9 @@ def check_stages(recipe: Recipe) -> None:
             (), "no weights to sample from: add [train], or denoiser.weights = a file"
         )
     _check_start(recipe)
+    if recipe.train and recipe.train.compile:
+        with naming_table(recipe, "train", "compile"):
+            _check_compiler()
     if recipe.search and recipe.rescaler:
         minimized(recipe)
         for name in recipe.search.grid:
@@ -73,6 +78,19 @@ def check_stages(recipe: Recipe) -> None:
                 recipe.rescaler.value_of(name)
             except ValueError as error:
                 raise recipe.source.error(("search", "grid", name), str(error)) from error
+
+
+def _check_compiler() -> None:
+    """ResourceError where torch.compile would look in vain for the compiler that it calls."""
+    if torch.cuda.is_available():  # Triton's, for the calls of its kernels
+        known = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]
+    else:
+        known = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    if not any(map(shutil.which, known)):
+        raise ResourceError(
+            f"torch.compile calls {' or '.join(known)}, which is not here; install it, name another"
+            " in CXX (with a GPU in CC), or set train.compile = false"
+        )
 
 
 def _check_start(recipe: Recipe) -> None:

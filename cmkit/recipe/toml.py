@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cmkit.errors import RecipeError
+from cmkit.files import CURES
 
 MAX_BYTES = 256 * 1024
 MAX_KEY_PARTS = 64
@@ -66,7 +67,9 @@ def _text(path: str | Path) -> str:
         raise RecipeError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"{path}: cannot be read: {reason}{_similar_file(path)}") from error
+        cure = CURES.get(getattr(error, "errno", 0))
+        said = f"; {cure}" if cure else _similar_file(path)
+        raise RecipeError(f"{path}: cannot be read: {reason}{said}") from error
 
 
 def _similar_file(path: Path) -> str:

@@ -19,7 +19,7 @@ from cmkit.checkpoint import (
     weights_file,
 )
 from cmkit.errors import CheckpointError, did_you_mean
-from cmkit.files import atomic_write, cache_folder, cached_sha256, read_bytes
+from cmkit.files import atomic_write, cache_folder, cached_sha256, fresh_cache, read_bytes
 from cmkit.run.folder import RunFolder, chosen
 from cmkit.tensors import is_pickle
 
@@ -216,7 +216,7 @@ def _converted(path: Path, digest: str) -> Path:
         return target
     from cmkit.weights.pickles import pickle_to_safetensors
 
-    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh_cache(target.parent)
     note = pickle_to_safetensors(path, target)
     atomic_write(target.with_suffix(".sha256"), f"{cached_sha256(target)}\n{note}")
     return target
