@@ -123,7 +123,7 @@ def exit_codes() -> str:
         for error in CmkitError.__subclasses__()
         if error.exit_code != CmkitError.exit_code
     ]
-    ends = ["| 70 | A bug in cmkit. |", "| 130, 143 | Interrupted, everything saved. |"]
+    ends = ["| 70 | A bug in cmkit. |", "| 129, 130, 143 | Interrupted, everything saved. |"]
     return "\n".join(
         ["## Exit codes\n", "| code | meaning |", "|---|---|", "| 0 | Done. |", *rows, *ends, ""]
     )

@@ -711,7 +711,7 @@ def test_compiling_without_a_compiler_is_refused_before_any_work(cmkit, tmp_path
     monkeypatch.setenv("CXX", "no-such-compiler")
     for command in ("check", "run"):
         told = cmkit(command, "tiny.toml", *change)
-        refused(told, 5, "tiny.toml", "train.compile", "no-such-compiler", "install it")
+        refused(told, 5, "train.compile", "no-such-compiler", "install it")
     assert not (tmp_path / "runs").exists()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
