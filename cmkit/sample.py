@@ -147,7 +147,10 @@ class SavedImages(TorchDataset[Tensor]):
 
     def __init__(self, files: Sequence[Path]):
         self.files = list(files)
-        self.starts = [0, *itertools.accumulate(_read(file, _length) for file in self.files)]
+        self.starts: list[int] = [
+            0,
+            *itertools.accumulate(_read(file, _length) for file in self.files),
+        ]
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
