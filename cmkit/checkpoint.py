@@ -7,7 +7,6 @@ manifest last, fsyncs the folder, renames it, fsyncs the parent, and only then d
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -101,9 +100,7 @@ def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | N
 def verify(folder: Path) -> None:
     """Raise CheckpointError, naming the file, unless every byte agrees with SHA256SUMS."""
     manifest = folder / MANIFEST
-    with files.reading(manifest):
-        files.require_regular(manifest)
-        text = manifest.read_bytes().decode(errors="replace")
+    text = files.read_bytes(manifest).decode(errors="replace")
     if not _MANIFEST.fullmatch(text):
         raise CheckpointError(f"{manifest}: damaged; delete {folder} or restore it from a copy")
     digests = {line[66:]: line[:64] for line in text.splitlines()}
@@ -254,8 +251,8 @@ def _newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder; CheckpointError where it is damaged."""
     verify(folder)
+    record = files.read_json(folder / STATE)
     with files.reading(folder / STATE):
-        record = json.loads((folder / STATE).read_bytes())
         step, state, name = record["step"], dict(record["state"]), f"step-{record['step']:08d}"
     if _STEP.fullmatch(folder.name) and folder.name != name:
         raise CheckpointError(f"{folder}: holds step {step}; rename it to {name}")

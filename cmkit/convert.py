@@ -15,10 +15,11 @@ from cmkit.kinds import Backbone
 from cmkit.plan import conditions_of
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
+from cmkit.run.events import Event, Note
 from cmkit.run.folder import RunFolder
 from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout
-from cmkit.weights import DIFFUSERS, Downloaded, adapt, download, find, read
+from cmkit.weights import DIFFUSERS, adapt, download, find, notes, read
 
 OWN = "cmkit"
 Known = tuple[Backbone, DataSpec, frozenset[str]]
@@ -32,7 +33,7 @@ def convert(
     registry: Registry,
     recipe: Recipe | None = None,
     drop_scales: bool = False,
-) -> Iterator[Downloaded]:
+) -> Iterator[Event]:
     """Write the weights `source` to `target` in the layout `to`, after any download.
 
     The network is the recipe's, or that of the run folder `source`, or the published one that the
@@ -74,6 +75,7 @@ def convert(
                 raise
             continue
         if same_shapes(own, network.state_dict()):
+            yield from map(Note, notes(weights, tensors, network, layouts))
             _write(own, target, to, layouts)
             return
     if recipe:  # name the first differences

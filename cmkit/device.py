@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 import torch
 
-from cmkit.errors import ResourceError
+from cmkit.errors import RecipeError, ResourceError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that `--device` names ("auto" prefers CUDA); ResourceError when it is not here."""
+    """The device that `--device` names ("auto" prefers CUDA); ResourceError when it is not here,
+    RecipeError for several devices or processes."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if "," in name or ("MASTER_ADDR" in os.environ and processes != "1"):
+        said = f"--device {name}" if "," in name else f"a launcher of {processes} processes"
+        raise RecipeError(
+            f"{said}: a run is one process on one device; start `cmkit run` by itself, with such as"
+            " --device cuda:0, and another recipe on each other device"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

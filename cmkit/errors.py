@@ -65,7 +65,7 @@ class PluginError(CmkitError):
 
 
 class Interrupted(CmkitError):  # noqa: N818
-    """Stopped by SIGINT or SIGTERM after everything was saved; the exit code is 128 + signal."""
+    """Stopped by a signal after everything was saved; the exit code is 128 + signal."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -77,6 +77,14 @@ def inline(value: object) -> str:
     if isinstance(value, Mapping):
         return f"{{ {', '.join(f'{key} = {inline(one)}' for key, one in value.items())} }}"
     return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)
+
+
+def printable(text: str, encoding: str | None = None) -> str:
+    """`text` as a terminal may be given it: what would steer it, turn its direction or is not in
+    `encoding` becomes an escape such as \\x1b."""
+    safe = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    encoding = encoding or "ascii"
+    return "".join(safe).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

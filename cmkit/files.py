@@ -18,14 +18,22 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from cmkit.errors import BusyError, CheckpointError, NonFiniteError, ResourceError
+from cmkit.errors import (
+    BusyError,
+    CheckpointError,
+    CmkitError,
+    NonFiniteError,
+    ResourceError,
+)
 
 TEMPORARY = ".tmp-cmkit-"
 """How names of unfinished files begin; `sweep` removes them."""
+ABANDONED = 86_400.0
+"""Seconds after which a temporary in the user's cache is that of a killed process."""
 MAX_TEXT = 256 * 2**20
 """Bytes of the largest text of a run that is read."""
 
@@ -46,6 +54,23 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to fill, which becomes `path` when the block ends without an error."""
+    temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
+    with writing(path):
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A hidden folder to fill, which becomes `path` when the block ends without an error."""
     stage = path.with_name(f"{TEMPORARY}{path.name}")
@@ -60,13 +85,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-_held: set[int] = set()
+_held: dict[int, tuple[Path, int]] = {}
+"""The folders that this process locks, and their inodes, by the handles of their locks."""
 
 
 def _release_inherited() -> None:
     """Close a fork's copies of the locks, so that they end with the process that took them."""
     while _held:
-        os.close(_held.pop())
+        os.close(_held.popitem()[0])
 
 
 os.register_at_fork(after_in_child=_release_inherited)
@@ -83,7 +109,7 @@ def lock(folder: Path) -> Iterator[None]:
         make_folder(folder)
     with writing(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    _held.add(handle)
+    held = _held[handle] = (folder.absolute(), folder.stat().st_ino)
     try:
         with writing(path):
             try:
@@ -98,12 +124,27 @@ def lock(folder: Path) -> Iterator[None]:
             os.ftruncate(handle, 0)
             holder = f"pid {os.getpid()} on {socket.gethostname()} since {start}"
             os.pwrite(handle, holder.encode(), 0)
-            sweep(folder)
+            for place in (folder, *filter(_is_folder, folder.iterdir())):
+                sweep(place)
         yield
+    except (OSError, CmkitError) as error:
+        if _is_gone(*held):
+            raise ResourceError(
+                f"{folder}: is gone, it was renamed or removed while it was written to; put it"
+                " back, and run the same command again"
+            ) from error
+        raise
     finally:
-        if handle in _held:
-            _held.remove(handle)
+        if _held.pop(handle, None):
             os.close(handle)
+
+
+def _is_gone(folder: Path, inode: int) -> bool:
+    """Whether a folder that had `inode` is no longer under its name."""
+    try:
+        return folder.stat().st_ino != inode
+    except OSError:
+        return True
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any], durable: bool = False) -> None:
@@ -210,11 +251,19 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sweep(folder: Path) -> None:
-    """Remove temporaries of killed processes from `folder`; only the holder of `lock` may."""
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def sweep(folder: Path, seconds: float = 0) -> None:
+    """Remove temporaries of killed processes from `folder`, those at least so old; only the holder
+    of `lock` may without an age."""
+    before = time.time() - seconds
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(TEMPORARY):
+            if not entry.name.startswith(TEMPORARY):
+                continue
+            if not seconds or entry.stat(follow_symlinks=False).st_mtime < before:
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path)
                 else:
@@ -252,9 +301,16 @@ def cached_digest(identity: str, compute: Callable[[], str]) -> str:
     if record.is_file() and len(known := read_bytes(record, 64).decode("ascii", "replace")) == 64:
         return known
     digest = compute()
-    record.parent.mkdir(parents=True, exist_ok=True)
+    fresh_cache(record.parent)
     atomic_write(record, digest)
     return digest
+
+
+def fresh_cache(folder: Path) -> None:
+    """Make a folder of the user's cache, and sweep it: many processes write to it, none for
+    long."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, ABANDONED)
 
 
 def sync_folder(folder: Path) -> None:
@@ -272,6 +328,9 @@ def make_folder(folder: Path) -> None:
     """Make `folder` and its parents, each durable in its own parent."""
     if folder.is_dir():
         return
+    for held, inode in _held.values():
+        if folder.absolute().is_relative_to(held) and _is_gone(held, inode):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(held))
     make_folder(folder.absolute().parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.absolute().parent)
@@ -290,10 +349,10 @@ def cache_folder(name: str) -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "cmkit" / name
 
 
-def require_regular(path: Path) -> None:
-    """CheckpointError unless `path` is a regular file: a device or FIFO would be read for ever."""
+def require_regular(path: Path, kind: type[CmkitError] = CheckpointError) -> None:
+    """An error of `kind` unless `path` is a regular file: a device or FIFO is read for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise CheckpointError(f"{path}: not a regular file")
+        raise kind(f"{path}: not a regular file; name one that is")
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -302,7 +361,7 @@ def require_space(folder: Path, needed: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-_CURES = {
+CURES = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some of your quota or choose another folder",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
@@ -311,6 +370,7 @@ _CURES = {
     errno.EACCES: "give this user permission or choose another folder",
     errno.EPERM: "give this user permission or choose another folder",
 }
+"""What to do about an errno."""
 
 
 def _resource_error(error: OSError, path: Path, needed: int) -> ResourceError:
@@ -319,7 +379,7 @@ def _resource_error(error: OSError, path: Path, needed: int) -> ResourceError:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.absolute().parent).free
             room = f" ({needed} bytes needed, {free} free)"
-    cure = _CURES.get(error.errno or 0, "check the path, or choose another folder")
+    cure = CURES.get(error.errno or 0, "check the path, or choose another folder")
     return ResourceError(f"{path}: {error.strerror or error}{room}; {cure}")
 
 

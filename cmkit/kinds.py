@@ -204,6 +204,11 @@ class Dataset(Part, ABC):
         """Shape and classes, with their names and counts where they are known; DataError when the
         files are missing or corrupt."""
 
+    def declared(self) -> DataSpec | None:
+        """What `spec` returns where the keys alone decide it, so that a model can be drawn from
+        without the data; None where files must be read for it."""
+        return None
+
     @abstractmethod
     def batches(
         self, size: int, seed: int, device: torch.device, start: int = 0
@@ -270,7 +275,10 @@ class Metric(Part, ABC):
         return None
 
     def provenance(self) -> dict[str, Any]:
-        """What must stand beside the numbers so that they can be compared: extractor, weights."""
+        """What must stand beside the numbers so that they can be compared: extractor, weights.
+
+        cmkit adds the number of images and the reference's fingerprint.
+        """
         return {}
 
 

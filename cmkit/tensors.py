@@ -63,6 +63,8 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
     ]
     if wrong:
         first = "; ".join([*wrong[:3], "..."] if len(wrong) > 3 else wrong)
+        if tensors and not own.keys() & tensors.keys():
+            first += f"; its own names begin {next(iter(tensors))}"
         raise CheckpointError(
             f"{source}: {len(wrong)} tensors do not fit: {first};"
             " choose the backbone and preset that these weights were made with"

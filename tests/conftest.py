@@ -16,6 +16,7 @@ from filelock import FileLock
 from tests import forks, wheels
 
 torch.set_num_threads(1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def cmkit(monkeypatch, capsys, tmp_path):
     from cmkit.cli import main
 
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["cmkit", *map(str, arguments)])

@@ -480,7 +480,9 @@ def test_the_verdict_falls_whichever_way_it_must():
     assert verdict("fid", base, [11.0, 9.0, 10.2]).startswith("No difference")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_from_outside_ends_with_everything_saved(recipe, tmp_path, signum, code):
     endless = ["--set", "train.steps=100000", "--set", "train.log_every=1"]
     fork = Fork(CMKIT, "run", recipe, *endless, cwd=tmp_path)

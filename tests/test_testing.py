@@ -401,6 +401,9 @@ class Dots(cmkit.Dataset):
         spec = DataSpec(1, 2, 3, names, counts)
         return DataSpec(1, 2) if self.fault == "unlabelled" else spec
 
+    def declared(self):
+        return DataSpec(1, 4, 3) if self.fault == "declared" else None
+
     def batches(self, size, seed, device, start=0):
         at = 0 if self.fault == "start" else start
         if self.fault == "short":
@@ -435,6 +438,7 @@ class Dots(cmkit.Dataset):
         ("counts", "counts are one for each class, or none"),
         ("pixels", "reference images are uint8"),
         ("fingerprint", "a fingerprint is a string that follows"),
+        ("declared", "`declared` returns what `spec` does, or None"),
     ],
 )
 def test_a_data_set_that_breaks_a_law_is_told_so(fault, law):

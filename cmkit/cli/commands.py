@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cmkit.errors import CheckpointError, DataError, PluginError, RecipeError, did_you_mean, inline
+from cmkit.errors import (
+    CheckpointError,
+    DataError,
+    PluginError,
+    RecipeError,
+    did_you_mean,
+    inline,
+    printable,
+)
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -26,6 +35,8 @@ if TYPE_CHECKING:
 
 debug_log: Path | None = None
 """Where the traceback of an error goes, once `run` knows its folder."""
+stop = StopSignal()
+"""The signals that this process received."""
 
 app = typer.Typer(
     help="Train, rescale, sample and compare consistency models from swappable parts.",
@@ -71,7 +82,7 @@ def _root(
     if version:
         import cmkit
 
-        print(cmkit.__version__)
+        _print(cmkit.__version__)
         raise typer.Exit
 
 
@@ -88,8 +99,6 @@ def run(
     json: JsonOption = False,
 ) -> None:
     """Carry a recipe out, or go on where it stopped: train, search, sample, measure, report."""
-    stop = StopSignal()
-    stop.listen()
     begun = [f"train.start={inline(from_)}"] if from_ else []
     loaded, registry = _loaded(recipe, [*set, *begun])
     from cmkit.device import pick_device
@@ -104,6 +113,7 @@ def run(
         else:
             events = run(_plan(loaded), registry, out, chosen, stop)
         start = Note(f"run folder: {folder.path} on {chosen}")
+        stop.listen()
         report = _shown(chain([start], events), chosen, json).report
     if json:
         _print_json({**report, "folder": str(folder.path)})
@@ -154,15 +164,17 @@ def check(
     }
     if json:
         known = {"class_names": list(plan.data.classes), "class_counts": list(plan.data.counts)}
-        told = {**known, "left_out": list(bad), "stages": [stage.facts() for stage in stages]}
-        _print_json({**facts, **told})
+        told = {"notes": plan.notes, "left_out": list(bad)}
+        _print_json({**facts, **known, **told, "stages": [stage.facts() for stage in stages]})
         return
     facts |= {"left_out": len(bad)} if bad else {}
     facts |= dict(str(stage).split(": ", 1) for stage in stages)
     for name, value in facts.items():
-        print(f"{name.replace('_', ' '):<20} {_human(value)}")
+        _print(f"{name.replace('_', ' '):<20} {_human(value)}")
     _print_classes(plan.data)
     _print_first("left out: ", bad)
+    for note in plan.notes:
+        _print(f"note: {note}")
 
 
 @app.command()
@@ -278,11 +290,12 @@ def plugins_show(
     if json:
         _print_json(described)
         return
-    print(f"{kind} {name} ({row.dist} {row.version})\n{described['help']}")
+    _print(f"{kind} {name} ({row.dist} {row.version})")
+    _print(described["help"])
     heads = ("key", "type", "default", "meaning")
     _print_table(heads, [[entry[head] for head in heads] for entry in described["fields"]])
     if row.plugin.cite:
-        print(f"cite: {row.plugin.cite}")
+        _print(f"cite: {row.plugin.cite}")
 
 
 @plugins_app.command("check")
@@ -314,7 +327,7 @@ def new(
     from cmkit.new import new
 
     folder = new(kind, name, out)
-    print(f"{folder}: written; now `pip install -e {folder}` and `pytest {folder}`")
+    _print(f"{folder}: written; now `pip install -e {folder}` and `pytest {folder}`")
 
 
 @app.command()
@@ -323,29 +336,34 @@ def compare(
     json: JsonOption = False,
 ) -> None:
     """Print the scores of runs side by side, and beside those that others published."""
-    from cmkit.compare import caveats, entries
+    from cmkit.compare import caveats, columns, entries, unfinished
     from cmkit.report import score
 
-    compared = entries(runs)
-    notes = list(caveats(compared))
+    open_runs = unfinished(runs)
+    if open_runs == runs:
+        raise CheckpointError(f"{runs[0]}: not finished; `cmkit run {runs[0]}/recipe.toml` first")
+    compared = entries([folder for folder in runs if folder not in open_runs])
+    notes = [f"{folder}: not finished, left out" for folder in open_runs]
+    notes += caveats(compared)
     if json:
         rows = [{**vars(entry), "differences": entry.differences} for entry in compared]
         _print_json({"schema": 1, "runs": rows, "caveats": notes})
         return
-    keys = list(dict.fromkeys(k for e in compared for k in (*e.scores, *e.expected)))
+    heads = columns(compared)
     facts = list(dict.fromkeys(k for e in compared for k in e.facts))
     blank, lines = [""] * len(facts), []
     for entry in compared:
+        own = entry.places(heads)
         values = [_human(entry.facts.get(fact, 1)) for fact in facts]
-        lines.append([entry.name, *values, *(score(entry.scores.get(key)) for key in keys)])
+        lines.append([entry.name, *values, *(score(entry.scores.get(key)) for key in own)])
         if entry.source:
-            published = [score(entry.expected.get(key)) for key in keys]
+            published = [score(entry.expected.get(key)) for key in own]
             lines.append([f"  {entry.source}", *blank, *published])
             signed = {key: f"{value:+.3g}" for key, value in entry.differences.items()}
-            lines.append(["  difference", *blank, *(signed.get(key, "") for key in keys)])
-    _print_table(["run", *facts, *keys], lines)
+            lines.append(["  difference", *blank, *(signed.get(key, "") for key in own)])
+    _print_table(["run", *facts, *(head.heading for head in heads)], lines)
     for note in notes:
-        print(f"note: {note}")
+        _print(f"note: {note}")
 
 
 @app.command()
@@ -391,7 +409,7 @@ def convert(
     from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
 
     _shown(convert(source, target, to, registry, loaded, drop_scales), None)
-    print(f"{target}: written in the layout {to}")
+    _print(f"{target}: written in the layout {to}")
 
 
 @app.command()
@@ -465,7 +483,7 @@ def _show_until_written(events: Iterator[Event], device: torch.device, json: boo
     if json:
         _print_json({"schema": 1, **result})
     else:
-        print(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
+        _print(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
 
 
 def find_recipe(name: str) -> Path:
@@ -483,11 +501,16 @@ def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     for row in (heads, *rows):
         cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+        _print("  ".join(cells).rstrip())
 
 
 def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1, ensure_ascii=True))
+    print(json.dumps(content, indent=1, ensure_ascii=True).replace("\x7f", "\\u007f"))
+
+
+def _print(text: str) -> None:
+    """Print one line, in which foreign names cannot steer the terminal."""
+    print(printable(text, sys.stdout.encoding))
 
 
 def _human(value: Any) -> str:
@@ -513,9 +536,9 @@ def _check_images(dataset: Dataset, json: bool) -> None:
 
 def _print_first(label: str, lines: Sequence[str]) -> None:
     for line in lines[:LISTED]:
-        print(f"{label}{line}")
+        _print(f"{label}{line}")
     if len(lines) > LISTED:
-        print(f"{label}and {len(lines) - LISTED} more; --json lists all")
+        _print(f"{label}and {len(lines) - LISTED} more; --json lists all")
 
 
 def _print_classes(data: DataSpec) -> None:
@@ -524,18 +547,18 @@ def _print_classes(data: DataSpec) -> None:
         name = data.classes[number] if data.classes else ""
         count = f"{data.counts[number]:,} images" if data.counts else ""
         if name or count:
-            print(f"{f'class {number}':<20} {f'{name}  {count}'.strip()}")
+            _print(f"{f'class {number}':<20} {f'{name}  {count}'.strip()}")
     if max(len(data.classes), len(data.counts)) > LISTED:
-        print(f"{'classes':<20} and {(data.num_classes or 0) - LISTED} more; --json lists all")
+        _print(f"{'classes':<20} and {(data.num_classes or 0) - LISTED} more; --json lists all")
 
 
 def _print_results(folder: RunFolder, report: dict[str, Any]) -> None:
     stages = report["stages"]
-    print(f"report: {folder.page}")
+    _print(f"report: {folder.page}")
     if "search" in stages:
         found = stages["search"]
         winner = " ".join(f"{axis} = {found['best'][axis]:g}" for axis in found["axes"])
-        print(f"winner of the search: {winner}")
-        print(found["confirm"]["verdict"])
+        _print(f"winner of the search: {winner}")
+        _print(found["confirm"]["verdict"])
     for name, value in stages.get("metric", {}).get("values", {}).items():
-        print(f"{name} = {value:.6g}")
+        _print(f"{name} = {value:.6g}")

@@ -53,12 +53,13 @@ def check_fit(recipe: Recipe) -> Plan:
     if recipe.search:
         with naming_table(recipe, "search", "images"):
             minimized(recipe).check(data, recipe.search.images)
+    notes: tuple[str, ...] = ()
     if recipe.denoiser.weights:
         with naming_table(recipe, "denoiser", "weights"):
             checks.check_weights(recipe.denoiser.weights, recipe.backbone, recipe.precond)
-            networks.load_start(recipe, denoiser.network, data, conditions)
+            notes += networks.load_start(recipe, denoiser.network, data, conditions)
     if recipe.teacher:
-        checks.check_teacher(recipe, recipe.teacher, denoiser, data, conditions)
+        notes += checks.check_teacher(recipe, recipe.teacher, denoiser, data, conditions)
     elif recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check_networks(denoiser.network, None)
@@ -80,6 +81,7 @@ def check_fit(recipe: Recipe) -> Plan:
         nfe=recipe.sampler.nfe * networks.guided_as_said(recipe, denoiser).passes
         if recipe.sampler
         else None,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 

@@ -30,6 +30,8 @@ class Plan:
     """Published weights that are not here yet."""
     nfe: int | None = None
     """Network evaluations a sample, if any are drawn."""
+    notes: tuple[str, ...] = ()
+    """What is not taken as the recipe's weights have it."""
 
     @property
     def label_rule(self) -> str | None:

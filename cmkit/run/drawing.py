@@ -17,13 +17,13 @@ from cmkit.denoiser import Denoiser
 from cmkit.device import autocast
 from cmkit.edit import Task, edit
 from cmkit.errors import RecipeError, did_you_mean
-from cmkit.files import atomic_write, new_folder
+from cmkit.files import atomic_write, new_file, new_folder
 from cmkit.pictures import grid_png, png
 from cmkit.plan import Plan, check_disk, check_fit, for_sampling, noise_of, traits_of
 from cmkit.recipe import Recipe, SampleTable
-from cmkit.run.events import Event, Sampled, StageFinished, StageStarted
+from cmkit.run.events import Event, Note, Sampled, StageFinished, StageStarted
 from cmkit.run.folder import make_out
-from cmkit.sample import Draws, finite_uint8, npz, sample, starts
+from cmkit.sample import Batch, Draws, finite_uint8, sample, starts, write_npz
 from cmkit.weights import download
 
 
@@ -45,17 +45,11 @@ def draw(
     model = yield from _model(plan, table, device)
     count, draws = table.images, Draws(plan.data, seed, "sample", numbers, plan.label_rule)
     yield StageStarted("sample", 0, count)
-    batches = []
-    for batch in sample(
+    batches = sample(
         model, recipe.sampler, draws, range(count), table.batch, device, table.precision
-    ):
-        batches.append(batch)
+    )
+    for batch in _written(out, batches, (count, *draws.shape)):
         yield Sampled(batch.first + len(batch.images), count)
-    if out.suffix == ".npz":
-        atomic_write(out, npz(batches))
-    else:
-        images = torch.cat([batch.images for batch in batches])
-        _write_pictures(out, {f"{k:07d}": image for k, image in enumerate(images)})
     drawn = draws.labels(range(count)) if "label" in plan.conditions else None
     labels = None if drawn is None else drawn.tolist()
     facts: dict[str, Any] = {"images": count, "seed": seed, "labels": labels, "nfe": plan.nfe}
@@ -108,7 +102,8 @@ def redraw(
         for k, path in enumerate(pictures):
             named[f"{k:03d}-{path.stem}-before"] = before[k]
             named[f"{k:03d}-{path.stem}-after"] = after[k]
-        _write_pictures(out, named)
+        with new_folder(out) as stage:
+            _write_pictures(stage, named)
     nfe = (1 + len(levels)) * model.passes
     facts = {"images": count, "task": task.name, "seed": seed, "sigmas": levels, "nfe": nfe}
     yield _finished("edit", out, recipe, facts, began)
@@ -172,6 +167,7 @@ def _model(
     plan: Plan, table: SampleTable, device: torch.device
 ) -> Generator[Event, None, Denoiser]:
     """The rescaled denoiser on `device`, after any download of its weights."""
+    yield from map(Note, plan.notes)
     for weights in plan.downloads:
         yield from download(weights)
     denoiser = for_sampling(plan, device, table.precision)
@@ -187,11 +183,29 @@ def _check_out(out: Path, endings: Sequence[str]) -> None:
     make_out(out.parent)
 
 
-def _write_pictures(out: Path, images: dict[str, Tensor]) -> None:
-    """Write one grid, or a folder with a file for each."""
-    if out.suffix == ".png":
-        atomic_write(out, grid_png(torch.stack(list(images.values()))))
-        return
-    with new_folder(out) as stage:
-        for name, image in images.items():
-            atomic_write(stage / f"{name}.png", png(image))
+def _written(
+    out: Path, batches: Iterator[Batch], shape: tuple[int, int, int, int]
+) -> Iterator[Batch]:
+    """Each of `batches`, written to arrays or a folder as it comes; a grid needs all of them."""
+    if out.suffix == ".npz":
+        with new_file(out) as file:
+            yield from write_npz(file, batches, shape)
+    elif out.suffix == ".png":
+        images = []
+        for batch in batches:
+            images.append(batch.images)
+            yield batch
+        atomic_write(out, grid_png(torch.cat(images)))
+    else:
+        with new_folder(out) as stage:
+            for batch in batches:
+                _write_pictures(
+                    stage, {f"{batch.first + k:07d}": image for k, image in enumerate(batch.images)}
+                )
+                yield batch
+
+
+def _write_pictures(folder: Path, images: dict[str, Tensor]) -> None:
+    """Write a file for each."""
+    for name, image in images.items():
+        atomic_write(folder / f"{name}.png", png(image))

@@ -43,7 +43,8 @@ def drawn_from(
     if not recipe.denoiser.weights:
         raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
     table = (recipe.sample or SampleTable(images=images)).model_copy(update={"images": images})
-    return replace(recipe, teacher=None, metric=(), stages={"sample": table})
+    data = recipe.data or recipe.dataset.declared()
+    return replace(recipe, teacher=None, metric=(), stages={"sample": table}, data=data)
 
 
 def trained(recipe: Recipe, folder: RunFolder) -> Recipe:

@@ -27,7 +27,7 @@ SCHEMA = 2
 """Of report.json, with its own digest; a report of schema 1 has none."""
 RUNS: ContextVar[Path | None] = ContextVar("RUNS", default=None)
 """The folder that --out names, where runs are found by their names."""
-_CHOSEN = re.compile(r"(.+?)(?:@(\d+))?(?::(online|ema-[\d.]+))?")
+_CHOSEN = re.compile(r"(.+?)(?:@(\d{1,18}))?(?::(online|ema-[\d.]+))?")
 STAGE_FILES = {
     "train": ("model.safetensors", "log.jsonl"),
     "search": ("search/*.jsonl", "search/*.png", "search.json"),

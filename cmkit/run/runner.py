@@ -47,6 +47,7 @@ def run(
             for event in download(weights):
                 yield event
                 stop.check("what came of the weights is kept")
+        yield from map(Note, plan.notes)
         inputs = inputs_of(recipe, plan.data, device)
         keys = stage_keys(recipe, inputs)
         if not folder.checked:

@@ -25,6 +25,12 @@ def check_dataset(dataset: Dataset) -> None:
         f"{data!r}, then {dataset.spec()!r}",
         "return DataSpec(channels, resolution, num_classes)",
     )
+    report.require(
+        dataset.declared() in (None, data),
+        "`declared` returns what `spec` does, or None",
+        f"{dataset.declared()!r}, and spec() {data!r}",
+        "return None where the keys alone do not decide it",
+    )
 
     for key, values in (("classes", data.classes), ("counts", data.counts)):
         report.require(

@@ -10,6 +10,7 @@ from cmkit.weights.files import (
     adapt,
     find,
     identity,
+    notes,
     read,
     shapes,
     start_checkpoint,

@@ -51,6 +51,10 @@ class CIFAR10(Published):
             return DataSpec(channels=3, resolution=32)
         return DataSpec(3, 32, 10, CLASSES, counted(labels, 10))
 
+    def declared(self) -> DataSpec:
+        """The same without the files, but for the numbers of images."""
+        return DataSpec(3, 32, 10, CLASSES) if self.labels else DataSpec(3, 32)
+
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels
 

@@ -36,6 +36,10 @@ class Digits(OnDisk):
             return DataSpec(channels=1, resolution=8)
         return DataSpec(1, 8, 10, tuple("0123456789"), counted(labels, 10))
 
+    def declared(self) -> DataSpec:
+        """The same without the file, but for the numbers of images."""
+        return DataSpec(1, 8, 10, tuple("0123456789")) if self.labels else DataSpec(1, 8)
+
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels
 

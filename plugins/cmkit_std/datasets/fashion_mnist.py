@@ -52,6 +52,10 @@ class FashionMNIST(OnDisk):
         names = CLASSES if tuple(labels[:5]) in BEGINNINGS else ()
         return DataSpec(1, self.resolution, 10, names, counted(labels, 10))
 
+    def declared(self) -> DataSpec:
+        """The same without the files, but for names and numbers of the classes."""
+        return DataSpec(1, self.resolution, 10 if self.labels else None)
+
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels
 

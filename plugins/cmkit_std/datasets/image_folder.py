@@ -131,6 +131,10 @@ class ImageFolder(Published):
         names, counts = folder.classes, folder.counts()
         return DataSpec(self.channels, self.resolution, len(names), names, counts)
 
+    def declared(self) -> DataSpec | None:
+        """The same without the pictures, where they have no classes."""
+        return None if self.labels else DataSpec(self.channels, self.resolution)
+
     def faults(self) -> Iterator[str]:
         """What is wrong with each picture that cannot be decoded; reads them all."""
         from cmkit_std.datasets.pictures import undecodable
@@ -183,7 +187,7 @@ def find(path: str, labels: bool) -> Folder:
         raise DataError(f"dataset.path = {path!r}: no such folder")
     if not labels:
         return Folder(root, _below(root, root, 0))
-    loose = [entry.name for entry in _visible(root) if not entry.is_dir()]
+    loose = [entry.name for entry in _visible(root) if not _is_folder(entry)]
     if loose:
         raise DataError(
             f"{root / loose[0]}: not in a folder of its class; move it, or read it with"
@@ -226,16 +230,27 @@ def _verdicts(folder: Folder, shape: tuple[int, int]) -> tuple[str, ...]:
 def _below(root: Path, folder: Path, label: int) -> tuple[File, ...]:
     """Every visible file below `folder`, by name; DataError when there is none."""
     files = []
-    pending = [folder]
+    pending = [(folder, (folder.resolve(),))]
     while pending:
-        for entry in _visible(pending.pop()):
-            if entry.is_dir():
-                pending.append(Path(entry.path))
-            else:
+        current, above = pending.pop()
+        for entry in _visible(current):
+            if not _is_folder(entry):
                 files.append(_file(root, entry, label))
+                continue
+            inner = Path(entry.path)
+            if entry.is_symlink() and inner.resolve() in above:
+                raise DataError(f"{inner}: a link to a folder that it is in itself; remove it")
+            pending.append((inner, (*above, inner.resolve())))
     if not files:
         raise DataError(f"{folder}: no pictures in it; put some there, or remove the folder")
     return tuple(sorted(files, key=lambda file: file.name))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, of which `_file` says so
+        return False
 
 
 def _file(root: Path, entry: os.DirEntry[str], label: int) -> File:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cmkit import DataError, DataSpec
@@ -49,6 +50,14 @@ class ImageNet64(Published):
         folder = image_folder.find(self.path, labels=True)
         check(folder, range(len(folder)))
         return DataSpec(3, 64, len(folder.classes), folder.classes, folder.counts())
+
+    def declared(self) -> DataSpec | None:
+        """The 1,000 classes where no files are; a folder there may hold fewer."""
+        from cmkit_std.datasets.downsampled import CLASSES
+
+        if self.path and Path(self.path).expanduser().exists():
+            return None
+        return DataSpec(channels=3, resolution=64, num_classes=CLASSES)
 
     def faults(self) -> Iterator[str]:
         """What is wrong with each picture of a folder of classes that cannot be decoded."""

@@ -158,6 +158,8 @@ def _open(source: Source, index: int) -> Image.Image:
 
 
 def _damaged(name: str, error: Exception) -> DataError:
+    if isinstance(error, PermissionError):
+        return DataError(f"{name}: {error.strerror}; give this user permission to read it")
     reason = str(error) or type(error).__name__
     return DataError(f"{name}: cannot be decoded ({reason}); replace it or move it away")
 
