@@ -703,6 +703,8 @@ def test_a_bad_picture_of_a_streamed_set_keeps_the_steps_before_it(pictures, mon
         go(pictures, *said)
     origin = RunFolder(Path(str(caught.value).rpartition("--from ")[2]))
     (kept,) = origin.checkpoints.glob("step-*")
+    with pytest.raises(DataError, match=r"--data lists all$"):
+        go(pictures, "train.batch=9")  # in the first step: there is nothing to go on from
     bad.unlink()
     _, seen = go(pictures, *said, f'train.start="{origin.path}"', until=done("train"))
     assert kept.name == "step-00000002"

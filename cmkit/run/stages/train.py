@@ -75,10 +75,9 @@ class Train(TrainTable, Stage):
             if training.whole and training.step > saved:
                 yield save()
             if isinstance(error, DataError):
-                raise DataError(
-                    f"{error}; cmkit check --data lists every such file; then go on: cmkit run"
-                    f" {job.plan.recipe.source.file} --from {folder.path}"
-                ) from error
+                file, kept = job.plan.recipe.source.file, any(folder.checkpoints.glob("step-*"))
+                more = f"; then go on: cmkit run {file} --from {folder.path}" * kept
+                raise DataError(f"{error}; cmkit check {file} --data lists all{more}") from error
             raise
         save_weights(folder.weights, training.models.ema[self.ema[0]].network.state_dict())
         seconds = spent + time.perf_counter() - began
