@@ -196,7 +196,7 @@ def test_a_class_may_be_a_link_to_a_folder_elsewhere(tmp_path):
     for name in "ab":
         (tmp_path / "pictures" / name).symlink_to("../elsewhere")
     data = ImageFolder(path=str(tmp_path / "pictures"), resolution=8, channels=1, labels=True)
-    assert data.spec() == DataSpec(1, 8, 2)
+    assert data.spec() == DataSpec(1, 8, 2, ("a", "b"), (1, 1))
 
 
 def damaged(data: bytes, seed: int) -> bytes:

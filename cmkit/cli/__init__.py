@@ -24,6 +24,6 @@ def main() -> None:
         )
         sys.exit(5)
     end_at_once()
-    from cmkit.cli import entry
+    from cmkit.cli.entry import main as carry_out
 
-    entry.main()
+    carry_out()

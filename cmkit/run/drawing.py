@@ -136,7 +136,7 @@ def _number(label: str | int, plan: Plan) -> int:
     names, last = plan.data.classes, (plan.data.num_classes or 0) - 1
     if label in names:
         return names.index(str(label))
-    if re.fullmatch(r"-?\d+", str(label)) and 0 <= int(label) <= last:
+    if re.fullmatch(r"-?\d{1,9}", str(label)) and 0 <= int(label) <= last:
         return int(label)
     hint = did_you_mean(str(label), names) if names else ""
     raise RecipeError(f"--label {label}: no class of the model's; give 0 to {last}{hint}")
