@@ -120,6 +120,21 @@ def traits_of(recipe: Recipe) -> frozenset[str]:
     return traits(recipe.precond.scalings, noise_of(recipe), recipe.denoiser.sigma_data)
 
 
+def check_sampler(recipe: Recipe) -> None:
+    """RecipeError where the scalings lack what the sampler needs of them.
+
+    An objective that trains a diffusion model under the scalings of a consistency model, such as
+    `edm`, makes one for the samplers of diffusion models.
+    """
+    if recipe.sampler is None or (recipe.objective and "boundary" not in recipe.needs):
+        return
+    for name in sorted(recipe.sampler.needs - traits_of(recipe)):
+        raise recipe.source.error(
+            ("sampler",),
+            f"it needs {CURES[name]}; or choose another sampler, such as multistep",
+        )
+
+
 def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
     """RecipeError where `weights` are known to have been trained under other scalings."""
     if weights in backbone.published:

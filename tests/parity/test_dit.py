@@ -112,8 +112,8 @@ def forward(case: dict, dtype: torch.dtype) -> dict:
 
 
 def guidance(case: dict, dtype: torch.dtype) -> dict:
-    """The official code guides the first three channels alone; the second half of its output is
-    guided there as well, and has no label elsewhere."""
+    """The second half of the official output is guided in three channels as well, and has no label
+    elsewhere."""
     network = network_of(case, dtype)
     inputs = case["inputs"]
     x = FIGURES.tensor(inputs["x"], dtype)
@@ -124,9 +124,11 @@ def guidance(case: dict, dtype: torch.dtype) -> dict:
     with_label = network.outputs(x[:half], t[:half], Cond(label=labels[:half]), {})
     without = network.outputs(x[:half], t[:half], Cond(), {})
     guided = Guided(Denoiser(network, scalings=plain), case["config"]["cfg_scale"] - 1)
-    first = guided(x[:half], t[:half], Cond(label=labels[:half]))[:, :3]
-    others = torch.cat([with_label, without])[:, 3:]
-    return {"out": torch.cat([first.repeat(2, 1, 1, 1), others], dim=1)}
+    first = guided(x[:half], t[:half], Cond(label=labels[:half]))
+    channels = first.shape[1]
+    second = torch.cat([first[:, :3], without[:, 3:]], dim=1)
+    first = torch.cat([first, with_label[:, channels:]], dim=1)
+    return {"out": torch.cat([first, second])}
 
 
 def plain(sigma, sigma_data, sigma_min) -> Scalings:
