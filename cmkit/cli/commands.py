@@ -115,8 +115,9 @@ def check(
     """Check all that `run` would check, and say what it would cost, without running."""
     loaded, registry = _loaded(recipe, set)
     from cmkit.device import pick_device
-    from cmkit.plan import check_disk
+    from cmkit.plan import check_disk, sigma_data_note
     from cmkit.run import run_folder
+    from cmkit.run.inputs import chosen_precision
 
     chosen, folder = pick_device(device), run_folder(loaded, out, registry)
     with _runs_below(out):
@@ -138,12 +139,17 @@ def check(
         "weights": plan.recipe.denoiser.weights,
         "to_download": [weights.url for weights in plan.downloads],
     }
+    if precision := chosen_precision(plan.recipe, chosen):
+        facts["precision"] = precision
+    notes = [note for note in (sigma_data_note(plan.recipe),) if note]
     if json:
-        _print_json({**facts, "stages": [stage.facts() for stage in stages]})
+        _print_json({**facts, "stages": [stage.facts() for stage in stages], "notes": notes})
         return
     facts |= dict(str(stage).split(": ", 1) for stage in stages)
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):<20} {_human(value)}")
+    for note in notes:
+        print(f"note: {note}")
 
 
 @app.command()
