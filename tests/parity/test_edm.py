@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cmkit import Cond, DataSpec, Denoiser, Noise, edm_scalings
 from tests.parity import harness
+from tests.parity.test_openai_samplers import toy_of
 
 FIGURES = harness.Figures("edm.json")
 CTM = harness.Figures("ctm.json")
@@ -262,16 +263,6 @@ def losses(case: dict, dtype: torch.dtype) -> dict:
     return {"loss": loss, "sum_over_batch_size": total, "grad_norm": norms(case, network)}
 
 
-class Toy(Denoiser):
-    """D(x, sigma) = 0.45 tanh(x / sqrt(sigma^2 + 0.25))."""
-
-    def __init__(self, noise: Noise):
-        super().__init__(torch.nn.Identity(), noise)
-
-    def forward(self, x, sigma, cond=None):
-        return 0.45 * torch.tanh(x / (sigma**2 + 0.25).sqrt().view(-1, 1, 1, 1))
-
-
 RENAMED = {"num_steps": "steps", "S_churn": "s_churn", "S_min": "s_min", "S_max": "s_max"} | {
     "S_noise": "s_noise"
 }
@@ -293,11 +284,7 @@ def sampled(case: dict, dtype: torch.dtype) -> dict:
     if net:
         denoiser = Denoiser(filled_network(case, dtype, net), noise, scalings=edm_scalings)
     else:
-        assert case["inputs"]["denoiser"] in (
-            "D(x, sigma) = 0.45*tanh(x/sqrt(sigma^2+0.25))",
-            "toy D above",
-        )
-        denoiser = Toy(noise)
+        denoiser = toy_of(case, noise)
     z = FIGURES.tensor(case["inputs"]["latents"], torch.float64)
     x = (noise.sigma_max * z).to(dtype)
     sample = sampler.sample(

@@ -51,7 +51,7 @@ def toy_of(case: dict, noise: Noise) -> Toy:
     """The case's analytic denoiser; "toy D above" is that of the first case that writes it out."""
     texts = [case["inputs"]["denoiser"]] + [
         other["inputs"]["denoiser"]
-        for other in FIGURES.cases.values()
+        for other in case["figures"].cases.values()
         if "denoiser" in other["inputs"]
     ]
     if texts[0].startswith("toy D above"):
