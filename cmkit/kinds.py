@@ -147,7 +147,12 @@ class Objective(Part, ABC):
 
 
 class Sampler(Part, ABC):
-    """Turns noise into images by calling a denoiser `nfe` times."""
+    """Turns noise into images by calling a denoiser `nfe` times.
+
+    `needs` may hold what must hold of the denoiser's scalings: any of `cmkit.traits.TRAITS`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod

@@ -36,6 +36,7 @@ from cmkit.plan import build, build_teacher, plan
 from cmkit.recipe import load, run_name, schema
 from cmkit.testing import check_precond
 from cmkit.traits import interchangeable, traits
+from tests.test_run import RECIPE as TINY
 from tests.toys import TinyNetwork
 
 LINEAR = {"spacing": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -579,3 +580,31 @@ def test_schema_completes_preconds_by_name_and_by_table():
         names, tables = definitions[table]["properties"]["precond"]["anyOf"]
         assert {"edm", "consistency", "discrete", "vp", "ve", "iddpm"} <= set(names["enum"])
         assert {"$ref": "#/$defs/precond.discrete"} in tables["oneOf"]
+
+
+DIFFUSION_SAMPLERS = ("ablation", "ancestral", "ddim", "dpm", "edm", "euler", "heun", "progdist")
+
+
+@pytest.mark.parametrize("sampler", DIFFUSION_SAMPLERS)
+def test_samplers_of_diffusion_models_refuse_a_consistency_model(sampler, tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY)
+
+    def planned(*overrides):
+        plan(load(tmp_path / "tiny.toml", [f"sampler={{use={sampler!r}}}", *overrides], discover()))
+
+    with pytest.raises(RecipeError, match="sampler: it needs the scalings of a diffusion model"):
+        planned()
+    planned("objective={use='edm'}", "denoiser.precond='edm'")
+    planned("objective={use='edm'}")  # a diffusion model under the scalings of the other kind
+    with pytest.raises(RecipeError, match="sampler: it needs"):
+        planned("denoiser.precond={use='discrete', timestep_scaling=10.0}")
+
+
+@pytest.mark.parametrize("sampler", ["multistep", "lcm"])
+def test_samplers_of_consistency_models_take_any_scalings(sampler, tmp_path):
+    """Objectives such as scm end in a consistency model under those of a diffusion model."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    for precond in ("consistency", "edm"):
+        overrides = [f"sampler={{use={sampler!r}}}", f"denoiser.precond={precond!r}"]
+        overrides.append("objective={use='edm'}")
+        plan(load(tmp_path / "tiny.toml", overrides, discover()))

@@ -135,8 +135,9 @@ def check(
     """Check all that `run` would check, and say what it would cost, without running."""
     loaded, registry = _loaded(recipe, set)
     from cmkit.device import pick_device
-    from cmkit.plan import check_disk
+    from cmkit.plan import check_disk, sigma_data_note
     from cmkit.run import run_folder
+    from cmkit.run.inputs import chosen_precision
 
     if data:
         _check_images(loaded.dataset, json)
@@ -162,9 +163,12 @@ def check(
         "weights": plan.recipe.denoiser.weights,
         "to_download": [weights.url for weights in plan.downloads],
     }
+    if precision := chosen_precision(plan.recipe, chosen):
+        facts["precision"] = precision
+    notes = [*plan.notes, *filter(None, [sigma_data_note(plan.recipe)])]
     if json:
         known = {"class_names": list(plan.data.classes), "class_counts": list(plan.data.counts)}
-        told = {"notes": plan.notes, "left_out": list(bad)}
+        told = {"notes": notes, "left_out": list(bad)}
         _print_json({**facts, **known, **told, "stages": [stage.facts() for stage in stages]})
         return
     facts |= {"left_out": len(bad)} if bad else {}
@@ -173,7 +177,7 @@ def check(
         _print(f"{name.replace('_', ' '):<20} {_human(value)}")
     _print_classes(plan.data)
     _print_first("left out: ", bad)
-    for note in plan.notes:
+    for note in notes:
         _print(f"note: {note}")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit.denoiser import Cond, Denoiser
-from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError, inline
+from cmkit.errors import CmkitError, DataError, PluginError, RecipeError, ResourceError, inline
 from cmkit.kinds import Backbone, Precond
 from cmkit.plan import networks
 from cmkit.plan.networks import naming_table, noise_of
@@ -148,6 +148,37 @@ CURES = {
 def traits_of(recipe: Recipe) -> frozenset[str]:
     """Which of `cmkit.traits.TRAITS` the recipe's scalings have."""
     return traits(recipe.precond.scalings, noise_of(recipe), recipe.denoiser.sigma_data)
+
+
+def check_sampler(recipe: Recipe) -> None:
+    """RecipeError where the scalings lack what the sampler needs of them.
+
+    An objective that trains a diffusion model under the scalings of a consistency model, such as
+    `edm`, makes one for the samplers of diffusion models.
+    """
+    if recipe.sampler is None or (recipe.objective and "boundary" not in recipe.needs):
+        return
+    for name in sorted(recipe.sampler.needs - traits_of(recipe)):
+        raise recipe.source.error(
+            ("sampler",),
+            f"it needs {CURES[name]}; or choose another sampler, such as multistep",
+        )
+
+
+def sigma_data_note(recipe: Recipe, images: int = 256) -> str:
+    """A sentence where the standard deviation of the first `images` of training is not the
+    recipe's sigma_data, by more than a quarter of it; "" elsewhere."""
+    if not recipe.train:
+        return ""
+    with contextlib.suppress(DataError):  # training names a bad picture when it comes to it
+        x0, _ = next(iter(recipe.dataset.batches(images, recipe.seed, torch.device("cpu"))))
+        found, said = float(x0.float().std()), recipe.denoiser.sigma_data
+        if abs(found - said) > said / 4:
+            return (
+                f"denoiser.sigma_data is {said:g}, and the data have a standard deviation of"
+                f" {found:.2g}; the losses and scalings are best where both agree"
+            )
+    return ""
 
 
 def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:

@@ -32,6 +32,7 @@ def check_fit(recipe: Recipe) -> Plan:
     with naming_table(recipe, "backbone"), torch.device("meta"):
         network = networks.built(recipe.backbone, data, conditions)
     denoiser = networks.denoiser_of(recipe, network)
+    checks.check_sampler(recipe)
     if recipe.rescaler:
         with naming_table(recipe, "rescaler"):
             denoiser.rescaled(recipe.rescaler)

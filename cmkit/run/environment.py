@@ -27,6 +27,7 @@ def describe_environment(plan: Plan, registry: Registry, device: torch.device) -
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
         "torch": torch.__version__,
         "packages": {name: _version(name) for name in sorted(packages)},
     }

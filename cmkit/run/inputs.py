@@ -11,7 +11,7 @@ import torch
 
 from cmkit import files
 from cmkit.checkpoint import MANIFEST
-from cmkit.device import precision
+from cmkit.device import auto_precision, precision
 from cmkit.errors import CheckpointError, DataError
 from cmkit.kinds import Dataset
 from cmkit.plan import Plan
@@ -48,6 +48,14 @@ def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str,
         if said := getattr(stage, "precision", None):
             found.setdefault(name, {})["precision"] = precision(said, device)
     return {table: about for table, about in found.items() if about}
+
+
+def chosen_precision(recipe: Recipe, device: torch.device) -> str:
+    """What "auto" means here and why, where a stage of the recipe says it; "" elsewhere."""
+    if all(getattr(stage, "precision", "") != "auto" for stage in recipe.stages.values()):
+        return ""
+    chosen, why = auto_precision(device)
+    return f"{chosen}: {why}"
 
 
 def as_begun(data: DataSpec, folder: RunFolder) -> DataSpec:

@@ -11,14 +11,21 @@ from typing import Any
 import torch
 
 from cmkit.errors import CmkitError
-from cmkit.plan import Plan, check_disk
+from cmkit.plan import Plan, check_disk, sigma_data_note
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, run_name, stage_keys
 from cmkit.report import write_report
 from cmkit.run.environment import changed_environment, citations, describe_environment
 from cmkit.run.events import Event, Note, RunFinished
 from cmkit.run.folder import SCHEMA, RunFolder, make_out
-from cmkit.run.inputs import as_begun, changes, check_inputs, inputs_of, left_out
+from cmkit.run.inputs import (
+    as_begun,
+    changes,
+    check_inputs,
+    chosen_precision,
+    inputs_of,
+    left_out,
+)
 from cmkit.run.job import Job
 from cmkit.run.reuse import outlook, run_folder
 from cmkit.stop import StopSignal
@@ -60,6 +67,10 @@ def run(
         if sentence := changed_environment(folder.starts(), environment):
             yield Note(sentence)
         folder.append_start(environment)
+        if chosen := chosen_precision(recipe, device):
+            yield Note(f"precision auto is {chosen}")
+        if "train" not in status and (said := sigma_data_note(recipe)):
+            yield Note(said)
         stages = list(outlook(recipe, folder, keys, registry))
         if any(stage.origin or stage.why for stage in stages):
             yield from (Note(str(stage)) for stage in stages)
