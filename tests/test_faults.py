@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import pty
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -423,6 +425,29 @@ def test_a_run_outlives_the_reader_of_its_log(tmp_path):
     done = Fork(broken + CMKIT, "run", "tiny.toml", cwd=tmp_path).wait()
     assert done.returncode == 0
     assert "fid = " in done.stdout
+
+
+def test_a_run_whose_terminal_is_closed_saves_what_it_has(tmp_path):
+    """Every step so far, though the terminal takes no more lines."""
+    (tmp_path / "tiny.toml").write_text(RUN_RECIPE.replace("steps = 6", "steps = 100000"))
+    words = ["run", "tiny.toml", "--set", "train.log_every=1", "--set", "train.save_every=90000"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        command = [sys.executable, "-c", CMKIT, *words]
+        os.execve(sys.executable, command, {**os.environ, "TERM": "xterm"})
+    seen, deadline = b"", time.monotonic() + 120
+    while not [log for log in tmp_path.glob("runs/*/log.jsonl") if log.stat().st_size]:
+        assert time.monotonic() < deadline, seen
+        if select.select([terminal], [], [], 0.1)[0]:
+            seen += os.read(terminal, 65536)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    (log,) = tmp_path.glob("runs/*/log.jsonl")
+    (kept,) = log.parent.glob("checkpoints/step-*")
+    assert int(kept.name[5:]) == json.loads(log.read_text().splitlines()[-1])["step"]
+    assert b"\x1b[?25l" in seen  # a live display, as on any terminal
 
 
 class Typo(cmkit.Objective):

@@ -47,6 +47,12 @@ class Display:
             console=self.console,
             expand=True,
         )
+        self.numbers: dict[str, str] = {}
+        self.losses: list[float] = []
+        self.task: Any = None
+        self.stage = ""
+        self.first = self.done = self.total = 0
+        self.began = self.printed = 0.0
         self.live: Live | None = None
         # The console would take FORCE_COLOR for a terminal, and fill log files with cursor moves.
         if sys.stderr.isatty() and not quiet and not self.console.is_dumb_terminal:
@@ -56,12 +62,6 @@ class Display:
                 refresh_per_second=8,
                 transient=True,
             )
-        self.numbers: dict[str, str] = {}
-        self.losses: list[float] = []
-        self.task: Any = None
-        self.stage = ""
-        self.first = self.done = self.total = 0
-        self.began = self.printed = 0.0
 
     def __enter__(self) -> Display:
         if self.live:
