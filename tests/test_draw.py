@@ -160,7 +160,7 @@ def test_scales_change_the_images_drawn(cmkit, run):
 
 
 def test_what_cannot_be_drawn_is_refused_in_one_line(cmkit, recipe, run, tmp_path, monkeypatch):
-    refused(cmkit("sample", tmp_path), 4, "no run folder", "runs/NAME-HASH")
+    refused(cmkit("sample", tmp_path), 4, "no run folder", "runs/NAME-KEY")
     refused(cmkit("sample", run / "recipe.toml"), 2, "yet to be trained", "runs/random-")
     refused(cmkit("sample", recipe), 4, "random.safetensors: no such file")
     (run / "model.safetensors").rename(recipe.with_name("random.safetensors"))

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cmkit.cli import printing
+from cmkit.cli.parts import JsonOption, new, plugins_app
 from cmkit.errors import (
     CheckpointError,
     DataError,
-    PluginError,
-    RecipeError,
-    did_you_mean,
     inline,
-    printable,
 )
 from cmkit.stop import StopSignal
 
@@ -31,7 +27,6 @@ if TYPE_CHECKING:
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
     from cmkit.run import Event, Outlook, RunFolder
-    from cmkit.values import DataSpec
 
 debug_log: Path | None = None
 """Where the traceback of an error goes, once `run` knows its folder."""
@@ -44,11 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-plugins_app = typer.Typer(
-    help="The parts that installed packages offer.", invoke_without_command=True
-)
-app.add_typer(plugins_app, name="plugins")
-
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the bare name of a recipe that comes with cmkit.")
 ]
@@ -72,7 +62,9 @@ LabelOption = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+app.add_typer(plugins_app, name="plugins")
 
 
 @app.callback(invoke_without_command=True)
@@ -82,7 +74,7 @@ def _root(
     if version:
         import cmkit
 
-        _print(cmkit.__version__)
+        printing.line(cmkit.__version__)
         raise typer.Exit
 
 
@@ -116,9 +108,9 @@ def run(
         stop.listen()
         report = _shown(chain([start], events), chosen, json).report
     if json:
-        _print_json({**report, "folder": str(folder.path)})
+        printing.document({**report, "folder": str(folder.path)})
     else:
-        _print_results(folder, report)
+        printing.results(folder, report)
 
 
 @app.command()
@@ -169,16 +161,16 @@ def check(
     if json:
         known = {"class_names": list(plan.data.classes), "class_counts": list(plan.data.counts)}
         told = {"notes": notes, "left_out": list(bad)}
-        _print_json({**facts, **known, **told, "stages": [stage.facts() for stage in stages]})
+        printing.document({**facts, **known, **told, "stages": [stage.facts() for stage in stages]})
         return
     facts |= {"left_out": len(bad)} if bad else {}
     facts |= dict(str(stage).split(": ", 1) for stage in stages)
     for name, value in facts.items():
-        _print(f"{name.replace('_', ' '):<20} {_human(value)}")
-    _print_classes(plan.data)
-    _print_first("left out: ", bad)
+        printing.line(f"{name.replace('_', ' '):<20} {printing.human(value)}")
+    printing.classes(plan.data)
+    printing.first("left out: ", bad)
     for note in notes:
-        _print(f"note: {note}")
+        printing.line(f"note: {note}")
 
 
 @app.command()
@@ -246,94 +238,6 @@ def edit(
     _show_until_written(events, chosen, json)
 
 
-@plugins_app.callback()
-def plugins(context: typer.Context, json: JsonOption = False) -> None:
-    """List every part with its origin; a broken one with its reason."""
-    if context.invoked_subcommand:
-        return
-    from cmkit.plugins import discover, public_rows
-
-    rows = list(public_rows(discover()))
-    if json:
-        _print_json({"schema": 1, "plugins": rows})
-        return
-    heads = ("kind", "name", "package", "what it is")
-    lines = []
-    for row in rows:
-        about = f"BROKEN: {row['broken']}" if row["broken"] else row["summary"]
-        lines.append((row["kind"], row["name"], f"{row['package']} {row['version']}", about))
-    _print_table(heads, lines)
-
-
-@plugins_app.command("show")
-def plugins_show(
-    kind: Annotated[str, typer.Argument(help="backbone, objective, sampler, ...")],
-    name: Annotated[str, typer.Argument(help="Its name in recipes.")],
-    json: JsonOption = False,
-) -> None:
-    """Show one part: its fields with types, defaults and meaning, and what to cite."""
-    from cmkit.plugins import KINDS, discover
-    from cmkit.recipe import fields
-
-    if kind not in KINDS:
-        raise RecipeError(f"plugins show {kind}: no such kind{did_you_mean(kind, KINDS)}")
-    registry = discover()
-    row = registry.find(kind, name)
-    model = registry.load(kind, name)
-    assert row.plugin is not None
-    described: dict[str, Any] = {
-        "kind": kind,
-        "name": name,
-        "package": row.dist,
-        "version": row.version,
-        "summary": row.plugin.summary,
-        "cite": row.plugin.cite,
-        "help": " ".join((model.__doc__ or "").split()),
-        "fields": list(fields(model)),
-    }
-    if json:
-        _print_json(described)
-        return
-    _print(f"{kind} {name} ({row.dist} {row.version})")
-    _print(described["help"])
-    heads = ("key", "type", "default", "meaning")
-    _print_table(heads, [[entry[head] for head in heads] for entry in described["fields"]])
-    if row.plugin.cite:
-        _print(f"cite: {row.plugin.cite}")
-
-
-@plugins_app.command("check")
-def plugins_check(
-    package: Annotated[str, typer.Argument(help="An installed package, as `plugins` lists it.")],
-    json: JsonOption = False,
-) -> None:
-    """Hold a package's manifest and parts to the laws of their kinds; exit code 9 if one fails."""
-    from cmkit.testing import check_package
-
-    verdicts = list(check_package(package))
-    if json:
-        _print_json({"schema": 1, "package": package, "parts": [vars(v) for v in verdicts]})
-    else:
-        heads = ("kind", "name", "outcome", "why")
-        _print_table(heads, [(v.kind, v.name, v.outcome, v.detail) for v in verdicts])
-    failed = [f"{v.kind} {v.name}" for v in verdicts if v.outcome == "fail"]
-    if failed:
-        raise PluginError(f"{package}: {', '.join(failed)} failed; see the table")
-
-
-@app.command()
-def new(
-    kind: Annotated[str, typer.Argument(help="backbone, objective, sampler, ...")],
-    name: Annotated[str, typer.Argument(help="The part's name in recipes, such as cauchy.")],
-    out: Annotated[Path, typer.Option(help="Parent of the new folder.")] = Path("."),
-) -> None:
-    """Write a package with one part of your own, which passes its own tests: start from there."""
-    from cmkit.new import new
-
-    folder = new(kind, name, out)
-    _print(f"{folder}: written; now `pip install -e {folder}` and `pytest {folder}`")
-
-
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
@@ -351,23 +255,23 @@ def compare(
     notes += caveats(compared)
     if json:
         rows = [{**vars(entry), "differences": entry.differences} for entry in compared]
-        _print_json({"schema": 1, "runs": rows, "caveats": notes})
+        printing.document({"schema": 1, "runs": rows, "caveats": notes})
         return
     heads = columns(compared)
     facts = list(dict.fromkeys(k for e in compared for k in e.facts))
     blank, lines = [""] * len(facts), []
     for entry in compared:
         own = entry.places(heads)
-        values = [_human(entry.facts.get(fact, 1)) for fact in facts]
+        values = [printing.human(entry.facts.get(fact, 1)) for fact in facts]
         lines.append([entry.name, *values, *(score(entry.scores.get(key)) for key in own)])
         if entry.source:
             published = [score(entry.expected.get(key)) for key in own]
             lines.append([f"  {entry.source}", *blank, *published])
             signed = {key: f"{value:+.3g}" for key, value in entry.differences.items()}
             lines.append(["  difference", *blank, *(signed.get(key, "") for key in own)])
-    _print_table(["run", *facts, *(head.heading for head in heads)], lines)
+    printing.table(["run", *facts, *(head.heading for head in heads)], lines)
     for note in notes:
-        _print(f"note: {note}")
+        printing.line(f"note: {note}")
 
 
 @app.command()
@@ -383,9 +287,11 @@ def verify(
         raise CheckpointError(f"{run}: no run folder, it has no recipe.toml")
     found = list(verify(folder))
     if json:
-        _print_json({"schema": 1, "files": [{"file": f, "fault": fault} for f, fault in found]})
+        printing.document(
+            {"schema": 1, "files": [{"file": f, "fault": fault} for f, fault in found]}
+        )
     else:
-        _print_table(("file", "outcome"), [(file, fault or "intact") for file, fault in found])
+        printing.table(("file", "outcome"), [(file, fault or "intact") for file, fault in found])
     bad = [file for file, fault in found if fault]
     if bad:
         raise CheckpointError(f"{folder.path}: {', '.join(bad[:5])} not intact; see the table")
@@ -413,7 +319,10 @@ def convert(
     from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
 
     _shown(convert(source, target, to, registry, loaded, drop_scales), None)
-    _print(f"{target}: written in the layout {to}")
+    printing.line(f"{target}: written in the layout {to}")
+
+
+app.command()(new)
 
 
 @app.command()
@@ -422,7 +331,7 @@ def schema() -> None:
     from cmkit.plugins import discover
     from cmkit.recipe import schema
 
-    _print_json(schema(discover()))
+    printing.document(schema(discover()))
 
 
 def _loaded(recipe: str, overrides: list[str]) -> tuple[Recipe, Registry]:
@@ -485,9 +394,9 @@ def _shown(events: Iterable[Event], device: torch.device | None, quiet: bool = F
 def _show_until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:
     result = _shown(events, device, json).result
     if json:
-        _print_json({"schema": 1, **result})
+        printing.document({"schema": 1, **result})
     else:
-        _print(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
+        printing.line(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
 
 
 def find_recipe(name: str) -> Path:
@@ -500,69 +409,12 @@ def find_recipe(name: str) -> Path:
     return next(filter(Path.is_file, shipped), path)
 
 
-def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Plain columns; drawing them with rich would double the time that listing takes."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in (heads, *rows):
-        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-        _print("  ".join(cells).rstrip())
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1, ensure_ascii=True).replace("\x7f", "\\u007f"))
-
-
-def _print(text: str) -> None:
-    """Print one line, in which foreign names cannot steer the terminal."""
-    print(printable(text, sys.stdout.encoding))
-
-
-def _human(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-LISTED = 20
-"""Lines of a list that are printed."""
-
-
 def _check_images(dataset: Dataset, json: bool) -> None:
     """DataError where images cannot be read, once they are listed."""
     faults = list(dataset.faults())
     if json and faults:
-        _print_json({"schema": 1, "faults": faults})
+        printing.document({"schema": 1, "faults": faults})
     else:
-        _print_first("", faults)
+        printing.first("", faults)
     if faults:
         raise DataError(f"dataset: {len(faults)} bad images; see the list, mend or remove them")
-
-
-def _print_first(label: str, lines: Sequence[str]) -> None:
-    for line in lines[:LISTED]:
-        _print(f"{label}{line}")
-    if len(lines) > LISTED:
-        _print(f"{label}and {len(lines) - LISTED} more; --json lists all")
-
-
-def _print_classes(data: DataSpec) -> None:
-    """The classes that have names or counts, by number."""
-    for number in range(min(data.num_classes or 0, LISTED)):
-        name = data.classes[number] if data.classes else ""
-        count = f"{data.counts[number]:,} images" if data.counts else ""
-        if name or count:
-            _print(f"{f'class {number}':<20} {f'{name}  {count}'.strip()}")
-    if max(len(data.classes), len(data.counts)) > LISTED:
-        _print(f"{'classes':<20} and {(data.num_classes or 0) - LISTED} more; --json lists all")
-
-
-def _print_results(folder: RunFolder, report: dict[str, Any]) -> None:
-    stages = report["stages"]
-    _print(f"report: {folder.page}")
-    if "search" in stages:
-        found = stages["search"]
-        winner = " ".join(f"{axis} = {found['best'][axis]:g}" for axis in found["axes"])
-        _print(f"winner of the search: {winner}")
-        _print(found["confirm"]["verdict"])
-    for name, value in stages.get("metric", {}).get("values", {}).items():
-        _print(f"{name} = {value:.6g}")

@@ -27,7 +27,7 @@ def drawn_from(
     source, run = folder.path, folder.path.is_dir()
     if run and not folder.recipe.is_file():
         raise CheckpointError(
-            f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-HASH, or a"
+            f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-KEY, or a"
             " recipe with denoiser.weights"
         )
     recipe = load(folder.recipe if run else source, overrides, registry)
