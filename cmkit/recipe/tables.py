@@ -83,6 +83,8 @@ class StageTable(Part):
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Tables that must stand beside it."""
+    title: ClassVar[str] = ""
+    """What a person calls it."""
     reads: ClassVar[tuple[str, ...]] = ()
     """Tables that decide its result, beside its own and the stages before it."""
 

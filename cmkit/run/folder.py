@@ -34,7 +34,8 @@ STAGE_FILES = {
     "sample": ("samples/*.npz", "samples.jsonl", "samples_*.png"),
     "metric": (),
 }
-"""What a finished stage leaves, of which status.json keeps the digests."""
+"""What a finished stage leaves, of which status.json keeps the digests; another stage has a folder
+of its name."""
 
 
 class RunFolder:
@@ -205,7 +206,8 @@ class RunFolder:
 
     def digests(self, stage: str) -> dict[str, str]:
         """SHA-256 of each file of a stage, by its path in the folder."""
-        paths = (path for glob in STAGE_FILES[stage] for path in sorted(self.path.glob(glob)))
+        globs = STAGE_FILES.get(stage, (f"{stage}/*",))
+        paths = (path for glob in globs for path in sorted(self.path.glob(glob)))
         return {str(path.relative_to(self.path)): files.sha256_of(path) for path in paths}
 
     def damage(self, stage: str, finished: Mapping[str, Any]) -> dict[str, str]:

@@ -16,13 +16,6 @@ from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load, run_name, stage_tables
 from cmkit.run.folder import RunFolder
 
-DOING = {
-    "train": "training",
-    "search": "search",
-    "sample": "samples",
-    "metric": "metrics",
-}
-"""The stages as a person calls what they do."""
 MOST = 200
 """Other runs that are looked at, the newest."""
 
@@ -33,13 +26,14 @@ class Outlook:
     or "new", from which other run, and why."""
 
     stage: str
+    title: str
     state: str
     origin: RunFolder | None = None
     why: str = ""
 
     def __str__(self) -> str:
         where = f" {self.origin.path}" if self.origin else ""
-        return f"{DOING[self.stage]}: {self.state}{where}{f' ({self.why})' if self.why else ''}"
+        return f"{self.title}: {self.state}{where}{f' ({self.why})' if self.why else ''}"
 
     def facts(self) -> dict[str, str | None]:
         """The outlook as JSON."""
@@ -54,18 +48,19 @@ def outlook(
     own, others = folder.status(), list(_others(folder))
     new = ""
     for name, key in keys.items():
+        title = recipe.stages[name].title
         if name in own:
-            yield Outlook(name, "finished")
+            yield Outlook(name, title, "finished")
         elif origin := _finished(others, name, key):
-            yield Outlook(name, "that of", origin)
+            yield Outlook(name, title, "that of", origin)
         elif name == "train" and any(folder.checkpoints.glob("step-*")):
-            yield Outlook(name, "begun")
+            yield Outlook(name, title, "begun")
         elif name == "train" and (origin := _begun(others, key)):
-            yield Outlook(name, "goes on from", origin)
+            yield Outlook(name, title, "goes on from", origin)
         else:
             why = _why(recipe, name, folder, registry)
-            yield Outlook(name, "new", None, why or (f"after new {new}" if new else ""))
-            new = DOING[name]
+            yield Outlook(name, title, "new", None, why or (f"after new {new}" if new else ""))
+            new = title
 
 
 def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class Measure(Stage):
     """Every [[metric]] of the recipe, on the run's samples."""
 
+    title: ClassVar[str] = "metrics"
     needs: ClassVar[tuple[str, ...]] = ("sample",)
     reads: ClassVar[tuple[str, ...]] = ("dataset",)
 

@@ -23,6 +23,7 @@ SHOWN_IMAGES = 100
 class Sample(SampleTable, Stage):
     """Sampling from the trained, rescaled model."""
 
+    title: ClassVar[str] = "samples"
     needs: ClassVar[tuple[str, ...]] = ("sampler",)
     reads: ClassVar[tuple[str, ...]] = ("dataset", "backbone", "denoiser", "rescaler", "sampler")
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Search(SearchTable, Stage):
     """The search of the rescaler's numbers, on the same noise and labels in every cell."""
 
+    title: ClassVar[str] = "search"
     needs: ClassVar[tuple[str, ...]] = ("rescaler", "sampler", "metric")
     reads: ClassVar[tuple[str, ...]] = (*Sample.reads, "minimized")
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Train(TrainTable, Stage):
     """Training. A step takes `batch` images, drawn as `accumulate` equal parts."""
 
+    title: ClassVar[str] = "training"
     needs: ClassVar[tuple[str, ...]] = ("objective",)
     reads: ClassVar[tuple[str, ...]] = ("dataset", "backbone", "denoiser", "teacher", "objective")
 
