@@ -72,7 +72,7 @@ def run(
         if "train" not in status and (said := sigma_data_note(recipe)):
             yield Note(said)
         stages = list(outlook(recipe, folder, keys, registry))
-        if any(stage.origin or stage.why for stage in stages):
+        if stages[0].why or any(stage.origin for stage in stages):
             yield from (Note(str(stage)) for stage in stages)
         job = Job(plan, folder, device, stop, keys, status)
         yield from job.stages()
