@@ -210,8 +210,8 @@ class Dataset(Part, ABC):
         files are missing or corrupt."""
 
     def declared(self) -> DataSpec | None:
-        """What `spec` returns, maybe without names and counts of classes, where the keys alone decide
-        it, so that a model can be drawn from without the data; None where files must be read."""
+        """What `spec` returns, maybe without names and counts of classes, where the keys alone
+        decide it, so that a model is drawn from without the data; None where files must be read."""
         return None
 
     @abstractmethod

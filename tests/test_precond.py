@@ -33,7 +33,7 @@ from cmkit import (
     edm_scalings,
 )
 from cmkit.plan import build, build_teacher, plan
-from cmkit.plan.checks import check_stages
+from cmkit.plan.checks import check_sampler
 from cmkit.recipe import load, run_name, schema
 from cmkit.testing import check_precond
 from cmkit.traits import interchangeable, traits
@@ -592,7 +592,7 @@ def test_samplers_of_diffusion_models_refuse_a_consistency_model(sampler, tmp_pa
 
     def planned(*overrides):
         said = [f"sampler={{use={sampler!r}}}", *overrides]
-        check_stages(load(tmp_path / "tiny.toml", said, discover()))
+        check_sampler(load(tmp_path / "tiny.toml", said, discover()))
 
     with pytest.raises(RecipeError, match="sampler: it needs the scalings of a diffusion model"):
         planned()
