@@ -232,7 +232,7 @@ def recipe(setting: Setting, name: str, row: Row, seed: int, folders: Mapping[st
         "objective": row.objective,
         "train": setting.train,
         "sampler": row.samplers[min(row.samplers)],
-        "sample": {"images": setting.images, "batch": 500},
+        "sample": {"images": setting.images, "batch": 500, "labels": "uniform"},
         "metric": list(setting.metric),
     }
     if setting.train["precision"] == "fp32":

@@ -7,7 +7,6 @@ manifest last, fsyncs the folder, renames it, fsyncs the parent, and only then d
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -101,9 +100,7 @@ def latest_checkpoint(root: Path, warn: Callable[[str], None]) -> Checkpoint | N
 def verify(folder: Path) -> None:
     """Raise CheckpointError, naming the file, unless every byte agrees with SHA256SUMS."""
     manifest = folder / MANIFEST
-    with files.reading(manifest):
-        files.require_regular(manifest)
-        text = manifest.read_bytes().decode(errors="replace")
+    text = files.read_bytes(manifest).decode(errors="replace")
     if not _MANIFEST.fullmatch(text):
         raise CheckpointError(f"{manifest}: damaged; delete {folder} or restore it from a copy")
     digests = {line[66:]: line[:64] for line in text.splitlines()}
@@ -122,39 +119,52 @@ def verify(folder: Path) -> None:
         _remember(folder)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a checkpoint folder: its slowest EMA, else "online".
+def read_weights(path: Path, average: str | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of a checkpoint folder: see `weights_file`.
 
-    A folder of checkpoints stands for the newest of them. Unlike `latest_checkpoint` this only
-    reads, so a run may go on meanwhile. CheckpointError for what is damaged, and for any pickle.
+    Unlike `latest_checkpoint` this only reads, so a run may go on meanwhile. CheckpointError for
+    what is damaged, and for any pickle.
     """
-    if not path.is_dir():
-        return read_safetensors(path)
-    folder = _newest_folder(path)
-    verify(folder)
-    return read_safetensors(_weights_file(folder))
+    if path.is_dir():
+        verify(newest_folder(path))
+    return read_safetensors(weights_file(path, average))
 
 
-def read_shapes(path: Path) -> dict[str, Tensor]:
+def read_shapes(path: Path, average: str | None = None) -> dict[str, Tensor]:
     """Names, types and shapes of `read_weights`, as tensors on the meta device.
 
     Nothing is verified, since only the head of the file is read.
     """
-    return safetensors_shapes(_weights_file(_newest_folder(path)) if path.is_dir() else path)
+    return safetensors_shapes(weights_file(path, average))
 
 
-def _newest_folder(path: Path) -> Path:
+def weights_file(path: Path, average: str | None = None) -> Path:
+    """The file that `path` stands for: itself, or in a folder of a checkpoint, or of checkpoints,
+    the newest's `average`, such as "ema-0.999" or "online"; by default the one that its training
+    samples from, which its state names."""
+    if not path.is_dir():
+        return path
+    folder = newest_folder(path)
+    emas = [file for file in folder.glob("ema-*.safetensors") if _EMA.fullmatch(file.name)]
+    if average is None:
+        with contextlib.suppress(CheckpointError):
+            average = files.read_json(folder / STATE)["state"].get("average")
+    if average:
+        file = folder / f"{average}.safetensors"
+        if not file.is_file():
+            known = ", ".join(sorted(each.stem for each in (*emas, folder / "online.safetensors")))
+            raise CheckpointError(f"{folder}: holds no {average!r}; it has {known}")
+        return file
+    # A checkpoint of an earlier cmkit does not say: the slowest average.
+    slowest = max(emas, key=lambda file: float(file.stem[4:]), default=None)
+    return slowest or folder / "online.safetensors"
+
+
+def newest_folder(path: Path) -> Path:
     """The checkpoint folder `path`, or the newest one in it."""
     with files.reading(path):
         steps = [] if (path / MANIFEST).exists() else _steps(path)
     return steps[0][1] if steps else path
-
-
-def _weights_file(folder: Path) -> Path:
-    """The file of a checkpoint that is sampled from."""
-    emas = [path for path in folder.glob("ema-*.safetensors") if _EMA.fullmatch(path.name)]
-    slowest = max(emas, key=lambda path: float(path.stem[4:]), default=None)
-    return slowest or folder / "online.safetensors"
 
 
 def _stage_and_publish(
@@ -226,7 +236,7 @@ def _newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         steps = _steps(root)
     for _, folder in steps:
         try:
-            found = _open(folder)
+            found = open_checkpoint(folder)
         except CheckpointError as error:
             damage.append(error)
             continue
@@ -238,10 +248,11 @@ def _newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def _open(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder; CheckpointError where it is damaged."""
     verify(folder)
+    record = files.read_json(folder / STATE)
     with files.reading(folder / STATE):
-        record = json.loads((folder / STATE).read_bytes())
         step, state, name = record["step"], dict(record["state"]), f"step-{record['step']:08d}"
     if _STEP.fullmatch(folder.name) and folder.name != name:
         raise CheckpointError(f"{folder}: holds step {step}; rename it to {name}")

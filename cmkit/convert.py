@@ -15,10 +15,11 @@ from cmkit.kinds import Backbone
 from cmkit.plan import conditions_of
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
+from cmkit.run.events import Event, Note
 from cmkit.run.folder import RunFolder
 from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout
-from cmkit.weights import DIFFUSERS, Downloaded, adapt, download, find, read
+from cmkit.weights import DIFFUSERS, adapt, download, find, notes, read
 
 OWN = "cmkit"
 Known = tuple[Backbone, DataSpec, frozenset[str]]
@@ -26,18 +27,33 @@ Known = tuple[Backbone, DataSpec, frozenset[str]]
 
 
 def convert(
-    source: str, target: Path, to: str, registry: Registry, recipe: Recipe | None = None
-) -> Iterator[Downloaded]:
+    source: str,
+    target: Path,
+    to: str,
+    registry: Registry,
+    recipe: Recipe | None = None,
+    drop_scales: bool = False,
+) -> Iterator[Event]:
     """Write the weights `source` to `target` in the layout `to`, after any download.
 
     The network is the recipe's, or that of the run folder `source`, or the published one that the
-    tensors fit. RecipeError for an unknown layout or an existing target, CheckpointError when the
-    tensors fit no such network.
+    tensors fit. RecipeError for an unknown layout or an existing target, and for a run that samples
+    with scales, which no file of weights holds, unless they are to be dropped; CheckpointError when
+    the tensors fit no such network.
     """
     if target.exists():
         raise RecipeError(f"{target}: exists already; name a new file, or remove it")
-    if recipe is None and (kept := RunFolder(Path(source)).recipe).is_file():
-        recipe = load(kept, [], registry)
+    folder = RunFolder.of_weights(source)
+    if folder.recipe.is_file():
+        run = load(folder.recipe, [], registry)
+        recipe = recipe or run
+        numbers = {**(run.rescaler.numbers() if run.rescaler else {}), **folder.winner()}
+        scales = [f"{name} = {value:g}" for name, value in numbers.items() if value != 1]
+        if scales and not drop_scales:
+            raise RecipeError(
+                f"{source}: it samples with {', '.join(scales)}, which no file of weights holds;"
+                " write the unscaled model with --drop-scales, or draw with `cmkit sample`"
+            )
     if recipe:
         data = recipe.dataset.spec()
         candidates = [(recipe.backbone, data, conditions_of(recipe, data))]
@@ -59,6 +75,7 @@ def convert(
                 raise
             continue
         if same_shapes(own, network.state_dict()):
+            yield from map(Note, notes(weights, tensors, network, layouts))
             _write(own, target, to, layouts)
             return
     if recipe:  # name the first differences

@@ -62,10 +62,12 @@ class Network(nn.Module):
     network that offers `decode(encode(..), scales)` for `forward`: a search encodes only once.
 
     `null_label` is the label that stands for no class, where the network was built with one; an
-    absent label then means it as well.
+    absent label then means it as well. `guided_channels` is how many channels, from the first on,
+    classifier-free guidance changes; None = all.
     """
 
     null_label: int | None = None
+    guided_channels: int | None = None
     sites: tuple[str, ...] = ()
     late: frozenset[str] = frozenset()
 
@@ -201,7 +203,8 @@ class Denoiser(nn.Module):
 
 class Guided(Denoiser):
     """A denoiser under classifier-free guidance (Ho, Salimans, 2022, eq. 6):
-    x0_hat + w (x0_hat - x0_hat without a label), which takes two evaluations.
+    x0_hat + w (x0_hat - x0_hat without a label), which takes two evaluations, in the network's
+    `guided_channels`.
 
     w is `cond.guidance` unless given. A network that embeds w is told it instead: one evaluation.
     """
@@ -221,7 +224,10 @@ class Guided(Denoiser):
             return x0_hat
         with_label: Tensor = self.inner(x, sigma, replace(cond, guidance=None))
         without: Tensor = self.inner(x, sigma, replace(cond, guidance=None, label=None))
-        return with_label + per_image(w, x) * (with_label - without)
+        change = per_image(w, x) * (with_label - without)
+        if (guided := self.network.guided_channels) is not None:
+            change[:, guided:] = 0
+        return with_label + change
 
     def rescaled(self, rescaler: Rescaling, encodings: Encodings | None = None) -> Denoiser:
         return Guided(self.inner.rescaled(rescaler, encodings), self.w, self.embedded)

@@ -65,7 +65,7 @@ class PluginError(CmkitError):
 
 
 class Interrupted(CmkitError):  # noqa: N818
-    """Stopped by SIGINT or SIGTERM after everything was saved; the exit code is 128 + signal."""
+    """Stopped by a signal after everything was saved; the exit code is 128 + signal."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -79,8 +79,18 @@ def inline(value: object) -> str:
     return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)
 
 
+def printable(text: str, encoding: str | None = None) -> str:
+    """`text` as a terminal may be given it: what would steer it, turn its direction or is not in
+    `encoding` becomes an escape such as \\x1b."""
+    safe = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    encoding = encoding or "ascii"
+    return "".join(safe).encode(encoding, "backslashreplace").decode(encoding)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint at the known word nearest to `word`, or at all of them."""
     known = list(known)
     near = difflib.get_close_matches(word, known, 1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known) or 'none'}"
+    more = f" and {len(known) - 100} more" if len(known) > 100 else ""
+    every = f"; known: {', '.join(known[:100]) or 'none'}{more}"
+    return f"; did you mean {near[0]!r}?" if near else every

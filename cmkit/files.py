@@ -1,4 +1,5 @@
-"""Files written whole or not at all, locks, logs of JSON lines, and the cure for each errno."""
+"""Files written whole or not at all and read with care, locks, logs of JSON lines, digests, and the
+cure for each errno."""
 
 from __future__ import annotations
 
@@ -14,16 +15,27 @@ import shutil
 import socket
 import stat
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from cmkit.errors import BusyError, CheckpointError, NonFiniteError, ResourceError
+from cmkit.errors import (
+    BusyError,
+    CheckpointError,
+    CmkitError,
+    NonFiniteError,
+    ResourceError,
+)
 
 TEMPORARY = ".tmp-cmkit-"
 """How names of unfinished files begin; `sweep` removes them."""
+ABANDONED = 86_400.0
+"""Seconds after which a temporary in the user's cache is that of a killed process."""
+MAX_TEXT = 256 * 2**20
+"""Bytes of the largest text of a run that is read."""
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -37,6 +49,23 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
+            raise
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to fill, which becomes `path` when the block ends without an error."""
+    temporary = path.with_name(TEMPORARY + secrets.token_hex(8))
+    with writing(path):
+        try:
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 
@@ -56,13 +85,14 @@ def new_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-_held: set[int] = set()
+_held: dict[int, tuple[Path, int]] = {}
+"""The folders that this process locks, and their inodes, by the handles of their locks."""
 
 
 def _release_inherited() -> None:
     """Close a fork's copies of the locks, so that they end with the process that took them."""
     while _held:
-        os.close(_held.pop())
+        os.close(_held.popitem()[0])
 
 
 os.register_at_fork(after_in_child=_release_inherited)
@@ -79,7 +109,7 @@ def lock(folder: Path) -> Iterator[None]:
         make_folder(folder)
     with writing(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    _held.add(handle)
+    held = _held[handle] = (folder.absolute(), folder.stat().st_ino)
     try:
         with writing(path):
             try:
@@ -94,20 +124,36 @@ def lock(folder: Path) -> Iterator[None]:
             os.ftruncate(handle, 0)
             holder = f"pid {os.getpid()} on {socket.gethostname()} since {start}"
             os.pwrite(handle, holder.encode(), 0)
-            sweep(folder)
+            for place in (folder, *filter(_is_folder, folder.iterdir())):
+                sweep(place)
         yield
+    except (OSError, CmkitError) as error:
+        if _is_gone(*held):
+            raise ResourceError(
+                f"{folder}: is gone, it was renamed or removed while it was written to; put it"
+                " back, and run the same command again"
+            ) from error
+        raise
     finally:
-        if handle in _held:
-            _held.remove(handle)
+        if _held.pop(handle, None):
             os.close(handle)
 
 
+def _is_gone(folder: Path, inode: int) -> bool:
+    """Whether a folder that had `inode` is no longer under its name."""
+    try:
+        return folder.stat().st_ino != inode
+    except OSError:
+        return True
+
+
 def append_jsonl(path: Path, record: Mapping[str, Any], durable: bool = False) -> None:
-    """Add one line to the log `path` in a single write.
+    """Add one line with its CRC-32 to the log `path` in a single write.
 
     `durable` fsyncs the whole log: do so with the last record before a save.
     """
-    line = to_json(record, path) + b"\n"
+    body = to_json(record, path)
+    line = body[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(body)
     with writing(path, len(line)):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         handle = os.open(path, flags, 0o666)
@@ -124,34 +170,100 @@ def append_jsonl(path: Path, record: Mapping[str, Any], durable: bool = False) -
             sync_folder(path.parent)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of the log `path`, without torn lines; none when there is no such file."""
-    return [record for _, record in _lines(path)]
+def read_jsonl(path: Path, checked: bool = False) -> list[dict[str, Any]]:
+    """The records of the log `path`, without damaged lines; none when there is no such file.
+
+    A line without a CRC is one of an earlier cmkit, which is damage where all are `checked`.
+    """
+    return [record for _, record in _lines(path, checked)]
 
 
-def truncate_jsonl(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop torn lines of the log `path`, and records that do not satisfy `keep`."""
-    kept = b"".join(line + b"\n" for line, record in _lines(path) if keep(record))
-    if path.exists() and path.read_bytes() != kept:
+def truncate_jsonl(
+    path: Path, keep: Callable[[dict[str, Any]], bool], checked: bool = False
+) -> None:
+    """Drop damaged lines of the log `path`, and records that do not satisfy `keep`."""
+    kept = b"".join(line + b"\n" for line, record in _lines(path, checked) if keep(record))
+    if path.exists() and read_bytes(path) != kept:
         atomic_write(path, kept)
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def damaged_lines(path: Path, checked: bool = False) -> int:
+    """How many lines of the log `path` are damaged; none when there is no such file."""
+    every = read_bytes(path).splitlines() if path.exists() else []
+    return len(every) - len(list(_lines(path, checked)))
+
+
+def _lines(path: Path, checked: bool) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """(line, record) of each whole line of the log `path`."""
-    with writing(path):
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = read_bytes(path).split(b"\n")[:-1] if path.exists() else []
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict):
+            if isinstance(record, dict) and _agrees(line, record.pop("crc", None), checked):
                 yield line, record
 
 
-def sweep(folder: Path) -> None:
-    """Remove temporaries of killed processes from `folder`; only the holder of `lock` may."""
+def _agrees(line: bytes, crc: object, checked: bool) -> bool:
+    body, mark, _ = line.rpartition(b', "crc": ')
+    if not mark:
+        return crc is None and not checked
+    return crc == f"{zlib.crc32(body + b'}'):08x}"
+
+
+def read_bytes(path: Path, limit: int = MAX_TEXT) -> bytes:
+    """The regular file `path` of at most `limit` bytes; CheckpointError where it is none."""
+    with reading(path):
+        require_regular(path)
+        if (size := path.stat().st_size) > limit:
+            raise CheckpointError(f"{path}: {size} bytes, of which {limit} are read; not cmkit's")
+        return path.read_bytes()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`; CheckpointError where there is none."""
+    with reading(path):
+        found = json.loads(read_bytes(path))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    return found
+
+
+def sealed(content: Mapping[str, Any]) -> str:
+    """A JSON text of `content` with its own digest, for `unsealed`."""
+    body = json.dumps(content, indent=1, allow_nan=False)
+    return json.dumps({**content, "sha256": _digest(json.loads(body))}, indent=1) + "\n"
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    """The content of a file that `sealed` wrote; CheckpointError where it was changed since."""
+    content = read_json(path)
+    if content.pop("sha256", None) != _digest(content):
+        raise CheckpointError(f"{path}: damaged, its digest is not that of its content")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return digest_of(json.dumps(content, sort_keys=True))
+
+
+def digest_of(text: str) -> str:
+    """SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def sweep(folder: Path, seconds: float = 0) -> None:
+    """Remove temporaries of killed processes from `folder`, those at least so old; only the holder
+    of `lock` may without an age."""
+    before = time.time() - seconds
     with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(TEMPORARY):
+            if not entry.name.startswith(TEMPORARY):
+                continue
+            if not seconds or entry.stat(follow_symlinks=False).st_mtime < before:
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path)
                 else:
@@ -180,13 +292,25 @@ def cached_sha256(path: Path) -> str:
     with reading(path):
         at = path.stat()
     identity = f"{path.resolve()} {at.st_ino} {at.st_size} {at.st_mtime_ns}"
-    record = cache_folder("digests") / hashlib.sha256(identity.encode()).hexdigest()
-    if record.is_file():
-        return record.read_text("utf-8")
-    digest = sha256_of(path)
-    record.parent.mkdir(parents=True, exist_ok=True)
+    return cached_digest(identity, lambda: sha256_of(path))
+
+
+def cached_digest(identity: str, compute: Callable[[], str]) -> str:
+    """What `compute` returned when it was first asked for `identity`, kept in the user's cache."""
+    record = cache_folder("digests") / digest_of(identity)
+    if record.is_file() and len(known := read_bytes(record, 64).decode("ascii", "replace")) == 64:
+        return known
+    digest = compute()
+    fresh_cache(record.parent)
     atomic_write(record, digest)
     return digest
+
+
+def fresh_cache(folder: Path) -> None:
+    """Make a folder of the user's cache, and sweep it: many processes write to it, none for
+    long."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, ABANDONED)
 
 
 def sync_folder(folder: Path) -> None:
@@ -204,6 +328,9 @@ def make_folder(folder: Path) -> None:
     """Make `folder` and its parents, each durable in its own parent."""
     if folder.is_dir():
         return
+    for held, inode in _held.values():
+        if folder.absolute().is_relative_to(held) and _is_gone(held, inode):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(held))
     make_folder(folder.absolute().parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.absolute().parent)
@@ -222,10 +349,10 @@ def cache_folder(name: str) -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "cmkit" / name
 
 
-def require_regular(path: Path) -> None:
-    """CheckpointError unless `path` is a regular file: a device or FIFO would be read for ever."""
+def require_regular(path: Path, kind: type[CmkitError] = CheckpointError) -> None:
+    """An error of `kind` unless `path` is a regular file: a device or FIFO is read for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise CheckpointError(f"{path}: not a regular file")
+        raise kind(f"{path}: not a regular file; name one that is")
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -234,7 +361,7 @@ def require_space(folder: Path, needed: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-_CURES = {
+CURES = {
     errno.ENOSPC: "free some space or choose another folder",
     errno.EDQUOT: "free some of your quota or choose another folder",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
@@ -243,6 +370,7 @@ _CURES = {
     errno.EACCES: "give this user permission or choose another folder",
     errno.EPERM: "give this user permission or choose another folder",
 }
+"""What to do about an errno."""
 
 
 def _resource_error(error: OSError, path: Path, needed: int) -> ResourceError:
@@ -251,7 +379,7 @@ def _resource_error(error: OSError, path: Path, needed: int) -> ResourceError:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(path.absolute().parent).free
             room = f" ({needed} bytes needed, {free} free)"
-    cure = _CURES.get(error.errno or 0, "check the path, or choose another folder")
+    cure = CURES.get(error.errno or 0, "check the path, or choose another folder")
     return ResourceError(f"{path}: {error.strerror or error}{room}; {cure}")
 
 

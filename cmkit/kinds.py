@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -37,6 +37,19 @@ class Part(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    read_by: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """The stages of a run whose result a field decides, where these are not all that read the
+    table: {"log_every": ()} for one that changes no bit of any."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """What the part reads from the disk, as JSON that changes whenever a result could.
+
+        Keys are words for people, such as "pictures"; of a list, what is new and what is gone is
+        named. A finished stage is only used again, and an unfinished one gone on with, while it
+        stays the same. DataError or CheckpointError where a file cannot be read.
+        """
+        return {}
 
 
 class Backbone(Part, ABC):
@@ -134,7 +147,12 @@ class Objective(Part, ABC):
 
 
 class Sampler(Part, ABC):
-    """Turns noise into images by calling a denoiser `nfe` times."""
+    """Turns noise into images by calling a denoiser `nfe` times.
+
+    `needs` may hold what must hold of the denoiser's scalings: any of `cmkit.traits.TRAITS`.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @property
     @abstractmethod
@@ -188,7 +206,13 @@ class Dataset(Part, ABC):
 
     @abstractmethod
     def spec(self) -> DataSpec:
-        """Shape and classes; DataError when the files are missing or corrupt."""
+        """Shape and classes, with their names and counts where they are known; DataError when the
+        files are missing or corrupt."""
+
+    def declared(self) -> DataSpec | None:
+        """What `spec` returns, maybe without names and counts of classes, where the keys alone
+        decide it, so that a model is drawn from without the data; None where files must be read."""
+        return None
 
     @abstractmethod
     def batches(
@@ -199,6 +223,14 @@ class Dataset(Part, ABC):
     @abstractmethod
     def reference(self) -> Reference:
         """The real images that metrics compare with."""
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with single images, each by its place, found by reading them all."""
+        return iter(())
+
+    def left_out(self) -> Sequence[str]:
+        """Images that are not used, each by its place and why not."""
+        return ()
 
 
 class Meter(Protocol):
@@ -248,7 +280,10 @@ class Metric(Part, ABC):
         return None
 
     def provenance(self) -> dict[str, Any]:
-        """What must stand beside the numbers so that they can be compared: extractor, weights."""
+        """What must stand beside the numbers so that they can be compared: extractor, weights.
+
+        cmkit adds the number of images and the reference's fingerprint.
+        """
         return {}
 
 

@@ -74,6 +74,7 @@ def measure(
                 where = f"on {len(images)} images; look at the samples"
                 raise NonFiniteError(f"metric {key} = {value} {where}")
         values |= numbers
-        about = {"numbers": sorted(numbers), "images": len(images)}
+        about: dict[str, Any] = {"numbers": sorted(numbers), "images": len(images)}
+        about["reference"] = reference.fingerprint
         provenance.append({**about, **metric.provenance()})
     return values, provenance

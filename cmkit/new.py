@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
+import keyword
 import re
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from cmkit.errors import RecipeError, did_you_mean
+from cmkit.files import new_folder
 from cmkit.plugins import KINDS
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -38,19 +44,47 @@ def new(kind: str, name: str, out: Path) -> Path:
     """
     if kind not in KINDS:
         raise RecipeError(f"new {kind}: no such kind{did_you_mean(kind, KINDS)}")
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name):
+    if not re.fullmatch(r"(?=.{1,40}$)[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         raise RecipeError(
             f"new {kind} {name}: a name begins with a lower-case letter, and has lower-case"
-            " letters, digits and '_'; take the acronym of its paper"
+            " letters, digits, and single '_' between them; take the acronym of its paper"
         )
+    if taken := _taken(kind, name):
+        raise RecipeError(f"new {kind} {name}: {taken}; choose another name")
     folder = out / _named(kind, name, "cmkit-mine")
     if folder.exists():
         raise RecipeError(f"{folder}: it is there already; choose another name or --out")
-    for path, text in _files(kind).items():
-        file = folder / _named(kind, name, path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(_named(kind, name, text), encoding="utf-8")
+    with new_folder(folder) as stage:
+        for path, text in _files(kind).items():
+            file = stage / _named(kind, name, path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(_named(kind, name, text), encoding="utf-8")
     return folder
+
+
+def _taken(kind: str, name: str) -> str:
+    """Why a part of this kind cannot have the name; "" if it can."""
+    camel, package = _named(kind, name, "Mine"), _named(kind, name, "cmkit_mine")
+    if keyword.iskeyword(name) or keyword.iskeyword(camel):
+        return f"{name!r} or {camel!r} is a word of Python"
+    if find_spec(package):
+        return f"there is a package {package} already"
+    files = _files(kind)
+    if f"src/{package}/{name}.py" in {_named(kind, name, p) for p in files if "mine.py" not in p}:
+        return f"the package has a module {name} of its own"
+    if camel in dir(builtins) or camel in set(_names(files)):
+        return f"{camel} is a class that its module needs"
+    return ""
+
+
+def _names(files: Mapping[str, str]) -> Iterator[str]:
+    """The names that the modules of a package use."""
+    for path, text in files.items():
+        for node in ast.walk(ast.parse(text)) if path.endswith(".py") else ():
+            if isinstance(node, ast.Name):
+                yield node.id
+            elif isinstance(node, ast.alias):
+                yield node.asname or node.name
 
 
 def _files(kind: str) -> dict[str, str]:

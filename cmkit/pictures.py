@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cmkit.errors import DataError
+from cmkit.files import require_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,10 +62,13 @@ def read_picture(path: Path, channels: int, sides: Collection[int]) -> Tensor:
     from PIL import Image, UnidentifiedImageError
 
     try:
+        require_regular(path, DataError)
         with Image.open(path, formats=FORMATS) as image:
             fault = _misfit(image, channels, sides)
             mode = "RGB" if channels == 3 else "L"
             pixels = None if fault else np.asarray(image.convert(mode))
+    except DataError:
+        raise
     except UnidentifiedImageError as error:
         raise DataError(f"{path}: no picture; give one of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's readers raise almost anything

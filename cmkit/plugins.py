@@ -110,7 +110,8 @@ class Registry:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
-            raise PluginError(f"{what} cannot be imported: {_reason(error)}") from error
+            place = "; at ".join(filter(None, (_reason(error), blame(error, [row]))))
+            raise PluginError(f"{what} cannot be imported: {place}") from error
         wanted = CLASSES[kind]
         if not (isinstance(found, type) and issubclass(found, wanted)):
             raise PluginError(f"{what}: {target} is not a cmkit.{wanted.__name__}")
@@ -186,6 +187,23 @@ def _new_manager() -> pluggy.PluginManager:
 
 def _reason(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def blame(error: BaseException, rows: Iterable[Row]) -> str:
+    """The package of another than cmkit in whose code `error` arose, with its file and line;
+    "" where it is in none."""
+    origins = {
+        row.plugin.target.split(":")[0].split(".")[0]: row.origin
+        for row in rows
+        if row.plugin and row.dist != "cmkit"
+    }
+    place, traceback = "", error.__traceback__
+    while traceback:
+        frame = traceback.tb_frame
+        if origin := origins.get(frame.f_globals.get("__name__", "").split(".")[0]):
+            place = f"{origin}, {frame.f_code.co_filename}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return place
 
 
 def public_rows(registry: Registry) -> Iterator[dict[str, Any]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import bisect
 import io
 import itertools
+import math
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset as TorchDataset
 from cmkit.denoiser import Cond, Denoiser
 from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
+from cmkit.files import reading, require_regular
 from cmkit.kinds import Sampler
 from cmkit.rng import image_labels, image_noise
 from cmkit.values import DataSpec
@@ -42,6 +44,8 @@ class Draws:
     purpose: str = "sample"
     classes: tuple[int, ...] = ()
     """Labels instead of drawn ones: image k gets the one at k modulo their number."""
+    rule: str | None = "data"
+    """How labels are drawn, as `Plan.label_rule` says."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -53,25 +57,32 @@ class Draws:
         return image_noise(self.seed, self.purpose, indices, k, self.shape)
 
     def labels(self, indices: Sequence[int]) -> Tensor | None:
-        """Uniform labels of these images unless given, (B,), or None without classes."""
+        """Labels of these images, (B,), or None without classes: those given, or drawn in the
+        data's proportions, or uniformly where the rule says so or these are not known."""
         if self.classes:
             return torch.tensor([self.classes[index % len(self.classes)] for index in indices])
         if not self.data.num_classes:
             return None
-        return image_labels(self.seed, self.purpose, indices, self.data.num_classes)
+        counts = self.data.counts if self.rule == "data" else ()
+        return image_labels(self.seed, self.purpose, indices, self.data.num_classes, counts)
 
 
 @dataclass(frozen=True)
 class RepeatedDraws(Draws):
-    """Draws kept in memory, for models that are compared on the same noise."""
+    """Draws for models that are compared on the same noise: the first `most` bytes of them are kept
+    in memory, the others drawn anew."""
 
     kept: dict[tuple[Sequence[int], int], Tensor] = field(default_factory=dict, compare=False)
+    most: int = 2**30
 
     def noise(self, indices: Sequence[int], k: int) -> Tensor:
-        """The k-th draw of these images, computed once."""
-        if (indices, k) not in self.kept:
-            self.kept[indices, k] = super().noise(indices, k)
-        return self.kept[indices, k]
+        """The k-th draw of these images."""
+        if (indices, k) in self.kept:
+            return self.kept[indices, k]
+        drawn = super().noise(indices, k)
+        if sum(kept.nbytes for kept in self.kept.values()) + drawn.nbytes <= self.most:
+            self.kept[indices, k] = drawn
+        return drawn
 
 
 @torch.inference_mode()
@@ -140,12 +151,15 @@ def to_uint8(x0: Tensor) -> Tensor:
 class SavedImages(TorchDataset[Tensor]):
     """Images of a folder of `.npz` files in ADM's format: `arr_0` uint8 (N, H, W, C).
 
-    One file is held in memory at a time, so read in order.
+    One file is held in memory at a time, so read in order. CheckpointError for a damaged file.
     """
 
     def __init__(self, files: Sequence[Path]):
         self.files = list(files)
-        self.starts = [0, *itertools.accumulate(map(_length, self.files))]
+        self.starts: list[int] = [
+            0,
+            *itertools.accumulate(_read(file, _length) for file in self.files),
+        ]
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def __len__(self) -> int:
@@ -156,26 +170,64 @@ class SavedImages(TorchDataset[Tensor]):
             raise IndexError(index)
         part = bisect.bisect_right(self.starts, index) - 1
         if self._held[0] != part:
-            with np.load(self.files[part], allow_pickle=False) as arrays:
-                self._held = (part, arrays["arr_0"])
+            self._held = (part, _read(self.files[part], _images))
         return torch.from_numpy(self._held[1][index - self.starts[part]]).permute(2, 0, 1)
 
 
-def _length(file: Path) -> int:
-    """Number of images in a `.npz` file, by the header of `arr_0`."""
-    with zipfile.ZipFile(file) as archive, archive.open("arr_0.npy") as stream:
+def _read(file: Path, read: Callable[[zipfile.ZipFile], Any]) -> Any:
+    """What `read` finds in a `.npz` file; CheckpointError where it is damaged."""
+    with reading(file):
+        require_regular(file)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return read(archive)
+        except OSError:
+            raise
+        except Exception as error:  # zipfile and numpy raise almost anything
+            raise ValueError(error) from error
+
+
+def _length(archive: zipfile.ZipFile) -> int:
+    """Number of images, by the header of `arr_0`; ValueError unless it is uint8 (N, H, W, C)."""
+    with archive.open("arr_0.npy") as stream:
         np.lib.format.read_magic(stream)
-        shape, _, _ = np.lib.format.read_array_header_1_0(stream)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        held = archive.getinfo("arr_0.npy").file_size - stream.tell()
+    if dtype != np.uint8 or len(shape) != 4 or min(shape) < 1 or math.prod(shape) != held:
+        raise ValueError(f"arr_0 is {dtype} {shape} in {held} bytes, not images")
     return shape[0]
+
+
+def _images(archive: zipfile.ZipFile) -> np.ndarray:
+    _length(archive)
+    with archive.open("arr_0.npy") as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def npz(batches: Sequence[Batch]) -> bytes:
     """The bytes of one `.npz` file: images `arr_0` (N, H, W, C), and labels `arr_1` if any."""
-    images = torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy()
-    arrays: dict[str, Any] = {"arr_0": np.ascontiguousarray(images)}
-    labels = [batch.labels for batch in batches if batch.labels is not None]
-    if labels:
-        arrays["arr_1"] = torch.cat(labels).numpy()
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    count = sum(len(batch.images) for batch in batches)
+    for _ in write_npz(buffer, batches, (count, *batches[0].images.shape[1:])):
+        pass
     return buffer.getvalue()
+
+
+def write_npz(
+    file: IO[bytes], batches: Iterable[Batch], shape: tuple[int, int, int, int]
+) -> Iterator[Batch]:
+    """Each of `batches`, after its images are in `file`, as of `npz`; `shape` (N, C, H, W) is that
+    of all images together."""
+    n, channels, height, width = shape
+    header = {"descr": "|u1", "fortran_order": False, "shape": (n, height, width, channels)}
+    labels = []
+    with zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for batch in batches:
+                stream.write(batch.images.permute(0, 2, 3, 1).contiguous().numpy().data)
+                labels += [] if batch.labels is None else [batch.labels]
+                yield batch
+        if labels:
+            with archive.open("arr_1.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array(stream, torch.cat(labels).numpy())

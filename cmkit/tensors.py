@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -62,6 +63,8 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str)
     ]
     if wrong:
         first = "; ".join([*wrong[:3], "..."] if len(wrong) > 3 else wrong)
+        if tensors and not own.keys() & tensors.keys():
+            first += f"; its own names begin {next(iter(tensors))}"
         raise CheckpointError(
             f"{source}: {len(wrong)} tensors do not fit: {first};"
             " choose the backbone and preset that these weights were made with"
@@ -146,6 +149,22 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     _require_safetensors(path)
     with files.reading(path):
         return load_file(path)
+
+
+def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and the texts beside them."""
+    tensors = read_safetensors(path)
+    with files.reading(path), safe_open(path, "pt") as file:
+        return tensors, dict(file.metadata() or {})
+
+
+def digest(tensors: Mapping[str, Tensor], about: Mapping[str, str] = {}) -> str:
+    """SHA-256 of names, types, shapes and bytes of tensors on the CPU, and of texts beside them."""
+    found = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def safetensors_shapes(path: Path) -> dict[str, Tensor]:

@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Shape of the images and number of classes; `num_classes` is None when there are no labels."""
+    """Shape of the images and number of classes; `num_classes` is None when there are no labels.
+
+    `classes` are their names and `counts` the images of each, both by number, empty where they are
+    not known. Samples have the proportions of `counts`, or without them of classes alike.
+    """
 
     channels: int
     resolution: int
     num_classes: int | None = None
+    classes: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

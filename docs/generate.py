@@ -17,7 +17,7 @@ import typer
 import cmkit
 import cmkit.functional
 import cmkit.testing
-from cmkit.cli import app
+from cmkit.cli.commands import app
 from cmkit.errors import CmkitError
 from cmkit.plugins import KINDS, Hooks, discover
 from cmkit.recipe import core_tables, fields
@@ -123,7 +123,7 @@ def exit_codes() -> str:
         for error in CmkitError.__subclasses__()
         if error.exit_code != CmkitError.exit_code
     ]
-    ends = ["| 70 | A bug in cmkit. |", "| 130, 143 | Interrupted, everything saved. |"]
+    ends = ["| 70 | A bug in cmkit. |", "| 129, 130, 143 | Interrupted, everything saved. |"]
     return "\n".join(
         ["## Exit codes\n", "| code | meaning |", "|---|---|", "| 0 | Done. |", *rows, *ends, ""]
     )

@@ -13,9 +13,11 @@ import pytest
 import torch
 from filelock import FileLock
 
+from cmkit import device
 from tests import forks, wheels
 
 torch.set_num_threads(1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +28,12 @@ def _no_stray_randomness():
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Features of references that a test stores are for this run of the tests only."""
+    """What a test stores there is for this run of the tests only, and none depends on how fast this
+    machine is: the times of both precisions are there, fp32 the faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(device, "_seconds", lambda name, _: {"fp32": 1.0, "bf16": 2.0}[name])
+        device.auto_precision(torch.device("cpu"))
         yield
 
 
@@ -38,7 +43,7 @@ def cmkit(monkeypatch, capsys, tmp_path):
     from cmkit.cli import main
 
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["cmkit", *map(str, arguments)])

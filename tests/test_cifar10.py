@@ -27,7 +27,9 @@ def folder(tmp_path, monkeypatch):
 
 def test_pixels_are_planes_and_labels_stay_with_their_images(folder):
     data = CIFAR10(path=str(folder))
-    assert data.spec() == DataSpec(3, 32, 10)
+    files = [np.fromfile(folder / name, np.uint8) for name in cifar10.FILES["train"]]
+    counts = np.bincount(np.concatenate(files)[::RECORD])
+    assert data.spec() == DataSpec(3, 32, 10, cifar10.CLASSES, tuple(counts.tolist()))
     images = data.reference().images
     assert len(images) == 100
     raw = (folder / "data_batch_2.bin").read_bytes()

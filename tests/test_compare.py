@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cmkit.cli import main
 from cmkit.compare import caveats, entries
 from cmkit.errors import CheckpointError
+from cmkit.report.figures import number
 
 
 def folder(path: Path, name: str, fid: float, expected: bool = True, **provenance) -> Path:
@@ -52,6 +55,21 @@ def test_scores_that_were_measured_unlike_are_not_comparable(tmp_path):
     ]
 
 
+def test_labels_drawn_by_other_rules_are_not_comparable(tmp_path):
+    """A run of an earlier cmkit with classes drew them uniformly; one without classes fits both."""
+    share = folder(tmp_path / "a", "a", 1.0, labels="data")
+    even = folder(tmp_path / "b", "b", 1.0, labels="uniform")
+    plain, old = folder(tmp_path / "c", "c", 1.0), folder(tmp_path / "d", "d", 1.0)
+    report = json.loads((old / "report.json").read_text())
+    report["data"] = {"channels": 1, "resolution": 8, "num_classes": 10}
+    (old / "report.json").write_text(json.dumps(report))
+    for unlike in ((share, even), (share, old)):
+        (note, _) = caveats(entries(list(unlike)))
+        assert note == "fid: not comparable, labels differs: data, uniform"
+    for alike in ((share, plain), (even, plain), (even, old), (old, plain)):
+        assert list(caveats(entries(list(alike)))) == []
+
+
 def printed(monkeypatch, capsys, *arguments) -> str:
     monkeypatch.setattr(sys, "argv", ["cmkit", "compare", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
@@ -79,3 +97,66 @@ def test_a_folder_without_a_report_is_one_line(tmp_path, content):
         (tmp_path / "report.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"report\.json"):
         entries([tmp_path])
+
+
+def cells(line: str) -> list[str]:
+    """The cells of a printed line, of which the first may hold blanks."""
+    return re.split(r" {2,}", line.strip())
+
+
+UNLIKE = {
+    "reference": ("a" * 64, "b" * 64),
+    "images": (500, 50_000),
+    "extractor": ("inception", "cmkit-digits"),
+    "weights_sha256": ("a" * 64, None),
+    "protocol": (None, "ADM"),
+}
+
+
+@pytest.mark.parametrize("fact", UNLIKE)
+def test_scores_that_were_measured_unlike_stand_in_columns_apart(
+    tmp_path, monkeypatch, capsys, fact
+):
+    (first, second), dash = UNLIKE[fact], number(None)
+    alike = [folder(tmp_path / n, n, 14.0, **{fact: first}) for n in "ab"]
+    other = folder(tmp_path / "c", "c", 15.0, expected=False, **{fact: second})
+    out = printed(monkeypatch, capsys, *alike, other).splitlines()
+    heads = cells(out[0])
+    assert heads[-4:] == ["fid", "fid (2)", "precision", "precision (2)"]
+    assert out[1].split()[-4:] == ["14.0", dash, "0.700", dash]
+    assert out[2].split()[:4] == ["Zhu", "2024", "13.6", dash]
+    (last,) = [line for line in out if line.startswith("c-")]
+    assert last.split()[-4:] == [dash, "15.0", dash, "0.700"]
+    said = [str(v)[:12] if v else "not recorded" for v in (first, second)]
+    for note in (line for line in out if line.startswith("note: ")):
+        assert fact in note
+        assert all(value in note for value in said)
+    assert sum(line.startswith("note: ") for line in out) == 2
+
+
+def test_the_fingerprint_of_the_reference_is_kept_beside_the_numbers():
+    from cmkit import Reference
+    from cmkit.measure import Images, measure
+    from tests.test_testing import Mean
+
+    images = Images(torch.zeros(4, 1, 2, 2, dtype=torch.uint8))
+    _, (record,) = measure([Mean()], images, Reference(images, "its fingerprint"), None)
+    assert record == {"numbers": ["mean", "top"], "images": 4, "reference": "its fingerprint"}
+
+
+def test_an_unfinished_run_is_left_out_with_a_note(tmp_path, monkeypatch, capsys):
+    done = folder(tmp_path / "a", "a", 14.0)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "recipe.toml").touch()
+    out = printed(monkeypatch, capsys, tmp_path / "b", done)
+    assert "a-0123abcd" in out
+    assert f"note: {tmp_path / 'b'}: not finished, left out" in out
+    found = json.loads(printed(monkeypatch, capsys, tmp_path / "b", done, "--json"))
+    assert len(found["runs"]) == len(found["caveats"]) == 1
+    with pytest.raises(CheckpointError, match="no such file"):
+        entries([tmp_path / "nothing"])
+    monkeypatch.setattr(sys, "argv", ["cmkit", "compare", str(tmp_path / "b")])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 4
+    assert "not finished; `cmkit run" in capsys.readouterr().err

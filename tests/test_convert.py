@@ -101,6 +101,18 @@ def test_a_run_folder_knows_its_own_network(home):
     assert "input_blocks.0.0.weight" in load_file("theirs")
 
 
+def test_scales_are_never_dropped_without_a_word(home):
+    Path("runs/x").mkdir(parents=True)
+    shutil.copy("own.safetensors", "runs/x/model.safetensors")
+    text = RECIPE.replace("[backbone]", 'rescaler = { use = "global", skip = 1.2 }\n[backbone]')
+    Path("runs/x/recipe.toml").write_text(text)
+    for source in ("runs/x", "runs/x/model.safetensors"):
+        with pytest.raises(RecipeError, match=r"it samples with skip = 1.2, .* --drop-scales"):
+            list(convert(source, Path("theirs"), "openai", discover()))
+    list(convert("runs/x", Path("theirs"), "openai", discover(), drop_scales=True))
+    assert Path("theirs").exists()
+
+
 def test_published_networks_are_recognized_by_their_tensors(home, monkeypatch):
     """Without a recipe; small networks stand for the published ones here."""
     small = load("small.toml", [], discover()).backbone

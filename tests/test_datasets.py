@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cmkit_std.datasets import pictures
+from cmkit_std.datasets import image_folder, pictures
 from cmkit_std.datasets.digits import Digits, digits
-from cmkit_std.datasets.fashion_mnist import DEBIAN, FashionMNIST
+from cmkit_std.datasets.fashion_mnist import CLASSES, DEBIAN, FashionMNIST
 from cmkit_std.datasets.image_folder import ImageFolder
+from cmkit_std.datasets.imagenet64 import ImageNet64
+from cmkit_std.datasets.lsun import LSUN
 from cmkit_std.datasets.pixels import batch_indices
 from PIL import Image
 
@@ -145,7 +147,8 @@ def test_digits_are_those_of_scikit_learn():
     loaded = load_digits()
     assert np.array_equal(np.round(images[:, 0] * (16 / 255)), loaded.images)
     assert np.array_equal(labels, loaded.target)
-    assert Digits().spec() == DataSpec(channels=1, resolution=8, num_classes=10)
+    counts = tuple(np.bincount(digits("train")[1]).tolist())
+    assert Digits().spec() == DataSpec(1, 8, 10, tuple("0123456789"), counts)
     assert Digits(labels=False).spec().num_classes is None
 
 
@@ -189,7 +192,7 @@ def test_idx_files_are_padded_and_joined(fashion):
         for split in ("train", "test", "all")
     }
     assert counts == {"train": 20, "test": 5, "all": 25}
-    assert FashionMNIST(path=str(fashion)).spec() == DataSpec(1, 32, 10)
+    assert FashionMNIST(path=str(fashion)).spec() == DataSpec(1, 32, 10, counts=(2,) * 10)
     padded = FashionMNIST(path=str(fashion)).reference().images[3]
     plain = FashionMNIST(path=str(fashion), resolution=28).reference().images[3]
     assert torch.equal(padded[:, 2:-2, 2:-2], plain)
@@ -255,7 +258,7 @@ def test_a_changed_idx_file_is_read_again(fashion):
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 def test_the_real_fashion_mnist_is_found_by_itself():
     data = FashionMNIST(split="test")
-    assert data.spec() == DataSpec(1, 32, 10)
+    assert data.spec() == DataSpec(1, 32, 10, CLASSES, (1000,) * 10)
     (x0, label), *_ = take(data, 1, size=10_000)
     assert torch.equal(torch.bincount(label), torch.full((10,), 1000))
     assert x0.min() == -1
@@ -264,7 +267,7 @@ def test_the_real_fashion_mnist_is_found_by_itself():
 
 def test_classes_are_folders_in_the_order_of_their_names(folder):
     data = ImageFolder(path=str(folder), resolution=8, labels=True)
-    assert data.spec() == DataSpec(3, 8, 3)
+    assert data.spec() == DataSpec(3, 8, 3, ("class_0", "class_1", "class_2"), (4, 4, 3))
     (_, label), *_ = take(data, 1, size=11)
     assert sorted(label.tolist()) == [0] * 4 + [1] * 4 + [2] * 3
     assert ImageFolder(path=str(folder), resolution=8).spec().num_classes is None
@@ -380,6 +383,81 @@ def test_a_file_that_is_no_usable_picture_is_named_by_its_header(folder, content
     with pytest.raises(DataError) as error:
         ImageFolder(path=str(folder), resolution=8).spec()
     one_line(error, bad, reason)
+
+
+def test_every_file_that_is_no_picture_is_named_at_once(folder):
+    for k in range(25):
+        (folder / f"bad{k:02d}.txt").write_text("no")
+    os.mkfifo(folder / "bad00.pipe")
+    with pytest.raises(DataError) as error:
+        ImageFolder(path=str(folder), resolution=8).spec()
+    one_line(
+        error, "26 pictures cannot be used", "bad00.pipe: no regular", "bad18.txt", "and 6 more"
+    )
+    assert "bad19.txt" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "imagenet64", "lsun"])
+def test_faults_are_of_every_picture_that_cannot_be_decoded(tmp_path, kind):
+    for n in range(12):
+        file = picture(tmp_path / "a" / f"{n:02d}.png", n, (64, 64))
+        if n % 4 == 1:
+            file.write_bytes(file.read_bytes()[:-1500])
+    data = {
+        "image_folder": ImageFolder(path=str(tmp_path), resolution=8),
+        "imagenet64": ImageNet64(path=str(tmp_path)),
+        "lsun": LSUN(path=str(tmp_path), resolution=8),
+    }[kind]
+    data.spec()  # headers are right
+    faults = list(data.faults())
+    assert [fault.partition(".png: cannot be decoded")[0][-2:] for fault in faults] == [
+        *("01", "05", "09")
+    ]
+    assert not list(Digits().faults())
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_bad_pictures_are_left_out_when_told_and_decoded_once(folder, labels, monkeypatch):
+    good = ImageFolder(path=str(folder), resolution=8, labels=labels)
+    kept, spec = take(good, 6), good.spec()
+    torn = picture(folder / "class_0" / "torn.png", 7, (64, 64))
+    torn.write_bytes(torn.read_bytes()[:-1500])
+    (folder / "class_2" / "a.txt").write_text("no")
+    os.mkfifo(folder / "class_1" / "pipe.png")
+    data = good.model_copy(update={"on_bad": "skip"})
+    assert same(take(data, 6), kept)
+    assert data.spec() == spec
+    assert not list(data.faults())
+    assert [bad.partition(": ")[0][-8:] for bad in sorted(data.left_out())] == [
+        *("torn.png", "pipe.png", "_2/a.txt")
+    ]
+    assert data.identity()["left_out"] == 3
+    image_folder._verdicts.cache_clear()
+    decoded, honest = [], pictures.decode
+    monkeypatch.setattr(
+        pictures, "decode", lambda s, i, shape: decoded.append(s.name(i)) or honest(s, i, shape)
+    )
+    picture(folder / "class_0" / "new.png", 8)
+    picture(torn, 9)
+    assert len(data.left_out()) == 2
+    assert sorted(Path(name).name for name in decoded) == ["new.png", "pipe.png", "torn.png"]
+
+
+def test_a_class_without_a_sound_picture_is_named(folder):
+    for file in (folder / "class_1").iterdir():
+        file.write_bytes(b"no")
+    with pytest.raises(DataError, match="class_1: no sound picture"):
+        ImageFolder(path=str(folder), resolution=8, labels=True, on_bad="skip").spec()
+
+
+def test_names_are_those_of_fashion_mnist_and_not_of_files_that_look_like_it(fashion):
+    labels = np.array([9, 0, 0, 3, 0, *range(10), *range(5)])
+    (fashion / LABELS).write_bytes(idx(labels))
+    assert FashionMNIST(path=str(fashion)).spec().classes[9] == "Ankle boot"
+    labels[0] = 5
+    (fashion / LABELS).write_bytes(idx(labels))
+    os.utime(fashion / LABELS, ns=(1, 1))
+    assert FashionMNIST(path=str(fashion)).spec().classes == ()
 
 
 def test_sixteen_bit_pictures_are_refused(folder):

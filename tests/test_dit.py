@@ -14,7 +14,7 @@ from cmkit_std.backbones.dit.options import PRESETS
 from cmkit_std.backbones.embedding import guidance_waves
 from torch.nn.functional import silu
 
-from cmkit import Cond, DataSpec, RecipeError
+from cmkit import Cond, DataSpec, Denoiser, Guided, RecipeError, edm_scalings
 from cmkit.testing import check_backbone
 
 LABEL = frozenset({"label"})
@@ -329,3 +329,17 @@ def test_options_that_do_not_fit_are_refused_with_a_cure(options, data, conditio
 def test_absurd_values_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         DiT(**{field: value})
+
+
+def test_guidance_changes_three_channels_of_latents_as_in_the_official_code():
+    data = DataSpec(4, 8, 10)
+    network = DiT(patch_size=2, width=48, depth=1, num_heads=3, null_class=True).build(data, LABEL)
+    for parameter in network.parameters():
+        parameter.data.normal_(0, 0.2)
+    denoiser, sigma = Denoiser(network.eval(), scalings=edm_scalings), torch.tensor([0.5, 3.0])
+    x, cond = torch.randn(2, 4, 8, 8), Cond(label=torch.tensor([1, 7]))
+    plain, without = denoiser(x, sigma, cond), denoiser(x, sigma)
+    guided = Guided(denoiser, 2.0)(x, sigma, cond)
+    torch.testing.assert_close(guided[:, :3], (3 * plain - 2 * without)[:, :3])
+    assert torch.equal(guided[:, 3], plain[:, 3])
+    assert not torch.allclose(plain[:, 3], without[:, 3])

@@ -119,6 +119,27 @@ def test_labels_are_taken_in_turns(cmkit, recipe):
     assert np.load("turns.npz")["arr_1"].tolist() == [7, 2, 7]
 
 
+def test_a_label_is_a_name_or_a_number_and_the_name_goes_first(cmkit, recipe, tmp_path):
+    for label, name in enumerate(("10", "2", "cat", "dog")):
+        picture(tmp_path / "kinds" / f"{label}.png").rename(tmp_path / "kinds" / "one")
+        (tmp_path / "kinds" / name).mkdir()
+        (tmp_path / "kinds" / "one").rename(tmp_path / "kinds" / name / "one.png")
+    data = 'dataset={use="image_folder", path="kinds", resolution=8, channels=1, labels=true}'
+    written(tmp_path, DataSpec(1, 8, 4), frozenset({"label"}))
+    said = ("sample", recipe, "-n", 5, "--set", data, "--json")
+    given = [part for name in ("2", "dog", "3", "0", "10") for part in ("--label", name)]
+    code, out, err = cmkit(*said, *given, "--out", "a.npz")
+    assert code == 0, err
+    assert np.load("a.npz")["arr_1"].tolist() == [1, 3, 3, 0, 0]
+    facts = json.loads(out)
+    assert facts["classes"] == ["2", "dog", "dog", "10", "10"]
+    assert facts["label_rule"] == "given"
+    refused(cmkit(*said, "--label", "dgo"), 2, "--label dgo", "did you mean 'dog'?")
+    refused(cmkit(*said, "--label", "zzz"), 2, "0 to 3; known: 10, 2, cat, dog")
+    refused(cmkit(*said, "--label", "-1"), 2, "--label -1")
+    refused(cmkit(*said, "--label", "4"), 2, "--label 4")
+
+
 def test_a_run_gives_its_weights_and_winner_unless_told_otherwise(run):
     """Neither the teacher nor the data of its training are asked for."""
     made = drawn_from(run, [], discover(), 4)
@@ -139,7 +160,7 @@ def test_scales_change_the_images_drawn(cmkit, run):
 
 
 def test_what_cannot_be_drawn_is_refused_in_one_line(cmkit, recipe, run, tmp_path, monkeypatch):
-    refused(cmkit("sample", tmp_path), 4, "no run folder", "runs/NAME-HASH")
+    refused(cmkit("sample", tmp_path), 4, "no run folder", "runs/NAME-KEY")
     refused(cmkit("sample", run / "recipe.toml"), 2, "yet to be trained", "runs/random-")
     refused(cmkit("sample", recipe), 4, "random.safetensors: no such file")
     (run / "model.safetensors").rename(recipe.with_name("random.safetensors"))

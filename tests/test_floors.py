@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = """
 errors values stop
 noise rng denoiser traits models kinds plugins functional
-device files pictures run.folder tensors checkpoint
+files device pictures tensors checkpoint run.folder
 recipe weights plan
 sample measure train search edit
 report run compare convert

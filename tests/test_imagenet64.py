@@ -72,12 +72,13 @@ def unpacked(home: Path) -> list[Path]:
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_pictures_are_red_green_and_blue_planes_in_the_order_of_the_numbers(folder, split):
     data = ImageNet64(path=str(folder), split=split)
-    images, _ = expected(split)
+    images, labels = expected(split)
     found = data.reference().images
     assert len(found) == len(images)
     assert np.array_equal(np.stack([found[i].numpy() for i in range(len(found))]), images)
     assert found[0].dtype == torch.uint8
-    assert data.spec() == DataSpec(channels=3, resolution=64, num_classes=1000)
+    counts = tuple(np.bincount(labels, minlength=1000).tolist())
+    assert data.spec() == DataSpec(channels=3, resolution=64, num_classes=1000, counts=counts)
 
 
 def test_labels_belong_to_their_pictures_and_begin_at_zero(folder):
@@ -239,7 +240,8 @@ def test_a_folder_of_classes_is_read_as_image_folder_reads_it(tmp_path):
         picture(tmp_path / f"n{n % 3:08d}" / f"{n}.png", n, (150 + n, 140))
     data = ImageNet64(path=str(tmp_path), flip=True)
     plain = ImageFolder(path=str(tmp_path), resolution=64, labels=True, flip=True)
-    assert data.spec() == plain.spec() == DataSpec(3, 64, 3)
+    names = tuple(f"n{n:08d}" for n in range(3))
+    assert data.spec() == plain.spec() == DataSpec(3, 64, 3, names, (3, 3, 3))
     assert same(take(data, 5), take(plain, 5))
     assert data.reference().fingerprint == plain.reference().fingerprint
     with pytest.raises(DataError) as error:

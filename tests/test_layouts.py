@@ -99,11 +99,7 @@ def output(network: torch.nn.Module, state: dict[str, Tensor] | None = None) -> 
         return network(x, c_noise, Cond(label=torch.tensor([0, 4, 2])), {})
 
 
-KEY_FILES = {
-    path.stem: path
-    for folder in (harness.OWN_FIGURES, harness.FIGURES)
-    for path in sorted((folder / "keys").glob("*.json"))
-}
+KEY_FILES = {path.stem: path for path in harness.key_files()}
 LAYOUT_OF = {
     "openai_imagenet64": "openai",
     "openai_lsun256": "openai",

@@ -246,6 +246,8 @@ def test_a_damaged_picture_stops_training_and_metrics(database, kept, monkeypatc
     write(database, {key: PICTURES[key][:-200]})
     data = LSUN(path=str(database), resolution=16)
     data.spec()
+    (fault,) = data.faults()
+    assert key.decode() in fault
     with pytest.raises(DataError) as error:
         take(data, 1, size=11)
     one_line(error, database, key.decode(), "cannot be decoded")

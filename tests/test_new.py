@@ -1,6 +1,10 @@
 """What `cmkit new` writes is installed, listed, tested by its own tests, and run."""
 
+import ast
+import builtins
+import keyword
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cmkit.new
-from cmkit import RecipeError
+from cmkit import RecipeError, ResourceError
 from cmkit.plugins import KINDS
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +97,18 @@ def test_new_packages_are_in_our_style_and_leave_no_placeholder(tmp_path):
         ("sampler", "Upper", "begins with a lower-case letter"),
         ("sampler", "../x", "begins with a lower-case letter"),
         ("sampler", "there", "it is there already"),
+        ("sampler", "a_", "single '_' between"),
+        ("sampler", "a__b", "single '_' between"),
+        ("sampler", "x" * 41, "a name begins with"),
+        ("objective", "manifest", "has a module manifest of its own"),
+        ("objective", "class", "a word of Python"),
+        ("objective", "lambda", "a word of Python"),
+        ("objective", "none", "'None' is a word of Python"),
+        ("objective", "phase", "Phase is a class that its module needs"),
+        ("objective", "objective", "Objective is a class that its module needs"),
+        ("backbone", "network", "Network is a class that its module needs"),
+        ("objective", "exception", "Exception is a class that its module needs"),
+        ("objective", "std", "there is a package cmkit_std already"),
     ],
 )
 def test_what_cannot_be_written_is_refused_in_one_line(kind, name, told, tmp_path):
@@ -101,3 +117,39 @@ def test_what_cannot_be_written_is_refused_in_one_line(kind, name, told, tmp_pat
     with pytest.raises(RecipeError, match=told):
         cmkit.new.new(kind, name, tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_name_is_taken_its_modules_compile_and_its_class_is_no_other(kind, tmp_path):
+    """The words that its own files hold, the words of Python, and those of a few thousand more."""
+    words = {word for text in cmkit.new._files(kind).values() for word in re.findall(r"\w+", text)}
+    words |= {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), "a_1", "x2"}
+    written = 0
+    for name in sorted(words | {word.lower() for word in words}):
+        try:
+            folder = cmkit.new.new(kind, name, tmp_path)
+        except RecipeError:
+            continue
+        written += 1
+        for path in folder.rglob("*.py"):
+            compile(path.read_text("utf-8"), path, "exec")
+        module = (folder / f"src/cmkit_{name}/{name}.py").read_text("utf-8")
+        made = [node.name for node in ast.parse(module).body if isinstance(node, ast.ClassDef)]
+        assert len(set(made)) == len(made) >= 1
+        assert not set(made) & {word.split(" as ")[-1] for word in imported(module)}
+    assert written > 50
+
+
+def imported(module: str) -> list[str]:
+    return [
+        alias.asname or alias.name
+        for node in ast.walk(ast.parse(module))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    ]
+
+
+def test_a_package_cannot_be_put_below_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="Not a directory"):
+        cmkit.new.new("sampler", "x", tmp_path / "file")

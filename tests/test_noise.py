@@ -46,6 +46,27 @@ def test_labels_cover_every_class_and_depend_on_the_index_alone():
     assert labels[17] == image_labels(0, "sample", [17], 10)[0]
 
 
+@pytest.mark.parametrize("counts", [(90, 10), (1,) * 10, (1, 0, 999_999), (7, 3, 3, 1, 50, 2) * 30])
+def test_labels_have_the_proportions_of_the_data_in_every_prefix(counts):
+    """Within 4 of a thousand, where independent draws are 15 off."""
+    share = np.array(counts) / sum(counts)
+    for seed in range(5):
+        labels = image_labels(seed, "sample", range(1000), len(counts), counts).numpy()
+        found = np.cumsum(np.eye(len(counts))[labels], axis=0)
+        assert np.abs(found - share * np.arange(1, 1001)[:, None]).max() < 4
+        some = image_labels(seed, "sample", [17, 3, 999_999_999], len(counts), counts)
+        assert some[:2].tolist() == labels[[17, 3]].tolist()
+    other = [image_labels(s, p, range(99), 2, (1, 1)) for s, p in ((0, "a"), (1, "a"), (0, "b"))]
+    assert len({tuple(labels.tolist()) for labels in other}) == 3
+
+
+def test_uniform_labels_are_drawn_as_ever():
+    assert image_labels(3, "sample", range(12), 10).tolist() == [
+        *(7, 4, 9, 1, 2, 6),
+        *(8, 2, 0, 7, 8, 7),
+    ]
+
+
 def test_rng_repeats_itself_and_ignores_the_global_generator():
     def draw(index):
         rng = Rng(1, "train", index, torch.device("cpu"))

@@ -121,6 +121,14 @@ def test_ict_schedule_doubles_every_50k_of_400k_steps():
     assert ICT().phase(10**9, 400_000).num_sigmas == 1281
 
 
+@pytest.mark.parametrize("end_scales", [1280, 1281, 1289])
+def test_ict_counts_its_doublings_by_the_floor_of_the_ratio(end_scales):
+    """K' = floor(K / (log2 floor(s1 / s0) + 1)): 128 is 7 doublings, so is all below 129."""
+    objective = ICT(end_scales=end_scales)
+    counts = [objective.phase(k, 400_000).num_sigmas for k in (49_999, 50_000, 99_999, 100_000)]
+    assert counts == [11, 21, 21, 41]
+
+
 def test_lognormal_mass_is_the_normal_law_of_log_sigma():
     noise = Noise()
     mass = lognormal_mass(noise, 11, -1.1, 2.0, CPU)

@@ -33,9 +33,11 @@ from cmkit import (
     edm_scalings,
 )
 from cmkit.plan import build, build_teacher, plan
-from cmkit.recipe import load, schema
+from cmkit.plan.checks import check_sampler
+from cmkit.recipe import load, run_name, schema
 from cmkit.testing import check_precond
 from cmkit.traits import interchangeable, traits
+from tests.test_run import RECIPE as TINY
 from tests.toys import TinyNetwork
 
 LINEAR = {"spacing": "linear", "beta_start": 1e-4, "beta_end": 0.02}
@@ -370,10 +372,10 @@ def test_a_name_means_a_table_with_use_alone_and_defaults_change_no_hash(written
     assert plain.resolved["denoiser"]["precond"] == "edm"
     assert (plain.denoiser.sigma_min, plain.denoiser.sigma_max) == (0.002, 80.0)
     table = load(written(), ['denoiser.precond={use="edm"}'], discover())
-    assert table.hash == plain.hash
+    assert run_name(table) == run_name(plain)
     given = load(written(), [], discover())
     full = load(written(), ["denoiser.precond.spacing='scaled_linear'"], discover())
-    assert full.hash == given.hash
+    assert run_name(full) == run_name(given)
     assert given.denoiser.sigma_max == pytest.approx(Discrete(steps=50).levels[1])
     assert ("precond", "discrete") in list(given.used())
 
@@ -382,7 +384,7 @@ def test_a_resolved_recipe_is_the_same_recipe(written, tmp_path):
     recipe = load(written(), [], discover())
     (tmp_path / "resolved.toml").write_text(recipe.toml())
     again = load(tmp_path / "resolved.toml", [], discover())
-    assert again.hash == recipe.hash
+    assert run_name(again) == run_name(recipe)
     assert planned(tmp_path / "resolved.toml").recipe.precond == recipe.precond
 
 
@@ -392,8 +394,9 @@ def test_existing_recipes_keep_their_hash(written):
     path.write_text(
         'name = "x"\ndataset = { use = "digits" }\nbackbone = { use = "adm" }\n'
         'denoiser = { precond = "edm" }\nteacher = { weights = "y" }\n'
+        'objective = { use = "ct" }\ntrain = { steps = 1, batch = 2 }\n'
     )
-    assert load(path, [], discover()).hash == "172b063f"
+    assert run_name(load(path, [], discover())) == "x-6fdd6b04"
 
 
 @pytest.mark.parametrize(
@@ -578,3 +581,32 @@ def test_schema_completes_preconds_by_name_and_by_table():
         names, tables = definitions[table]["properties"]["precond"]["anyOf"]
         assert {"edm", "consistency", "discrete", "vp", "ve", "iddpm"} <= set(names["enum"])
         assert {"$ref": "#/$defs/precond.discrete"} in tables["oneOf"]
+
+
+DIFFUSION_SAMPLERS = ("ablation", "ancestral", "ddim", "dpm", "edm", "euler", "heun", "progdist")
+
+
+@pytest.mark.parametrize("sampler", DIFFUSION_SAMPLERS)
+def test_samplers_of_diffusion_models_refuse_a_consistency_model(sampler, tmp_path):
+    (tmp_path / "tiny.toml").write_text(TINY)
+
+    def planned(*overrides):
+        said = [f"sampler={{use={sampler!r}}}", *overrides]
+        check_sampler(load(tmp_path / "tiny.toml", said, discover()))
+
+    with pytest.raises(RecipeError, match="sampler: it needs the scalings of a diffusion model"):
+        planned()
+    planned("objective={use='edm'}", "denoiser.precond='edm'")
+    planned("objective={use='edm'}")  # a diffusion model under the scalings of the other kind
+    with pytest.raises(RecipeError, match="sampler: it needs"):
+        planned("denoiser.precond={use='discrete', timestep_scaling=10.0}")
+
+
+@pytest.mark.parametrize("sampler", ["multistep", "lcm"])
+def test_samplers_of_consistency_models_take_any_scalings(sampler, tmp_path):
+    """Objectives such as scm end in a consistency model under those of a diffusion model."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    for precond in ("consistency", "edm"):
+        overrides = [f"sampler={{use={sampler!r}}}", f"denoiser.precond={precond!r}"]
+        overrides.append("objective={use='edm'}")
+        plan(load(tmp_path / "tiny.toml", overrides, discover()))

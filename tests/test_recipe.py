@@ -6,7 +6,7 @@ import time
 import pytest
 
 from cmkit import PluginError, RecipeError, discover
-from cmkit.recipe import load, schema
+from cmkit.recipe import load, run_name, schema
 
 TEXT = """\
 name = "small"
@@ -61,14 +61,16 @@ def test_every_default_is_written_out_and_the_resolved_recipe_is_the_same_recipe
     assert recipe.resolved["train"]["save_every"] == 1000
     again = load(write(recipe.toml()), [], discover())
     assert again.resolved == recipe.resolved
-    assert again.hash == recipe.hash
-    assert re.fullmatch(r"[0-9a-f]{8}", recipe.hash)
+    assert run_name(again) == run_name(recipe)
+    assert re.fullmatch(r"small-[0-9a-f]{8}", run_name(recipe))
 
 
 def test_a_changed_value_changes_the_hash_and_a_written_default_does_not(write):
-    plain = load(write(TEXT), [], discover()).hash
-    assert load(write(TEXT), ["train.lr=1e-4"], discover()).hash == plain
-    assert load(write(TEXT), ["train.lr=2e-4"], discover()).hash != plain
+    def name(*overrides):
+        return run_name(load(write(TEXT), overrides, discover()))
+
+    assert name("train.lr=1e-4", "train.log_every=7", "train.keep=3") == name()
+    assert name("train.lr=2e-4") != name()
 
 
 @pytest.mark.parametrize(

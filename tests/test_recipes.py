@@ -29,6 +29,18 @@ def test_recipe_is_valid_and_opens_with_its_own_command(path, registry):
 
 @pytest.mark.parametrize(
     "path",
+    [p for p in RECIPES if "digits" in p.stem or "imagenet64" in p.stem],
+    ids=lambda p: p.stem,
+)
+def test_recipes_whose_figures_are_of_uniform_labels_draw_them(path, registry):
+    """Ours of the digits, and ImageNet's, whose official code draws classes uniformly."""
+    recipe = load(path, [], registry)
+    if getattr(recipe.dataset, "path", "digits"):  # a reference file alone has no proportions
+        assert recipe.sample.labels == "uniform"
+
+
+@pytest.mark.parametrize(
+    "path",
     [p for p in RECIPES if not p.stem.startswith(("adm", "digits", "re", "sea"))],
     ids=lambda p: p.stem,
 )

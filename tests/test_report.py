@@ -23,6 +23,7 @@ from PIL import Image
 from cmkit.errors import CheckpointError, DataError
 from cmkit.pictures import grid_png
 from cmkit.report import write_report
+from cmkit.report.figures import CELLS_BYTES, picture_of
 from cmkit.run import RunFolder
 from tests.browser import chromium
 
@@ -357,6 +358,24 @@ def test_what_is_absent_is_left_out(tmp_path, small, absent):
     assert (tmp_path / "heatmap.png").exists() == ("search" in stages)
 
 
+def test_classes_are_listed_and_named_under_the_pictures(tmp_path, small):
+    assert "Classes" not in render(tmp_path).text
+    names = [f"kind {k} <b>" for k in range(300)]
+    data = {"channels": 1, "resolution": 8, "num_classes": 300}
+    small["data"] = {**data, "classes": names, "counts": list(range(300))}
+    small["stages"]["sample"] |= {"labels": [7, 1, 2, 3, 290], "label_rule": "data"}
+    store(tmp_path, small)
+    text = " ".join(render(tmp_path).text.split())
+    assert "Classes in the proportions of the data." in text
+    assert "row by row kind 7 <b> · kind 1 <b> · kind 2 <b> kind 3 <b> · kind 290 <b>" in text
+    assert "And 100 more, in report.json" in text
+    assert "199 kind 199 <b> 199" in text
+    assert "200 kind 200" not in text
+    small["data"] = {**data, "classes": [], "counts": []}
+    store(tmp_path, small)
+    assert "row by row 7 · 1 · 2 3 · 290" in " ".join(render(tmp_path).text.split())
+
+
 @pytest.mark.parametrize("axes", [{"skip": SKIPS}, {"emb": EMBS}, {"skip": [0.5], "emb": [1.0]}])
 def test_grid_of_any_shape_has_a_cell_for_each_combination(tmp_path, report, axes):
     stage = report["stages"]["search"]
@@ -477,6 +496,17 @@ def test_picture_that_is_no_picture_is_refused(tmp_path, small):
         write_report(RunFolder(tmp_path))
 
 
+def test_pictures_of_many_cells_fit_the_page(tmp_path):
+    """400 sheets of 320 pixels of noise, 300 KiB each, in about 3 MiB."""
+    pixels = np.random.default_rng(0).integers(0, 255, (320, 320, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cell.png")
+    assert (tmp_path / "cell.png").stat().st_size > 3e5
+    found = picture_of(RunFolder(tmp_path), "cell.png", 640, CELLS_BYTES // 400)
+    assert len(found["src"]) * 400 < 5e6
+    assert found["width"] == 320  # it takes the same place
+    assert picture_of(RunFolder(tmp_path), "cell.png", 640)["src"].startswith("data:image/png")
+
+
 def test_large_sheets_are_made_smaller_in_the_page_only(tmp_path, small):
     noise = np.random.default_rng(0).integers(0, 256, (700, 2600, 3), dtype=np.uint8)
     path = tmp_path / "samples_after.png"
@@ -491,10 +521,11 @@ def test_large_sheets_are_made_smaller_in_the_page_only(tmp_path, small):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "No such file"),
+        (None, "no such file"),
         ("{", "damaged"),
-        ("[]", "schema None"),
-        ('{"schema": 2}', "schema 2"),
+        ("[]", "not a JSON object"),
+        ('{"schema": 3}', "schema 3"),
+        ('{"schema": 2}', "its digest is not that of its content"),
         ('{"schema": 1}', "KeyError: 'stages'"),
         ('{"schema": 1, "stages": {"search": {"axes": 3}}}', "not a report that cmkit wrote"),
     ],

@@ -7,12 +7,10 @@ import os
 import signal
 import subprocess
 import time
-import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tomlkit
 import torch
 from cmkit_std.datasets.digits import Digits
 from cmkit_std.metrics.fidelity import Fidelity
@@ -28,8 +26,8 @@ from cmkit import (
 )
 from cmkit.checkpoint import latest_checkpoint, read_weights
 from cmkit.files import lock, read_jsonl
-from cmkit.plan import build, plan, with_values
-from cmkit.recipe import load
+from cmkit.plan import build, plan
+from cmkit.recipe import load, with_values
 from cmkit.run import (
     RunFinished,
     RunFolder,
@@ -138,10 +136,10 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_everything_that_it_promises(whole):
     folder, report = whole
     names = {path.name for path in folder.iterdir()}
-    promised = "recipe.toml environment.json log.jsonl status.json report.json report.html"
+    promised = "recipe.toml inputs.json starts.jsonl log.jsonl status.json report.json report.html"
     promised += " model.safetensors checkpoints search samples samples_before.png samples_after.png"
     assert {*promised.split(), "heatmap.png", "loss.png"} <= names
-    assert json.loads((folder / "report.json").read_text()) == report
+    assert RunFolder(folder).report() == report
     assert [r["step"] for r in read_jsonl(folder / "log.jsonl")] == [4, 6]
     confirm = report["stages"]["search"]["confirm"]
     assert len(confirm["plain"]["values"]) == len(confirm["rescaled"]["values"]) == 2
@@ -297,21 +295,6 @@ def test_samples_that_are_drawn_are_never_drawn_again(whole, recipe, tmp_path, m
     assert [path.name for path in (folder / "samples").iterdir()] == ["0000000.npz"]
 
 
-def test_a_folder_keeps_its_recipe_whatever_the_order_of_keys(recipe, tmp_path):
-    text, folder = load(recipe, [], discover()).toml(), RunFolder(tmp_path)
-    kept = folder.recipe
-    folder.keep_recipe(text)
-    tables = tomllib.loads(kept.read_text())
-    turned = {key: v for key, v in tables.items() if not isinstance(v, dict)}
-    turned |= {k: dict(reversed(v.items())) for k, v in tables.items() if isinstance(v, dict)}
-    kept.write_text(tomlkit.dumps(turned))
-    folder.keep_recipe(text)
-    for other in (kept.read_text().replace("end_scales = 5", "end_scales = 6"), "damaged ["):
-        kept.write_text(other)
-        with pytest.raises(CheckpointError, match="restore it"):
-            folder.keep_recipe(text)
-
-
 def test_images_drawn_from_a_run_are_its_samples_and_it_stays_untouched(whole, tmp_path):
     folder, _ = whole
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -332,9 +315,6 @@ def test_a_finished_run_draws_without_its_data(whole, tmp_path, monkeypatch):
     recipe = drawn_from(whole[0], [], discover(), 2)
     *_, last = draw(recipe, 0, [], tmp_path / "two.npz", CPU)
     assert last.result["images"] == 2
-    other = drawn_from(whole[0], ["dataset.split=test"], discover(), 2)
-    with pytest.raises(DataError, match="gone"):
-        next(draw(other, 0, [], tmp_path / "other.npz", CPU))
 
 
 def test_the_winner_is_judged_on_noise_that_the_search_never_saw(whole):
@@ -411,10 +391,12 @@ def test_a_stop_signal_saves_the_step_and_says_how_to_go_on(whole, recipe, tmp_p
     assert "model.safetensors" in shared
 
 
-def test_a_held_folder_is_refused(whole, recipe):
-    folder, _ = whole
+def test_a_held_folder_is_refused(recipe, tmp_path):
+    next(running := events(recipe, tmp_path))
+    running.close()
+    (folder,) = tmp_path.glob("tiny-*")
     with lock(folder), pytest.raises(BusyError, match="in use by pid"):
-        list(events(recipe, folder.parent))
+        list(events(recipe, tmp_path))
 
 
 def test_an_edited_recipe_in_the_folder_is_refused(recipe, tmp_path):
@@ -495,7 +477,9 @@ def test_the_verdict_falls_whichever_way_it_must():
     assert verdict("fid", base, [11.0, 9.0, 10.2]).startswith("No difference")
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_from_outside_ends_with_everything_saved(recipe, tmp_path, signum, code):
     endless = ["--set", "train.steps=100000", "--set", "train.log_every=1"]
     fork = Fork(CMKIT, "run", recipe, *endless, cwd=tmp_path)

@@ -1,3 +1,6 @@
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from cmkit_std.samplers.ancestral import Ancestral, ancestral_step
@@ -311,3 +314,48 @@ def test_rounding_of_edm_does_not_grow_with_the_steps():
 def test_options_that_mean_nothing_are_refused(sampler, options, message):
     with pytest.raises(ValidationError, match=message):
         sampler(**options)
+
+
+def of_k_diffusion(denoiser, x, levels):
+    """`sample_dpm_2`: a step by its middle in ln(sigma), but by Euler to 0."""
+    for sigma, after in pairwise([*levels, 0.0]):
+        middle = math.sqrt(sigma * after) or after
+        slope = (x - denoiser(x, x.new_full((len(x),), sigma))) / sigma
+        if after > 0:
+            x_middle = x + (middle - sigma) * slope
+            x0 = denoiser(x_middle, x.new_full((len(x),), middle))
+            slope = (x_middle - x0) / middle
+        x = x + (after - sigma) * slope
+    return x
+
+
+def test_dpm_tends_to_that_of_k_diffusion_but_for_the_last_step():
+    """Whose midpoint is the limit of ours as mid_rho grows; the default is another."""
+    noise, s = Noise(0.2, 80.0), 0.5
+    denoiser, x = GaussianDenoiser(s, noise), torch.full((1, 1, 1, 1), 80.0, dtype=torch.float64)
+    levels = noise.sigmas(12, dtype=torch.float64).flip(0).tolist()
+    theirs = float(of_k_diffusion(denoiser, x, levels))
+
+    def ours(mid_rho):
+        """Down to the last positive level, and from there by Euler."""
+        sampler = DPM(mid_rho=mid_rho, clamp=False)
+        y = x
+        for sigma, after in pairwise(levels):
+            y = sampler.midpoint_step(denoiser, y, sigma, after, Cond())
+        return float(denoiser(y, y.new_full((1,), levels[-1])))
+
+    gaps = [abs(ours(mid_rho) / theirs - 1) for mid_rho in (1.0, 3.0, 6.0, 10.0)]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[1] > 0.01
+    assert gaps[-1] < gaps[1] / 3
+
+
+@pytest.mark.parametrize("mid_rho", [1.0, 3.0, 7.0, 10.0])
+def test_every_mid_rho_that_is_allowed_is_exact_enough_in_float32(mid_rho):
+    x = 80 * torch.randn(8, 1, 2, 2, dtype=torch.float64)
+    denoiser, sampler = GaussianDenoiser(0.5, Noise()), DPM(steps=12, mid_rho=mid_rho, clamp=False)
+    exact = sampler.sample(denoiser, x, Cond(), no_noise)
+    rounded = sampler.sample(denoiser, x.float(), Cond(), no_noise)
+    torch.testing.assert_close(rounded.double(), exact, rtol=0, atol=2e-4)
+    with pytest.raises(ValidationError, match="less than or equal to 10"):
+        DPM(mid_rho=10.5)

@@ -396,7 +396,13 @@ class Dots(cmkit.Dataset):
     """The fault."""
 
     def spec(self):
-        return DataSpec(1, 2, None if self.fault == "unlabelled" else 3)
+        names = ("a", "b") if self.fault == "names" else ("a", "b", "c")
+        counts = (1,) if self.fault == "counts" else (40, 30, 30)
+        spec = DataSpec(1, 2, 3, names, counts)
+        return DataSpec(1, 2) if self.fault == "unlabelled" else spec
+
+    def declared(self):
+        return DataSpec(1, 4, 3) if self.fault == "declared" else None
 
     def batches(self, size, seed, device, start=0):
         at = 0 if self.fault == "start" else start
@@ -428,8 +434,11 @@ class Dots(cmkit.Dataset):
         ("range", "x0 lies in [-1, 1]"),
         ("label", "labels are int64 (B,), from 0 to 2"),
         ("unlabelled", "labels are absent"),
+        ("names", "classes are one for each class, or none"),
+        ("counts", "counts are one for each class, or none"),
         ("pixels", "reference images are uint8"),
         ("fingerprint", "a fingerprint is a string that follows"),
+        ("declared", "`declared` returns what `spec` does, or None"),
     ],
 )
 def test_a_data_set_that_breaks_a_law_is_told_so(fault, law):

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cmkit.errors import PluginError, RecipeError, did_you_mean
+from cmkit.cli import printing
+from cmkit.cli.parts import JsonOption, new, plugins_app
+from cmkit.errors import (
+    CheckpointError,
+    DataError,
+    inline,
+)
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
     import torch
 
+    from cmkit.kinds import Dataset
     from cmkit.plan import Plan
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
-    from cmkit.run import Event, RunFolder
+    from cmkit.run import Event, Outlook, RunFolder
 
 debug_log: Path | None = None
 """Where the traceback of an error goes, once `run` knows its folder."""
+stop = StopSignal()
+"""The signals that this process received."""
 
 app = typer.Typer(
     help="Train, rescale, sample and compare consistency models from swappable parts.",
@@ -30,11 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-plugins_app = typer.Typer(
-    help="The parts that installed packages offer.", invoke_without_command=True
-)
-app.add_typer(plugins_app, name="plugins")
-
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the bare name of a recipe that comes with cmkit.")
 ]
@@ -49,11 +53,18 @@ SetOption = Annotated[
     typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value, written as in TOML."),
 ]
 LabelOption = Annotated[
-    list[int], typer.Option(help="Class of every image; several are taken in turns.")
+    list[str],
+    typer.Option(
+        metavar="NAME|NUMBER",
+        help="Class of every image, by name or number, of which a class's name goes first; several"
+        " are taken in turns.",
+    ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+app.add_typer(plugins_app, name="plugins")
 
 
 @app.callback(invoke_without_command=True)
@@ -63,7 +74,7 @@ def _root(
     if version:
         import cmkit
 
-        print(cmkit.__version__)
+        printing.line(cmkit.__version__)
         raise typer.Exit
 
 
@@ -71,27 +82,35 @@ def _root(
 def run(
     recipe: RecipeArgument,
     set: SetOption = [],  # noqa: B006 - the option is called --set
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", metavar="RUN[@STEP]", help="Go on from the training of a run."),
+    ] = None,
     out: OutOption = Path("runs"),
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Carry a recipe out, or go on where it stopped: train, search, sample, measure, report."""
-    stop = StopSignal()
-    stop.listen()
-    plan, registry = _plan(recipe, set)
+    begun = [f"train.start={inline(from_)}"] if from_ else []
+    loaded, registry = _loaded(recipe, [*set, *begun])
     from cmkit.device import pick_device
-    from cmkit.run import Note, run, run_folder
+    from cmkit.run import Note, run, run_folder, shown
 
-    chosen = pick_device(device)
-    folder = run_folder(plan, out)
+    chosen, folder = pick_device(device), run_folder(loaded, out, registry)
     global debug_log
     debug_log = folder.debug_log
-    start = Note(f"run folder: {folder.path} on {chosen}")
-    report = _shown(chain([start], run(plan, registry, out, chosen, stop)), chosen, json).report
+    with _runs_below(out):
+        if folder.finished:
+            events = shown(loaded, folder, chosen)
+        else:
+            events = run(_plan(loaded), registry, out, chosen, stop)
+        start = Note(f"run folder: {folder.path} on {chosen}")
+        stop.listen()
+        report = _shown(chain([start], events), chosen, json).report
     if json:
-        _print_json({**report, "folder": str(folder.path)})
+        printing.document({**report, "folder": str(folder.path)})
     else:
-        _print_results(folder, report)
+        printing.results(folder, report)
 
 
 @app.command()
@@ -100,19 +119,29 @@ def check(
     set: SetOption = [],  # noqa: B006
     out: OutOption = Path("runs"),
     device: DeviceOption = "auto",
+    data: Annotated[
+        bool, typer.Option("--data", help="Read every image as well, and list the bad ones.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Check all that `run` would check, and say what it would cost, without running."""
-    plan, _ = _plan(recipe, set)
+    loaded, registry = _loaded(recipe, set)
     from cmkit.device import pick_device
-    from cmkit.plan import check_disk
+    from cmkit.plan import check_disk, sigma_data_note
     from cmkit.run import run_folder
+    from cmkit.run.inputs import chosen_precision
 
-    chosen = pick_device(device)
+    if data:
+        _check_images(loaded.dataset, json)
+    chosen, folder = pick_device(device), run_folder(loaded, out, registry)
+    with _runs_below(out):
+        plan = _plan(loaded)
+        stages = list(_outlook(plan, folder, registry, chosen))
     check_disk(plan, out)
+    bad = loaded.dataset.left_out()
     facts = {
         "recipe": plan.recipe.name,
-        "folder": str(run_folder(plan, out).path),
+        "folder": str(folder.path),
         "device": str(chosen),
         "parameters": plan.parameters,
         "gflop_per_image": plan.flops / 1e9,
@@ -120,16 +149,28 @@ def check(
         "disk_mib": plan.disk / 2**20,
         "images": [plan.data.channels, plan.data.resolution, plan.data.resolution],
         "classes": plan.data.num_classes,
+        "labels": plan.label_rule,
         "nfe": plan.nfe,
         "sites": len(plan.sites),
         "weights": plan.recipe.denoiser.weights,
         "to_download": [weights.url for weights in plan.downloads],
     }
+    if precision := chosen_precision(plan.recipe, chosen):
+        facts["precision"] = precision
+    notes = [*plan.notes, *filter(None, [sigma_data_note(plan.recipe)])]
     if json:
-        _print_json(facts)
+        known = {"class_names": list(plan.data.classes), "class_counts": list(plan.data.counts)}
+        told = {"notes": notes, "left_out": list(bad)}
+        printing.document({**facts, **known, **told, "stages": [stage.facts() for stage in stages]})
         return
+    facts |= {"left_out": len(bad)} if bad else {}
+    facts |= dict(str(stage).split(": ", 1) for stage in stages)
     for name, value in facts.items():
-        print(f"{name.replace('_', ' '):<20} {_human(value)}")
+        printing.line(f"{name.replace('_', ' '):<20} {printing.human(value)}")
+    printing.classes(plan.data)
+    printing.first("left out: ", bad)
+    for note in notes:
+        printing.line(f"note: {note}")
 
 
 @app.command()
@@ -197,122 +238,63 @@ def edit(
     _show_until_written(events, chosen, json)
 
 
-@plugins_app.callback()
-def plugins(context: typer.Context, json: JsonOption = False) -> None:
-    """List every part with its origin; a broken one with its reason."""
-    if context.invoked_subcommand:
-        return
-    from cmkit.plugins import discover, public_rows
-
-    rows = list(public_rows(discover()))
-    if json:
-        _print_json({"schema": 1, "plugins": rows})
-        return
-    heads = ("kind", "name", "package", "what it is")
-    lines = []
-    for row in rows:
-        about = f"BROKEN: {row['broken']}" if row["broken"] else row["summary"]
-        lines.append((row["kind"], row["name"], f"{row['package']} {row['version']}", about))
-    _print_table(heads, lines)
-
-
-@plugins_app.command("show")
-def plugins_show(
-    kind: Annotated[str, typer.Argument(help="backbone, objective, sampler, ...")],
-    name: Annotated[str, typer.Argument(help="Its name in recipes.")],
-    json: JsonOption = False,
-) -> None:
-    """Show one part: its fields with types, defaults and meaning, and what to cite."""
-    from cmkit.plugins import KINDS, discover
-    from cmkit.recipe import fields
-
-    if kind not in KINDS:
-        raise RecipeError(f"plugins show {kind}: no such kind{did_you_mean(kind, KINDS)}")
-    registry = discover()
-    row = registry.find(kind, name)
-    model = registry.load(kind, name)
-    assert row.plugin is not None
-    described: dict[str, Any] = {
-        "kind": kind,
-        "name": name,
-        "package": row.dist,
-        "version": row.version,
-        "summary": row.plugin.summary,
-        "cite": row.plugin.cite,
-        "help": " ".join((model.__doc__ or "").split()),
-        "fields": list(fields(model)),
-    }
-    if json:
-        _print_json(described)
-        return
-    print(f"{kind} {name} ({row.dist} {row.version})\n{described['help']}")
-    heads = ("key", "type", "default", "meaning")
-    _print_table(heads, [[entry[head] for head in heads] for entry in described["fields"]])
-    if row.plugin.cite:
-        print(f"cite: {row.plugin.cite}")
-
-
-@plugins_app.command("check")
-def plugins_check(
-    package: Annotated[str, typer.Argument(help="An installed package, as `plugins` lists it.")],
-    json: JsonOption = False,
-) -> None:
-    """Hold a package's manifest and parts to the laws of their kinds; exit code 9 if one fails."""
-    from cmkit.testing import check_package
-
-    verdicts = list(check_package(package))
-    if json:
-        _print_json({"schema": 1, "package": package, "parts": [vars(v) for v in verdicts]})
-    else:
-        heads = ("kind", "name", "outcome", "why")
-        _print_table(heads, [(v.kind, v.name, v.outcome, v.detail) for v in verdicts])
-    failed = [f"{v.kind} {v.name}" for v in verdicts if v.outcome == "fail"]
-    if failed:
-        raise PluginError(f"{package}: {', '.join(failed)} failed; see the table")
-
-
-@app.command()
-def new(
-    kind: Annotated[str, typer.Argument(help="backbone, objective, sampler, ...")],
-    name: Annotated[str, typer.Argument(help="The part's name in recipes, such as cauchy.")],
-    out: Annotated[Path, typer.Option(help="Parent of the new folder.")] = Path("."),
-) -> None:
-    """Write a package with one part of your own, which passes its own tests: start from there."""
-    from cmkit.new import new
-
-    folder = new(kind, name, out)
-    print(f"{folder}: written; now `pip install -e {folder}` and `pytest {folder}`")
-
-
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
     json: JsonOption = False,
 ) -> None:
     """Print the scores of runs side by side, and beside those that others published."""
-    from cmkit.compare import caveats, entries
+    from cmkit.compare import caveats, columns, entries, unfinished
     from cmkit.report import score
 
-    compared = entries(runs)
-    notes = list(caveats(compared))
+    open_runs = unfinished(runs)
+    if open_runs == runs:
+        raise CheckpointError(f"{runs[0]}: not finished; `cmkit run {runs[0]}/recipe.toml` first")
+    compared = entries([folder for folder in runs if folder not in open_runs])
+    notes = [f"{folder}: not finished, left out" for folder in open_runs]
+    notes += caveats(compared)
     if json:
         rows = [{**vars(entry), "differences": entry.differences} for entry in compared]
-        _print_json({"schema": 1, "runs": rows, "caveats": notes})
+        printing.document({"schema": 1, "runs": rows, "caveats": notes})
         return
-    keys = list(dict.fromkeys(k for e in compared for k in (*e.scores, *e.expected)))
+    heads = columns(compared)
     facts = list(dict.fromkeys(k for e in compared for k in e.facts))
     blank, lines = [""] * len(facts), []
     for entry in compared:
-        values = [_human(entry.facts.get(fact, 1)) for fact in facts]
-        lines.append([entry.name, *values, *(score(entry.scores.get(key)) for key in keys)])
+        own = entry.places(heads)
+        values = [printing.human(entry.facts.get(fact, 1)) for fact in facts]
+        lines.append([entry.name, *values, *(score(entry.scores.get(key)) for key in own)])
         if entry.source:
-            published = [score(entry.expected.get(key)) for key in keys]
+            published = [score(entry.expected.get(key)) for key in own]
             lines.append([f"  {entry.source}", *blank, *published])
             signed = {key: f"{value:+.3g}" for key, value in entry.differences.items()}
-            lines.append(["  difference", *blank, *(signed.get(key, "") for key in keys)])
-    _print_table(["run", *facts, *keys], lines)
+            lines.append(["  difference", *blank, *(signed.get(key, "") for key in own)])
+    printing.table(["run", *facts, *(head.heading for head in heads)], lines)
     for note in notes:
-        print(f"note: {note}")
+        printing.line(f"note: {note}")
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="Folder of a run, or run:NAME-KEY.")],
+    json: JsonOption = False,
+) -> None:
+    """Hold every file of a run to the digests that were kept of it; exit code 4 if one fails."""
+    from cmkit.run import RunFolder, verify
+
+    folder = RunFolder.at(run)
+    if not folder.recipe.exists():
+        raise CheckpointError(f"{run}: no run folder, it has no recipe.toml")
+    found = list(verify(folder))
+    if json:
+        printing.document(
+            {"schema": 1, "files": [{"file": f, "fault": fault} for f, fault in found]}
+        )
+    else:
+        printing.table(("file", "outcome"), [(file, fault or "intact") for file, fault in found])
+    bad = [file for file, fault in found if fault]
+    if bad:
+        raise CheckpointError(f"{folder.path}: {', '.join(bad[:5])} not intact; see the table")
 
 
 @app.command()
@@ -324,6 +306,9 @@ def convert(
         str | None, typer.Option(help="A recipe with the backbone and data set of the weights.")
     ] = None,
     set: SetOption = [],  # noqa: B006
+    drop_scales: Annotated[
+        bool, typer.Option("--drop-scales", help="Write the unscaled model of a rescaled run.")
+    ] = False,
 ) -> None:
     """Rewrite weights in another project's names and order, bit for bit, as safetensors."""
     from cmkit.plugins import discover
@@ -333,8 +318,11 @@ def convert(
     loaded = load(find_recipe(recipe), set, registry) if recipe else None
     from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
 
-    _shown(convert(source, target, to, registry, loaded), None)
-    print(f"{target}: written in the layout {to}")
+    _shown(convert(source, target, to, registry, loaded, drop_scales), None)
+    printing.line(f"{target}: written in the layout {to}")
+
+
+app.command()(new)
 
 
 @app.command()
@@ -343,25 +331,53 @@ def schema() -> None:
     from cmkit.plugins import discover
     from cmkit.recipe import schema
 
-    _print_json(schema(discover()))
+    printing.document(schema(discover()))
 
 
-def _plan(recipe: str, overrides: list[str]) -> tuple[Plan, Registry]:
+def _loaded(recipe: str, overrides: list[str]) -> tuple[Recipe, Registry]:
     from cmkit.plugins import discover
     from cmkit.recipe import load
 
     registry = discover()
-    loaded = load(find_recipe(recipe), overrides, registry)
+    return load(find_recipe(recipe), overrides, registry), registry
+
+
+def _plan(recipe: Recipe) -> Plan:
     from cmkit.plan import plan  # the recipe is known to be sound before torch is imported
 
-    return plan(loaded), registry
+    return plan(recipe)
+
+
+def _outlook(
+    plan: Plan, folder: RunFolder, registry: Registry, device: torch.device
+) -> Iterator[Outlook]:
+    """What becomes of each stage, before anything starts."""
+    from cmkit.recipe import stage_keys
+    from cmkit.run import as_begun, inputs_of, outlook
+
+    data = as_begun(plan.data, folder)
+    keys = stage_keys(plan.recipe, inputs_of(plan.recipe, data, device))
+    found: Iterator[Outlook] = outlook(plan.recipe, folder, keys, registry)
+    return found
+
+
+@contextlib.contextmanager
+def _runs_below(out: Path) -> Iterator[None]:
+    """Inside, runs are found by name in --out as well."""
+    from cmkit.run.folder import RUNS
+
+    token = RUNS.set(out)
+    try:
+        yield
+    finally:
+        RUNS.reset(token)
 
 
 def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:
     from cmkit.plugins import discover
     from cmkit.run.finished import drawn_from
 
-    return drawn_from(find_recipe(source), overrides, discover(), images)
+    return drawn_from(str(find_recipe(source)), overrides, discover(), images)
 
 
 def _shown(events: Iterable[Event], device: torch.device | None, quiet: bool = False) -> Any:
@@ -378,9 +394,9 @@ def _shown(events: Iterable[Event], device: torch.device | None, quiet: bool = F
 def _show_until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:
     result = _shown(events, device, json).result
     if json:
-        _print_json({"schema": 1, **result})
+        printing.document({"schema": 1, **result})
     else:
-        print(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
+        printing.line(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
 
 
 def find_recipe(name: str) -> Path:
@@ -393,31 +409,12 @@ def find_recipe(name: str) -> Path:
     return next(filter(Path.is_file, shipped), path)
 
 
-def _print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Plain columns; drawing them with rich would double the time that listing takes."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    for row in (heads, *rows):
-        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
-
-
-def _print_json(content: Any) -> None:
-    print(json.dumps(content, indent=1, ensure_ascii=True))
-
-
-def _human(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _print_results(folder: RunFolder, report: dict[str, Any]) -> None:
-    stages = report["stages"]
-    print(f"report: {folder.page}")
-    if "search" in stages:
-        found = stages["search"]
-        winner = " ".join(f"{axis} = {found['best'][axis]:g}" for axis in found["axes"])
-        print(f"winner of the search: {winner}")
-        print(found["confirm"]["verdict"])
-    for name, value in stages.get("metric", {}).get("values", {}).items():
-        print(f"{name} = {value:.6g}")
+def _check_images(dataset: Dataset, json: bool) -> None:
+    """DataError where images cannot be read, once they are listed."""
+    faults = list(dataset.faults())
+    if json and faults:
+        printing.document({"schema": 1, "faults": faults})
+    else:
+        printing.first("", faults)
+    if faults:
+        raise DataError(f"dataset: {len(faults)} bad images; see the list, mend or remove them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import time
@@ -14,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cmkit.errors import printable
 from cmkit.run import events
 from cmkit.run.environment import peak_memory_mib
 
@@ -21,11 +23,17 @@ PLAIN_SECONDS = 5.0
 """Between two plain lines of a stage."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `Display.say`: rich would end the run, and close stdout."""
+        raise BrokenPipeError
+
+
 class Display:
     """A context in which `show` takes every event, in order."""
 
     def __init__(self, device: Any, quiet: bool = False):
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = _Console(stderr=True, highlight=False, soft_wrap=True)
         self.device = device
         self.quiet = quiet
         self.progress = progress.Progress(
@@ -39,6 +47,12 @@ class Display:
             console=self.console,
             expand=True,
         )
+        self.numbers: dict[str, str] = {}
+        self.losses: list[float] = []
+        self.task: Any = None
+        self.stage = ""
+        self.first = self.done = self.total = 0
+        self.began = self.printed = 0.0
         self.live: Live | None = None
         # The console would take FORCE_COLOR for a terminal, and fill log files with cursor moves.
         if sys.stderr.isatty() and not quiet and not self.console.is_dumb_terminal:
@@ -48,12 +62,6 @@ class Display:
                 refresh_per_second=8,
                 transient=True,
             )
-        self.numbers: dict[str, str] = {}
-        self.losses: list[float] = []
-        self.task: Any = None
-        self.stage = ""
-        self.first = self.done = self.total = 0
-        self.began = self.printed = 0.0
 
     def __enter__(self) -> Display:
         if self.live:
@@ -61,8 +69,14 @@ class Display:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.live:
-            self.live.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        """End the live display, if any."""
+        live, self.live = self.live, None
+        if live:
+            with contextlib.suppress(OSError, ValueError):
+                live.stop()
 
     def show(self, event: events.Event) -> None:
         """Draw one event."""
@@ -134,9 +148,14 @@ class Display:
         self.say(f"{self.stage} {done}/{self.total}{numbers}  eta {left:.0f} s")
 
     def say(self, text: str) -> None:
-        """Print one line."""
-        if not self.quiet:
-            self.console.print(Text(text))
+        """Print one line; nothing more once stderr is gone, such as with its terminal."""
+        if self.quiet:
+            return
+        try:
+            self.console.print(Text(printable(text, self.console.encoding)))
+        except (OSError, ValueError):
+            self.quiet = True
+            self._stop()
 
     def _render(self) -> RenderableType:
         table = Table.grid(padding=(0, 2))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +13,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit.denoiser import Cond, Denoiser
-from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError, inline
+from cmkit.errors import CmkitError, DataError, PluginError, RecipeError, ResourceError, inline
 from cmkit.kinds import Backbone, Precond
 from cmkit.plan import networks
-from cmkit.plan.grid import minimized
 from cmkit.plan.networks import naming_table, noise_of
 from cmkit.plan.record import CONDITIONS, Plan
-from cmkit.plugins import discover
+from cmkit.plugins import blame, discover
 from cmkit.recipe import Recipe, Teacher, load
+from cmkit.recipe.grid import minimized
 from cmkit.run.folder import RunFolder
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec
@@ -39,6 +41,18 @@ def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
             " backbone or objective, or leave the labels out",
         )
     return frozenset(wanted)
+
+
+def check_classes(data: DataSpec) -> None:
+    """PluginError where names or counts of the classes are not one for each."""
+    for key, values in (("classes", data.classes), ("counts", data.counts)):
+        if values and len(values) != data.num_classes:
+            raise PluginError(
+                f"dataset: spec() gives {len(values)} {key} and num_classes {data.num_classes};"
+                " give one for each, or none"
+            )
+    if data.counts and (min(data.counts) < 0 or not sum(data.counts)):
+        raise PluginError(f"dataset: spec() gives counts {data.counts[:5]}; count the images")
 
 
 def check_disk(plan: Plan, out: Path) -> None:
@@ -66,6 +80,9 @@ def check_stages(recipe: Recipe) -> None:
             (), "no weights to sample from: add [train], or denoiser.weights = a file"
         )
     _check_start(recipe)
+    if recipe.train and recipe.train.compile:
+        with naming_table(recipe, "train", "compile"):
+            _check_compiler()
     if recipe.search and recipe.rescaler:
         minimized(recipe)
         for name in recipe.search.grid:
@@ -73,6 +90,19 @@ def check_stages(recipe: Recipe) -> None:
                 recipe.rescaler.value_of(name)
             except ValueError as error:
                 raise recipe.source.error(("search", "grid", name), str(error)) from error
+
+
+def _check_compiler() -> None:
+    """ResourceError where torch.compile would look in vain for the compiler that it calls."""
+    if torch.cuda.is_available():  # Triton's, for the calls of its kernels
+        known = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]
+    else:
+        known = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    if not any(map(shutil.which, known)):
+        raise ResourceError(
+            f"torch.compile calls {' or '.join(known)}, which is not here; install it, name another"
+            " in CXX (with a GPU in CC), or set train.compile = false"
+        )
 
 
 def _check_start(recipe: Recipe) -> None:
@@ -120,6 +150,37 @@ def traits_of(recipe: Recipe) -> frozenset[str]:
     return traits(recipe.precond.scalings, noise_of(recipe), recipe.denoiser.sigma_data)
 
 
+def check_sampler(recipe: Recipe) -> None:
+    """RecipeError where the scalings lack what the sampler needs of them.
+
+    An objective that trains a diffusion model under the scalings of a consistency model, such as
+    `edm`, makes one for the samplers of diffusion models.
+    """
+    if recipe.sampler is None or (recipe.objective and "boundary" not in recipe.needs):
+        return
+    for name in sorted(recipe.sampler.needs - traits_of(recipe)):
+        raise recipe.source.error(
+            ("sampler",),
+            f"it needs {CURES[name]}; or choose another sampler, such as multistep",
+        )
+
+
+def sigma_data_note(recipe: Recipe, images: int = 256) -> str:
+    """A sentence where the standard deviation of the first `images` of training is not the
+    recipe's sigma_data, by more than a quarter of it; "" elsewhere."""
+    if not recipe.train:
+        return ""
+    with contextlib.suppress(DataError):  # training names a bad picture when it comes to it
+        x0, _ = next(iter(recipe.dataset.batches(images, recipe.seed, torch.device("cpu"))))
+        found, said = float(x0.float().std()), recipe.denoiser.sigma_data
+        if abs(found - said) > said / 4:
+            return (
+                f"denoiser.sigma_data is {said:g}, and the data have a standard deviation of"
+                f" {found:.2g}; the losses and scalings are best where both agree"
+            )
+    return ""
+
+
 def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
     """RecipeError where `weights` are known to have been trained under other scalings."""
     if weights in backbone.published:
@@ -138,14 +199,15 @@ def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
 
 def check_teacher(
     recipe: Recipe, given: Teacher, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]
-) -> None:
-    """Check that the `given` teacher's weights fit its network, that it was trained on the noise
-    levels of the student `denoiser`, and that this can start from it where the recipe says so."""
+) -> tuple[str, ...]:
+    """Notes of what the `given` teacher's weights hold; errors where they do not fit its network,
+    it was trained on other noise levels than those of the student `denoiser`, or this cannot start
+    from it where the recipe says so."""
     with naming_table(recipe, "teacher"), torch.device("meta"):
         teacher = networks.teacher_of(given, recipe.denoiser, data)
     with naming_table(recipe, "teacher", "weights"):
         check_weights(given.table.weights, given.backbone, given.precond)
-        networks.load_into(teacher.network, given.table.weights, given.backbone, data)
+        notes = networks.load_into(teacher.network, given.table.weights, given.backbone, data)
     own, other = denoiser.noise, teacher.noise
     if not other.sigma_min <= own.sigma_min < own.sigma_max <= other.sigma_max:
         raise recipe.source.error(
@@ -170,6 +232,7 @@ def check_teacher(
     x, cond = _dry_input(data, conditions)
     with naming_table(recipe, "teacher"), _trying("teacher's backbone"):
         teacher(x, x.new_empty(1), cond)
+    return notes
 
 
 def dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:
@@ -207,10 +270,11 @@ def _trying(kind: str) -> Iterator[None]:
         with torch.inference_mode():
             yield
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        reason = str(error).strip().splitlines()[:1]
+        reason = "".join(str(error).strip().splitlines()[:1])
+        place = blame(error, discover().rows)
         raise PluginError(
-            f"the {kind} fails on a tensor without data ({type(error).__name__}:"
-            f" {''.join(reason)}); does it make all its tensors on x.device?"
+            f"the {kind} fails on a tensor without data ({type(error).__name__}: {reason}"
+            f"{f'; at {place}' * bool(place)}); does it make all its tensors on x.device?"
         ) from error
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from cmkit.plan import checks, networks
-from cmkit.plan.grid import cells, minimized, with_values
 from cmkit.plan.networks import naming_table
 from cmkit.plan.record import Plan
 from cmkit.recipe import Recipe
+from cmkit.recipe.grid import cells, minimized, with_values
 from cmkit.weights import Weights, find
 
 
@@ -27,10 +27,12 @@ def check_fit(recipe: Recipe) -> Plan:
     runs the sampler once on it, so that shapes, sites and conditions are tried, not assumed.
     """
     data = recipe.data or recipe.dataset.spec()
+    checks.check_classes(data)
     conditions = checks.conditions_of(recipe, data)
     with naming_table(recipe, "backbone"), torch.device("meta"):
         network = networks.built(recipe.backbone, data, conditions)
     denoiser = networks.denoiser_of(recipe, network)
+    checks.check_sampler(recipe)
     if recipe.rescaler:
         with naming_table(recipe, "rescaler"):
             denoiser.rescaled(recipe.rescaler)
@@ -52,12 +54,13 @@ def check_fit(recipe: Recipe) -> Plan:
     if recipe.search:
         with naming_table(recipe, "search", "images"):
             minimized(recipe).check(data, recipe.search.images)
+    notes: tuple[str, ...] = ()
     if recipe.denoiser.weights:
         with naming_table(recipe, "denoiser", "weights"):
             checks.check_weights(recipe.denoiser.weights, recipe.backbone, recipe.precond)
-            networks.load_start(recipe, denoiser.network, data, conditions)
+            notes += networks.load_start(recipe, denoiser.network, data, conditions)
     if recipe.teacher:
-        checks.check_teacher(recipe, recipe.teacher, denoiser, data, conditions)
+        notes += checks.check_teacher(recipe, recipe.teacher, denoiser, data, conditions)
     elif recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check_networks(denoiser.network, None)
@@ -79,6 +82,7 @@ def check_fit(recipe: Recipe) -> Plan:
         nfe=recipe.sampler.nfe * networks.guided_as_said(recipe, denoiser).passes
         if recipe.sampler
         else None,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 

@@ -18,7 +18,7 @@ from cmkit.recipe import DenoiserTable, Recipe, Teacher
 from cmkit.recipe.parts import naming
 from cmkit.tensors import load_weights
 from cmkit.values import Companion, DataSpec
-from cmkit.weights import adapt, find, read, shapes
+from cmkit.weights import adapt, find, notes, read, shapes
 
 
 def build(plan: Plan, device: torch.device) -> Denoiser:
@@ -132,8 +132,8 @@ def _conditions(teacher: Teacher, data: DataSpec) -> frozenset[str]:
 
 def load_start(
     recipe: Recipe, network: Network, data: DataSpec, conditions: frozenset[str]
-) -> None:
-    """Load the weights that the recipe gives `network`, its own or its teacher's, if any.
+) -> tuple[str, ...]:
+    """Load the weights that the recipe gives `network`, its own or its teacher's, if any; notes.
 
     Where the student embeds more than its teacher, those embeddings keep their fresh weights.
     """
@@ -142,8 +142,7 @@ def load_start(
         weights = recipe.teacher.table.weights
         if conditions - _conditions(recipe.teacher, data):
             kept = network.state_dict()
-    if weights:
-        load_into(network, weights, recipe.backbone, data, kept)
+    return load_into(network, weights, recipe.backbone, data, kept) if weights else ()
 
 
 def load_into(
@@ -152,18 +151,19 @@ def load_into(
     backbone: Backbone,
     data: DataSpec,
     kept: Mapping[str, torch.Tensor] = {},
-) -> None:
-    """Load `weights` into `network`, whatever their layout, with `kept` where they lack names.
+) -> tuple[str, ...]:
+    """Load `weights` into `network`, whatever their layout, with `kept` where they lack names;
+    notes of what is not taken as their author wrote it.
 
     On a network without memory only names and shapes are tried, and nothing of weights that are
     still to be downloaded.
     """
     found, dry = find(weights, backbone), next(network.parameters()).is_meta
     if found.missing and dry:
-        return
-    given = shapes(found) if dry else read(found)
-    tensors = adapt(given, network, backbone.layouts(data))
-    load_weights(network, {**kept, **tensors}, weights)
+        return ()
+    given, layouts = shapes(found) if dry else read(found), backbone.layouts(data)
+    load_weights(network, {**kept, **adapt(given, network, layouts)}, weights)
+    return tuple(notes(found, given, network, layouts))
 
 
 def naming_table(recipe: Recipe, *path: str | int) -> AbstractContextManager[None]:

@@ -30,3 +30,14 @@ class Plan:
     """Published weights that are not here yet."""
     nfe: int | None = None
     """Network evaluations a sample, if any are drawn."""
+    notes: tuple[str, ...] = ()
+    """What is not taken as the recipe's weights have it."""
+
+    @property
+    def label_rule(self) -> str | None:
+        """How classes of samples are drawn: "data", in the proportions of the data, or "uniform";
+        None where the model has no classes."""
+        if "label" not in self.conditions:
+            return None
+        said = self.recipe.sample.labels if self.recipe.sample else "data"
+        return said if self.data.counts else "uniform"

@@ -1,6 +1,8 @@
 """One TOML file becomes one validated recipe, every default written out. Free of torch."""
 
 from cmkit.recipe.describe import fields, schema
+from cmkit.recipe.grid import cells, minimized, with_values
+from cmkit.recipe.keys import run_name, stage_keys, stage_tables
 from cmkit.recipe.reading import load
 from cmkit.recipe.recipe import Recipe, Teacher
 from cmkit.recipe.tables import (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,12 +71,6 @@ class Recipe:
     def needs(self) -> frozenset[str]:
         """What the objective needs; nothing where there is none."""
         return self.objective.needs if self.objective else frozenset()
-
-    @property
-    def hash(self) -> str:
-        """First 8 hexadecimal digits of the SHA-256 of the resolved recipe."""
-        canonical = json.dumps(self.resolved, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
     def used(self) -> Iterator[tuple[str, str]]:
         """(kind, name) of each part."""

@@ -23,6 +23,8 @@ MAX_CELLS = 10_000
 class DenoiserTable(Part):
     """How a network becomes a denoiser, and where its weights come from."""
 
+    read_by = {"guidance": ("search", "sample")}
+
     precond: str | dict[str, Any] = "consistency"
     """What its inputs and output mean: "consistency" for a consistency model, "edm" for a diffusion
     teacher, or a table with `use` and the options of another precond."""
@@ -81,10 +83,16 @@ class StageTable(Part):
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Tables that must stand beside it."""
+    title: ClassVar[str] = ""
+    """What a person calls it."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Tables that decide its result, beside its own and the stages before it."""
 
 
 class TrainTable(StageTable):
     """The keys of [train]."""
+
+    read_by = {"log_every": (), "save_every": (), "keep": ()}
 
     steps: Count
     """Optimizer steps."""
@@ -123,6 +131,9 @@ class TrainTable(StageTable):
     """Steps between checkpoints."""
     keep: int = Field(2, ge=1, le=1000)
     """Checkpoints kept."""
+    start: str | None = None
+    """A run to go on from, as RUN or RUN@STEP: its weights, averages, optimizer and step, under
+    this recipe's numbers. `cmkit run RECIPE --from RUN` says it."""
     log_every: Count = 50
     """Steps between log lines."""
 
@@ -191,6 +202,9 @@ class SampleTable(StageTable):
     """Images at a time; the images do not depend on it."""
     precision: Precision = "auto"
     """Autocast while sampling."""
+    labels: Literal["data", "uniform"] = "data"
+    """Classes of the images, those of a search as well: in the proportions of the data, where
+    these are known, or each as often as any other."""
 
 
 class ExpectedTable(Part):

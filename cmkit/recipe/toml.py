@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cmkit.errors import RecipeError
+from cmkit.files import CURES
 
 MAX_BYTES = 256 * 1024
 MAX_KEY_PARTS = 64
@@ -66,7 +67,9 @@ def _text(path: str | Path) -> str:
         raise RecipeError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"{path}: cannot be read: {reason}{_similar_file(path)}") from error
+        cure = CURES.get(getattr(error, "errno", 0))
+        said = f"; {cure}" if cure else _similar_file(path)
+        raise RecipeError(f"{path}: cannot be read: {reason}{said}") from error
 
 
 def _similar_file(path: Path) -> str:
@@ -166,6 +169,7 @@ def _override(tables: dict[str, Any], item: str) -> tuple[str, ...]:
     if not equals or not 0 < len(path) <= MAX_KEY_PARTS:
         raise RecipeError(f"--set {_cut(item)}: expected table.key=value, such as train.steps=100")
     node: Any = tables
+    path = _indexed(tables, path)
     for part in path[:-1]:
         node = _child(node, part, item)
     value = _override_value(text.strip(), item)
@@ -176,16 +180,31 @@ def _override(tables: dict[str, Any], item: str) -> tuple[str, ...]:
     return path
 
 
+def _indexed(tables: dict[str, Any], path: tuple[str, ...]) -> tuple[str, ...]:
+    """`path` with the index 0 where it leaves out that of a list of one table."""
+    node: Any = tables
+    full: list[str] = []
+    for part in path:
+        if isinstance(node, list) and len(node) == 1 and not part.isdecimal():
+            full, node = [*full, "0"], node[0]
+        full.append(part)
+        node = node.get(part) if isinstance(node, dict) else None
+    return tuple(full)
+
+
 def _child(node: Any, part: str, item: str) -> Any:
     child = node[_index(node, part, item)] if isinstance(node, list) else node.setdefault(part, {})
     if not isinstance(child, dict | list):
-        raise RecipeError(f"--set {_cut(item)}: {part!r} is a value, not a table")
+        raise RecipeError(f"--set {_cut(item)}: {_cut(part)!r} is a value, not a table")
     return child
 
 
 def _index(node: list[Any], part: str, item: str) -> int:
-    if not part.isdecimal() or int(part) >= len(node):
-        raise RecipeError(f"--set {_cut(item)}: {part!r} is not an index from 0 to {len(node) - 1}")
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(node):
+        raise RecipeError(
+            f"--set {_cut(item)}: {_cut(part)!r} is not an index from 0 to {len(node) - 1}; say"
+            f" which of the list is meant, such as metric.0.{_cut(part)}"
+        )
     return int(part)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmkit.errors import DataError
+from cmkit.files import read_bytes
 from cmkit.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 COLOURS, LEVELS = "viridis_r", 24
 SHEET_PIXELS, CELL_PIXELS, TINY_PIXELS = 1280, 640, 600
+CELLS_BYTES = 3 * 2**20
+"""Of the pictures of all cells on a page, before they are written in base 64."""
 
 
 def number(value: object, digits: int = 3) -> str:
@@ -141,33 +144,41 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def picture_of(folder: RunFolder, name: str, limit: int) -> dict[str, Any]:
-    """Attributes of an <img> at most `limit` pixels wide; `src` is None when the file is gone."""
+def picture_of(folder: RunFolder, name: str, limit: int, most: int = 2**21) -> dict[str, Any]:
+    """Attributes of an <img> at most `limit` pixels wide and of about `most` bytes; `src` is None
+    when the file is gone."""
     path = folder.picture(name)
     if not path.is_file():
         return {"name": name, "src": None}
-    data = path.read_bytes()
+    data = read_bytes(path)
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
         raise DataError(f"{path}: not a PNG picture; delete it, or run the recipe again")
     width, height = struct.unpack(">II", data[16:24])
     kind = "png"
-    if width > limit:
-        data, kind, height, width = _shrunk(path, limit), "webp", height * limit // width, limit
+    if width > limit or len(data) > most:
+        data, kind = _shrunk(path, min(width, limit), most), "webp"
+        height, width = height * min(width, limit) // width, min(width, limit)
     source: str = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     tiny = width < TINY_PIXELS
     return {"name": name, "src": source, "width": width, "height": height, "tiny": tiny}
 
 
-def _shrunk(path: Path, width: int) -> bytes:
-    """A WebP of a picture, `width` wide: 49 cells of 1280 pixels would make a page of 100 MB."""
+def _shrunk(path: Path, width: int, most: int) -> bytes:
+    """A WebP of a picture, at most `width` wide, the best of about `most` bytes: 400 cells of 25
+    noisy pictures would make a page of 100 MB."""
     from PIL import Image
 
-    buffer = io.BytesIO()
+    data = b""
     try:
         with Image.open(path) as picture:
-            height = picture.height * width // picture.width
-            small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            whole = picture.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: {error}; delete it, or run the recipe again") from error
-    small.save(buffer, "WEBP", quality=85)
-    return buffer.getvalue()
+    for divisor, quality in ((1, 85), (1, 60), (1, 35), (2, 60), (2, 30), (4, 30)):
+        size = (max(width // divisor, 1), max(whole.height * width // whole.width // divisor, 1))
+        buffer = io.BytesIO()
+        whole.resize(size, Image.Resampling.LANCZOS).save(buffer, "WEBP", quality=quality)
+        data = buffer.getvalue()
+        if len(data) <= most:
+            break
+    return data

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +18,8 @@ from cmkit.report.search import FEW, axis_label, cell_data, confirm_page, search
 from cmkit.run.folder import RunFolder
 
 HERE = Path(__file__).parent
+CLASSES = 200
+"""Classes that the page lists."""
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -38,7 +42,8 @@ def write_report(folder: RunFolder) -> Path:
             **{key: report[key] for key in ("name", "hash", "seconds", "citations")},
             "time": report["time"].replace("T", " ").replace("+00:00", " UTC"),
             "headlines": list(_headlines(report)),
-            "samples": _samples(sample, folder) if sample else None,
+            "samples": _samples(sample, report, folder) if sample else None,
+            "classes": _classes(report.get("data", {})),
             "search": search,
             "confirm": confirm_page(confirm) if confirm else None,
             "metrics": _metrics(stages["metric"]) if "metric" in stages else None,
@@ -120,8 +125,23 @@ def _nfe(nfe: int) -> str:
     return "one step each" if nfe == 1 else f"{nfe} evaluations each"
 
 
-def _samples(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
-    facts = {"images": stage["images"], "nfe": _nfe(stage["nfe"])}
+def _classes(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The classes by number with their names and counts, where one of these is known."""
+    names, counts = data.get("classes") or (), data.get("counts") or ()
+    every = list(itertools.zip_longest(range(max(len(names), len(counts))), names, counts))
+    return {"rows": every[:CLASSES], "more": max(0, len(every) - CLASSES)} if every else None
+
+
+def _samples(
+    stage: Mapping[str, Any], report: Mapping[str, Any], folder: RunFolder
+) -> dict[str, Any]:
+    labels, names = stage.get("labels", ()), report.get("data", {}).get("classes")
+    shown = [names[label] if names else str(label) for label in labels]
+    columns = math.ceil(math.sqrt(len(shown))) or 1
+    rows = [shown[k : k + columns] for k in range(0, len(shown), columns)]
+    rule = {"data": "in the proportions of the data", "uniform": "each as often as any other"}
+    facts = {"images": stage["images"], "nfe": _nfe(stage["nfe"]), "classes": rows}
+    facts["rule"] = rule.get(stage.get("label_rule", ""))
     pictures = {
         key: picture_of(folder, stage[key], figures.SHEET_PIXELS) if stage.get(key) else None
         for key in ("before", "after")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmkit.report.curve import finite_or_none
-from cmkit.report.figures import CELL_PIXELS, LEVELS, number, picture_of, score
+from cmkit.report.figures import CELL_PIXELS, CELLS_BYTES, LEVELS, number, picture_of, score
 from cmkit.run.folder import RunFolder
 
 FEW = 4
@@ -28,6 +28,7 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     plain = next((cell for cell in records if all(cell[name] == 1 for name in axes)), None)
     scores = [finite_or_none(cell["score"]) for cell in records]
     norm = _norm([value for value in scores if value is not None])
+    most = max(CELLS_BYTES // max(len(records), 1), 2000)
     cells = []
     for index, (record, value) in enumerate(zip(records, scores, strict=True)):
         label = _label(record, axes)
@@ -45,7 +46,7 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
                 "kept": False,
                 "plain": record is plain,
                 "note": _against(value, finite_or_none(plain["score"]) if plain else None),
-                "picture": picture_of(folder, record["samples"], CELL_PIXELS),
+                "picture": picture_of(folder, record["samples"], CELL_PIXELS, most),
             }
         )
     edges = [

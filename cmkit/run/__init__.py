@@ -17,7 +17,10 @@ _HOMES = {
     ),
     "cmkit.run.finished": "drawn_from",
     "cmkit.run.folder": "RunFolder",
-    "cmkit.run.runner": "run run_folder",
+    "cmkit.run.reuse": "Outlook outlook run_folder",
+    "cmkit.run.inputs": "as_begun changes inputs_of left_out",
+    "cmkit.run.integrity": "verify",
+    "cmkit.run.runner": "run shown",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME_OF)

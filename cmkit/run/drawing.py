@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -15,19 +16,19 @@ from torch import Tensor
 from cmkit.denoiser import Denoiser
 from cmkit.device import autocast
 from cmkit.edit import Task, edit
-from cmkit.errors import RecipeError
-from cmkit.files import atomic_write, new_folder
+from cmkit.errors import RecipeError, did_you_mean
+from cmkit.files import atomic_write, new_file, new_folder
 from cmkit.pictures import grid_png, png
 from cmkit.plan import Plan, check_disk, check_fit, for_sampling, noise_of, traits_of
 from cmkit.recipe import Recipe, SampleTable
-from cmkit.run.events import Event, Sampled, StageFinished, StageStarted
+from cmkit.run.events import Event, Note, Sampled, StageFinished, StageStarted
 from cmkit.run.folder import make_out
-from cmkit.sample import Draws, finite_uint8, npz, sample, starts
+from cmkit.sample import Batch, Draws, finite_uint8, sample, starts, write_npz
 from cmkit.weights import download
 
 
 def draw(
-    recipe: Recipe, seed: int, classes: Sequence[int], out: Path, device: torch.device
+    recipe: Recipe, seed: int, classes: Sequence[str | int], out: Path, device: torch.device
 ) -> Iterator[Event]:
     """Events of drawing a recipe's images into `out`; the last is StageFinished.
 
@@ -40,24 +41,21 @@ def draw(
         raise recipe.source.error(
             ("sampler",), 'say how to draw, such as --set sampler={use="multistep"}'
         )
-    plan, table = _fitted(recipe, classes, out)
+    plan, table, numbers = _fitted(recipe, classes, out)
     model = yield from _model(plan, table, device)
-    count, draws = table.images, Draws(plan.data, seed, classes=tuple(classes))
+    count, draws = table.images, Draws(plan.data, seed, "sample", numbers, plan.label_rule)
     yield StageStarted("sample", 0, count)
-    batches = []
-    for batch in sample(
+    batches = sample(
         model, recipe.sampler, draws, range(count), table.batch, device, table.precision
-    ):
-        batches.append(batch)
+    )
+    for batch in _written(out, batches, (count, *draws.shape)):
         yield Sampled(batch.first + len(batch.images), count)
-    if out.suffix == ".npz":
-        atomic_write(out, npz(batches))
-    else:
-        images = torch.cat([batch.images for batch in batches])
-        _write_pictures(out, {f"{k:07d}": image for k, image in enumerate(images)})
     drawn = draws.labels(range(count)) if "label" in plan.conditions else None
     labels = None if drawn is None else drawn.tolist()
-    facts = {"images": count, "seed": seed, "labels": labels, "nfe": plan.nfe}
+    facts: dict[str, Any] = {"images": count, "seed": seed, "labels": labels, "nfe": plan.nfe}
+    if labels is not None:
+        names = [plan.data.classes[label] for label in labels] if plan.data.classes else None
+        facts |= {"classes": names, "label_rule": "given" if numbers else plan.label_rule}
     yield _finished("sample", out, recipe, facts, began)
 
 
@@ -66,7 +64,7 @@ def redraw(
     pictures: Sequence[Path],
     task: Task,
     seed: int,
-    classes: Sequence[int],
+    classes: Sequence[str | int],
     out: Path,
     device: torch.device,
 ) -> Iterator[Event]:
@@ -77,15 +75,15 @@ def redraw(
     """
     began = time.perf_counter()
     _check_out(out, ("", ".png"))
-    plan, table = _fitted(replace(recipe, sampler=None), classes, out)
-    _check_editable(plan, classes)
+    plan, table, numbers = _fitted(replace(recipe, sampler=None), classes, out)
+    _check_editable(plan, numbers)
     count, side = len(pictures), plan.data.resolution
     known, kept = task.known(pictures, plan.data.channels, side), task.kept(side)
     given = task.given(known, kept)
     levels = task.levels(noise_of(recipe))
     model = yield from _model(plan, table, device)
     cast = autocast(table.precision, device)
-    draws = Draws(plan.data, seed, "edit", tuple(classes))
+    draws = Draws(plan.data, seed, "edit", numbers)
     yield StageStarted("edit", 0, count)
     edited = []
     for start in starts(draws, model.noise.sigma_max, range(count), table.batch, device):
@@ -104,7 +102,8 @@ def redraw(
         for k, path in enumerate(pictures):
             named[f"{k:03d}-{path.stem}-before"] = before[k]
             named[f"{k:03d}-{path.stem}-after"] = after[k]
-        _write_pictures(out, named)
+        with new_folder(out) as stage:
+            _write_pictures(stage, named)
     nfe = (1 + len(levels)) * model.passes
     facts = {"images": count, "task": task.name, "seed": seed, "sigmas": levels, "nfe": nfe}
     yield _finished("edit", out, recipe, facts, began)
@@ -118,18 +117,29 @@ def _finished(
     return StageFinished(stage, {"out": str(out), **facts, "scales": scales, "seconds": seconds})
 
 
-def _fitted(recipe: Recipe, classes: Sequence[int], out: Path) -> tuple[Plan, SampleTable]:
-    """The plan and [sample] of a recipe; RecipeError for classes that its model does not have."""
+def _fitted(
+    recipe: Recipe, classes: Sequence[str | int], out: Path
+) -> tuple[Plan, SampleTable, tuple[int, ...]]:
+    """The plan and [sample] of a recipe, and the numbers of `classes`; RecipeError for those that
+    its model does not have."""
     assert recipe.sample is not None
     plan = check_fit(recipe)
-    number = plan.data.num_classes if "label" in plan.conditions else None
-    for label in classes:
-        if number is None:
-            raise RecipeError(f"--label {label}: the model draws no classes; leave it out")
-        if not 0 <= label < number:
-            raise RecipeError(f"--label {label}: no class of the model's; give 0 to {number - 1}")
+    numbers = tuple(_number(label, plan) for label in classes)
     check_disk(plan, out.parent)
-    return plan, recipe.sample
+    return plan, recipe.sample, numbers
+
+
+def _number(label: str | int, plan: Plan) -> int:
+    """The class that a name, or where there is no such name a number, means."""
+    if "label" not in plan.conditions:
+        raise RecipeError(f"--label {label}: the model draws no classes; leave it out")
+    names, last = plan.data.classes, (plan.data.num_classes or 0) - 1
+    if label in names:
+        return names.index(str(label))
+    if re.fullmatch(r"-?\d{1,9}", str(label)) and 0 <= int(label) <= last:
+        return int(label)
+    hint = did_you_mean(str(label), names) if names else ""
+    raise RecipeError(f"--label {label}: no class of the model's; give 0 to {last}{hint}")
 
 
 def _check_editable(plan: Plan, classes: Sequence[int]) -> None:
@@ -147,13 +157,17 @@ def _check_editable(plan: Plan, classes: Sequence[int]) -> None:
         )
     if "label" in plan.conditions and not classes:
         last = (plan.data.num_classes or 0) - 1
-        raise RecipeError(f"the model draws classes: give the pictures' by --label, 0 to {last}")
+        named = " or by name" if plan.data.classes else ""
+        raise RecipeError(
+            f"the model draws classes: give the pictures' by --label, 0 to {last}{named}"
+        )
 
 
 def _model(
     plan: Plan, table: SampleTable, device: torch.device
 ) -> Generator[Event, None, Denoiser]:
     """The rescaled denoiser on `device`, after any download of its weights."""
+    yield from map(Note, plan.notes)
     for weights in plan.downloads:
         yield from download(weights)
     denoiser = for_sampling(plan, device, table.precision)
@@ -169,11 +183,29 @@ def _check_out(out: Path, endings: Sequence[str]) -> None:
     make_out(out.parent)
 
 
-def _write_pictures(out: Path, images: dict[str, Tensor]) -> None:
-    """Write one grid, or a folder with a file for each."""
-    if out.suffix == ".png":
-        atomic_write(out, grid_png(torch.stack(list(images.values()))))
-        return
-    with new_folder(out) as stage:
-        for name, image in images.items():
-            atomic_write(stage / f"{name}.png", png(image))
+def _written(
+    out: Path, batches: Iterator[Batch], shape: tuple[int, int, int, int]
+) -> Iterator[Batch]:
+    """Each of `batches`, written to arrays or a folder as it comes; a grid needs all of them."""
+    if out.suffix == ".npz":
+        with new_file(out) as file:
+            yield from write_npz(file, batches, shape)
+    elif out.suffix == ".png":
+        images = []
+        for batch in batches:
+            images.append(batch.images)
+            yield batch
+        atomic_write(out, grid_png(torch.cat(images)))
+    else:
+        with new_folder(out) as stage:
+            for batch in batches:
+                _write_pictures(
+                    stage, {f"{batch.first + k:07d}": image for k, image in enumerate(batch.images)}
+                )
+                yield batch
+
+
+def _write_pictures(folder: Path, images: dict[str, Tensor]) -> None:
+    """Write a file for each."""
+    for name, image in images.items():
+        atomic_write(folder / f"{name}.png", png(image))

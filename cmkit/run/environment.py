@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,9 +27,25 @@ def describe_environment(plan: Plan, registry: Registry, device: torch.device) -
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
         "torch": torch.__version__,
         "packages": {name: _version(name) for name in sorted(packages)},
     }
+
+
+def changed_environment(starts: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> str:
+    """What is not as it was at the start before, if anything; it may change bits."""
+    if not starts:
+        return ""
+    then, now = ({**e, **e["packages"]} for e in (starts[-1], environment))
+    changed = [
+        f"{key} {now[key]}, before {then[key]}"
+        for key in now
+        if key != "packages" and key in then and now[key] != then[key]
+    ]
+    return f"going on under another environment: {'; '.join(changed)}; bits will differ" * bool(
+        changed
+    )
 
 
 def citations(plan: Plan, registry: Registry) -> list[str]:

@@ -44,7 +44,7 @@ class Note:
 
 @dataclass(frozen=True)
 class StageFinished:
-    """A stage is done; `result` is its entry in report.json."""
+    """A stage is done at this start; `result` is its entry in report.json."""
 
     stage: str
     result: dict[str, Any]

@@ -7,37 +7,44 @@ from dataclasses import replace
 from pathlib import Path
 
 from cmkit.errors import CheckpointError
-from cmkit.plan import with_values
 from cmkit.plugins import Registry
-from cmkit.recipe import Recipe, SampleTable, load
-from cmkit.run.folder import RunFolder
+from cmkit.recipe import Recipe, SampleTable, load, run_name, with_values
+from cmkit.run.folder import RunFolder, chosen
 
 
-def drawn_from(source: Path, overrides: Sequence[str], registry: Registry, images: int) -> Recipe:
+def drawn_from(
+    source: Path | str, overrides: Sequence[str], registry: Registry, images: int
+) -> Recipe:
     """The recipe that only draws `images`, with the weights and the winning scales that the run
-    folder `source` holds, or those of the recipe file `source`. What `overrides` say goes first.
+    `source` holds, or those of the recipe file `source`. What `overrides` say goes first.
 
-    CheckpointError for a folder without them, RecipeError for a recipe that has yet to be trained.
+    A run is its folder, or "run:NAME-KEY"; "RUN@STEP" and "RUN:ema-0.9999" draw from its other
+    weights. CheckpointError for a folder without them, RecipeError for a recipe that has yet to be
+    trained.
     """
-    folder, run = RunFolder(source), source.is_dir()
+    place, step, average = chosen(str(source))
+    folder = RunFolder.at(place)
+    source, run = folder.path, folder.path.is_dir()
     if run and not folder.recipe.is_file():
         raise CheckpointError(
-            f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-HASH, or a"
+            f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-KEY, or a"
             " recipe with denoiser.weights"
         )
     recipe = load(folder.recipe if run else source, overrides, registry)
     if run:
-        recipe = _finished(recipe, folder)
+        at = ("" if step is None else f"@{step}") + (f":{average}" if average else "")
+        recipe = _finished(recipe, folder, at)
     elif recipe.train and not _said(recipe, "denoiser", "weights"):
         raise recipe.source.error(
             ("train",),
             f"the model is yet to be trained: run the recipe, and give the folder of that run, such"
-            f" as runs/{recipe.name}-{recipe.hash}",
+            f" as runs/{run_name(recipe)}",
         )
     if not recipe.denoiser.weights:
         raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
     table = (recipe.sample or SampleTable(images=images)).model_copy(update={"images": images})
-    return replace(recipe, teacher=None, metric=(), stages={"sample": table})
+    data = recipe.data or recipe.dataset.declared()
+    return replace(recipe, teacher=None, metric=(), stages={"sample": table}, data=data)
 
 
 def trained(recipe: Recipe, folder: RunFolder) -> Recipe:
@@ -48,10 +55,13 @@ def trained(recipe: Recipe, folder: RunFolder) -> Recipe:
     return replace(recipe, denoiser=recipe.denoiser.model_copy(update=weights))
 
 
-def _finished(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """The recipe of a run with what its stages left in `folder`."""
-    if not _said(recipe, "denoiser", "weights"):
-        recipe = trained(recipe, folder)
+def _finished(recipe: Recipe, folder: RunFolder, at: str) -> Recipe:
+    """The recipe of a run with what its stages left in `folder`; `at` names other weights of it."""
+    if at:
+        weights = {"weights": f"{folder.path}{at}", "init": None}
+        recipe = replace(recipe, denoiser=recipe.denoiser.model_copy(update=weights))
+    elif not _said(recipe, "denoiser", "weights"):
+        recipe = _at_home(trained(recipe, folder), folder)
         if recipe.train and not Path(recipe.denoiser.weights or "").is_file():
             raise CheckpointError(
                 f"{recipe.denoiser.weights}: not there yet; finish the run first:"
@@ -74,6 +84,18 @@ def _finished(recipe: Recipe, folder: RunFolder) -> Recipe:
     if any(path[0] == "dataset" for path in recipe.source.overrides):
         return recipe
     return replace(recipe, data=folder.data())
+
+
+def _at_home(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe with relative weights where they are not here, but where the run was begun."""
+    weights = recipe.denoiser.weights
+    if weights is None or Path(weights).exists():
+        return recipe
+    there = Path(folder.inputs().get("home", ".")) / weights
+    if not there.exists():
+        return recipe
+    denoiser = recipe.denoiser.model_copy(update={"weights": str(there)})
+    return replace(recipe, denoiser=denoiser)
 
 
 def _said(recipe: Recipe, *path: str) -> bool:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from cmkit import files
 from cmkit.errors import CheckpointError, DataError, ResourceError
@@ -20,8 +23,19 @@ from cmkit.values import DataSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA = 1
-"""Of report.json."""
+SCHEMA = 2
+"""Of report.json, with its own digest; a report of schema 1 has none."""
+RUNS: ContextVar[Path | None] = ContextVar("RUNS", default=None)
+"""The folder that --out names, where runs are found by their names."""
+_CHOSEN = re.compile(r"(.+?)(?:@(\d{1,18}))?(?::(online|ema-[\d.]+))?")
+STAGE_FILES = {
+    "train": ("model.safetensors", "log.jsonl"),
+    "search": ("search/*.jsonl", "search/*.png", "search.json"),
+    "sample": ("samples/*.npz", "samples.jsonl", "samples_*.png"),
+    "metric": (),
+}
+"""What a finished stage leaves, of which status.json keeps the digests; another stage has a folder
+of its name."""
 
 
 class RunFolder:
@@ -39,15 +53,51 @@ class RunFolder:
         self.debug_log = path / "debug.log"
         self._report = path if path.suffix == ".json" else path / "report.json"
         self._status = path / "status.json"
+        self._inputs = path / "inputs.json"
+        self._starts = path / "starts.jsonl"
         self._log = path / "log.jsonl"
         self._search = path / "search"
         self._unfinished = self._search / "unfinished.safetensors"
+        self._drawn = path / "samples.jsonl"
 
     @classmethod
     def of_weights(cls, weights: str) -> RunFolder:
         """The folder that the key `weights` of a recipe names: a run, or a run's weights."""
-        path = Path(weights.removeprefix("path:"))
+        path = cls.at(chosen(weights)[0]).path
         return cls(path.parent if path.name == "model.safetensors" else path)
+
+    @classmethod
+    def at(cls, place: str) -> RunFolder:
+        """The folder that a user names: a path, or "run:NAME-KEY"."""
+        if place.startswith("run:"):
+            return cls.named(place[4:])
+        return cls(Path(place.removeprefix("path:")).expanduser())
+
+    @classmethod
+    def named(cls, name: str) -> RunFolder:
+        """The run NAME-KEY below --out, or below the folders of CMKIT_RUNS, or below runs;
+        CheckpointError where it is in none."""
+        for root in roots():
+            if (root / name / "recipe.toml").is_file():
+                return cls(root / name)
+        raise CheckpointError(
+            f"run:{name}: no such run in {', '.join(map(str, roots()))}; name the folder of runs"
+            " with --out or CMKIT_RUNS"
+        )
+
+    def siblings(self) -> list[RunFolder]:
+        """The other runs beside this one and in the folders where runs are found, newest first."""
+        found: dict[Path, float] = {}
+        for root in (self.path.parent, *roots()):
+            with contextlib.suppress(OSError):
+                for recipe in root.glob("*/recipe.toml"):
+                    if recipe.parent.resolve() != self.path.resolve():
+                        found[recipe.parent] = recipe.stat().st_mtime
+        return [RunFolder(path) for path in sorted(found, key=found.__getitem__, reverse=True)]
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step, which need not be there."""
+        return self.checkpoints / f"step-{step:08d}"
 
     def newest_weights(self) -> Path:
         """The weights, or the checkpoints where training goes on; the folder itself where it is
@@ -59,62 +109,153 @@ class RunFolder:
         return files.lock(self.path)
 
     def keep_recipe(self, text: str) -> None:
-        """Write recipe.toml, once; CheckpointError where another recipe stands there."""
-        if not self.recipe.exists():
+        """Write recipe.toml, unless it stands there: see `check_recipe`."""
+        if self.recipe.exists():
+            self.check_recipe()
+        else:
             files.atomic_write(self.recipe, text)
-            return
-        try:
-            same = tomllib.loads(self.recipe.read_text("utf-8")) == tomllib.loads(text)
-        except ValueError:
-            same = False
+
+    def check_recipe(self) -> None:
+        """CheckpointError where recipe.toml is not the one that the run was begun with."""
+        digest = self.inputs().get("recipe")
+        same = digest == files.sha256_of(self.recipe)
+        if digest is None:  # begun by an earlier cmkit
+            with contextlib.suppress(ValueError):
+                same = bool(tomllib.loads(files.read_bytes(self.recipe).decode()))
         if not same:
             raise CheckpointError(
                 f"{self.recipe}: is not the recipe that this folder is named after; restore it, or"
                 " run with another --out"
             )
 
-    def keep(
-        self, name: Literal["environment", "status", "search", "report"], content: Mapping[str, Any]
-    ) -> None:
-        """Write `name`.json: what decides the bits of this start, the results of the finished
-        stages, those of the search, or the report."""
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        files.atomic_write(self.path / f"{name}.json", text)
-
-    def status(self) -> dict[str, Any]:
-        """The results of the finished stages, by stage."""
+    def inputs(self) -> dict[str, Any]:
+        """What the run was begun with: "inputs" by table, "keys" by stage, digest of the "recipe",
+        and "home", the working folder, from which relative paths count; empty for a folder of an
+        earlier cmkit. CheckpointError where it is damaged."""
         try:
-            return dict(json.loads(self._status.read_text("utf-8")))
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
+            return files.unsealed(self._inputs) if self._inputs.exists() else {}
+        except CheckpointError as error:
             raise CheckpointError(
-                f"{self._status}: damaged ({error}); delete it to redo the stages"
+                f"{error}; restore it from a copy, or run with another --out"
             ) from error
+
+    def keep_inputs(self, inputs: Mapping[str, Any], keys: Mapping[str, str]) -> None:
+        """Write `inputs()`."""
+        recipe, home = files.sha256_of(self.recipe), str(Path.cwd())
+        content = {"inputs": inputs, "keys": keys, "recipe": recipe, "home": home}
+        files.atomic_write(self._inputs, files.sealed(content))
+
+    def migrate(self) -> None:
+        """Give the records of a run that an earlier cmkit began their digests, as they stand."""
+        for path in (self._log, *self._search.glob("*.jsonl")):
+            records = files.read_jsonl(path)
+            if records:
+                path.unlink()
+            for record in records:
+                files.append_jsonl(path, record)
+        if self._status.exists():
+            status = self.status()
+            self.keep_status({k: {**v, "files": self.digests(k)} for k, v in status.items()})
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the run's work may be here."""
+        files = (self._inputs, self._log, self._status, self._search, self.samples)
+        return any(path.exists() for path in (*files, self.checkpoints))
+
+    @property
+    def checked(self) -> bool:
+        """Whether every line of a log has its CRC, as an earlier cmkit's have not."""
+        return self._inputs.exists()
+
+    def starts(self) -> list[dict[str, Any]]:
+        """The environments of the starts of this run, in order."""
+        return files.read_jsonl(self._starts, checked=True)
+
+    def append_start(self, environment: Mapping[str, Any]) -> None:
+        """Add the environment of one start."""
+        files.append_jsonl(self._starts, environment, durable=True)
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """The finished stages: of each its "result", "key" and digests of its "files"; the result
+        alone, where an earlier cmkit finished it. CheckpointError where it is damaged."""
+        if not self._status.exists():
+            return {}
+        try:
+            status = files.read_json(self._status)
+            if "stages" in status or self.checked:
+                status = files.unsealed(self._status)["stages"]
+            else:
+                status = {name: {"result": result} for name, result in status.items()}
+            if not all(isinstance(stage["result"], dict) for stage in status.values()):
+                raise ValueError("not what cmkit wrote")
+        except (CheckpointError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error).removeprefix(f"{self._status}: ")
+            raise CheckpointError(
+                f"{self._status}: {reason}; delete it to redo the stages"
+            ) from error
+        return status
+
+    def keep_status(self, status: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write `status()`."""
+        files.atomic_write(self._status, files.sealed({"stages": status}))
+
+    def keep_search(self, result: Mapping[str, Any]) -> None:
+        """Write search.json, the results of the search for other programs."""
+        files.atomic_write(self.path / "search.json", json.dumps(result, indent=1) + "\n")
+
+    def digests(self, stage: str) -> dict[str, str]:
+        """SHA-256 of each file of a stage, by its path in the folder."""
+        globs = STAGE_FILES.get(stage, (f"{stage}/*",))
+        paths = (path for glob in globs for path in sorted(self.path.glob(glob)))
+        return {str(path.relative_to(self.path)): files.sha256_of(path) for path in paths}
+
+    def damage(self, stage: str, finished: Mapping[str, Any]) -> dict[str, str]:
+        """What is wrong with the files of a `finished` stage: "missing" or "damaged", by file."""
+        found = {}
+        for name, digest in finished.get("files", {}).items():
+            path = self.path / name
+            if not path.exists():
+                found[name] = "missing"
+            elif files.sha256_of(path) != digest:
+                found[name] = "damaged"
+        return found
 
     def winner(self) -> dict[str, Any]:
         """The rescaler's values that the search found best; none before it is finished."""
-        found = self.status().get("search")
+        found = self.status().get("search", {}).get("result")
         return {axis: found["best"][axis] for axis in found["axes"]} if found else {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has its report; without status.json its stages are to be done again."""
+        return self._report.exists() and self._status.exists()
 
     def report(self) -> dict[str, Any]:
         """report.json; CheckpointError where it is missing or not one that cmkit wrote."""
         path = self._report
-        try:
-            report = json.loads(path.read_text("utf-8"))
-        except OSError as error:
+        if not path.exists():
             raise CheckpointError(
-                f"{path}: {error.strerror}; give the folder of a finished run, such as"
-                " runs/NAME-HASH: `cmkit run` writes it when every stage is done"
-            ) from error
-        except ValueError as error:
-            raise CheckpointError(f"{path}: damaged ({error}); run the recipe again") from error
-        schema = report.get("schema") if isinstance(report, dict) else None
-        if schema != SCHEMA:
-            raise CheckpointError(
-                f"{path}: schema {schema!r}, but this cmkit reads {SCHEMA}; run the recipe again"
+                f"{path}: no such file; give the folder of a finished run, such as"
+                " runs/NAME-KEY: `cmkit run` writes it when every stage is done"
             )
-        return dict(report)
+        try:
+            report = files.read_json(path)
+            schema = report.get("schema")
+            if schema == SCHEMA:
+                report = files.unsealed(path)
+            elif schema != 1 or "sha256" in report or self.checked:
+                raise CheckpointError(f"schema {schema!r}, but this cmkit reads {SCHEMA} and 1")
+        except CheckpointError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise CheckpointError(
+                f"{path}: {reason}; delete it and run the recipe again"
+            ) from error
+        return report
+
+    def keep_report(self, report: Mapping[str, Any]) -> None:
+        """Write report.json."""
+        files.atomic_write(self._report, files.sealed(report))
 
     @contextlib.contextmanager
     def reading_report(self) -> Iterator[dict[str, Any]]:
@@ -137,13 +278,16 @@ class RunFolder:
     def data(self) -> DataSpec | None:
         """Shape of the data, by the report of a finished run; None without one."""
         try:
-            return DataSpec(**self.report()["data"])
-        except (CheckpointError, KeyError, TypeError):
+            data: dict[str, Any] = self.report()["data"]
+            lists = {key: tuple(v) for key, v in data.items() if isinstance(v, list)}
+            return DataSpec(**{**data, **lists})
+        except (CheckpointError, KeyError, TypeError, AttributeError):
             return None  # it is of an earlier version, or yet to be written
 
     def log(self) -> list[dict[str, Any]]:
-        """The records of the training log, without torn lines."""
-        return files.read_jsonl(self._log)
+        """The records of the training log, without damaged lines."""
+        records = files.read_jsonl(self._log, self.checked)
+        return [record for record in records if isinstance(record.get("step"), int)]
 
     def append_log(self, record: Mapping[str, Any], durable: bool = False) -> None:
         """Add a record to the training log; `durable` before a checkpoint is saved."""
@@ -151,14 +295,20 @@ class RunFolder:
 
     def rewind_log(self, step: int) -> None:
         """Drop what the training log holds of steps behind `step`."""
-        files.truncate_jsonl(self._log, lambda record: record["step"] <= step)
 
-    def scores(self, name: str) -> list[dict[str, Any]]:
-        """The records "cells", "rerank" or "confirm" of a search; a torn last line is removed."""
-        self._search.mkdir(exist_ok=True)
+        def kept(record: Mapping[str, Any]) -> bool:
+            return isinstance(record.get("step"), int) and record["step"] <= step
+
+        files.truncate_jsonl(self._log, kept, self.checked)
+
+    def scores(self, name: str) -> tuple[dict[int, dict[str, Any]], int]:
+        """The records "cells", "rerank" or "confirm" of a search, by their index, and how many
+        lines were damaged, which are removed."""
+        files.make_folder(self._search)
         path = self._search / f"{name}.jsonl"
-        files.truncate_jsonl(path, lambda record: True)
-        return files.read_jsonl(path)
+        lost = files.damaged_lines(path, self.checked)
+        files.truncate_jsonl(path, lambda record: "index" in record, self.checked)
+        return {r["index"]: r for r in files.read_jsonl(path, self.checked)}, lost
 
     def append_score(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one record to those of `scores`."""
@@ -168,17 +318,22 @@ class RunFolder:
         """Write what there is of cells that are being drawn, for `unfinished`."""
         from safetensors.torch import save
 
-        files.atomic_write(self._unfinished, save(dict(tensors), dict(about)))
+        from cmkit.tensors import digest
+
+        seal = digest(tensors, about)
+        files.atomic_write(self._unfinished, save(dict(tensors), {**about, "sha256": seal}))
 
     def unfinished(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-        """What `keep_unfinished` wrote; None where nothing can be read, as it only saves time."""
-        from safetensors import SafetensorError, safe_open
+        """What `keep_unfinished` wrote; None where nothing intact is there: it only saves time."""
+        from cmkit.tensors import digest, read_with_metadata
 
-        try:
-            with safe_open(self._unfinished, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError):
+        if not self._unfinished.exists():
             return None
+        try:
+            tensors, about = read_with_metadata(self._unfinished)
+        except CheckpointError:
+            return None
+        return (tensors, about) if about.pop("sha256", None) == digest(tensors, about) else None
 
     def drop_unfinished(self) -> None:
         """Remove what `keep_unfinished` wrote."""
@@ -188,10 +343,28 @@ class RunFolder:
         """Arrays of samples, in order; a file is named after its first image."""
         return sorted(self.samples.glob(f"{'[0-9]' * 7}.npz"))
 
-    def keep_samples(self, first: int, npz: bytes) -> None:
+    def intact_samples(self) -> tuple[int, list[str]]:
+        """How many samples, from the first on, are kept in intact files; and the names of damaged
+        ones. They, and what lies behind a gap, are removed, to be drawn again."""
+        kept, bad = 0, []
+        drawn = {r["file"]: r for r in files.read_jsonl(self._drawn, checked=True)}
+        for path in self.sample_files():
+            said = drawn.get(path.name, {})
+            if kept == int(path.stem) and said.get("sha256") == files.sha256_of(path):
+                kept += said["images"]
+                continue
+            if kept == int(path.stem):
+                bad.append(path.name)
+            path.unlink()
+        return kept, bad
+
+    def keep_samples(self, first: int, images: int, npz: bytes) -> None:
         """Write the samples from image `first` on."""
-        self.samples.mkdir(exist_ok=True)
-        files.atomic_write(self.samples / f"{first:07d}.npz", npz)
+        files.make_folder(self.samples)
+        path = self.samples / f"{first:07d}.npz"
+        files.atomic_write(path, npz)
+        record = {"file": path.name, "images": images, "sha256": files.sha256_of(path)}
+        files.append_jsonl(self._drawn, record)
 
     def keep_picture(self, name: str, png: bytes) -> str:
         """Write the picture `name`.png; its name for `picture`."""
@@ -211,6 +384,23 @@ class RunFolder:
     def keep_page(self, html: str) -> None:
         """Write report.html."""
         files.atomic_write(self.page, html)
+
+
+def roots() -> list[Path]:
+    """The folders in which a run is found by its name: --out, those of CMKIT_RUNS, runs."""
+    said = os.environ.get("CMKIT_RUNS", "")
+    out = RUNS.get()
+    named = [out] if out else []
+    return [*named, *map(Path, filter(None, said.split(os.pathsep))), Path("runs")]
+
+
+def chosen(name: str) -> tuple[str, int | None, str | None]:
+    """(place, step, average) of "RUN@STEP:AVERAGE", of which the last two may be left out."""
+    match = None if Path(name).exists() else _CHOSEN.fullmatch(name)
+    if match is None:
+        return name, None, None
+    place, step, average = match.groups()
+    return place, None if step is None else int(step), average
 
 
 def make_out(path: Path) -> None:

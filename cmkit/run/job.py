@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from cmkit.denoiser import Denoiser
+from cmkit.errors import CheckpointError
 from cmkit.kinds import Rescaler
-from cmkit.plan import Plan, for_sampling, naming_table, with_values
+from cmkit.plan import Plan, for_sampling, naming_table
+from cmkit.recipe import with_values
 from cmkit.run.environment import peak_memory_mib
-from cmkit.run.events import Event, StageFinished
+from cmkit.run.events import Event, Note, StageFinished
 from cmkit.run.finished import trained
 from cmkit.run.folder import RunFolder
+from cmkit.run.reuse import reuse, reuse_checkpoint
 from cmkit.stop import StopSignal
 from cmkit.values import Reference
 
@@ -32,14 +35,18 @@ class Job:
     folder: RunFolder
     device: torch.device
     stop: StopSignal
+    keys: Mapping[str, str]
+    """Of each stage what it depends on, as `cmkit.recipe.stage_keys` has it."""
     status: dict[str, Any]
-    """Results of the finished stages, by name."""
+    """The finished stages, as `RunFolder.status` has them."""
     saved: float = field(default_factory=time.monotonic)
     """When images or cells were last saved."""
 
     def stages(self) -> Iterator[Event]:
-        """Carry out the recipe's stages that are not finished yet."""
-        recipe = self.plan.recipe
+        """Carry out the recipe's stages that are not finished yet, here or in another run."""
+        recipe, folder = self.plan.recipe, self.folder
+        for name in recipe.stages:
+            yield from self._take_or_check(name)
         if any(name not in self.status for name in {"search", "metric"} & recipe.stages.keys()):
             for index, metric in enumerate(recipe.metric):
                 with naming_table(recipe, "metric", index):
@@ -54,10 +61,36 @@ class Job:
                     "line": stage.line(result),
                     "peak_memory_mib": peak_memory_mib(self.device),
                 }
-                self.status[name] = result
-                self.folder.keep("status", self.status)
-            yield StageFinished(name, self.status[name])
+                self._finish(name, {"result": result, "files": folder.digests(name)})
+                yield StageFinished(name, result)
             self.stop.check(f"{name} is finished and kept")
+
+    def _finish(self, name: str, entry: Mapping[str, Any]) -> None:
+        self.status[name] = {**entry, "key": self.keys[name]}
+        self.folder.keep_status(self.status)
+
+    def _take_or_check(self, name: str) -> Iterator[Event]:
+        """Take a stage that another run has finished, or the training that one has begun; of one
+        that is finished here, see that its files are intact."""
+        folder = self.folder
+        if name in self.status:
+            damage = folder.damage(name, self.status[name])
+            if lost := [file for file, what in damage.items() if what == "missing"]:
+                yield Note(f"{name}: {lost[0]} is missing; the stage is done again")
+                for later in [*self.status][[*self.status].index(name) :]:
+                    del self.status[later]
+                folder.keep_status(self.status)
+            elif damage:
+                raise CheckpointError(
+                    f"{folder.path / next(iter(damage))}: damaged, its SHA-256 is not that of"
+                    f" status.json; restore it, or delete it to do {name} again"
+                )
+        if name in self.status:
+            return
+        if found := reuse(folder, name, self.keys[name]):
+            self._finish(name, found)
+        elif name == "train":
+            reuse_checkpoint(folder, self.keys[name])
 
     @property
     def save_is_due(self) -> bool:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cmkit.plan import Plan, check_disk
+from cmkit.errors import CmkitError
+from cmkit.plan import Plan, check_disk, sigma_data_note
 from cmkit.plugins import Registry
+from cmkit.recipe import Recipe, run_name, stage_keys
 from cmkit.report import write_report
-from cmkit.run.environment import citations, describe_environment
+from cmkit.run.environment import changed_environment, citations, describe_environment
 from cmkit.run.events import Event, Note, RunFinished
 from cmkit.run.folder import SCHEMA, RunFolder, make_out
+from cmkit.run.inputs import (
+    as_begun,
+    changes,
+    check_inputs,
+    chosen_precision,
+    inputs_of,
+    left_out,
+)
 from cmkit.run.job import Job
+from cmkit.run.reuse import outlook, run_folder
 from cmkit.stop import StopSignal
 from cmkit.weights import download
-
-
-def run_folder(plan: Plan, out: Path) -> RunFolder:
-    """Where a plan's run lives: `<out>/<name>-<hash of the resolved recipe>`."""
-    return RunFolder(out / f"{plan.recipe.name}-{plan.recipe.hash}")
 
 
 def run(
@@ -32,38 +38,78 @@ def run(
     """Carry a plan out, or go on with it, as events; the last one is RunFinished.
 
     Raises BusyError when another process holds the folder, Interrupted after a stop signal, and
-    whatever a stage finds. Every error leaves a folder that the same call resumes.
+    whatever a stage finds. Every error leaves a folder that the same call resumes. A finished run
+    is left as it is.
     """
-    recipe, folder = plan.recipe, run_folder(plan, out)
+    recipe, folder = plan.recipe, run_folder(plan.recipe, out, registry)
+    if folder.finished:
+        yield from shown(recipe, folder, device)
+        return
     check_disk(plan, out)
     make_out(folder.path)
     with folder.held():
+        plan = replace(plan, data=as_begun(plan.data, folder))
         folder.keep_recipe(recipe.toml())
-        environment = describe_environment(plan, registry, device)
-        folder.keep("environment", environment)
         for weights in plan.downloads:
             for event in download(weights):
                 yield event
                 stop.check("what came of the weights is kept")
-        job = Job(plan, folder, device, stop, folder.status())
+        yield from map(Note, plan.notes)
+        inputs = inputs_of(recipe, plan.data, device)
+        keys = stage_keys(recipe, inputs)
+        if not folder.checked:
+            folder.migrate()
+            folder.keep_inputs(inputs, keys)
+        yield from map(Note, left_out(recipe.dataset))
+        status = folder.status()
+        yield from map(Note, check_inputs(plan, folder, inputs, list(status)))
+        environment = describe_environment(plan, registry, device)
+        if sentence := changed_environment(folder.starts(), environment):
+            yield Note(sentence)
+        folder.append_start(environment)
+        if chosen := chosen_precision(recipe, device):
+            yield Note(f"precision auto is {chosen}")
+        if "train" not in status and (said := sigma_data_note(recipe)):
+            yield Note(said)
+        stages = list(outlook(recipe, folder, keys, registry))
+        if stages[0].why or any(stage.origin for stage in stages):
+            yield from (Note(str(stage)) for stage in stages)
+        job = Job(plan, folder, device, stop, keys, status)
         yield from job.stages()
+        results = {name: stage["result"] for name, stage in job.status.items()}
         report = {
             "schema": SCHEMA,
             "name": recipe.name,
-            "hash": recipe.hash,
+            "hash": run_name(recipe).removeprefix(f"{recipe.name}-"),
             "recipe": dict(recipe.resolved),
             "environment": environment,
+            "starts": folder.starts(),
+            "inputs": inputs,
             "data": asdict(plan.data),
-            "stages": job.status,
-            "seconds": sum(stage["seconds"] for stage in job.status.values()),
+            "stages": results,
+            "seconds": sum(stage["seconds"] for stage in results.values()),
             "citations": citations(plan, registry),
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        folder.keep("report", report)
+        folder.keep_report(report)
         write_report(folder)
         report = folder.report()
         yield from map(Note, _tell_plugins(registry, folder.path, report))
         yield RunFinished(folder.path, report)
+
+
+def shown(recipe: Recipe, folder: RunFolder, device: torch.device) -> Iterator[Event]:
+    """A finished run as it is: notes of what it read that has changed since, then RunFinished."""
+    report = folder.report()
+    then = report.get("inputs", {})
+    try:
+        now = inputs_of(recipe, recipe.dataset.spec(), device) if then else {}
+    except CmkitError as error:
+        yield Note(f"what it read cannot be read now: {error}")
+    else:
+        for _, _, sentence in changes(then, now):
+            yield Note(f"{sentence}; the results shown are those of then")
+    yield RunFinished(folder.path, report)
 
 
 def _tell_plugins(registry: Registry, folder: Path, report: dict[str, Any]) -> Iterator[str]:

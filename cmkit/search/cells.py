@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Rescaler
-from cmkit.plan import with_values
+from cmkit.recipe import with_values
 from cmkit.sample import RepeatedDraws
 from cmkit.search.score import CellsDrawn, Scoring, encoder_rows, scored
 from cmkit.search.strategies import most_cells, place, trials
@@ -47,7 +47,7 @@ def search(
     encoder's work.
     """
     recipe, count = scoring.plan.recipe, scoring.table.images
-    draws, total = RepeatedDraws(scoring.plan.data, recipe.seed, "search"), most_cells(recipe)
+    draws, total = _draws(scoring, "search"), most_cells(recipe)
     scores = {place(recipe, record): record["score"] for record in stored}
     indices: dict[tuple[float, ...], int] = {}
     for _, tried in trials(recipe, scores):
@@ -69,19 +69,21 @@ def rerank(scoring: Scoring, chosen: Sequence[Mapping[str, Any]]) -> Iterator[Ce
     """The cells of the records `chosen` again, scored on more images of other noise."""
     recipe, table = scoring.plan.recipe, scoring.table
     count = table.rerank_images or 4 * table.images
-    draws = RepeatedDraws(scoring.plan.data, recipe.seed, "rerank")
+    draws = _draws(scoring, "rerank")
     for record in chosen:
         values = {axis: record[axis] for axis in table.grid}
         ((score, shown),) = yield from scored(scoring, [with_values(recipe, values)], draws, count)
         yield Cell(record["index"], len(chosen), values, score, shown)
 
 
-def confirm(scoring: Scoring, winner: Rescaler, done: int = 0) -> Iterator[Comparison | CellsDrawn]:
+def confirm(
+    scoring: Scoring, winner: Rescaler, seeds: Iterable[int]
+) -> Iterator[Comparison | CellsDrawn]:
     """The winner against the unscaled model, on noise that the search never saw, seed by seed."""
-    plan, table = scoring.plan, scoring.table
+    table = scoring.table
     count = table.confirm_images or table.images
-    for k in range(done, table.confirm_seeds):
-        draws = RepeatedDraws(plan.data, plan.recipe.seed, f"confirm-{k}")
+    for k in seeds:
+        draws = _draws(scoring, f"confirm-{k}")
         ((plain, _), (rescaled, _)) = yield from scored(scoring, (None, winner), draws, count)
         if plain is None or rescaled is None:
             raise NonFiniteError(
@@ -89,3 +91,8 @@ def confirm(scoring: Scoring, winner: Rescaler, done: int = 0) -> Iterator[Compa
                 ' "fp32" and scales nearer to 1'
             )
         yield Comparison(k, table.confirm_seeds, plain, rescaled)
+
+
+def _draws(scoring: Scoring, purpose: str) -> RepeatedDraws:
+    plan = scoring.plan
+    return RepeatedDraws(plan.data, plan.recipe.seed, purpose, rule=plan.label_rule)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,21 +16,22 @@ from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Meter, Rescaler
 from cmkit.measure import meter
-from cmkit.plan import Plan, minimized
-from cmkit.recipe import SearchTable
+from cmkit.plan import Plan
+from cmkit.recipe import SearchTable, minimized
 from cmkit.sample import Draws, starts, to_uint8
 from cmkit.values import Reference
 
 
 @dataclass(frozen=True)
 class PartialCells:
-    """Cells drawn together, of which each has `drawn` images so far."""
+    """Cells that are drawn together, as far as they are."""
 
     labels: tuple[str, ...]
     """Noise, number of images and scales of each cell."""
-    drawn: int
+    drawn: tuple[int, ...]
+    """Images of each cell so far."""
     tensors: Mapping[str, Tensor]
-    """States of the meters by "k/name" for the cell `labels[k]`."""
+    """States of the meters by "k/name" for the cell `labels[k]`, of whole cells their scores."""
 
     def of(self, label: str) -> dict[str, Tensor]:
         """The tensors of one cell, by name."""
@@ -42,11 +42,12 @@ class PartialCells:
 
 @dataclass(frozen=True)
 class CellsDrawn:
-    """Images of the next cells drawn so far; the caller may stop here, and keep `unfinished`."""
+    """Images of the next cells drawn so far; the caller may stop here, and keep `unfinished`, which
+    holds as well once an error came."""
 
     done: int
     total: int
-    unfinished: Callable[[], PartialCells] | None = None
+    unfinished: Callable[[], PartialCells | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,47 +92,55 @@ def scored(
         json.dumps([draws.purpose, count, rescaler and rescaler.model_dump(mode="json")])
         for rescaler in rescalers
     )
-    first = 0
-    if begun and set(labels) <= set(begun.labels):
-        first = begun.drawn
-        for k, label in enumerate(labels):
+    drawn, scores = [0] * len(rescalers), [math.nan] * len(rescalers)
+    for k, label in enumerate(labels):
+        if begun and label in begun.labels:
             state = begun.of(label)
             finite[k] = state.pop("finite")
             thumbnails[k].append(state.pop("thumbnails"))
-            meters[k].restore(state)
+            drawn[k] = begun.drawn[begun.labels.index(label)]
+            if drawn[k] == count:
+                scores[k] = state["score"].item()
+            else:
+                meters[k].restore(state)
 
-    def unfinished(drawn: int) -> PartialCells:
+    def unfinished() -> PartialCells | None:
+        kept = [k for k, images in enumerate(drawn) if images]
         tensors: dict[str, Tensor] = {}
-        for k, taken in enumerate(meters):
+        for place, k in enumerate(kept):
             own = {"finite": finite[k].cpu(), "thumbnails": torch.cat(thumbnails[k])}
-            tensors |= {f"{k}/{name}": value for name, value in {**own, **taken.state()}.items()}
-        return PartialCells(labels, drawn, tensors)
+            score = {"score": torch.tensor(scores[k], dtype=torch.float64)}
+            own |= score if drawn[k] == count else meters[k].state()
+            tensors |= {f"{place}/{name}": value for name, value in own.items()}
+        found = (tuple(labels[k] for k in kept), tuple(drawn[k] for k in kept), tensors)
+        return PartialCells(*found) if kept else None
 
-    indices, total = range(first, count), count * len(rescalers)
+    indices, total = range(min(drawn), count), count * len(rescalers)
     for start in starts(draws, denoiser.noise.sigma_max, indices, table.batch, device):
-        drawn = start.rows.start
-        so_far = functools.partial(unfinished, drawn) if drawn else None
-        yield CellsDrawn(drawn * len(rescalers), total, so_far)
-        encodings = Encodings(start.x)
+        yield CellsDrawn(sum(drawn), total, unfinished)
+        rows, encodings = start.rows, Encodings(start.x)
         for k, rescaler in enumerate(rescalers):
+            if drawn[k] > rows.start:  # before an error came to another cell
+                continue
             model = denoiser.rescaled(rescaler, encodings) if rescaler else denoiser
             with cast:
                 x0 = sampler.sample(model, start.x, start.cond, start.noise)
+            drawn[k] = 0  # an error from here on leaves the meter half way
             finite[k] &= x0.isfinite().all()
             images = to_uint8(x0)
             meters[k].add(images)
-            if drawn < table.thumbnails:
-                thumbnails[k].append(images[: table.thumbnails - drawn].cpu())
-    return [
-        (_value(taken, table.minimize) if whole else None, torch.cat(shown))
-        for taken, whole, shown in zip(meters, finite.tolist(), thumbnails, strict=True)
-    ]
+            if rows.start < table.thumbnails:
+                thumbnails[k].append(images[: table.thumbnails - rows.start].cpu())
+            if rows.stop == count and finite[k]:
+                scores[k] = _value(meters[k], table.minimize)
+            drawn[k] = rows.stop
+    found = (score if math.isfinite(score) else None for score in scores)
+    return list(zip(found, map(torch.cat, thumbnails), strict=True))
 
 
-def _value(taken: Meter, key: str) -> float | None:
-    """The number `key`, None where it is not finite."""
+def _value(taken: Meter, key: str) -> float:
+    """The number `key`, NaN where there is none."""
     try:
-        value = taken.values()[key]
+        return taken.values()[key]
     except NonFiniteError:
-        return None
-    return value if math.isfinite(value) else None
+        return math.nan

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cmkit.plan import cells
-from cmkit.recipe import Recipe
+from cmkit.recipe import Recipe, cells
 
 
 def trials(

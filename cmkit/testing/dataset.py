@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,26 @@ def check_dataset(dataset: Dataset) -> None:
         f"{data!r}, then {dataset.spec()!r}",
         "return DataSpec(channels, resolution, num_classes)",
     )
+    said = dataset.declared()
+    report.require(
+        said is None
+        or (
+            replace(said, classes=data.classes, counts=data.counts) == data
+            and said.classes in ((), data.classes)
+            and said.counts in ((), data.counts)
+        ),
+        "`declared` returns what `spec` does, maybe without names and counts, or None",
+        f"{said!r}, and spec() {data!r}",
+        "return None where the keys alone do not decide it",
+    )
+
+    for key, values in (("classes", data.classes), ("counts", data.counts)):
+        report.require(
+            not values or len(values) == data.num_classes,
+            f"{key} are one for each class, or none",
+            f"{len(values)} of {data.num_classes}",
+            "give one for each number from 0 to num_classes - 1",
+        )
 
     def draw(seed: int = 0, start: int = 0, count: int = 3, size: int = 4) -> list[Any]:
         with report.untouched("batches"):

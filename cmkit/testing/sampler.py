@@ -10,12 +10,19 @@ from cmkit.kinds import Sampler
 from cmkit.noise import Noise
 from cmkit.testing.protocol import Report, report_on, shown
 from cmkit.testing.subjects import CPU, DIGITS, META, Small, close, draws
+from cmkit.traits import TRAITS
 from cmkit.values import DataSpec
 
 
 def check_sampler(sampler: Sampler, data: DataSpec = DIGITS) -> None:
     """Check a sampler on images like `data`, with a small denoiser that checks what it is given."""
     report = report_on(sampler)
+    report.require(
+        sampler.needs <= TRAITS.keys(),
+        "`needs` holds traits of scalings",
+        f"it has {sorted(sampler.needs - TRAITS.keys())}",
+        f"choose among {', '.join(TRAITS)}",
+    )
     walk = _Walk(report, data)
     out = walk.sample(sampler)
     report.require(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from cmkit.device import autocast
@@ -48,13 +49,16 @@ def train(training: Training) -> Iterator[Step]:
         step = training.step
         phase = objective.phase(step, table.steps)
         models.online.network.settle()
+        added = torch.zeros_like(training.window)
         for part in range(parts):
             x0, cond = next(batches)
             rng = Rng(recipe.seed, "train", step * parts + part, device)
             with shared_dropout(rng), cast:
                 loss = objective.loss(models, x0, cond, phase, rng).mean() / parts
             loss.backward()
-            training.window += loss.detach()  # .item() would wait for the device at each step
+            added += loss.detach()  # .item() would wait for the device at each step
+        training.whole = False
+        training.window += added
         optimizer = training.optimizer
         for group in optimizer.param_groups:
             group["lr"] = group.get("lr_scale", 1) * learning_rate(table, step)
@@ -67,6 +71,7 @@ def train(training: Training) -> Iterator[Step]:
             training.renew_teacher()
         training.step = step + 1
         training.counted += 1
+        training.whole = True
         log: dict[str, float] = {}
         if training.step % table.log_every == 0 or training.step == table.steps:
             mean = training.window.item() / training.counted
@@ -76,8 +81,8 @@ def train(training: Training) -> Iterator[Step]:
                 raise NonFiniteError(
                     f"train: the loss of objective {name!r} is {mean} between steps"
                     f" {training.step - training.counted} and {training.step};{_bad_terms(terms)}"
-                    f"{_first_bad(models)} lower train.lr or set train.clip_norm, then run again:"
-                    " the last checkpoint is finite"
+                    f"{_first_bad(models)} lower train.lr or set train.clip_norm, then go on: the"
+                    " last checkpoint is finite"
                 )
             seconds = time.perf_counter() - clock
             rate = (training.step - clocked) / seconds

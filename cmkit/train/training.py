@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,8 @@ class Training:
     """Losses in `window`."""
     renewed: bool = False
     """Whether the teacher is no longer the recipe's."""
+    whole: bool = True
+    """Whether the state is that of `step`: not while it is being changed to the next."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Tensors of the state, by file and name; without frozen parameters."""
@@ -68,18 +70,64 @@ class Training:
         return found
 
     def state(self) -> dict[str, Any]:
-        """The numbers of the state."""
+        """The numbers of the state, and the name of the average that is sampled from."""
         terms = {name: kept.tolist() for name, kept in self.models.terms.items()}
-        counts = {"step": self.step, "counted": self.counted}
-        return {**counts, "window": self.window.item(), "terms": terms}
+        counts = {"step": self.step, "steps": self.table.steps, "counted": self.counted}
+        average = f"ema-{self.table.ema[0]}"
+        return {**counts, "window": self.window.item(), "terms": terms, "average": average}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take the state of a checkpoint; CheckpointError when it is of another model."""
-        source = str(checkpoint.path)
         self.renewed = "teacher" in checkpoint.names
-        for name, (network, frozen) in self._networks().items():
-            kept = {key: value for key, value in network.state_dict().items() if key in frozen}
-            load_weights(network, {**checkpoint.tensors(name), **kept}, source)
+        for name in self._networks():
+            self._load(name, checkpoint, name)
+        self._load_optimizer(checkpoint)
+        self.step = checkpoint.step
+        self.window = torch.tensor(checkpoint.state["window"], device=self.device)
+        self.counted = checkpoint.state["counted"]
+        self.models.terms = {
+            name: torch.tensor(kept, device=self.device)
+            for name, kept in checkpoint.state.get("terms", {}).items()
+        }
+
+    def start_from(self, origin: Checkpoint) -> Iterator[str]:
+        """Go on from another run's checkpoint under this recipe's numbers; sentences of what that
+        changes. CheckpointError when it is of another model, or not before this one's last step."""
+        source, phase = str(origin.path), self.plan.recipe.objective
+        assert phase is not None
+        if origin.step >= self.table.steps:
+            raise CheckpointError(
+                f"{source}: is at step {origin.step}, and train.steps = {self.table.steps} is not"
+                " above it; raise train.steps"
+            )
+        self.renewed = "teacher" in origin.names
+        first = str(origin.state.get("average", "online"))
+        for name in self._networks():
+            kept = name if name in origin.names else first
+            if kept != name:
+                yield f"{name}: {source} has none, it starts as its {kept}"
+            self._load(name, origin, kept)
+        try:
+            self._load_optimizer(origin)
+        except CheckpointError as error:
+            yield f"{error}; the optimizer starts anew"
+        self.step = origin.step
+        said = f"going on from step {origin.step} of {source}"
+        num_sigmas = phase.phase(origin.step, self.table.steps).num_sigmas
+        steps = origin.state.get("steps")
+        if num_sigmas and steps and steps != self.table.steps:
+            before = phase.phase(origin.step, steps).num_sigmas
+            said += f"; of {self.table.steps} steps, N there is {num_sigmas}, of {steps} {before}"
+        yield said
+
+    def _load(self, name: str, checkpoint: Checkpoint, kept: str) -> None:
+        """Load the weights `kept` of a checkpoint into the network `name`."""
+        network, frozen = self._networks()[name]
+        own = {key: value for key, value in network.state_dict().items() if key in frozen}
+        load_weights(network, {**checkpoint.tensors(kept), **own}, str(checkpoint.path))
+
+    def _load_optimizer(self, checkpoint: Checkpoint) -> None:
+        """Load the optimizer's state of a checkpoint, but for what the recipe says of it."""
         places = {name: index for index, name in _names(self.optimizer).items()}
         slots: dict[int, dict[str, Tensor]] = {}
         groups = self.optimizer.state_dict()["param_groups"]
@@ -89,15 +137,10 @@ class Training:
                 slots.setdefault(places[name], {})[slot] = value
             self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{source}: its optimizer state does not fit: {error}") from error
+            raise CheckpointError(
+                f"{checkpoint.path}: its optimizer state does not fit: {error}"
+            ) from error
         _lay_out_as_weights(self.optimizer)
-        self.step = checkpoint.step
-        self.window = torch.tensor(checkpoint.state["window"], device=self.device)
-        self.counted = checkpoint.state["counted"]
-        self.models.terms = {
-            name: torch.tensor(kept, device=self.device)
-            for name, kept in checkpoint.state.get("terms", {}).items()
-        }
 
     def renew_teacher(self) -> None:
         """Make the online network the teacher; averages and optimizer start anew from it."""

@@ -4,4 +4,14 @@ Whatever the file (safetensors, pickle, diffusers folder, run folder) and whoeve
 tensors, `adapt(read(find(..)))` are those of our network."""
 
 from cmkit.weights.fetch import Downloaded, download
-from cmkit.weights.files import DIFFUSERS, Weights, adapt, find, read, shapes
+from cmkit.weights.files import (
+    DIFFUSERS,
+    Weights,
+    adapt,
+    find,
+    identity,
+    notes,
+    read,
+    shapes,
+    start_checkpoint,
+)

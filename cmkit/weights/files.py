@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from cmkit.checkpoint import read_shapes, read_weights
+from cmkit.checkpoint import (
+    MANIFEST,
+    newest_folder,
+    read_shapes,
+    read_weights,
+    weights_file,
+)
 from cmkit.errors import CheckpointError, did_you_mean
-from cmkit.files import atomic_write, cache_folder, cached_sha256
-from cmkit.run.folder import RunFolder
+from cmkit.files import atomic_write, cache_folder, cached_sha256, fresh_cache, read_bytes
+from cmkit.run.folder import RunFolder, chosen
 from cmkit.tensors import is_pickle
 
 if TYPE_CHECKING:
@@ -31,6 +38,8 @@ class Weights:
     name: str
     path: Path
     url: str | None = None
+    average: str | None = None
+    """Which of the weights of a checkpoint; None = the average that its training samples from."""
 
     @property
     def missing(self) -> bool:
@@ -39,7 +48,9 @@ class Weights:
 
 
 def find(name: str, backbone: Backbone) -> Weights:
-    """The weights `name`: "path:FILE", "PUBLISHER:NAME" as `backbone` publishes, or a path.
+    """The weights `name`: "path:FILE", "PUBLISHER:NAME" as `backbone` publishes, or a path; a run
+    may be "run:NAME-KEY" wherever it lies, and "RUN@STEP", "RUN:ema-0.9999" and "RUN:online" name
+    its other weights.
 
     CheckpointError when there is no such file, or no such name.
     """
@@ -47,9 +58,20 @@ def find(name: str, backbone: Backbone) -> Weights:
         publisher, _, _ = name.partition(":")
         url = backbone.published[name]
         return Weights(name, cache_folder(f"weights/{publisher}") / url.rsplit("/", 1)[-1], url)
-    path = Path(name.removeprefix("path:"))
+    place, step, average = chosen(name)
+    path = RunFolder.at(place).path
+    if step is not None:
+        path = RunFolder(path).checkpoint(step)
+    elif average and path.is_dir() and (kept := RunFolder(path).checkpoints).is_dir():
+        path = kept
     if path.exists():
-        return Weights(name, path)
+        return Weights(name, path, average=average)
+    if step is not None:
+        known = sorted(int(each.name[5:]) for each in path.parent.glob("step-*"))
+        raise CheckpointError(
+            f"{name}: no checkpoint of step {step} is kept; there are"
+            f" {', '.join(map(str, known)) or 'none'}"
+        )
     if not name.startswith("path:") and re.fullmatch(r"[a-z][a-z0-9-]+:\w[\w.-]*", name):
         raise CheckpointError(
             f"{name}: no published weights of this backbone"
@@ -58,8 +80,33 @@ def find(name: str, backbone: Backbone) -> Weights:
         )
     raise CheckpointError(
         f"{path}: no such file; give a checkpoint, a run folder, or a published name such as"
-        " openai:ct_bedroom256"
+        f" openai:ct_bedroom256 (a relative path counts from {Path.cwd()})"
     )
+
+
+def start_checkpoint(name: str) -> Path:
+    """The checkpoint that "RUN", "RUN@STEP" or "run:NAME-KEY@STEP" names, by default the newest;
+    CheckpointError where it is not there."""
+    place, step, _ = chosen(name)
+    folder = RunFolder.at(place)
+    path = folder.checkpoints if step is None else folder.checkpoint(step)
+    found = newest_folder(path) if path.is_dir() else path
+    if not (found / MANIFEST).is_file():
+        kept = sorted(each.name for each in folder.checkpoints.glob("step-*"))
+        raise CheckpointError(
+            f"{name}: no checkpoint to go on from; there are {', '.join(kept) or 'none'} in"
+            f" {folder.checkpoints}"
+        )
+    return found
+
+
+def identity(name: str, backbone: Backbone) -> dict[str, str]:
+    """The SHA-256 of the file that holds the weights `name`; nothing before it is downloaded."""
+    found = find(name, backbone)
+    if found.missing:
+        return {}
+    path = _within(RunFolder(found.path).newest_weights()) if found.path.is_dir() else found.path
+    return {"weights": cached_sha256(weights_file(path, found.average))}
 
 
 def read(weights: Weights) -> dict[str, Tensor]:
@@ -70,12 +117,12 @@ def read(weights: Weights) -> dict[str, Tensor]:
     """
     if weights.url:
         _pin(weights.path, cached_sha256(weights.path))
-    return read_weights(_file(weights))
+    return read_weights(_file(weights), weights.average)
 
 
 def shapes(weights: Weights) -> dict[str, Tensor]:
     """The tensors of `read` on the meta device: names, types and shapes from the file's head."""
-    return read_shapes(_file(weights))
+    return read_shapes(_file(weights), weights.average)
 
 
 def _file(weights: Weights) -> Path:
@@ -89,12 +136,55 @@ def _file(weights: Weights) -> Path:
 def adapt(
     tensors: Mapping[str, Tensor], network: Network, layouts: Sequence[Layout]
 ) -> dict[str, Tensor]:
-    """`tensors` under the names of `network`, from whichever of `layouts` they are in."""
+    """`tensors` under the names of `network`, from whichever of `layouts` they are in, without the
+    prefix that wrappers gave all their names."""
+    _, tensors = _unwrapped(tensors, network, layouts)
     if tensors.keys() != network.state_dict().keys():
         for layout in layouts:
             if layout.matches(tensors):
                 return layout.read(tensors)
     return dict(tensors)
+
+
+def notes(
+    weights: Weights, tensors: Mapping[str, Tensor], network: Network, layouts: Sequence[Layout]
+) -> Iterator[str]:
+    """Sentences of what `read` and `adapt` make of the file that is not as its author wrote it."""
+    pickled = not weights.path.is_dir() and is_pickle(weights.path)
+    if pickled and (note := _conversion(cached_sha256(weights.path))[1]):
+        yield f"{weights.name}: {note}"
+    prefix, _ = _unwrapped(tensors, network, layouts)
+    if prefix:
+        yield f"{weights.name}: the prefix {prefix!r} of its names is left out"
+
+
+def _unwrapped(
+    tensors: Mapping[str, Tensor], network: Network, layouts: Sequence[Layout]
+) -> tuple[str, Mapping[str, Tensor]]:
+    """What is left out of the names of `tensors` (DistributedDataParallel puts "module." before
+    them, torch.compile "_orig_mod." anywhere), and the tensors without it."""
+    own = network.state_dict().keys()
+
+    def fit(choice: tuple[str, Mapping[str, Tensor]]) -> float:
+        names = choice[1].keys()
+        known = names == own or any(layout.matches(choice[1]) for layout in layouts)
+        return math.inf if known else len(names & own)
+
+    return max(_without_prefixes(tensors), key=fit)
+
+
+def _without_prefixes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    yield "", tensors
+    prefix, compiled = "", "_orig_mod."
+    if any(compiled in name for name in tensors):
+        prefix, tensors = compiled, {n.replace(compiled, ""): t for n, t in tensors.items()}
+        yield prefix, tensors
+    while len(heads := {name.partition(".")[0] for name in tensors}) == 1:
+        if not all("." in name for name in tensors):
+            return
+        prefix += f"{heads.pop()}."
+        tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+        yield prefix, tensors
 
 
 def _within(folder: Path) -> Path:
@@ -111,7 +201,7 @@ def _pin(path: Path, digest: str) -> None:
     record = path.with_name(f"{path.name}.sha256")
     if not record.exists():
         atomic_write(record, f"{digest}  {path.name}\n")
-    known = record.read_text("utf-8").split()[:1]
+    known = read_bytes(record).decode(errors="replace").split()[:1]
     if known != [digest]:
         raise CheckpointError(
             f"{path}: its SHA-256 {digest[:12]}.. is not {''.join(known)[:12]}.. of its first use"
@@ -121,14 +211,20 @@ def _pin(path: Path, digest: str) -> None:
 
 def _converted(path: Path, digest: str) -> Path:
     """The safetensors file that a pickle of this SHA-256 became; made now if there is none."""
-    folder = cache_folder("converted")
-    target, record = folder / f"{digest}.safetensors", folder / f"{digest}.sha256"
-    kept = record.read_text("utf-8") if target.exists() and record.exists() else None
-    if kept and kept == cached_sha256(target):
+    target = cache_folder("converted") / f"{digest}.safetensors"
+    if target.is_file() and _conversion(digest)[0] == cached_sha256(target):
         return target
     from cmkit.weights.pickles import pickle_to_safetensors
 
-    folder.mkdir(parents=True, exist_ok=True)
-    pickle_to_safetensors(path, target)
-    atomic_write(record, cached_sha256(target))
+    fresh_cache(target.parent)
+    note = pickle_to_safetensors(path, target)
+    atomic_write(target.with_suffix(".sha256"), f"{cached_sha256(target)}\n{note}")
     return target
+
+
+def _conversion(digest: str) -> tuple[str, str]:
+    """The SHA-256 of what a pickle became, and the note of its conversion; empty without one."""
+    record = cache_folder("converted") / f"{digest}.sha256"
+    text = read_bytes(record).decode(errors="replace") if record.is_file() else ""
+    converted, _, note = text.partition("\n")
+    return converted, note

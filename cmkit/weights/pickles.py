@@ -35,12 +35,13 @@ _MARGIN = 768 << 20
 _BYTES_PER_SECOND = 20 << 20
 
 
-def pickle_to_safetensors(source: Path, target: Path) -> None:
-    """Write the tensors of the pickle `source` (.pt, .pth, .pkl) to the safetensors file `target`.
+def pickle_to_safetensors(source: Path, target: Path) -> str:
+    """Write the tensors of the pickle `source` (.pt, .pth, .pkl) to the safetensors file `target`;
+    a note of what was passed over, "" where nothing was.
 
     Names are those of the state dict, or of the modules where whole modules were pickled; of a
-    training checkpoint the first of `ENTRIES` is taken. CheckpointError for anything but a pickle
-    of dense tensors, ResourceError when disk or memory do not suffice.
+    training checkpoint the first of `ENTRIES` that has names is taken. CheckpointError for anything
+    but a pickle of dense tensors, ResourceError when disk or memory do not suffice.
     """
     size = source.stat().st_size
     if size > MAX_BYTES:
@@ -55,9 +56,9 @@ def pickle_to_safetensors(source: Path, target: Path) -> None:
         raise CheckpointError(
             f"{source}: not read within {2 * seconds} s; damaged or hostile, fetch it again"
         ) from error
-    if child.returncode == 0:
-        return
     told = child.stdout.decode(errors="replace").strip().splitlines()
+    if child.returncode == 0:
+        return told[-1] if told else ""
     for kind in (CheckpointError, ResourceError):
         if told and child.returncode == kind.exit_code:
             raise kind(told[-1])
@@ -72,7 +73,9 @@ def main(source: str, target: str, seconds: str) -> int:
     path = Path(source)
     try:
         _limit(path.stat().st_size, int(seconds))
-        save_weights(Path(target), dict(_checked(_weights(_load(path), path), path)))
+        tensors, note = _weights(_load(path), path)
+        save_weights(Path(target), dict(_checked(tensors, path)))
+        print(note)
     except CmkitError as error:
         print(error)
         return error.exit_code
@@ -170,17 +173,26 @@ _INERT.UnpicklingError = pickle.UnpicklingError
 _INERT.load = lambda file, **options: _Unpickler(file, **options).load()
 
 
-def _weights(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict within what was unpickled."""
+def _weights(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
+    """The state dict within what was unpickled, and a note of entries without one."""
     if isinstance(content, Mapping):
+        passed: list[str] = []
         for entry in ENTRIES:
-            if isinstance(content.get(entry), Mapping | _Record):
-                return _weights(content[entry], path)
+            if not isinstance(content.get(entry), Mapping | _Record | list | tuple):
+                continue
+            try:
+                tensors, note = _weights(content[entry], path)
+            except CheckpointError:
+                passed.append(repr(entry))
+                continue
+            if passed:
+                note = f"{', '.join(passed)} in it has no names of tensors; {entry!r} is taken"
+            return tensors, note
         found = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         if found and all(isinstance(key, str) for key in found):
-            return found
+            return found, ""
     elif found := dict(_of_module(content, "")):
-        return found
+        return found, ""
     raise CheckpointError(f"{path}: holds no state dict (a mapping of names to tensors)")
 
 

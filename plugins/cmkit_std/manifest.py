@@ -118,7 +118,10 @@ SAMPLERS = {
     ),
     "heun:Heun": ("Diffusion models: second-order steps with optional churn", EDM),
     "edm:EDM": ("Diffusion models: the sampler of EDM, unclamped and in float64", EDM),
-    "dpm:DPM": ("Diffusion models: second-order midpoint steps with optional churn", DPM),
+    "dpm:DPM": (
+        "Diffusion models: midpoint steps as OpenAI runs them, with optional churn",
+        DPM,
+    ),
     "ancestral:Ancestral": ("Diffusion models: Euler steps with fresh noise after each", DDPM),
     "progdist:ProgDist": (
         "Progressively distilled models: DDIM steps that end at sigma_min",

@@ -58,11 +58,6 @@ def tensor(case: dict, name: str, dtype: torch.dtype) -> Tensor:
     return FIGURES.tensor(case["inputs"][name], dtype)
 
 
-def labels(case: dict) -> Cond:
-    label = case["inputs"]["y"]
-    return Cond(label=None if label is None else torch.tensor(label))
-
-
 def unet(config: dict, dtype: torch.dtype, prefix: str = "", sigma_to: bool = True) -> UNet:
     """The ADM of an official configuration, with its formula-filled weights."""
     options = options_of(config).model_copy(update={"time_scale": 1000.0})
@@ -73,8 +68,14 @@ def unet(config: dict, dtype: torch.dtype, prefix: str = "", sigma_to: bool = Tr
     return network.eval()
 
 
-NET = next(case for case in FIGURES.cases.values() if "net" in case["config"])["config"]["net"]
-"""The network of cases that name none: "the net above"."""
+def net_of(case: dict) -> harness.Config:
+    """The network of a case; of one that names none it is "the net above", the file's first."""
+    if "net" in case["config"]:
+        return case["config"]["net"]
+    every = (other["config"] for other in FIGURES.cases.values())
+    named = next((config["net"] for config in every if "net" in config), None)
+    assert named, "no case names a network"
+    return harness.Config(named)
 
 
 def noisy(case: dict, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,7 @@ def rescaled(case: dict) -> tuple[str, str]:
 
 def adm_forward(case: dict, dtype: torch.dtype) -> dict:
     rescaled(case)
-    network, cond = unet(case["config"], dtype), labels(case)
+    network, cond = unet(case["config"], dtype), harness.cond_of(case)
     x = tensor(case, "x", dtype)
     t, s = (test_edm.unscaled(case["inputs"][name], dtype) for name in ("t", "s_sigma"))
     state = to_openai(network.state_dict())
@@ -114,6 +115,7 @@ def dhariwal_forward(case: dict, dtype: torch.dtype) -> dict:
     assert config.pop("sigma_data") == 0.5  # the figure is of F alone
     sizes = (config.pop(name) for name in ("img_channels", "img_resolution", "label_dim"))
     data = DataSpec(*sizes)
+    labelled = {"label"} if data.num_classes else set()
     options = ADM(
         channels=config.pop("model_channels"),
         channel_mult=config.pop("channel_mult"),
@@ -127,14 +129,14 @@ def dhariwal_forward(case: dict, dtype: torch.dtype) -> dict:
     )
     known(config)
     (layout,) = (layout for layout in options.layouts(data) if layout.name == "edm")
-    network = options.build(data, frozenset({"label", "sigma_to"})).to(dtype).eval()
+    network = options.build(data, frozenset({"sigma_to"} | labelled)).to(dtype).eval()
     state = layout.write(network.state_dict())
     shapes = {k: tuple(t.shape) for k, t in state.items() if not k.endswith("resample_filter")}
     weights = FIGURES.weights(shapes, dtype)
     assert layout.matches(weights)
     network.load_state_dict(layout.read(weights))
     t, s = (test_edm.unscaled(case["inputs"][name], dtype) for name in ("t", "s_sigma"))
-    cond = replace(labels(case), sigma_to=0.25 * s.log())
+    cond = replace(harness.cond_of(case), sigma_to=0.25 * s.log())
     return {
         "params": sum(p.numel() for p in network.parameters()),
         "state_dict": {key: list(t.shape) for key, t in state.items()},
@@ -144,7 +146,6 @@ def dhariwal_forward(case: dict, dtype: torch.dtype) -> dict:
 
 def scalings(case: dict, dtype: torch.dtype) -> dict:
     config = case["config"]
-    known(config, "sigma_data", "sigma_min")
     t, s = tensor(case, "t", dtype), tensor(case, "s", dtype)
     data, low = config["sigma_data"], config["sigma_min"]
     seen = {}
@@ -210,13 +211,16 @@ class Corrected(Network):
 
 def trajectory(case: dict, dtype: torch.dtype) -> dict:
     config = dict(case["config"])
-    net = config.pop("net", NET)
+    net = net_of(case)
+    config.pop("net", None)
     outer = config.pop("outer_parametrization", "euler")
     inner = config.pop("inner_parametrization", "edm")
     levels = {"sigma_min": config.pop("sigma_min", 0.002)}
     sigma_data = config.pop("sigma_data", 0.5)
     if "model_type" in net:
-        network = test_edm.filled_network(case, dtype, {**net, "training_mode": "ctm"})
+        with_s = harness.Config({**net, "training_mode": "ctm"})
+        network = test_edm.filled_network(case, dtype, with_s)
+        assert not list(with_s.unread())
     else:
         network = unet(net, dtype)
     if "target_subtract=True" in case["function"]:
@@ -227,7 +231,7 @@ def trajectory(case: dict, dtype: torch.dtype) -> dict:
     kind = Raw if inner == "no" else Denoiser
     denoiser = kind(network, Noise(**levels), INNER.get(inner, edm_scalings), sigma_data)
     (x, t), s = noisy(case, dtype), tensor(case, "s", dtype)
-    cond = labels(case)
+    cond = harness.cond_of(case)
     return {
         "denoised": denoised(denoiser, x, t, replace(cond, sigma_to=s), outer),
         "G": jump(denoiser, x, t, s, cond, outer),
@@ -235,18 +239,17 @@ def trajectory(case: dict, dtype: torch.dtype) -> dict:
 
 
 def consistency(case: dict, dtype: torch.dtype) -> dict:
-    known(case["config"], "net")
     (x, t), s = noisy(case, dtype), tensor(case, "s", dtype)
-    denoiser = Denoiser(unet(case["config"].get("net", NET), dtype))
-    return {"denoised": denoiser(x, t, replace(labels(case), sigma_to=s))}
+    denoiser = Denoiser(unet(net_of(case), dtype))
+    return {"denoised": denoiser(x, t, replace(harness.cond_of(case), sigma_to=s))}
 
 
 def teacher(case: dict, dtype: torch.dtype) -> dict:
-    known(case["config"], "net", "training_mode", "weights")
+    case["config"].ignore("training_mode")
     prefix = re.fullmatch(r"prefix '(.*)'", case["config"]["weights"])
     x, t = noisy(case, dtype)
-    network = unet(case["config"].get("net", NET), dtype, prefix[1], sigma_to=False)
-    return {"denoised": Denoiser(network, scalings=edm_scalings)(x, t, labels(case))}
+    network = unet(net_of(case), dtype, prefix[1], sigma_to=False)
+    return {"denoised": Denoiser(network, scalings=edm_scalings)(x, t, harness.cond_of(case))}
 
 
 DEFAULTS = {
@@ -368,7 +371,7 @@ class Training:
             Denoiser(teacher, scalings=edm_scalings),
         )
         self.x0, self.z = tensor(case, "x_start", dtype), tensor(case, "noise", dtype)
-        self.cond, self.gap = labels(case), inputs["num_heun_step"]
+        self.cond, self.gap = harness.cond_of(case), inputs["num_heun_step"]
         last = self.num_sigmas - 1
         self.t, self.s = (last - torch.tensor(inputs[f"indices_{name}"]) for name in "ts")
         self.u = self.t - self.gap
@@ -496,7 +499,7 @@ def adaptive(case: dict, dtype: torch.dtype) -> dict:
     assert inputs["loss1"] == "mean((W*X(W.shape))^2)"
     assert inputs["loss2"] == "mean(sin(3W))"
     key = re.fullmatch(r"(.*) W of the net above", inputs["last_layer"])[1]
-    weights = to_openai(dict(unet(NET, dtype).named_parameters()))
+    weights = to_openai(dict(unet(net_of(case), dtype).named_parameters()))
     w = weights[key]
     loss1 = (w * FIGURES.X(list(w.shape)).to(dtype)).square().mean()
     return {"weight": gradient_ratio(gradient_norm(loss1, w), (3 * w).sin().mean(), w)}
@@ -512,7 +515,7 @@ def sampled(case: dict, dtype: torch.dtype) -> dict:
     assert not config.pop("clip_output")
     assert inputs["noise"] == "c-th normal draw (x_T/80 is c=0) = Z(shape, c)"
     name, steps, shape = config.pop("sampler"), config.pop("steps"), inputs["shape"]
-    cond, ts = labels(case), config.pop("ts", None)
+    cond, ts = harness.cond_of(case), config.pop("ts", None)
     grid = falling(noise, max(steps, 2))  # of a single step, no point is asked for
     if ts is not None:
         levels = [grid[i] for i in ts]
@@ -601,18 +604,17 @@ FUNCTIONS = {
 PATCHES = {targets, losses}
 WITH_GRADIENT = {losses, adaptive}
 ELEMENTWISE = {scalings, schedule, half_lognormal, variance_preserving}
-CASES = {name: case for name, case in FIGURES.cases.items() if name not in test_edm.CASES}
+CASES = FIGURES.read_by(FUNCTIONS, lambda config: config.get("model_type") != "SongUNet")
 
 
 @BOTH
 @pytest.mark.parametrize("name", CASES)
 def test_it_computes_the_official_function(name, dtype, monkeypatch, record_property):
-    case = CASES[name]
-    assert case["function"] in FUNCTIONS, f"nothing here computes {case['function']!r}"
-    function = FUNCTIONS[case["function"]]
+    case = FIGURES.cases[name]
+    function = harness.function_of(case, FUNCTIONS)
     patch: dict[str, Any] = {"patch": monkeypatch} if function in PATCHES else {}
     with torch.set_grad_enabled(function in WITH_GRADIENT):
-        actual = function(case, dtype, **patch)
+        actual = FIGURES.compute(name, function, dtype, **patch)
     elementwise = function in ELEMENTWISE
     worst = harness.compare(actual, case["expect"], dtype, elementwise=elementwise)
     record_property("parity", (FIGURES.name, str(dtype), worst))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,22 +11,15 @@ import torch
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.adm.openai import from_openai, to_openai
 
-from cmkit import Cond, DataSpec, Layout
+from cmkit import DataSpec, Layout
 from tests.parity import harness
-from tests.parity.test_openai_unet import options_of
 
 FIGURES = harness.Figures("diffusers.json")
-OPENAI = harness.Figures("openai_unet.json")
-CASES = {name: case for name, case in FIGURES.cases.items() if "UNet2DModel" in case["function"]}
-KEY_FILES = sorted(
-    {
-        path
-        for folder in (harness.OWN_FIGURES, harness.FIGURES)
-        for path in (folder / "keys").glob("diffusers_*.json")
-    }
-)
+FUNCTION = "scripts/convert_consistency_to_diffusers.con_pt_to_diffuser, then UNet2DModel.forward"
 BOTH = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-EACH_KEY_FILE = pytest.mark.parametrize("path", KEY_FILES, ids=lambda path: path.stem)
+EACH_KEY_FILE = pytest.mark.parametrize(
+    "path", harness.key_files("diffusers_*.json"), ids=lambda path: path.stem
+)
 
 
 def diffusers_layout(options: ADM, data: DataSpec) -> Layout:
@@ -34,32 +28,32 @@ def diffusers_layout(options: ADM, data: DataSpec) -> Layout:
 
 
 @BOTH
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FIGURES.read_by({FUNCTION: None}))
 @torch.no_grad()
 def test_converted_network_computes_the_official_function(name, dtype, record_property):
-    case = CASES[name]
-    assert case["inputs"]["weights"] == (
-        "openai_unet.json unet_A filled by its own keys, then converted"
-    )
-    source = OPENAI.cases["unet_A"]["config"]
-    data = DataSpec(source["in_channels"], source["image_size"], source["num_classes"])
-    options = options_of(source)  # of time steps as they are, which the layout has no name for
-    layout = diffusers_layout(options.model_copy(update={"time_scale": 1000.0}), data)
-    network = options.build(data, frozenset({"label"})).to(dtype).eval()
+    expected = FIGURES.cases[name]["expect"]
+    actual = FIGURES.compute(name, converted, dtype)
+    worst = harness.compare(actual, expected, dtype)
+    record_property("parity", (FIGURES.name, str(dtype), worst))
+
+
+def converted(case: dict, dtype: torch.dtype) -> dict:
+    assert case["inputs"]["weights"].endswith("filled by its own keys, then converted")
+    options, data, conditions = options_of(case["config"])
+    layout = diffusers_layout(options, data)
+    options = options.model_copy(update={"time_scale": 1.0})  # time steps come as they are here
+    network = options.build(data, conditions).to(dtype).eval()
     shapes = {key: tuple(t.shape) for key, t in to_openai(network.state_dict()).items()}
-    converted = layout.write(from_openai(OPENAI.weights(shapes, dtype)))
-    network.load_state_dict(layout.read(converted))
+    theirs = layout.write(from_openai(FIGURES.weights(shapes, dtype)))
+    network.load_state_dict(layout.read(theirs))
     out = network(
         FIGURES.tensor(case["inputs"]["x"], dtype),
         FIGURES.tensor(case["inputs"]["timesteps"], dtype),
-        Cond(label=torch.tensor(case["inputs"]["y"])),
+        harness.cond_of(case),
         {},
     )
     assert agrees(layout.config(network.state_dict()), case["config"])
-    assert case["expect"].keys() == {"keys", "out"}
-    assert len(converted) == case["expect"]["keys"]
-    worst = harness.compare(out, case["expect"]["out"], dtype)
-    record_property("parity", (FIGURES.name, str(dtype), worst))
+    return {"keys": len(theirs), "out": out}
 
 
 def agrees(config: dict[str, Any], official: dict[str, Any]) -> bool:
@@ -70,7 +64,11 @@ def agrees(config: dict[str, Any], official: dict[str, Any]) -> bool:
 def described(path) -> tuple[ADM, DataSpec, frozenset[str], dict[str, Any]]:
     """Options, data and conditions of the network of a key list, and the list itself."""
     content = json.loads(path.read_text("utf-8"))
-    config = content["source"]["config"]
+    return *options_of(content["source"]["config"]), content
+
+
+def options_of(config: Mapping[str, Any]) -> tuple[ADM, DataSpec, frozenset[str]]:
+    """Options, data and conditions of a UNet2DModel."""
     widths = config["block_out_channels"]
     data = DataSpec(config["in_channels"], config["sample_size"], config["num_class_embeds"])
     options = ADM(
@@ -87,7 +85,7 @@ def described(path) -> tuple[ADM, DataSpec, frozenset[str], dict[str, Any]]:
         resblock_updown=config["downsample_type"] == "resnet",
     )
     conditions = frozenset({"label"} if data.num_classes else ())
-    return options, data, conditions, content
+    return options, data, conditions
 
 
 @EACH_KEY_FILE

@@ -31,8 +31,6 @@ FIELDS = {
     "learn_sigma": "learn_sigma",
 }
 """Argument of the official DiT -> field of ours."""
-OF_THE_DATA = {"input_size", "in_channels", "num_classes"}
-OF_TRAINING = {"class_dropout_prob", "cfg_scale"}
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["f64", "f32"])
@@ -47,12 +45,12 @@ def dtype(request):
 def network_of(case: dict, dtype: torch.dtype) -> Transformer:
     """The case's network with its formula-filled weights."""
     config = case["config"]
-    unknown = config.keys() - FIELDS.keys() - OF_THE_DATA - OF_TRAINING
-    assert not unknown, f"unknown options {unknown}"
-    fields = {FIELDS[name]: value for name, value in config.items() if name in FIELDS}
+    config.ignore("cfg_scale")
+    fields = {own: config[name] for name, own in FIELDS.items() if name in config}
     fields["null_class"] = config.get("class_dropout_prob", 0) > 0
     data = DataSpec(config["in_channels"], config["input_size"], config["num_classes"])
-    return filled(DiT(**fields, time_scale=1.0).build(data, LABEL), case, dtype)
+    conditions = frozenset({"label"} if data.num_classes else ())
+    return filled(DiT(**fields, time_scale=1.0).build(data, conditions), case, dtype)
 
 
 def filled(module: torch.nn.Module, case: dict, dtype: torch.dtype) -> torch.nn.Module:
@@ -67,7 +65,7 @@ def filled(module: torch.nn.Module, case: dict, dtype: torch.dtype) -> torch.nn.
 def run_of(case: dict, dtype: torch.dtype, network: Transformer, t: str = "t") -> torch.Tensor:
     """What the network says of all its output channels."""
     inputs = case["inputs"]
-    cond = Cond(label=torch.tensor(inputs["y"]))
+    cond = harness.cond_of(case)
     x = FIGURES.tensor(inputs["x"], dtype)
     return network.outputs(x, FIGURES.tensor(inputs[t], dtype), cond, {})
 
@@ -114,8 +112,8 @@ def forward(case: dict, dtype: torch.dtype) -> dict:
 
 
 def guidance(case: dict, dtype: torch.dtype) -> dict:
-    """The official code guides the first three channels alone; the second half of its output is
-    guided there as well, and has no label elsewhere."""
+    """The second half of the official output is guided in three channels as well, and has no label
+    elsewhere."""
     network = network_of(case, dtype)
     inputs = case["inputs"]
     x = FIGURES.tensor(inputs["x"], dtype)
@@ -126,9 +124,11 @@ def guidance(case: dict, dtype: torch.dtype) -> dict:
     with_label = network.outputs(x[:half], t[:half], Cond(label=labels[:half]), {})
     without = network.outputs(x[:half], t[:half], Cond(), {})
     guided = Guided(Denoiser(network, scalings=plain), case["config"]["cfg_scale"] - 1)
-    first = guided(x[:half], t[:half], Cond(label=labels[:half]))[:, :3]
-    others = torch.cat([with_label, without])[:, 3:]
-    return {"out": torch.cat([first.repeat(2, 1, 1, 1), others], dim=1)}
+    first = guided(x[:half], t[:half], Cond(label=labels[:half]))
+    channels = first.shape[1]
+    second = torch.cat([first[:, :3], without[:, 3:]], dim=1)
+    first = torch.cat([first, with_label[:, channels:]], dim=1)
+    return {"out": torch.cat([first, second])}
 
 
 def plain(sigma, sigma_data, sigma_min) -> Scalings:
@@ -165,17 +165,15 @@ def training(case: dict, dtype: torch.dtype) -> dict:
 
 
 def block(case: dict, dtype: torch.dtype) -> dict:
-    config = dict(case["config"])
-    layer = Block(config.pop("hidden_size"), config.pop("num_heads"), config.pop("mlp_ratio"))
-    assert not config, f"unknown options {config}"
+    config = case["config"]
+    layer = Block(config["hidden_size"], config["num_heads"], config["mlp_ratio"])
     return layer_figures(layer, case, dtype)
 
 
 def final_layer(case: dict, dtype: torch.dtype) -> dict:
-    config = dict(case["config"])
-    features = config.pop("patch_size") ** 2 * config.pop("out_channels")
-    layer = Final(config.pop("hidden_size"), features)
-    assert not config, f"unknown options {config}"
+    config = case["config"]
+    features = config["patch_size"] ** 2 * config["out_channels"]
+    layer = Final(config["hidden_size"], features)
     return layer_figures(layer, case, dtype)
 
 
@@ -220,27 +218,17 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FIGURES.cases)
+@pytest.mark.parametrize("name", FIGURES.read_by(FUNCTIONS))
 def test_network_computes_the_official_function(name, dtype, record_property):
     case = FIGURES.cases[name]
-    assert case["function"] in FUNCTIONS, f"nothing here computes {case['function']!r}"
-    function = FUNCTIONS[case["function"]]
+    function = harness.function_of(case, FUNCTIONS)
     with torch.set_grad_enabled(function is training):
-        actual = function(case, dtype)
+        actual = FIGURES.compute(name, function, dtype)
     worst = harness.compare(actual, case["expect"], dtype)
     record_property("parity", (FIGURES.name, str(dtype), worst))
 
 
-KEY_FILES = sorted(
-    {
-        path
-        for folder in (harness.OWN_FIGURES, harness.FIGURES)
-        for path in (folder / "keys").glob("dit_*.json")
-    }
-)
-
-
-@pytest.mark.parametrize("path", KEY_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", harness.key_files("dit_*.json"), ids=lambda path: path.stem)
 def test_preset_holds_the_names_and_shapes_of_the_published_weights(path):
     content = json.loads(path.read_text("utf-8"))
     config = content["source"]["config"]
@@ -266,7 +254,8 @@ def test_every_size_of_the_family_is_a_preset():
 
 
 def test_layout_round_trip_is_bit_identical():
-    state = network_of(FIGURES.cases["dit_A"], torch.float32).state_dict()
+    options = DiT(patch_size=2, width=48, depth=2, num_heads=3, learn_sigma=True)
+    state = options.build(DataSpec(4, 8, 10), LABEL).state_dict()
     back = read(write(state))
     assert list(back) == list(state)
     assert all(back[key] is state[key] for key in state)

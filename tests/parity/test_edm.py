@@ -26,6 +26,7 @@ from torch import Tensor
 
 from cmkit import Cond, DataSpec, Denoiser, Noise, edm_scalings
 from tests.parity import harness
+from tests.parity.test_openai_samplers import toy_of
 
 FIGURES = harness.Figures("edm.json")
 CTM = harness.Figures("ctm.json")
@@ -36,7 +37,7 @@ OFFICIAL_NAMES = {
     "num_blocks": "num_res_blocks",
     "attn_resolutions": "attention_resolutions",
 }
-SAME_NAME = {
+SAME_NAME = (
     "augment_dim",
     "channel_mult",
     "channel_mult_noise",
@@ -45,27 +46,22 @@ SAME_NAME = {
     "embedding_type",
     "encoder_type",
     "resample_filter",
-}
-OF_THE_DATA = {"img_channels", "img_resolution", "label_dim"}
-OF_THE_DENOISER = {"sigma_data", "sigma_min", "sigma_max"}
-WITHOUT_EFFECT = {"use_fp16", "linear_probing"}
+)
+ELSEWHERE = ("sigma_data", "sigma_min", "sigma_max", "use_fp16", "linear_probing", "training_mode")
+"""Arguments of the denoiser, and those that change nothing."""
 
 
 def network_of(config: dict) -> SongUNet:
     """The network of arguments of an official preconditioning."""
-    config = dict(config)
-    assert config.pop("model_type") == "SongUNet"
-    data = DataSpec(*(config.pop(k) for k in ("img_channels", "img_resolution", "label_dim")))
+    config.ignore(*ELSEWHERE)
+    assert config["model_type"] == "SongUNet"
+    data = DataSpec(*(config[k] for k in ("img_channels", "img_resolution", "label_dim")))
     conditions = {"label"} if data.num_classes else set()
-    if "arch" in config:  # of sony/ctm
-        config["preset"] = config.pop("arch")
-    if config.pop("training_mode", None) == "ctm":
+    if config.get("training_mode") == "ctm":
         conditions.add("sigma_to")
-    fields = {OFFICIAL_NAMES.get(k, k): v for k, v in config.items() if k not in OF_THE_DENOISER}
-    unknown = set(fields) - SAME_NAME - set(OFFICIAL_NAMES.values()) - WITHOUT_EFFECT - {"preset"}
-    assert not unknown, f"unknown options {unknown}"
-    options = Options(**{k: v for k, v in fields.items() if k not in WITHOUT_EFFECT})
-    return options.build(data, frozenset(conditions))
+    names = {**OFFICIAL_NAMES, **{name: name for name in (*SAME_NAME, "preset")}, "arch": "preset"}
+    fields = {own: config[name] for name, own in names.items() if name in config}
+    return Options(**fields).build(data, frozenset(conditions))
 
 
 def filled(module: torch.nn.Module, case: dict, dtype: torch.dtype, prefix: str = "") -> None:
@@ -77,8 +73,7 @@ def filled(module: torch.nn.Module, case: dict, dtype: torch.dtype, prefix: str 
         for key, tensor in official.items()
         if not key.endswith("resample_filter")
     }
-    figures = CTM if any(case is other for other in CTM.cases.values()) else FIGURES
-    weights = figures.weights(shapes, dtype, w_quad=case["inputs"].get("w_quad"))
+    weights = case["figures"].weights(shapes, dtype, w_quad=case["inputs"].get("w_quad"))
     module.to(dtype)
     missing, unexpected = module.load_state_dict(read(weights), strict=False)
     assert not unexpected
@@ -92,17 +87,14 @@ def filled_network(case: dict, dtype: torch.dtype, config: dict | None = None) -
     return network
 
 
-def cond_of(case: dict) -> Cond:
-    label = case["inputs"]["y"]
-    return Cond(label=None if label is None else torch.tensor(label))
-
-
 def augment_of(case: dict, dtype: torch.dtype) -> Tensor | None:
     """Augmentation labels of the case; cases of gradients take those of their network's others."""
+    own = case["config"].content
     for other in (case, *FIGURES.cases.values()):
         spec = other["inputs"].get("augment_labels")
-        if spec is not None and case["config"].items() <= other["config"].items():
+        if spec is not None and all(other["config"].get(key) == own[key] for key in own):
             return FIGURES.tensor(spec, dtype)
+    assert not own.get("augment_dim"), "no case says the augmentation labels of this network"
     return None
 
 
@@ -160,7 +152,7 @@ def traced(network: SongUNet) -> dict[str, Tensor]:
 def forward(case: dict, dtype: torch.dtype) -> dict:
     network = filled_network(case, dtype)
     c_noise = FIGURES.tensor(case["inputs"]["c_noise"], dtype)
-    cond, augment = cond_of(case), augment_of(case, dtype)
+    cond, augment = harness.cond_of(case), augment_of(case, dtype)
     spec = case["inputs"].get("x")
     x = FIGURES.tensor(spec, dtype) if spec else FIGURES.X(case["inputs"]["shape"]).to(dtype)
     actual = {}
@@ -189,7 +181,7 @@ def gradients(case: dict, dtype: torch.dtype) -> dict:
     network = filled_network(case, dtype)
     x = FIGURES.tensor(case["inputs"]["x"], dtype).requires_grad_()
     c_noise = FIGURES.tensor(case["inputs"]["c_noise"], dtype)
-    out = network(x, c_noise, cond_of(case), {}, augment=augment_of(case, dtype))
+    out = network(x, c_noise, harness.cond_of(case), {}, augment=augment_of(case, dtype))
     formula = re.fullmatch(r"mean\(F \* (X\(F\.shape, .*\))\)", case["inputs"]["loss"])
     assert formula, f"unknown loss {case['inputs']['loss']}"
     loss = (out * FIGURES.tensor(formula[1], dtype, F=out)).mean()
@@ -208,7 +200,7 @@ def preconditioned(case: dict, dtype: torch.dtype) -> dict:
     denoiser = Denoiser(filled_network(case, dtype), Noise(*column.known), column.scalings)
     x, sigma = noisy(case, dtype)
     return {
-        "D": denoiser(x, sigma, cond_of(case)),
+        "D": denoiser(x, sigma, harness.cond_of(case)),
         "round_sigma": rounded(column.schedule, sigma) if name == "iDDPM" else sigma,
         "sigma_min": torch.tensor(column.known[0], dtype=dtype),
         "sigma_max": torch.tensor(column.known[1], dtype=dtype),
@@ -253,9 +245,10 @@ class LogUniform(NamedTuple):
 
 
 def losses(case: dict, dtype: torch.dtype) -> dict:
-    options = dict(case["config"])
-    network = filled_network(case, dtype, options.pop("net"))
-    renamed = {{"P_mean": "mean", "P_std": "std"}[k]: v for k, v in options.items()}
+    config = case["config"]
+    network = filled_network(case, dtype, config["net"])
+    names = {"P_mean": "mean", "P_std": "std"}
+    renamed = {own: config[name] for name, own in names.items() if name in config}
     name = re.fullmatch(r"training\.loss\.(\w+)Loss\.__call__", case["function"])[1]
     law = {"EDM": LogNormal, "VP": UniformTime, "VE": LogUniform}[name](**renamed)
     images = FIGURES.tensor(case["inputs"]["images"], dtype)
@@ -263,21 +256,11 @@ def losses(case: dict, dtype: torch.dtype) -> dict:
     sigma = law.drawn(draw([len(images)], 0).to(dtype))
     z = FIGURES.Z(list(images.shape), 1).to(dtype)
     denoiser = Denoiser(network, scalings=edm_scalings)
-    x0_hat = denoiser(images + sigma.view(-1, 1, 1, 1) * z, sigma, cond_of(case))
+    x0_hat = denoiser(images + sigma.view(-1, 1, 1, 1) * z, sigma, harness.cond_of(case))
     loss = law.weight(sigma).view(-1, 1, 1, 1) * (x0_hat - images).square()
     total = loss.sum() / len(images)
     total.backward()
     return {"loss": loss, "sum_over_batch_size": total, "grad_norm": norms(case, network)}
-
-
-class Toy(Denoiser):
-    """D(x, sigma) = 0.45 tanh(x / sqrt(sigma^2 + 0.25))."""
-
-    def __init__(self, noise: Noise):
-        super().__init__(torch.nn.Identity(), noise)
-
-    def forward(self, x, sigma, cond=None):
-        return 0.45 * torch.tanh(x / (sigma**2 + 0.25).sqrt().view(-1, 1, 1, 1))
 
 
 RENAMED = {"num_steps": "steps", "S_churn": "s_churn", "S_min": "s_min", "S_max": "s_max"} | {
@@ -300,16 +283,13 @@ def sampled(case: dict, dtype: torch.dtype) -> dict:
     noise = Noise(**given) if given else LEVELS[sampler.discretization]
     if net:
         denoiser = Denoiser(filled_network(case, dtype, net), noise, scalings=edm_scalings)
-        assert case["inputs"]["y"] is None
     else:
-        assert case["inputs"]["denoiser"] in (
-            "D(x, sigma) = 0.45*tanh(x/sqrt(sigma^2+0.25))",
-            "toy D above",
-        )
-        denoiser = Toy(noise)
+        denoiser = toy_of(case, noise)
     z = FIGURES.tensor(case["inputs"]["latents"], torch.float64)
     x = (noise.sigma_max * z).to(dtype)
-    sample = sampler.sample(denoiser, x, Cond(), lambda k: FIGURES.Z(list(z.shape), k).to(dtype))
+    sample = sampler.sample(
+        denoiser, x, harness.cond_of(case), lambda k: FIGURES.Z(list(z.shape), k).to(dtype)
+    )
     actual = {"sample": sample}
     if "draws" in case["expect"]:
         # There every step draws, so that the k-th draw is the k-th step's, as it is here.
@@ -318,20 +298,19 @@ def sampled(case: dict, dtype: torch.dtype) -> dict:
 
 
 def block(case: dict, dtype: torch.dtype) -> dict:
-    config = dict(case["config"])
+    config = case["config"]
     fixed = {"num_heads": 1, "skip_scale": "sqrt(0.5)", "eps": 1e-6, "resample_proj": True}
     for name, value in {**fixed, "adaptive_scale": False}.items():
-        assert config.pop(name) == value
-    up, down = config.pop("up", False), config.pop("down", False)
+        assert config[name] == value
+    up, down = config.get("up", False), config.get("down", False)
     layer = Block(
-        config.pop("in_channels"),
-        config.pop("out_channels"),
+        config["in_channels"],
+        config["out_channels"],
         "up" if up else "down" if down else None,
-        config.pop("attention"),
-        emb_channels=config.pop("emb_channels"),
-        options=Options(resample_filter=config.pop("resample_filter", (1, 1))),
+        config["attention"],
+        emb_channels=config["emb_channels"],
+        options=Options(resample_filter=config.get("resample_filter", (1, 1))),
     )
-    assert not config
     filled(layer, case, dtype)
     keys = [key.removeprefix(PREFIX) for key in write(layer.state_dict())]
     x, emb = (FIGURES.tensor(case["inputs"][name], dtype) for name in ("x", "emb"))
@@ -339,17 +318,16 @@ def block(case: dict, dtype: torch.dtype) -> dict:
 
 
 def convolution(case: dict, dtype: torch.dtype) -> dict:
-    config = dict(case["config"])
-    up, down = config.pop("up", False), config.pop("down", False)
+    config = case["config"]
+    up, down = config.get("up", False), config.get("down", False)
     layer = Conv(
-        config.pop("in_channels"),
-        config.pop("out_channels"),
-        config.pop("kernel"),
+        config["in_channels"],
+        config["out_channels"],
+        config["kernel"],
         "up" if up else "down" if down else None,
-        tuple(config.pop("resample_filter")),
-        fused=config.pop("fused_resample", False),
+        tuple(config["resample_filter"]),
+        fused=config.get("fused_resample", False),
     )
-    assert not config
     filled(layer, case, dtype)
     x = FIGURES.tensor(case["inputs"]["x"], dtype)
     return {"resample_filter": layer.filter, "out": layer(x)}
@@ -375,7 +353,7 @@ def towards(case: dict, dtype: torch.dtype) -> dict:
     assert inputs["rescaled_t"] == "250*ln(t), rounded to float32"
     assert inputs["rescaled_s"] == "250*ln(s)"
     t, s = (unscaled(inputs[name], dtype) for name in ("t", "s_sigma"))
-    cond = Cond(label=cond_of(case).label, sigma_to=0.25 * s.log())
+    cond = Cond(label=harness.cond_of(case).label, sigma_to=0.25 * s.log())
     state = write(network.state_dict())
     return {
         "params": sum(p.numel() for p in network.parameters()),
@@ -408,45 +386,31 @@ FUNCTIONS = {
     "cm.networks.EDMPrecond_CTM.forward(rescaled_x, rescaled_t, s)": towards,
 }
 WITH_GRADIENT = {gradients, losses}
-OF_BACKBONE_ADM = {
-    "training.networks.EDMPrecond / DhariwalUNet forward",
-    "autograd through DhariwalUNet.forward",
-}
-CASES = {
-    name: case for name, case in FIGURES.cases.items() if case["function"] not in OF_BACKBONE_ADM
-} | {
-    name: case for name, case in CTM.cases.items() if case["config"].get("model_type") == "SongUNet"
-}
+CASES = [(FIGURES, name) for name in FIGURES.read_by(FUNCTIONS)] + [
+    (CTM, name)
+    for name in CTM.read_by(FUNCTIONS, lambda config: config.get("model_type") == "SongUNet")
+]
 
 
 @BOTH
-@pytest.mark.parametrize("name", CASES)
-def test_it_computes_the_official_function(name, dtype, record_property):
-    case = CASES[name]
-    assert case["function"] in FUNCTIONS, f"nothing here computes {case['function']!r}"
-    function = FUNCTIONS[case["function"]]
+@pytest.mark.parametrize(("figures", "name"), CASES, ids=[name for _, name in CASES])
+def test_it_computes_the_official_function(figures, name, dtype, record_property):
+    case = figures.cases[name]
+    function = harness.function_of(case, FUNCTIONS)
     with torch.set_grad_enabled(function in WITH_GRADIENT):
-        actual = function(case, dtype)
+        actual = figures.compute(name, function, dtype)
     worst = harness.compare(actual, case["expect"], dtype)
-    record_property("parity", (FIGURES.name, str(dtype), worst))
+    record_property("parity", (figures.name, str(dtype), worst))
 
 
-KEY_FILES = sorted(
-    {
-        path
-        for folder in (harness.OWN_FIGURES, harness.FIGURES)
-        for path in (folder / "keys").glob("*_cifar10_*.json")
-    }
-)
-
-
-@pytest.mark.parametrize("path", KEY_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", harness.key_files("*_cifar10_*.json"), ids=lambda path: path.stem)
 def test_layout_has_the_names_and_shapes_of_the_published_weights(path):
     content = json.loads(path.read_text("utf-8"))
-    config = {"preset": "ddpmpp"} | content["source"]["config"]
+    config = harness.Config({"preset": "ddpmpp"} | content["source"]["config"])
     with torch.device("meta"):
         network = network_of(config)
     official = write(network.state_dict())
+    assert not list(config.unread())
     assert {key: list(tensor.shape) for key, tensor in official.items()} == content["keys"]
     assert list(official) == list(content["keys"])
     assert sum(p.numel() for p in network.parameters()) == content["n_parameters"]
@@ -460,7 +424,7 @@ def test_layout_has_the_names_and_shapes_of_the_published_weights(path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_is_the_network_of_the_published_weights(preset):
     path = harness.OWN_FIGURES / "keys" / f"edm_cifar10_{preset}_cond.json"
-    config = json.loads(path.read_text("utf-8"))["source"]["config"]
+    config = harness.Config(json.loads(path.read_text("utf-8"))["source"]["config"])
     with torch.device("meta"):
         options = Options(preset=preset, augment_dim=9, dropout=0.13)
         network = options.build(DataSpec(3, 32, 10), frozenset({"label"}))
@@ -468,14 +432,16 @@ def test_preset_is_the_network_of_the_published_weights(preset):
 
 
 def test_layout_round_trip_is_bit_identical():
-    state = filled_network(FIGURES.cases["net_ncsnpp"], torch.float32).state_dict()
+    options = Options(preset="ncsnpp", channels=32, channel_mult=[1, 2], num_res_blocks=1)
+    state = options.build(DataSpec(3, 16, 10), frozenset({"label"})).state_dict()
     back = read(write(state))
     assert list(back) == list(state)
     assert all(torch.equal(back[key], state[key]) for key in state)
 
 
 def test_layout_reads_without_the_prefix_and_drops_the_table_of_iddpm():
-    state = filled_network(FIGURES.cases["net_skip"], torch.float32).state_dict()
+    options = Options(encoder_type="skip", decoder_type="skip", channels=32, channel_mult=[1, 2])
+    state = options.build(DataSpec(3, 16), frozenset()).state_dict()
     official = {key.removeprefix(PREFIX): tensor for key, tensor in write(state).items()}
     assert matches(official)
     back = read({"u": torch.zeros(1001), **official})

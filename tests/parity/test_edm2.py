@@ -15,7 +15,7 @@ from cmkit_std.backbones.edm2.magnitude import Conv, Fourier, Linear, filters, n
 from cmkit_std.backbones.edm2.network import BRANCH, Block, EDM2UNet
 from torch import Tensor, nn
 
-from cmkit import Cond, DataSpec, Denoiser, Layout, edm_scalings
+from cmkit import DataSpec, Denoiser, Layout, edm_scalings
 from tests.parity import harness
 
 FIGURES = harness.Figures("edm2.json")
@@ -29,16 +29,14 @@ OFFICIAL_NAMES = {
     "channel_mult": "channel_mult",
     "dropout": "dropout",
 }
-WITHOUT_EFFECT = {"use_fp16"}
 
 
 def options_of(config: dict) -> tuple[EDM2, DataSpec]:
     """The network and the data of arguments of the official preconditioning."""
-    config = {key: value for key, value in config.items() if key not in WITHOUT_EFFECT}
-    sizes = [config.pop(key) for key in ("img_channels", "img_resolution", "label_dim")]
-    unknown = set(config) - set(OFFICIAL_NAMES)
-    assert not unknown, f"unknown options {unknown}"
-    return EDM2(**{OFFICIAL_NAMES[key]: v for key, v in config.items()}), DataSpec(*sizes)
+    config.ignore("use_fp16")
+    sizes = [config[key] for key in ("img_channels", "img_resolution", "label_dim")]
+    fields = {own: config[name] for name, own in OFFICIAL_NAMES.items() if name in config}
+    return EDM2(**fields), DataSpec(*sizes)
 
 
 def layout_of(options: EDM2, data: DataSpec) -> Layout:
@@ -57,14 +55,9 @@ def filled_network(config: dict, dtype: torch.dtype) -> tuple[EDM2UNet, Layout]:
     return network.eval(), layout
 
 
-def cond_of(case: dict) -> Cond:
-    y = case["inputs"]["y"]
-    return Cond(label=None if y is None else torch.tensor(y))
-
-
 def forward(case: dict, dtype: torch.dtype) -> dict:
     network, layout = filled_network(case["config"], dtype)
-    inputs, cond = case["inputs"], cond_of(case)
+    inputs, cond = case["inputs"], harness.cond_of(case)
     assert inputs["F"] == "network(X(shape), c_noise)"
     assert inputs["D"] == "Precond(X(shape) + sigma*Z(shape, c=0), sigma)"
     x = FIGURES.X(inputs["shape"]).to(dtype)
@@ -90,7 +83,7 @@ def trained(case: dict, dtype: torch.dtype) -> dict:
     network.train().settle()
     x = FIGURES.tensor(case["inputs"]["x"], dtype).requires_grad_()
     c_noise = FIGURES.tensor(case["inputs"]["c_noise"], dtype)
-    out = network(x, c_noise, cond_of(case), {})
+    out = network(x, c_noise, harness.cond_of(case), {})
     formula = re.fullmatch(r"mean\(F \* (X\(F\.shape, .*\))\)", case["inputs"]["loss"])
     assert formula, f"unknown loss {case['inputs']['loss']}"
     loss = (out * FIGURES.tensor(formula[1], dtype, F=out)).mean()
@@ -116,17 +109,16 @@ def gradients(network: EDM2UNet, layout: Layout) -> dict:
 
 
 def block(case: dict, dtype: torch.dtype) -> dict:
-    config = dict(case["config"])
-    width, heads = config["out_channels"], config.pop("channels_per_head")
+    config = case["config"]
+    width, heads = config["out_channels"], config["channels_per_head"]
     layer = Block(
-        config.pop("in_channels"),
-        config.pop("out_channels"),
-        config.pop("emb_channels"),
-        pixel_norm={"enc": True, "dec": False}[config.pop("flavor")],
-        resample={"keep": None, "up": "up", "down": "down"}[config.pop("resample_mode", "keep")],
-        heads=width // heads if config.pop("attention", False) else 0,
+        config["in_channels"],
+        width,
+        config["emb_channels"],
+        pixel_norm={"enc": True, "dec": False}[config["flavor"]],
+        resample={"keep": None, "up": "up", "down": "down"}[config.get("resample_mode", "keep")],
+        heads=width // heads if config.get("attention", False) else 0,
     ).to(dtype)
-    assert not config
     layout = layout_of(EDM2(num_head_channels=heads), DataSpec(1, 64))
     shapes = {
         key.removeprefix(PREFIX): tuple(tensor.shape)
@@ -180,15 +172,13 @@ FUNCTIONS = {
     "training.networks_edm2.Block.forward": block,
     "training.networks_edm2.mp_silu, mp_sum, mp_cat, normalize, MPFourier, MPConv": functions,
 }
-OF_ECT = "training.loss.ECMLoss.__call__ of locuslab/ect, branch imgnet"
-CASES = [name for name, case in FIGURES.cases.items() if case["function"] != OF_ECT]
 
 
 @BOTH
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FIGURES.read_by(FUNCTIONS))
 def test_it_computes_the_official_figures(name, dtype, record_property):
     case = FIGURES.cases[name]
-    actual = FUNCTIONS[case["function"]](case, dtype)
+    actual = FIGURES.compute(name, harness.function_of(case, FUNCTIONS), dtype)
     worst = harness.compare(actual, case["expect"], dtype)
     record_property("parity", (FIGURES.name, str(dtype), worst))
 

@@ -11,7 +11,7 @@ from cmkit_std.objectives.schedules import adaptive_num_sigmas, halving_num_step
 from cmkit_std.objectives.weightings import weighting
 from cmkit_std.samplers.ancestral import ancestral_step
 
-from cmkit import Cond, Denoiser, Models, Noise, consistency_scalings, edm_scalings
+from cmkit import Denoiser, Models, Noise, consistency_scalings, edm_scalings
 from cmkit.denoiser import Scaling
 from tests.parity import harness
 from tests.parity.test_openai_unet import BOTH, data_of, options_of
@@ -47,17 +47,9 @@ def noise_of(config: dict) -> Noise:
     return Noise(**found)
 
 
-def labels(y: list[int] | None) -> Cond:
-    return Cond(label=None if y is None else torch.tensor(y))
-
-
-def known_keys(config: dict, *names: str) -> None:
-    assert set(config) <= set(names), f"unknown options {set(config) - set(names)}"
-
-
 def scalings(case: dict, dtype: torch.dtype) -> dict:
     config = case["config"]
-    known_keys(config, "sigma_data", "sigma_min", "sigma_max")
+    config.ignore("sigma_max")
     sigma = FIGURES.tensor(case["inputs"]["sigmas"], dtype)
     data, low = config["sigma_data"], config["sigma_min"]
     actual = {"snr": weighting("snr", sigma, data), "weightings": {}}
@@ -105,7 +97,6 @@ def ancestral(case: dict, dtype: torch.dtype) -> dict:
 
 def denoise(case: dict, dtype: torch.dtype) -> dict:
     config, inputs = case["config"], case["inputs"]
-    known_keys(config, "net", "sigma_data", "sigma_min", "sigma_max", "distillation")
     denoiser = denoiser_of(config, FIGURES, dtype)
     sigma = FIGURES.tensor(inputs["sigmas"], torch.float64)
     x = FIGURES.tensor(inputs["x_t"], dtype, shape=inputs["shape"], sigma=sigma.view(-1, 1, 1, 1))
@@ -117,7 +108,7 @@ def denoise(case: dict, dtype: torch.dtype) -> dict:
         seen["model_output"] = out
 
     denoiser.network.register_forward_hook(watch)
-    return {"denoised": denoiser(x, sigma.to(dtype), labels(inputs["y"])), **seen}
+    return {"denoised": denoiser(x, sigma.to(dtype), harness.cond_of(case)), **seen}
 
 
 class Given:
@@ -138,9 +129,6 @@ class Given:
 
 def training_losses(case: dict, dtype: torch.dtype) -> dict:
     config, inputs = case["config"], case["inputs"]
-    known_keys(
-        config, "net", "weight_schedule", "distillation", "sigma_data", "sigma_min", "sigma_max"
-    )
     denoiser = denoiser_of(config, FIGURES, dtype)
     x0 = FIGURES.tensor(inputs["x_start"], dtype)
     sigma, z = (FIGURES.tensor(inputs[name], dtype) for name in ("sigmas", "noise"))
@@ -148,7 +136,7 @@ def training_losses(case: dict, dtype: torch.dtype) -> dict:
     def loss(weighting: str) -> torch.Tensor:
         objective = EDM(weighting=weighting)
         draw = (sigma.log() - objective.p_mean) / objective.p_std
-        models, cond = Models(denoiser, denoiser), labels(inputs["y"])
+        models, cond = Models(denoiser, denoiser), harness.cond_of(case)
         return objective.loss(models, x0, cond, objective.phase(0, 1), Given(draw, z))
 
     weighted = loss(config["weight_schedule"])
@@ -157,11 +145,10 @@ def training_losses(case: dict, dtype: torch.dtype) -> dict:
 
 def schedule(case: dict, dtype: torch.dtype) -> dict:
     """N and mu of each step; literals of 9 digits."""
-    config = dict(case["config"])
-    modes = config.pop("target_ema_mode"), config.pop("scale_mode")
-    ema, start, end = (config.pop(key) for key in ("start_ema", "start_scales", "end_scales"))
-    total, stage = config.pop("total_steps"), config.pop("distill_steps_per_iter")
-    assert not config, f"unknown options {config}"
+    config = case["config"]
+    modes = config["target_ema_mode"], config["scale_mode"]
+    ema, start, end = (config[key] for key in ("start_ema", "start_scales", "end_scales"))
+    total, stage = config["total_steps"], config["distill_steps_per_iter"]
 
     def adaptive(step: int) -> tuple[int, float]:
         phase = CT(start_scales=start, end_scales=end, start_ema=ema).phase(step, total)
@@ -196,12 +183,11 @@ FUNCTIONS = {
 
 
 @BOTH
-@pytest.mark.parametrize("name", FIGURES.cases)
+@pytest.mark.parametrize("name", FIGURES.read_by(FUNCTIONS))
 @torch.no_grad()
 def test_denoiser_and_losses_compute_the_official_function(name, dtype, record_property):
     case = FIGURES.cases[name]
-    assert case["function"] in FUNCTIONS, f"nothing here computes {case['function']!r}"
-    function, elementwise = FUNCTIONS[case["function"]]
-    actual = function(case, dtype)
+    function, elementwise = harness.function_of(case, FUNCTIONS)
+    actual = FIGURES.compute(name, function, dtype)
     worst = harness.compare(actual, case["expect"], dtype, elementwise=elementwise)
     record_property("parity", (FIGURES.name, str(dtype), worst))

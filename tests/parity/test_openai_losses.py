@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +61,10 @@ def formula(text: str, case: dict, **names: Any) -> torch.Tensor:
     given = {name: case["inputs"].get(name) for name in ("shape", "y0")}
     given["y0"] = given["y0"] and torch.tensor(given["y0"])
     known = {"X": FIGURES.X, "Z": FIGURES.Z, "arange": torch.arange, **FIGURES.constants}
-    return eval(text.removeprefix("step k: "), {**known, **given, **case["config"], **names})
+    told = {
+        name: case["config"][name] for name in re.findall(r"\w+", text) if name in case["config"]
+    }
+    return eval(text.removeprefix("step k: "), {**known, **given, **told, **names})
 
 
 def prefixes_of(case: dict) -> dict[str, str]:
@@ -131,7 +135,7 @@ def single_loss(case: dict, dtype: torch.dtype) -> dict:
     models = models_of(case, dtype, config["teacher"])
     calls = watch(models)
     x0 = FIGURES.tensor(inputs["x_start"], dtype)
-    cond = Cond(label=None if inputs["y"] is None else torch.tensor(inputs["y"]))
+    cond = harness.cond_of(case)
     indices = formula(inputs["indices"], case)
     scales = config["num_scales"]
     phase = Phase(0, 2 * scales + 1 if isinstance(objective, PD) else scales)
@@ -157,6 +161,7 @@ def scheduled(case: dict) -> Objective:
     config, schedule = case["config"], case["config"]["schedule"]
     common = {"distance": config["loss_norm"], "weighting": config["weight_schedule"]}
     s0, s1, mu0 = (schedule[name] for name in ("start_scales", "end_scales", "start_ema"))
+    schedule.ignore("distill_steps_per_iter")  # of progressive distillation
     adaptive = {"adaptive": True, "fixed": False}[schedule["target_ema_mode"]]
     grows = {"progressive": True, "fixed": False}[schedule["scale_mode"]]
     if "teacher" in case["inputs"]["weights"]:
@@ -193,22 +198,44 @@ class Recorded:
         return loss
 
 
+def ema_rates(config: Mapping[str, Any]) -> tuple[float, ...]:
+    return tuple(float(rate) for rate in config["ema_rate"].split(","))
+
+
+def optimizer_as_theirs(
+    config: Mapping[str, Any], steps: int, network: torch.nn.Module
+) -> tuple[TrainTable, torch.optim.Optimizer]:
+    """The [train] table of an official loop, and its optimizer with the decay of weights as there:
+    of torch's RAdam it is part of the gradient unless told; ours never is."""
+    kind = config.get("optimizer", "RAdam")
+    table = TrainTable(
+        steps=steps,
+        batch=config["batch"],
+        lr=config["lr"],
+        ema=ema_rates(config),
+        precision="fp32",
+        optimizer=kind.lower(),
+        weight_decay=config["weight_decay"],
+    )
+    optimizer = optimizer_of(table, network)
+    for group in optimizer.param_groups:
+        assert group["decoupled_weight_decay"]
+        group["decoupled_weight_decay"] = config.get("decoupled_weight_decay", kind == "AdamW")
+    return table, optimizer
+
+
 def train_loop(case: dict, dtype: torch.dtype) -> dict:
     """The training loop of cmkit itself, with given batches and draws."""
     config, inputs = case["config"], case["inputs"]
-    assert config["weight_decay"] == 0, "theirs is part of the gradient, ours decoupled"
     objective = Recorded(scheduled(case))
+    models = models_of(case, dtype, "teacher" in inputs["weights"], ema_rates(config))
     total = config["schedule"]["total_steps"]
-    decays = tuple(float(rate) for rate in config["ema_rate"].split(","))
-    table = TrainTable(
-        steps=total, batch=config["batch"], lr=config["lr"], ema=decays, precision="fp32"
-    )
-    models = models_of(case, dtype, "teacher" in inputs["weights"], decays)
+    table, optimizer = optimizer_as_theirs(config, total, models.online.network)
 
     def batches(size, seed, device, start=0):
         for k in itertools.count(start):
             names = {"k": k, "num_classes": config["net"]["num_classes"]}
-            label = formula(inputs["y"], case, **names) if inputs["y"] else None
+            label = formula(inputs["y"], case, **names) if inputs.get("y") else None
             yield formula(inputs["batch"], case, **names).to(dtype), Cond(label=label)
 
     def draws(seed, purpose, k, device):
@@ -224,14 +251,14 @@ def train_loop(case: dict, dtype: torch.dtype) -> dict:
         table,
         torch.device("cpu"),
         models,
-        optimizer_of(table, models.online.network),
+        optimizer,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cmkit.train.loop, "Rng", draws)
         for _ in itertools.islice(cmkit.train.train(training), config["steps"]):
             pass
     ends = {"student": models.online, "target": models.target}
-    ends |= {f"ema_{decay}".replace(".", "_"): models.ema[decay] for decay in decays}
+    ends |= {f"ema_{rate}".replace(".", "_"): ema for rate, ema in models.ema.items()}
     return {
         "loss_per_step": {str(k): loss for k, loss in enumerate(objective.losses)},
         "schedule": [[float(f"{p.target_ema:.9g}"), p.num_sigmas] for p in objective.phases],
@@ -254,10 +281,28 @@ FUNCTIONS = {
 
 
 @BOTH
-@pytest.mark.parametrize("name", FIGURES.cases)
+@pytest.mark.parametrize("name", FIGURES.read_by(FUNCTIONS))
 def test_training_computes_the_official_figures(name, dtype, record_property):
     case = FIGURES.cases[name]
-    assert case["function"] in FUNCTIONS, f"nothing here computes {case['function']!r}"
-    actual = FUNCTIONS[case["function"]](case, dtype)
+    actual = FIGURES.compute(name, harness.function_of(case, FUNCTIONS), dtype)
     worst = harness.compare(actual, case["expect"], dtype)
     record_property("parity", (FIGURES.name, str(dtype), worst))
+
+
+@pytest.mark.parametrize(
+    ("config", "apart"),
+    [({}, False), ({"decoupled_weight_decay": True}, True), ({"optimizer": "AdamW"}, True)],
+    ids=str,
+)
+def test_weight_decay_is_part_of_the_gradient_or_apart_as_the_config_says(config, apart):
+    """Without a gradient, what is apart shrinks weights by 1 - lr decay a step; what is part of the
+    gradient RAdam divides by its own size, from the sixth step on."""
+    network = torch.nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    given = {"lr": 0.01, "weight_decay": 0.1, "ema_rate": "0.5", "batch": 1, **config}
+    _, optimizer = optimizer_as_theirs(given, 8, network)
+    before = network.weight.item()
+    for _ in range(8):
+        network.weight.grad = torch.zeros_like(network.weight)
+        optimizer.step()
+    shrunk = network.weight.item() / before
+    assert (shrunk == pytest.approx((1 - 0.01 * 0.1) ** 8, rel=1e-9)) is apart

@@ -21,7 +21,7 @@ from cmkit_std.samplers.progdist import ProgDist
 
 from cmkit import Cond, Denoiser, Noise, Sampler, edit
 from tests.parity import harness
-from tests.parity.test_openai_denoiser import denoiser_of, known_keys, labels, noise_of
+from tests.parity.test_openai_denoiser import denoiser_of, noise_of
 from tests.parity.test_openai_unet import BOTH
 from tests.toys import TinyNetwork
 
@@ -51,7 +51,7 @@ def toy_of(case: dict, noise: Noise) -> Toy:
     """The case's analytic denoiser; "toy D above" is that of the first case that writes it out."""
     texts = [case["inputs"]["denoiser"]] + [
         other["inputs"]["denoiser"]
-        for other in FIGURES.cases.values()
+        for other in case["figures"].cases.values()
         if "denoiser" in other["inputs"]
     ]
     if texts[0].startswith("toy D above"):
@@ -123,9 +123,7 @@ def multistep(
 
 
 def karras_sample(case: dict, dtype: torch.dtype) -> dict:
-    config, inputs = case["config"], case["inputs"]
-    axis = ("sigma_min", "sigma_max", "rho")
-    known_keys(config, "net", "distillation", "sigma_data", *axis, "sampler", "steps", "ts", *CHURN)
+    inputs = case["inputs"]
     assert inputs["noise"].endswith("returns Z(shape, c)")
     assert set(case["expect"]) <= {"clip", "noclip"}
     return {kind: sampled(case, dtype, clamp=kind == "clip") for kind in case["expect"]}
@@ -133,7 +131,7 @@ def karras_sample(case: dict, dtype: torch.dtype) -> dict:
 
 def sampled(case: dict, dtype: torch.dtype, clamp: bool) -> dict:
     """The official result with its final clamp, the result before, and the trace of steps."""
-    config, draw, cond = case["config"], draws_of(case, dtype), labels(case["inputs"]["y"])
+    config, draw, cond = case["config"], draws_of(case, dtype), harness.cond_of(case)
     denoiser = Watched(denoiser_of(config, FIGURES, dtype))
     noise, steps = denoiser.noise, config["steps"]
     x = noise.sigma_max * draw(0)
@@ -164,8 +162,6 @@ def sampled(case: dict, dtype: torch.dtype, clamp: bool) -> dict:
 def toy(case: dict, dtype: torch.dtype) -> dict:
     """Samplers called directly, with an analytic denoiser that is not clamped."""
     config, inputs = case["config"], case["inputs"]
-    axis = ("sigma_min", "sigma_max", "t_min", "t_max", "rho")
-    known_keys(config, "sampler", "n_steps", "steps", "ts", *axis, *CHURN)
     assert inputs["noise"] == "following draws Z(shape, c=1,2,..)"
     draw, denoiser = draws_of(case, dtype), toy_of(case, noise_of(config))
     x = FIGURES.tensor(inputs["x_T"], dtype, shape=inputs["shape"])
@@ -185,7 +181,6 @@ def midpoint(case: dict, dtype: torch.dtype) -> dict:
     With sigma = t0 + h - t, which falls from h to 0 in a step, it is the flow of the denoiser
     x + sigma v(x, t), and ours is the midpoint step with the arithmetic mean.
     """
-    known_keys(case["config"], "ts")
     written = re.fullmatch(r"v\(x,t\) = (.*)", case["inputs"]["velocity"])
     assert written, f"unknown velocity {case['inputs']['velocity']}"
     x = FIGURES.tensor(case["inputs"]["x"], dtype)
@@ -202,7 +197,6 @@ def midpoint(case: dict, dtype: torch.dtype) -> dict:
 
 def edited(case: dict, dtype: torch.dtype) -> dict:
     config, inputs = case["config"], case["inputs"]
-    known_keys(config, "ts", "t_min", "t_max", "rho", "steps")
     assert inputs["noise"] == "loop draws Z(shape, c=0,1,..)"
     assert inputs["denoiser"].endswith("then clamp(-1,1)")
     noise, draw = noise_of(config), draws_of(case, dtype)
@@ -237,7 +231,6 @@ def edit_matrices(case: dict, dtype: torch.dtype) -> dict:
     """An orthogonal projection on q is q q^T: its diagonal gives q, up to the sign that makes its
     sum positive. The other columns of Q are any completion, here LAPACK's as in the official code.
     """
-    known_keys(case["config"])
 
     def direction(project: Callable[[torch.Tensor], edit.Projection], shape: tuple[int, ...]):
         basis = torch.eye(np.prod(shape), dtype=dtype).view(-1, *shape)
@@ -273,11 +266,10 @@ FUNCTIONS = {
 
 
 @BOTH
-@pytest.mark.parametrize("name", FIGURES.cases)
+@pytest.mark.parametrize("name", FIGURES.read_by(FUNCTIONS))
 @torch.no_grad()
 def test_sampler_computes_the_official_function(name, dtype, record_property):
     case = FIGURES.cases[name]
-    assert case["function"] in FUNCTIONS, f"nothing here computes {case['function']!r}"
-    actual = FUNCTIONS[case["function"]](case, dtype)
+    actual = FIGURES.compute(name, harness.function_of(case, FUNCTIONS), dtype)
     worst = harness.compare(actual, case["expect"], dtype)
     record_property("parity", (FIGURES.name, str(dtype), worst))

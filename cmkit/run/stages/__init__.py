@@ -6,8 +6,9 @@ since recipes are read without it.
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cmkit.recipe import StageTable
@@ -28,3 +29,17 @@ class Stage(StageTable):
     @abstractmethod
     def line(self, result: Mapping[str, Any]) -> str:
         """What was done, in a few words for the page."""
+
+
+@contextlib.contextmanager
+def saving_first(save: Callable[[], object]) -> Iterator[None]:
+    """Inside, an error such as a bad picture or full memory is raised once `save` has kept what is
+    done so far."""
+    try:
+        yield
+    except Exception as error:
+        try:
+            save()
+        except Exception as second:  # the first is the one to mend
+            error.add_note(f"what was done before could not be kept: {second}")
+        raise

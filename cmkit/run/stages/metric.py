@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 class Measure(Stage):
     """Every [[metric]] of the recipe, on the run's samples."""
 
+    title: ClassVar[str] = "metrics"
     needs: ClassVar[tuple[str, ...]] = ("sample",)
+    reads: ClassVar[tuple[str, ...]] = ("dataset",)
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Measure the samples with every metric of the recipe."""
@@ -26,6 +28,8 @@ class Measure(Stage):
         metrics, images = job.plan.recipe.metric, SavedImages(job.folder.sample_files())
         yield StageStarted("metric", 0, len(metrics))
         values, provenance = measure(metrics, images, job.reference, job.device)
+        for record in provenance if job.plan.label_rule else ():
+            record["labels"] = job.plan.label_rule
         result |= {"values": values, "provenance": provenance}
 
     def line(self, result: Mapping[str, Any]) -> str:

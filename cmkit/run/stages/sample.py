@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit.recipe import SampleTable
-from cmkit.run.stages import Stage
+from cmkit.run.stages import Stage, saving_first
 
 if TYPE_CHECKING:
     from cmkit.denoiser import Denoiser
     from cmkit.run.events import Event
     from cmkit.run.job import Job
+    from cmkit.sample import Batch
 
 FILE_IMAGES = 1000
 """Samples in a file, and up to a batch more; fewer where they take long."""
@@ -22,62 +23,63 @@ SHOWN_IMAGES = 100
 class Sample(SampleTable, Stage):
     """Sampling from the trained, rescaled model."""
 
+    title: ClassVar[str] = "samples"
     needs: ClassVar[tuple[str, ...]] = ("sampler",)
+    reads: ClassVar[tuple[str, ...]] = ("dataset", "backbone", "denoiser", "rescaler", "sampler")
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Draw the images that are not kept yet, and pictures of the first, unscaled and not."""
         import torch
 
         from cmkit.pictures import grid_png
-        from cmkit.run.events import Sampled, StageStarted
+        from cmkit.run.events import Note, Sampled, StageStarted
         from cmkit.sample import Draws, npz, sample
 
         folder, sampler = job.folder, job.plan.recipe.sampler
         assert sampler is not None
         denoiser, rescaler = job.denoiser(self.precision), job.rescaler()
-        draws = Draws(job.plan.data, job.plan.recipe.seed)
+        draws = Draws(job.plan.data, job.plan.recipe.seed, rule=job.plan.label_rule)
         scaled = denoiser.rescaled(rescaler) if rescaler else denoiser
 
         def batches(model: Denoiser, indices: range) -> Iterator[Any]:
             return sample(model, sampler, draws, indices, self.batch, job.device, self.precision)
 
-        kept = done = _kept(job)
+        kept, damaged = folder.intact_samples()
+        done = kept
+        yield from (Note(f"{name}: damaged; drawn again") for name in damaged)
         yield StageStarted("sample", done, self.images)
-        drawn = []
-        for batch in batches(scaled, range(done, self.images)):
-            drawn.append(batch)
-            done += len(batch.images)
-            yield Sampled(done, self.images)
-            if job.save_is_due or done - kept >= FILE_IMAGES or done == self.images:
-                folder.keep_samples(kept, npz(drawn))
-                kept, drawn, job.saved = done, [], time.monotonic()
-            job.stop.check(f"{done} of {self.images} samples are kept in {folder.samples}")
+        drawn: list[Batch] = []
+
+        def keep() -> None:
+            nonlocal kept
+            if drawn:
+                folder.keep_samples(kept, done - kept, npz(drawn))
+                kept, job.saved = done, time.monotonic()
+                drawn.clear()
+
+        with saving_first(keep):
+            for batch in batches(scaled, range(done, self.images)):
+                drawn.append(batch)
+                done += len(batch.images)
+                yield Sampled(done, self.images)
+                if job.save_is_due or done - kept >= FILE_IMAGES or done == self.images:
+                    keep()
+                job.stop.check(f"{done} of {self.images} samples are kept in {folder.samples}")
         shown = range(min(SHOWN_IMAGES, self.images))
         models = {"before": denoiser, "after": scaled} if rescaler else {"after": denoiser}
         result |= {
             "images": self.images,
             "nfe": job.plan.nfe,
+            "label_rule": job.plan.label_rule,
             "scales": rescaler.model_dump(mode="json") if rescaler else {},
         }
         for name, model in models.items():
             images = torch.cat([batch.images for batch in batches(model, shown)])
             result[name] = folder.keep_picture(f"samples_{name}", grid_png(images))
+        if job.plan.label_rule and (labels := draws.labels(shown)) is not None:
+            result["labels"] = labels.tolist()
 
     def line(self, result: Mapping[str, Any]) -> str:
         from cmkit.report.figures import number
 
         return f"{number(result['images'])} images"
-
-
-def _kept(job: Job) -> int:
-    """Samples in the files that follow each other from the first on; those behind a gap, which
-    only damage leaves, are removed and drawn again."""
-    from cmkit.sample import SavedImages
-
-    kept = 0
-    for path in job.folder.sample_files():
-        if int(path.stem) == kept:
-            kept += len(SavedImages([path]))
-        else:
-            path.unlink()
-    return kept

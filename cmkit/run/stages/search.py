@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit.recipe import SearchTable
-from cmkit.run.stages import Stage
+from cmkit.run.stages import Stage, saving_first
+from cmkit.run.stages.sample import Sample
 
 if TYPE_CHECKING:
     from cmkit.run.events import Event
@@ -19,55 +20,67 @@ if TYPE_CHECKING:
 class Search(SearchTable, Stage):
     """The search of the rescaler's numbers, on the same noise and labels in every cell."""
 
+    title: ClassVar[str] = "search"
     needs: ClassVar[tuple[str, ...]] = ("rescaler", "sampler", "metric")
+    reads: ClassVar[tuple[str, ...]] = (*Sample.reads, "minimized")
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Score the cells that have no record yet, the best again, then the winner and (1, 1)."""
         from cmkit import search
         from cmkit.device import precision
         from cmkit.pictures import grid_png
-        from cmkit.plan import with_values
+        from cmkit.recipe import with_values
         from cmkit.run.events import Cell, Comparison, StageStarted
 
         folder, recipe = job.folder, job.plan.recipe
         model, begun = job.denoiser(self.precision), _unfinished(job)
         scoring = search.Scoring(job.plan, self, model, job.reference, job.device, begun)
-        records = folder.scores("cells")
-        yield StageStarted("search", len(records), search.most_cells(recipe))
-        for event in _keeping(job, search.search(scoring, tuple(records))):
+        scored, lost = folder.scores("cells")
+        yield from _lost("cells", lost)
+        yield StageStarted("search", len(scored), search.most_cells(recipe))
+        for event in _keeping(job, search.search(scoring, tuple(scored.values()))):
             yield event
             if isinstance(event, Cell):
                 name = f"search/cell-{event.index:04d}"
                 picture = folder.keep_picture(name, grid_png(event.thumbnails))
                 record = {"index": event.index, **event.values, "score": event.score}
-                records.append({**record, "samples": picture})
-                folder.append_score("cells", records[-1])
-        records.sort(key=lambda record: record["index"])
-        top, finalists = search.best(records, self.rerank or 1), folder.scores("rerank")
+                scored[event.index] = {**record, "samples": picture}
+                folder.append_score("cells", scored[event.index])
+        records = [scored[index] for index in sorted(scored)]
+        top = search.best(records, self.rerank or 1)
+        reranked, lost = folder.scores("rerank")
+        finalists = []
         if self.rerank:
-            yield StageStarted("rerank", len(finalists), len(top))
-            for event in _keeping(job, search.rerank(scoring, top[len(finalists) :])):
+            yield from _lost("rerank", lost)
+            left = [record for record in top if record["index"] not in reranked]
+            yield StageStarted("rerank", len(top) - len(left), len(top))
+            for event in _keeping(job, search.rerank(scoring, left)):
                 yield event
                 if isinstance(event, Cell):
                     record = {"index": event.index, **event.values, "score": event.score}
-                    finalists.append(record)
+                    reranked[event.index] = record
                     folder.append_score("rerank", record)
+            finalists = [reranked[record["index"]] for record in top]
             top = search.best(finalists, 1)
         winning = {axis: top[0][axis] for axis in self.grid}
-        rescaler, seeds = with_values(recipe, winning), folder.scores("confirm")
-        yield StageStarted("confirm", len(seeds), self.confirm_seeds)
-        for event in _keeping(job, search.confirm(scoring, rescaler, len(seeds))):
+        rescaler = with_values(recipe, winning)
+        confirmed, lost = folder.scores("confirm")
+        yield from _lost("confirm", lost)
+        fresh = [k for k in range(self.confirm_seeds) if k not in confirmed]
+        yield StageStarted("confirm", self.confirm_seeds - len(fresh), self.confirm_seeds)
+        for event in _keeping(job, search.confirm(scoring, rescaler, fresh)):
             yield event
             if isinstance(event, Comparison):
-                seeds.append(
-                    {"index": event.index, "plain": event.plain, "rescaled": event.rescaled}
-                )
-                folder.append_score("confirm", seeds[-1])
+                record = {"index": event.index, "plain": event.plain, "rescaled": event.rescaled}
+                confirmed[event.index] = record
+                folder.append_score("confirm", record)
+        seeds = [confirmed[k] for k in range(self.confirm_seeds)]
         plain, rescaled = ([seed[name] for seed in seeds] for name in ("plain", "rescaled"))
         difference = [after - before for before, after in zip(plain, rescaled, strict=True)]
         result |= {
             "minimize": self.minimize,
             "images": self.images,
+            "label_rule": job.plan.label_rule,
             "precision": precision(self.precision, job.device),
             "method": self.method or "grid",
             "axes": {axis: list(values) for axis, values in self.grid.items()},
@@ -88,7 +101,7 @@ class Search(SearchTable, Stage):
                 "verdict": search.verdict(self.minimize, plain, rescaled),
             },
         }
-        folder.keep("search", result)
+        folder.keep_search(result)
         folder.drop_unfinished()
 
     def line(self, result: Mapping[str, Any]) -> str:
@@ -97,23 +110,43 @@ class Search(SearchTable, Stage):
         return f"{len(result['cells'])} cells of {number(result['images'])} images"
 
 
+def _lost(name: str, lines: int) -> Iterator[Any]:
+    """A note where lines of a log of the search were damaged."""
+    from cmkit.run.events import Note
+
+    if lines:
+        yield Note(f"search/{name}.jsonl: {lines} damaged lines; what they held is drawn again")
+
+
 def _without_index(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in r.items() if key != "index"} for r in records]
 
 
 def _keeping(job: Job, found: Iterator[Any]) -> Iterator[Any]:
-    """The events `found`, with cells that are being drawn kept whenever a save is due."""
+    """The events `found`, with cells that are being drawn kept whenever a save is due, and
+    when an error comes."""
     from cmkit.run.events import CellsDrawn
 
-    for event in found:
-        if isinstance(event, CellsDrawn):
-            if job.save_is_due and event.unfinished:
-                partial = event.unfinished()
-                about = {"labels": json.dumps(partial.labels), "drawn": str(partial.drawn)}
-                job.folder.keep_unfinished(partial.tensors, about)
-                job.saved = time.monotonic()
-            job.stop.check(f"what is drawn so far is kept in {job.folder.path}")
-        yield event
+    last: CellsDrawn | None = None
+
+    def keep() -> None:
+        if last and last.unfinished and (partial := last.unfinished()):
+            about = {
+                "labels": json.dumps(partial.labels),
+                "drawn": json.dumps(partial.drawn),
+                "stage": job.keys["search"],
+            }
+            job.folder.keep_unfinished(partial.tensors, about)
+            job.saved = time.monotonic()
+
+    with saving_first(keep):
+        for event in found:
+            last = event if isinstance(event, CellsDrawn) else None
+            if last:
+                if job.save_is_due:
+                    keep()
+                job.stop.check(f"what is drawn so far is kept in {job.folder.path}")
+            yield event
 
 
 def _unfinished(job: Job) -> PartialCells | None:
@@ -121,7 +154,8 @@ def _unfinished(job: Job) -> PartialCells | None:
     from cmkit.search import PartialCells
 
     found = job.folder.unfinished()
-    if found is None:
+    if found is None or found[1].get("stage") != job.keys["search"]:
         return None
     tensors, about = found
-    return PartialCells(tuple(json.loads(about["labels"])), int(about["drawn"]), tensors)
+    labels, drawn = (tuple(json.loads(about[key])) for key in ("labels", "drawn"))
+    return PartialCells(labels, drawn, tensors)

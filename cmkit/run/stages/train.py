@@ -17,20 +17,27 @@ if TYPE_CHECKING:
 class Train(TrainTable, Stage):
     """Training. A step takes `batch` images, drawn as `accumulate` equal parts."""
 
+    title: ClassVar[str] = "training"
     needs: ClassVar[tuple[str, ...]] = ("objective",)
+    reads: ClassVar[tuple[str, ...]] = ("dataset", "backbone", "denoiser", "teacher", "objective")
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Train from the newest intact checkpoint on, and leave the first average as weights."""
-        from cmkit.checkpoint import latest_checkpoint, save_checkpoint
+        from cmkit.checkpoint import latest_checkpoint, open_checkpoint, save_checkpoint
+        from cmkit.errors import DataError, NonFiniteError
         from cmkit.run.events import Note, Saved, StageStarted
         from cmkit.tensors import save_weights
         from cmkit.train import start, train
+        from cmkit.weights import start_checkpoint
 
         folder, training = job.folder, start(job.plan, job.device)
         warnings: list[str] = []
         found = latest_checkpoint(folder.checkpoints, warnings.append)
         yield from map(Note, warnings)
         spent, loss = 0.0, None
+        if not found and self.start:
+            origin = open_checkpoint(start_checkpoint(self.start))
+            yield from map(Note, training.start_from(origin))
         if found:
             training.restore(found)
             spent, loss = found.state["seconds"], found.state["loss"]
@@ -38,19 +45,41 @@ class Train(TrainTable, Stage):
         folder.rewind_log(training.step)
         began = time.perf_counter()
         yield StageStarted("train", training.step, self.steps)
-        for event in train(training):
-            due = event.step % self.save_every == 0 or event.step == self.steps
-            if event.log:
-                loss = event.log["loss"]
-                folder.append_log({"step": event.step, **event.log}, durable=due)
-            yield event
-            if due or job.stop.signum:
-                seconds = spent + time.perf_counter() - began
-                state = {**training.state(), "seconds": seconds, "loss": loss}
-                groups = training.tensors()
-                save_checkpoint(folder.checkpoints, training.step, groups, state, self.keep)
-                yield Saved(training.step)
-            job.stop.check(f"step {event.step} is saved in {folder.path}")
+
+        def save() -> Saved:
+            seconds = spent + time.perf_counter() - began
+            state = {**training.state(), "seconds": seconds, "loss": loss}
+            groups = training.tensors()
+            save_checkpoint(folder.checkpoints, training.step, groups, state, self.keep)
+            return Saved(training.step)
+
+        saved = training.step
+        try:
+            for event in train(training):
+                due = event.step % self.save_every == 0 or event.step == self.steps
+                if event.log:
+                    loss = event.log["loss"]
+                    folder.append_log({"step": event.step, **event.log}, durable=due)
+                yield event
+                if due or job.stop.signum:
+                    yield save()
+                    saved = training.step
+                job.stop.check(f"step {event.step} is saved in {folder.path}")
+        except NonFiniteError as error:
+            if not any(folder.checkpoints.glob("step-*")):
+                raise
+            raise NonFiniteError(
+                f"{error}: cmkit run {job.plan.recipe.source.file} --from {folder.path} --set"
+                f" train.lr={self.lr / 3:.2g}"
+            ) from error
+        except Exception as error:  # a bad picture, full memory: what is trained is kept first
+            if training.whole and training.step > saved:
+                yield save()
+            if isinstance(error, DataError):
+                file, kept = job.plan.recipe.source.file, any(folder.checkpoints.glob("step-*"))
+                more = f"; then go on: cmkit run {file} --from {folder.path}" * kept
+                raise DataError(f"{error}; cmkit check {file} --data lists all{more}") from error
+            raise
         save_weights(folder.weights, training.models.ema[self.ema[0]].network.state_dict())
         seconds = spent + time.perf_counter() - began
         result |= {

@@ -186,6 +186,7 @@ def test_a_stage_lasts_stage_steps_or_an_eighth_of_the_training():
 
     assert stages(ECT(stage_steps=3), 8) == [0, 0, 0, 1, 1, 1, 2, 2]
     assert stages(ECT(), 16) == [n // 2 for n in range(16)]
+    assert stages(ECT(), 23) == [n // 2 for n in range(23)]
     assert stages(ECT(), 3) == [0, 1, 2]
     assert ECT().phase(5, 16) == ECT().phase(5, 16)
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import cmkit
 from cmkit.plan import plan
 from cmkit.plugins import register
-from cmkit.recipe import load
+from cmkit.recipe import load, run_name
 from cmkit.train import start, train
 
 HOME = Path(__file__).parent.parent
@@ -119,7 +119,7 @@ def test_the_pair_of_recipes_fits_together_and_takes_the_budget_of_improved_trai
     teacher = load(RECIPES / "digits_teacher.toml", [], registry)
     student = load(RECIPES / "digits_ect.toml", [], registry)
     other = load(HOME.parent.parent / "recipes" / "digits_rescaled_ct.toml", [], registry)
-    assert student.denoiser.weights == f"runs/{teacher.name}-{teacher.hash}"
+    assert student.denoiser.weights == f"run:{run_name(teacher)}"
     assert teacher.train.steps + student.train.steps == other.train.steps
     for key in ("dataset", "backbone"):
         assert teacher.resolved[key] == student.resolved[key] == other.resolved[key]

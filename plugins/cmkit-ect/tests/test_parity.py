@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from cmkit_ect.objective import ECT
@@ -12,7 +10,7 @@ from cmkit_std.backbones.songunet import SongUNet
 from cmkit_std.backbones.songunet.layouts import read, write
 from torch import Tensor
 
-from cmkit import Cond, DataSpec, Denoiser, Models, Noise, consistency_scalings, edm_scalings
+from cmkit import DataSpec, Denoiser, Models, Noise, consistency_scalings, edm_scalings
 from cmkit.denoiser import Scaling
 from tests.parity import harness, test_edm2
 
@@ -27,7 +25,7 @@ def objective_of(config: dict) -> ECT:
     assert adjusted in ("sigmoid", "const")
     return ECT(
         q=config["q"],
-        k=config["k"] if adjusted == "sigmoid" else 0.0,
+        k=config["k"] * (adjusted == "sigmoid"),
         b=config["b"],
         stage_steps=1,
         p_mean=config.get("P_mean", -1.1),
@@ -40,8 +38,8 @@ def denoiser_of(config: dict, scalings: Scaling, dtype: torch.dtype) -> Denoiser
     """The network of an official configuration with its formula-filled weights."""
     config = dict(config)
     assert config.pop("model_type") == "SongUNet"
-    data = DataSpec(config.pop("img_channels"), config.pop("img_resolution"), None)
-    assert config.pop("label_dim") == 0
+    sizes = (config.pop(key) for key in ("img_channels", "img_resolution", "label_dim"))
+    data = DataSpec(*sizes)
     noise = Noise(sigma_min=rounded(config.pop("sigma_min"), dtype))
     sigma_data = config.pop("sigma_data")
     names = {
@@ -50,7 +48,7 @@ def denoiser_of(config: dict, scalings: Scaling, dtype: torch.dtype) -> Denoiser
         "attn_resolutions": "attention_resolutions",
     }
     options = SongUNet(**{names.get(key, key): value for key, value in config.items()})
-    network = options.build(data, frozenset())
+    network = options.build(data, frozenset({"label"} if data.num_classes else ()))
     official = {
         key: tuple(tensor.shape)
         for key, tensor in write(network.state_dict()).items()
@@ -101,30 +99,38 @@ def preconditioned(case: dict, dtype: torch.dtype) -> dict:
     sigma, shape = FIGURES.tensor(inputs["sigmas"], dtype), inputs["shape"]
     x = FIGURES.X(shape).to(dtype) + sigma.view(-1, 1, 1, 1) * FIGURES.Z(shape, 0).to(dtype)
     return {
-        mode: denoiser_of(case["config"], scalings, dtype)(x, sigma)
+        mode: denoiser_of(case["config"], scalings, dtype)(x, sigma, harness.cond_of(case))
         for mode, scalings in (("train", edm_scalings), ("eval", consistency_scalings))
     }
 
 
-def step(case: dict, dtype: torch.dtype) -> dict:
-    config, inputs = case["config"], case["inputs"]
-    assert inputs["t"] == "exp(2*Z([4,1,1,1], c=0) - 1.1)"
-    objective, denoiser = objective_of(config), denoiser_of(config["net"], edm_scalings, dtype)
-    x0 = FIGURES.tensor(inputs["images"], dtype)
-    levels, z = FIGURES.Z([4], 0).to(dtype), FIGURES.tensor(inputs["noise"], dtype)
-    phase = objective.phase(config["stage"], 10**6)
-    loss = objective.loss(
-        Models(denoiser, denoiser), x0, Cond(), phase, GivenDraws(levels.clone(), z)
-    )
+def tuned(case: dict, objective: ECT, denoiser: Denoiser, dtype: torch.dtype) -> dict:
+    """The noise levels and the loss of a step, whose gradients it leaves."""
+    inputs, figures = case["inputs"], case["figures"]
+    x0, z = (figures.tensor(inputs[name], dtype) for name in ("images", "noise"))
+    law = f"exp({objective.p_std:g}*Z([{len(x0)},1,1,1], c=0) - {-objective.p_mean:g})"
+    assert inputs["t"] == law
+    levels = figures.Z([len(x0)], 0).to(dtype)
+    phase = objective.phase(case["config"]["stage"], 10**6)
+    models, draws = Models(denoiser, denoiser), GivenDraws(levels.clone(), z)
+    loss = objective.loss(models, x0, harness.cond_of(case), phase, draws)
     loss.mean().backward()
     sigma = (objective.p_mean + objective.p_std * levels).exp()
-    gradients = write(
-        {name: p.grad for name, p in denoiser.network.named_parameters() if p.grad is not None}
-    )
     return {
         "t": sigma.view(-1, 1, 1, 1),
         "r": objective.lower(sigma, phase).view(-1, 1, 1, 1),
         "loss": loss,
+    }
+
+
+def step(case: dict, dtype: torch.dtype) -> dict:
+    denoiser = denoiser_of(case["config"]["net"], edm_scalings, dtype)
+    figures = tuned(case, objective_of(case["config"]), denoiser, dtype)
+    gradients = write(
+        {name: p.grad for name, p in denoiser.network.named_parameters() if p.grad is not None}
+    )
+    return {
+        **figures,
         "grad_norm": {name: gradients[name].norm() for name in case["expect"]["grad_norm"]},
     }
 
@@ -136,31 +142,22 @@ def generated(case: dict, dtype: torch.dtype) -> dict:
     assert config["t_max"] == denoiser.noise.sigma_max
     x = config["t_max"] * FIGURES.tensor(case["inputs"]["latents"], dtype)
     sampler = ECTSampler(sigmas=tuple(config["mid_t"]))
-    sample = sampler.sample(denoiser, x, Cond(), lambda k: FIGURES.Z(shape, k).to(dtype))
+    sample = sampler.sample(
+        denoiser, x, harness.cond_of(case), lambda k: FIGURES.Z(shape, k).to(dtype)
+    )
     return {"sample": sample}
 
 
 def step_on_edm2(case: dict, dtype: torch.dtype) -> dict:
     """A step of tuning EDM2's network, which training settles before."""
-    config, inputs = dict(case["config"]), case["inputs"]
-    assert (config.pop("wt"), inputs["t"]) == ("snrpk", "exp(1.6*Z([4,1,1,1], c=0) - 0.8)")
+    config = case["config"]
+    assert config["wt"] == "snrpk"
     objective = objective_of(config).model_copy(update={"weighting": "snr"})
     network, layout = test_edm2.filled_network(config["net"], dtype)
     denoiser = Denoiser(network.train(), scalings=edm_scalings)
     network.settle()
-    levels = test_edm2.FIGURES.Z([4], 0).to(dtype)
-    x0, z = (test_edm2.FIGURES.tensor(inputs[name], dtype) for name in ("images", "noise"))
-    phase = objective.phase(config["stage"], 10**6)
-    models, draws = Models(denoiser, denoiser), GivenDraws(levels.clone(), z)
-    loss = objective.loss(models, x0, test_edm2.cond_of(case), phase, draws)
-    loss.mean().backward()
-    sigma = (objective.p_mean + objective.p_std * levels).exp()
-    return {
-        "t": sigma.view(-1, 1, 1, 1),
-        "r": objective.lower(sigma, phase).view(-1, 1, 1, 1),
-        "loss": loss,
-        **test_edm2.gradients(network, layout),
-    }
+    figures = tuned(case, objective, denoiser, dtype)
+    return {**figures, **test_edm2.gradients(network, layout)}
 
 
 FUNCTIONS = {
@@ -169,27 +166,16 @@ FUNCTIONS = {
     "training.loss.ECMLoss.__call__": step,
     "training.ct_training_loop.generator_fn": generated,
 }
-CASES = [name for name in FIGURES.cases if re.match("ect_|ecm_", name)]
-
-
-def test_no_case_of_the_official_code_is_left_out():
-    own = {name for name, case in FIGURES.cases.items() if case["function"] in FUNCTIONS}
-    assert own == set(CASES)
-    assert len(CASES) == 12
+ON_EDM2 = {"training.loss.ECMLoss.__call__ of locuslab/ect, branch imgnet": step_on_edm2}
+EVERY = [(FIGURES, name, FUNCTIONS) for name in FIGURES.read_by(FUNCTIONS)]
+EVERY += [(test_edm2.FIGURES, name, ON_EDM2) for name in test_edm2.FIGURES.read_by(ON_EDM2)]
 
 
 @BOTH
-@pytest.mark.parametrize("name", CASES)
-def test_tuning_computes_the_official_figures(name, dtype):
-    case = FIGURES.cases[name]
-    harness.compare(FUNCTIONS[case["function"]](case, dtype), case["expect"], dtype)
-
-
-ON_EDM2 = [k for k, case in test_edm2.FIGURES.cases.items() if case["function"] == test_edm2.OF_ECT]
-
-
-@BOTH
-@pytest.mark.parametrize("name", ON_EDM2)
-def test_tuning_of_edm2_computes_the_official_figures(name, dtype):
-    case = test_edm2.FIGURES.cases[name]
-    harness.compare(step_on_edm2(case, dtype), case["expect"], dtype)
+@pytest.mark.parametrize(
+    ("figures", "name", "functions"), EVERY, ids=[name for _, name, _ in EVERY]
+)
+def test_tuning_computes_the_official_figures(figures, name, functions, dtype):
+    case = figures.cases[name]
+    actual = figures.compute(name, harness.function_of(case, functions), dtype)
+    harness.compare(actual, case["expect"], dtype)

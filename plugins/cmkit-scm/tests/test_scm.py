@@ -287,6 +287,19 @@ def test_a_fresh_weight_leaves_the_loss_as_it_is_without_one():
     assert not plain.companions(cmkit.DataSpec(1, 4))
 
 
+def test_features_of_the_weight_have_unit_length_and_frequencies_of_deviation_2_pi():
+    """So that their learning rate means the same for any number of them (EDM2, MP-Fourier)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = LogWeight(features=20_000)
+    for sigma in (0.002, 0.5, 80.0):
+        w = made(torch.tensor([sigma])).sum()
+        (features,) = torch.autograd.grad(w, made.weight)
+        assert float(features.square().sum()) == pytest.approx(1, rel=0.03)
+    assert float(made.frequencies.std()) == pytest.approx(2 * math.pi, rel=0.03)
+    assert float(made.phases.max()) == pytest.approx(2 * math.pi, rel=0.01)
+
+
 def test_the_weight_that_is_learned_is_one_over_the_loss_of_its_noise_level():
     """d/dw (e^w L - w) = 0 at w = -ln L, where the loss is 1 + ln L."""
     torch.manual_seed(0)

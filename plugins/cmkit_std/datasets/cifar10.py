@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from cmkit import DataError, DataSpec
-from cmkit_std.datasets.on_disk import File, Published
+from cmkit_std.datasets.on_disk import File, Published, counted
 
 if TYPE_CHECKING:
     from cmkit_std.datasets.pixels import Pixels
@@ -19,6 +19,10 @@ FILES = {
     "train": tuple(f"data_batch_{n}.bin" for n in range(1, 6)),
     "test": ("test_batch.bin",),
 }
+CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 IMAGES = 10_000
 RECORD = 1 + 3 * 32 * 32
 """Bytes of one image: its label, then its red, green and blue planes, row by row."""
@@ -41,9 +45,15 @@ class CIFAR10(Published):
 
     def spec(self) -> DataSpec:
         """Three channels, ten classes; reads every file whole, DataError when one is not right."""
-        self._images()
+        labels = self._images().labels
         self._check_published()
-        return DataSpec(channels=3, resolution=32, num_classes=10 if self.labels else None)
+        if labels is None:
+            return DataSpec(channels=3, resolution=32)
+        return DataSpec(3, 32, 10, CLASSES, counted(labels, 10))
+
+    def declared(self) -> DataSpec:
+        """The same without the files, but for the numbers of images."""
+        return DataSpec(3, 32, 10, CLASSES) if self.labels else DataSpec(3, 32)
 
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels

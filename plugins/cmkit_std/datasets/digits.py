@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from cmkit import DataError, DataSpec
-from cmkit_std.datasets.on_disk import OnDisk
+from cmkit_std.datasets.on_disk import OnDisk, counted
 
 if TYPE_CHECKING:
     from cmkit_std.datasets.pixels import Pixels
@@ -31,8 +31,14 @@ class Digits(OnDisk):
 
     def spec(self) -> DataSpec:
         """One channel, 8x8, ten classes; DataError when scikit-learn's file is not there."""
-        _file()
-        return DataSpec(channels=1, resolution=8, num_classes=10 if self.labels else None)
+        _, labels = digits(self.split)
+        if not self.labels:
+            return DataSpec(channels=1, resolution=8)
+        return DataSpec(1, 8, 10, tuple("0123456789"), counted(labels, 10))
+
+    def declared(self) -> DataSpec:
+        """The same without the file, but for the numbers of images."""
+        return DataSpec(1, 8, 10, tuple("0123456789")) if self.labels else DataSpec(1, 8)
 
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 import numpy as np
 
 from cmkit import DataError, DataSpec
-from cmkit_std.datasets.on_disk import File, OnDisk
+from cmkit_std.datasets.on_disk import File, OnDisk, counted
 
 if TYPE_CHECKING:
     from cmkit_std.datasets.pixels import Pixels
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+BEGINNINGS = ((9, 0, 0, 3, 0), (9, 2, 1, 1, 6))
+"""The first labels of both files, by which they are told from MNIST's, whose classes are others."""
 MAX_BYTES = 2**30
 PREFIXES = {"train": ("train",), "test": ("t10k",), "all": ("train", "t10k")}
 
@@ -40,10 +46,15 @@ class FashionMNIST(OnDisk):
 
     def spec(self) -> DataSpec:
         """One channel, ten classes; reads every file whole, DataError when one is not right."""
-        self._images()
-        return DataSpec(
-            channels=1, resolution=self.resolution, num_classes=10 if self.labels else None
-        )
+        labels = self._images().labels
+        if labels is None:
+            return DataSpec(channels=1, resolution=self.resolution)
+        names = CLASSES if tuple(labels[:5]) in BEGINNINGS else ()
+        return DataSpec(1, self.resolution, 10, names, counted(labels, 10))
+
+    def declared(self) -> DataSpec:
+        """The same without the files, but for names and numbers of the classes."""
+        return DataSpec(1, self.resolution, 10 if self.labels else None)
 
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
+import json
 import os
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from cmkit import DataError, DataSpec
-from cmkit_std.datasets.on_disk import Published
+from cmkit import CheckpointError, DataError, DataSpec
+from cmkit.files import atomic_write, cache_folder, cached_digest, digest_of, read_json
+from cmkit_std.datasets.on_disk import Published, counted
 
 if TYPE_CHECKING:
     from cmkit_std.datasets.pictures import Decoder
+
+
+LISTED = 2**35
+"""Bytes of pictures beyond which their contents are not read to tell whether they changed."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,8 @@ class File:
     label: int
     size: int
     mtime_ns: int
+    fault: str = ""
+    """Why it cannot be opened, for one that is no regular file."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +46,40 @@ class Folder:
 
     root: Path
     files: tuple[File, ...]
+    classes: tuple[str, ...] = ()
+    """Names of the classes, by number."""
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name(self, index: int) -> str:
         """The path of picture `index`."""
-        return str(self.open_picture(index))
+        return str(self.root / self.files[index].name)
 
     def open_picture(self, index: int) -> Path:
-        """The file of picture `index`."""
-        return self.root / self.files[index].name
+        """The file of picture `index`; DataError where it is no regular one."""
+        file = self.files[index]
+        if file.fault:
+            raise DataError(f"{self.root / file.name}: {file.fault}")
+        return self.root / file.name
 
-    @property
-    def classes(self) -> int:
-        """How many there are; each has a picture."""
-        return self.files[-1].label + 1
+    def counts(self) -> tuple[int, ...]:
+        """How many pictures each class has."""
+        return counted(self.labels(), len(self.classes))
 
     def labels(self) -> list[int]:
         """Classes of the pictures, (N,)."""
         return [file.label for file in self.files]
 
     def fingerprint(self) -> str:
-        """SHA-256 of names and contents."""
+        """SHA-256 of names and contents, computed anew when a file's name, size or time changes; of
+        more than LISTED bytes that of names, sizes and times."""
+        listing = "".join(f"{f.name}\0{f.size}\0{f.mtime_ns}\n" for f in self.files)
+        if sum(file.size for file in self.files) > LISTED:
+            return hashlib.sha256(os.fsencode(listing)).hexdigest()
+        return cached_digest(f"{self.root.resolve()}\n{listing}", self._contents)
+
+    def _contents(self) -> str:
         digest = hashlib.sha256()
         with ThreadPoolExecutor() as threads:
             contents = threads.map(self._sha256, range(len(self)))
@@ -87,19 +109,64 @@ class ImageFolder(Published):
     channels: Literal[1, 3] = 3
     """3 for RGB, 1 for grey."""
     labels: bool = False
-    """Each folder in `path` is a class, numbered in the order of their names."""
+    """Each folder in `path` is a class, numbered in the order of their names, or, where all names
+    are numbers, of these."""
+
+    on_bad: Literal["error", "skip"] = "error"
+    """What becomes of files that are no picture or a damaged one: an error, or they are left out,
+    after all were decoded once, and listed."""
 
     def spec(self) -> DataSpec:
-        """Shape and classes; opens every file, DataError names the first that is no picture."""
+        """Shape and classes; opens every file, DataError names those that are no picture."""
         from cmkit_std.datasets.pictures import check
 
-        folder = find(self.path, self.labels)
+        folder = self._folder()
         check(folder, range(len(folder)))
         if self.reference_npz:
             from cmkit_std.datasets import reference_npz
 
             reference_npz.statistics(Path(self.reference_npz).expanduser(), self.channels)
-        return DataSpec(self.channels, self.resolution, folder.classes if self.labels else None)
+        if not self.labels:
+            return DataSpec(self.channels, self.resolution)
+        names, counts = folder.classes, folder.counts()
+        return DataSpec(self.channels, self.resolution, len(names), names, counts)
+
+    def declared(self) -> DataSpec | None:
+        """The same without the pictures, where they have no classes."""
+        return None if self.labels else DataSpec(self.channels, self.resolution)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with each picture that cannot be decoded; reads them all."""
+        from cmkit_std.datasets.pictures import undecodable
+
+        return undecodable(self._folder(), self._shape)
+
+    def left_out(self) -> tuple[str, ...]:
+        """What is wrong with each picture that is left out."""
+        if self.on_bad == "error":
+            return ()
+        return tuple(filter(None, _verdicts(find(self.path, self.labels), self._shape)))
+
+    def identity(self) -> dict[str, Any]:
+        """As of any files on this disk, with the number of those left out."""
+        bad = len(self.left_out())
+        return {**super().identity(), **({"left_out": bad} if bad else {})}
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.channels, self.resolution
+
+    def _folder(self) -> Folder:
+        """The pictures that are used."""
+        folder = find(self.path, self.labels)
+        if self.on_bad == "error":
+            return folder
+        verdicts = _verdicts(folder, self._shape)
+        used = [file for file, bad in zip(folder.files, verdicts, strict=True) if not bad]
+        for label, name in enumerate(folder.classes or ("",)):
+            if not any(file.label == label for file in used):
+                raise DataError(f"{folder.root / name}: no sound picture in it; see on_bad")
+        return replace(folder, files=tuple(used))
 
     @property
     def _channels(self) -> int:
@@ -108,9 +175,9 @@ class ImageFolder(Published):
     def _images(self) -> Decoder:
         from cmkit_std.datasets.pictures import Decoder
 
-        folder = find(self.path, self.labels)
+        folder = self._folder()
         labels = folder.labels() if self.labels else None
-        return Decoder(folder, (self.channels, self.resolution), labels, self.flip)
+        return Decoder(folder, self._shape, labels, self.flip)
 
 
 def find(path: str, labels: bool) -> Folder:
@@ -120,43 +187,80 @@ def find(path: str, labels: bool) -> Folder:
         raise DataError(f"dataset.path = {path!r}: no such folder")
     if not labels:
         return Folder(root, _below(root, root, 0))
-    loose = [entry.name for entry in _visible(root) if not entry.is_dir()]
+    loose = [entry.name for entry in _visible(root) if not _is_folder(entry)]
     if loose:
         raise DataError(
             f"{root / loose[0]}: not in a folder of its class; move it, or read it with"
             " image_folder and dataset.labels = false"
         )
     names = sorted(entry.name for entry in _visible(root))
+    if all(name.isascii() and name.isdigit() for name in names):
+        names.sort(key=int)
     if not names:
         raise DataError(f"{root}: no folder in it; each class needs one of its pictures")
     files = [file for label, name in enumerate(names) for file in _below(root, root / name, label)]
-    return Folder(root, tuple(files))
+    shown = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in names)
+    return Folder(root, tuple(files), tuple(shown))
+
+
+@functools.lru_cache(maxsize=1)
+def _verdicts(folder: Folder, shape: tuple[int, int]) -> tuple[str, ...]:
+    """What is wrong with each picture, "" where nothing is; each is decoded once, and the verdict
+    kept in the user's cache by its name, size and time."""
+    import PIL
+
+    from cmkit_std.datasets.pictures import decode, verdicts
+
+    about = f"{folder.root.resolve()} {shape} {PIL.__version__}"
+    record = cache_folder("pictures") / f"{digest_of(about)}.json"
+    known: dict[str, Any] = {}
+    if record.exists():
+        with contextlib.suppress(CheckpointError):  # damaged: all are decoded again
+            known = read_json(record)
+    names = [f"{file.name}\0{file.size}\0{file.mtime_ns}" for file in folder.files]
+    new = [i for i, name in enumerate(names) if folder.files[i].fault or name not in known]
+    found = verdicts(folder, new, lambda index: decode(folder, index, shape))
+    known |= {names[i]: fault for i, fault in zip(new, found, strict=True)}
+    if new:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(record, json.dumps({name: known[name] for name in names}))
+    return tuple(str(known[name]) for name in names)
 
 
 def _below(root: Path, folder: Path, label: int) -> tuple[File, ...]:
     """Every visible file below `folder`, by name; DataError when there is none."""
     files = []
-    pending = [folder]
+    pending = [(folder, (folder.resolve(),))]
     while pending:
-        for entry in _visible(pending.pop()):
-            if entry.is_dir():
-                pending.append(Path(entry.path))
-            else:
+        current, above = pending.pop()
+        for entry in _visible(current):
+            if not _is_folder(entry):
                 files.append(_file(root, entry, label))
+                continue
+            inner = Path(entry.path)
+            if entry.is_symlink() and inner.resolve() in above:
+                raise DataError(f"{inner}: a link to a folder that it is in itself; remove it")
+            pending.append((inner, (*above, inner.resolve())))
     if not files:
         raise DataError(f"{folder}: no pictures in it; put some there, or remove the folder")
     return tuple(sorted(files, key=lambda file: file.name))
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, of which `_file` says so
+        return False
+
+
 def _file(root: Path, entry: os.DirEntry[str], label: int) -> File:
+    name = Path(entry.path).relative_to(root).as_posix()
     try:
         info = entry.stat()
     except OSError as error:
-        raise DataError(f"{entry.path}: cannot be read ({error.strerror}); remove it") from error
-    if not stat.S_ISREG(info.st_mode):
-        raise DataError(f"{entry.path}: no regular file; remove it")
-    name = Path(entry.path).relative_to(root).as_posix()
-    return File(name, label, info.st_size, info.st_mtime_ns)
+        return File(name, label, 0, 0, f"cannot be read ({error.strerror}); remove it")
+    fault = "" if stat.S_ISREG(info.st_mode) else "no regular file; remove it"
+    return File(name, label, info.st_size, info.st_mtime_ns, fault)
 
 
 def _visible(folder: Path) -> list[os.DirEntry[str]]:

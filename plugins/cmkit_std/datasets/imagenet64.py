@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from cmkit import DataError, DataSpec
 from cmkit_std.datasets import image_folder
-from cmkit_std.datasets.on_disk import File, Published
+from cmkit_std.datasets.on_disk import File, Published, counted
 
 if TYPE_CHECKING:
     from cmkit_std.datasets.pixels import Images
@@ -37,19 +39,42 @@ class ImageNet64(Published):
         from cmkit_std.datasets.downsampled import CLASSES, check_disk, labels
 
         self._check_published()
-        classes = CLASSES
-        if self.path is not None:
-            if files := self._files():
-                labels(files)
-                if not self.reference_npz:
-                    check_disk(files)
-            else:
-                from cmkit_std.datasets.pictures import check
+        if self.path is None:
+            return DataSpec(channels=3, resolution=64, num_classes=CLASSES)
+        if files := self._files():
+            if not self.reference_npz:
+                check_disk(files)
+            return DataSpec(3, 64, CLASSES, counts=counted(labels(files), CLASSES))
+        from cmkit_std.datasets.pictures import check
 
-                folder = image_folder.find(self.path, labels=True)
-                check(folder, range(len(folder)))
-                classes = folder.classes
-        return DataSpec(channels=3, resolution=64, num_classes=classes)
+        folder = image_folder.find(self.path, labels=True)
+        check(folder, range(len(folder)))
+        return DataSpec(3, 64, len(folder.classes), folder.classes, folder.counts())
+
+    def declared(self) -> DataSpec | None:
+        """The 1,000 classes where no files are; a folder there may hold fewer."""
+        from cmkit_std.datasets.downsampled import CLASSES
+
+        if self.path and Path(self.path).expanduser().exists():
+            return None
+        return DataSpec(channels=3, resolution=64, num_classes=CLASSES)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with each picture of a folder of classes that cannot be decoded."""
+        from cmkit_std.datasets.pictures import undecodable
+
+        if self.path is None or self._files():
+            return iter(())
+        return undecodable(image_folder.find(self.path, labels=True), (3, 64))
+
+    def identity(self) -> dict[str, Any]:
+        """As of any files on this disk; .npz files are not unpacked for it."""
+        if self.path is None or not (files := self._files()):
+            return super().identity()
+        from cmkit_std.datasets.downsampled import fingerprint
+
+        own = {"contents": fingerprint(files)}
+        return {**self.model_copy(update={"path": None}).identity(), **own}
 
     def _images(self) -> Images:
         files = self._files()

@@ -7,6 +7,7 @@ import hashlib
 import io
 import threading
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,18 @@ class LSUN(Published):
             source = self._source()
             most = CHECKED if isinstance(source, Records) else len(source)
             check(source, spread(len(source), most))
+        return self.declared()
+
+    def declared(self) -> DataSpec:
+        """The same, without the files."""
         return DataSpec(CHANNELS, self.resolution)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with each picture that cannot be decoded; reads them all."""
+        from cmkit_std.datasets.pictures import undecodable
+
+        shape = (CHANNELS, self.resolution)
+        return undecodable(self._source(), shape) if self.path is not None else iter(())
 
     def _images(self) -> Decoder:
         from cmkit_std.datasets.pictures import Decoder

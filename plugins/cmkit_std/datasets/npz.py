@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cmkit import DataError
+from cmkit.files import require_regular
 
 READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -33,11 +34,14 @@ def headers(path: Path) -> dict[str, Header]:
     the size that they announce, pickled ones among them.
     """
     try:
+        require_regular(path, DataError)
         with zipfile.ZipFile(path) as archive:
             return {
                 member.filename.removesuffix(".npy"): _header(archive, member)
                 for member in archive.infolist()
             }
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; name an .npz file") from error
     except Exception as error:  # zipfile and numpy raise almost anything

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import model_validator
 
 from cmkit import DataError, Dataset, Reference
+from cmkit.files import cached_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,12 @@ class File:
         return cls(path, info.st_size, info.st_mtime_ns)
 
 
+def counted(labels: Iterable[int], classes: int) -> tuple[int, ...]:
+    """How many images each class has."""
+    found = Counter(map(int, labels))
+    return tuple(found[label] for label in range(classes))
+
+
 class OnDisk(Dataset):
     """A data set of files on this disk."""
 
@@ -53,6 +61,11 @@ class OnDisk(Dataset):
         """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
         return self._images().batches(size, seed, device, start)
 
+    def identity(self) -> dict[str, Any]:
+        """How many images there are, and a digest of their contents."""
+        images = self._images()
+        return {"images": len(images), "contents": images.fingerprint()}
+
     def reference(self) -> Reference:
         """The images, none mirrored."""
         images = self._images()
@@ -61,6 +74,8 @@ class OnDisk(Dataset):
 
 class Published(OnDisk):
     """A data set of a folder, with which published statistics may stand for its images."""
+
+    read_by = {"reference_npz": ("search", "metric")}
 
     path: str | None = None
     """The folder; without it nothing can be trained, only compared with `reference_npz`."""
@@ -92,6 +107,14 @@ class Published(OnDisk):
             from cmkit_std.datasets import reference_npz
 
             reference_npz.check(Path(self.reference_npz).expanduser(), self._channels)
+
+    def identity(self) -> dict[str, Any]:
+        """As of any files on this disk, where there is a folder; and the SHA-256 of
+        `reference_npz`."""
+        found = super().identity() if self.path is not None else {}
+        if self.reference_npz:
+            found["reference_npz"] = cached_sha256(Path(self.reference_npz).expanduser())
+        return found
 
     def reference(self) -> Reference:
         """The published statistics, or the images, none mirrored."""

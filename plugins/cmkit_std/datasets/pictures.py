@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -18,6 +18,9 @@ from cmkit_std.datasets.pixels import Images, Labels, pool
 
 MAX_PIXELS = 2**26
 RESIDENT_BYTES = 2**31
+READ_AHEAD = 4096
+NAMED = 20
+"""Bad pictures that an error names."""
 MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
 
 Shape = tuple[int, int]
@@ -39,12 +42,39 @@ class Source(Protocol):
         """What changes whenever a picture does."""
 
 
-def check(source: Source, indices: Iterable[int]) -> None:
-    """DataError for the first whose header is not that of a picture that can be used."""
+def check(source: Source, indices: Sequence[int]) -> None:
+    """DataError that names those whose header is not that of a picture that can be used."""
+    headers = verdicts(source, indices, lambda index: _open(source, index).close())
+    bad = list(filter(None, headers))
+    if len(bad) > 1:
+        more = f"; and {len(bad) - NAMED} more, which cmkit check --data lists" * (len(bad) > NAMED)
+        raise DataError(f"{len(bad)} pictures cannot be used: {'; '.join(bad[:NAMED])}{more}")
+    if bad:
+        raise DataError(bad[0])
+
+
+def undecodable(source: Source, shape: Shape) -> Iterator[str]:
+    """What is wrong with each picture that `decode` refuses; reads them all."""
+    every = range(len(source))
+    return filter(None, verdicts(source, every, lambda index: decode(source, index, shape)))
+
+
+def verdicts(
+    source: Source, indices: Sequence[int], read: Callable[[int], object]
+) -> Iterator[str]:
+    """What is wrong with each picture, by the DataError of `read`; "" where it is right."""
+
+    def fault(index: int) -> str:
+        try:
+            read(index)
+        except DataError as error:
+            return str(error)
+        return ""
+
     with pool() as threads, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow only warns of what `_open` refuses
-        for _ in threads.map(lambda index: _open(source, index).close(), indices):
-            pass
+        for first in range(0, len(indices), READ_AHEAD):
+            yield from threads.map(fault, indices[first : first + READ_AHEAD])
 
 
 class Decoder(Images):
@@ -128,6 +158,8 @@ def _open(source: Source, index: int) -> Image.Image:
 
 
 def _damaged(name: str, error: Exception) -> DataError:
+    if isinstance(error, PermissionError):
+        return DataError(f"{name}: {error.strerror}; give this user permission to read it")
     reason = str(error) or type(error).__name__
     return DataError(f"{name}: cannot be decoded ({reason}); replace it or move it away")
 

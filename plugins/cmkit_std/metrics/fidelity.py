@@ -6,7 +6,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cmkit import DataSpec, Metric, RecipeError, Reference
-from cmkit_std.metrics.fidelity_options import DIGITS, NEIGHBOURS, NUMBERS, FidelityOptions
+from cmkit_std.metrics.fidelity_options import (
+    DIGITS,
+    INCEPTION,
+    NEIGHBOURS,
+    NUMBERS,
+    FidelityOptions,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +34,17 @@ class Fidelity(FidelityOptions, Metric):
     reference are stored in `$XDG_CACHE_HOME/cmkit/features` (by default below ~/.cache), at most
     4 GiB, by what they follow from; the folder may be deleted at any time.
     """
+
+    read_by = {"download": ()}
+
+    def identity(self) -> dict[str, Any]:
+        """The SHA-256 of the extractor's weights, where they are not those of one publication."""
+        if not self.weights and not self.extractor.startswith("timm-"):
+            return {}
+        from cmkit_std.metrics.extractor_weights import find
+
+        name = INCEPTION if self.extractor == "auto" else self.extractor
+        return {name: find(name, self.weights, self.download).sha256}
 
     def keys(self) -> tuple[str, ...]:
         """Names of the numbers that are switched on."""

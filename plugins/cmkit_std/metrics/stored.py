@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cmkit import CheckpointError, ResourceError
 from cmkit.checkpoint import read_weights
-from cmkit.files import cache_folder
+from cmkit.files import cache_folder, fresh_cache
 from cmkit.tensors import save_weights
 
 FORMAT = 1
@@ -61,7 +61,7 @@ def save(name: str, tensors: Mapping[str, Tensor]) -> None:
     digest = torch.tensor(list(_digest(name, tensors)), dtype=torch.uint8)
     # a full or read-only disk costs the next process time, not this one its numbers
     with contextlib.suppress(OSError, ResourceError):
-        _file(name).parent.mkdir(parents=True, exist_ok=True)
+        fresh_cache(_file(name).parent)
         save_weights(_file(name), {**tensors, DIGEST: digest})
         _prune(_file(name).parent)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 import cmkit
 from cmkit import DataSpec, Objective, Phase
+from cmkit.files import cached_sha256
 from cmkit_std.objectives.weightings import Weighting, weighting
 
 if TYPE_CHECKING:
@@ -36,10 +37,15 @@ class Compared(Objective):
 
     def check(self, data: DataSpec) -> None:
         """Raise now if the distance lacks its weights."""
-        if self.distance == "lpips":
-            from cmkit_std.objectives.distances import check_lpips
+        self.identity()
 
-            check_lpips(self.lpips_net, self.lpips_weights)
+    def identity(self) -> dict[str, Any]:
+        """The SHA-256 of the weights of LPIPS, where it is the distance; raises as `check`."""
+        if self.distance != "lpips":
+            return {}
+        from cmkit_std.objectives.distances import lpips_file
+
+        return {"lpips_weights": cached_sha256(lpips_file(self.lpips_net, self.lpips_weights))}
 
 
 class Comparison(Compared):

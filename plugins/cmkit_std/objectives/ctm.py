@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 import cmkit
 from cmkit import Companion, DataSpec, Phase, RecipeError
+from cmkit.files import cached_sha256
 from cmkit_std.objectives.comparison import Comparison
 from cmkit_std.objectives.weightings import Weighting, weighting
 
@@ -110,16 +111,23 @@ class CTM(Comparison):
 
     def check(self, data: DataSpec) -> None:
         super().check(data)
+        if self.gan_weight and data.channels not in (1, 3):
+            raise RecipeError(
+                f"gan_weight: the discriminator takes images of 1 or 3 channels, not of"
+                f" {data.channels}; set gan_weight = 0"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """The SHA-256 of the weights of LPIPS and of the discriminator's features, if they are
+        used; raises as `check`."""
+        found = super().identity()
         if self.gan_weight:
             from cmkit_std.timm_network import weights_of
 
-            if data.channels not in (1, 3):
-                raise RecipeError(
-                    f"gan_weight: the discriminator takes images of 1 or 3 channels, not of"
-                    f" {data.channels}; set gan_weight = 0"
-                )
             for name in self.gan_features:
-                weights_of(name, self.gan_weights, "gan_features", "gan_weights")
+                file = weights_of(name, self.gan_weights, "gan_features", "gan_weights")
+                found[name] = cached_sha256(file)
+        return found
 
     def check_batch(self, size: int) -> None:
         if self.gan_weight and size < 2:

@@ -66,12 +66,12 @@ def lpips(a: Tensor, b: Tensor, net: str = "vgg", weights: str | None = None) ->
     return model(_for_lpips(a), _for_lpips(b)).flatten()
 
 
-def check_lpips(net: str, weights: str | None) -> None:
-    """Raise DownloadError or CheckpointError now if the weights of LPIPS are not on this disk."""
+def lpips_file(net: str, weights: str | None) -> Path:
+    """The file of the weights of LPIPS; DownloadError or CheckpointError where it is not here."""
     if weights is not None:
         if not Path(weights).is_file():
             raise CheckpointError(f"lpips_weights = {weights!r}: no such file")
-        return
+        return Path(weights)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     name = LPIPS_BACKBONES[net]
     if not (folder / name).is_file():
@@ -79,6 +79,7 @@ def check_lpips(net: str, weights: str | None) -> None:
             f"LPIPS needs torchvision's {name}: put download.pytorch.org/models/{name} into"
             f" {folder}, or name a .safetensors file of the same tensors in lpips_weights"
         )
+    return folder / name
 
 
 def limit(name: str, f: Tensor, v: Tensor, net: str = "vgg", weights: str | None = None) -> Tensor:
@@ -118,7 +119,7 @@ def _for_lpips(x: Tensor) -> Tensor:
 def _lpips(net: str, weights: str | None, device: torch.device) -> nn.Module:
     from lpips import LPIPS
 
-    check_lpips(net, weights)
+    lpips_file(net, weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchvision deprecates the arguments that lpips passes
         model = LPIPS(net=net, pnet_rand=weights is not None, verbose=False)

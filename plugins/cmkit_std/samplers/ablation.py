@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from cmkit import Sampler
 from cmkit.errors import RecipeError
-from cmkit_std.samplers.steps import Draws
+from cmkit_std.samplers.steps import DIFFUSION, Draws
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,8 @@ class Ablation(Sampler):
 
     The defaults are EDM's own sampler. The state is kept in float64, as in the official code.
     """
+
+    needs: ClassVar[frozenset[str]] = DIFFUSION
 
     steps: int = Field(18, ge=2, le=10_000)
     """Noise levels; the last step goes from the lowest to 0."""

@@ -1,5 +1,7 @@
-"""DPM-Solver-2 with churn, of openai/consistency_models and k-diffusion (Lu et al.: DPM-Solver,
-2022)."""
+"""DPM-Solver-2 with churn, as openai/consistency_models runs it (Lu et al.: DPM-Solver, 2022).
+
+Not k-diffusion's `sample_dpm_2` of today, whose midpoint is the geometric mean, which ours tends to
+as mid_rho grows, and whose last step, to 0, is Euler's."""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ class DPM(Churn, Walk):
     """Steps of second order by a midpoint; deterministic unless s_churn is above 0.
     For diffusion models, such as of denoiser.precond = "edm"."""
 
-    mid_rho: float = Field(3.0, ge=1, le=100)
-    """rho of the two-interval Karras grid whose middle is the midpoint; 1 = the arithmetic mean."""
+    mid_rho: float = Field(3.0, ge=1, le=10)
+    """rho of the two-interval Karras grid whose middle is the midpoint; 1 = the arithmetic mean.
+    Rounding grows as 2^mid_rho in the last step, whose midpoint is sigma_min / 2^mid_rho."""
 
     @property
     def nfe(self) -> int:

@@ -3,11 +3,11 @@ Diffusion-Based Generative Models, 2022, algorithm 2)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from cmkit import Sampler
 from cmkit_std.samplers.ablation import Ablation
-from cmkit_std.samplers.steps import Churn, Draws, Steps
+from cmkit_std.samplers.steps import DIFFUSION, Churn, Draws, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class EDM(Churn, Sampler):
     """The sampler of EDM: as `heun`, but estimates are not clamped and x is kept in float64;
     `ablation` has its variants. For diffusion models, such as of denoiser.precond = "edm"."""
+
+    needs: ClassVar[frozenset[str]] = DIFFUSION
 
     steps: Steps = 18
 

@@ -3,7 +3,7 @@ the noise levels are those of huggingface/diffusers)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class LCM(Walk):
     """Multistep consistency sampling at noise levels spread evenly over the grid of training. The
     fresh noise is sigma z, although the estimate already has noise of sigma_min."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     steps: int = Field(4, ge=1, le=10_000)
     """Noise levels, the first of them sigma_max."""

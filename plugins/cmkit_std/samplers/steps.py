@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -77,9 +77,15 @@ def estimator(denoiser: Denoiser, clamp: bool) -> Denoise:
     return estimate
 
 
+DIFFUSION = frozenset({"diffusion"})
+"""`needs` of a sampler that takes (x - D) / sigma of estimates D of x0 for the slope of the ODE."""
+
+
 class Walk(Sampler):
     """Euler steps down the sigma grid to sigma_min, and then to 0; subclasses may add fresh noise
     after each."""
+
+    needs: ClassVar[frozenset[str]] = DIFFUSION
 
     steps: Steps = 40
     clamp: Clamp = True

@@ -30,6 +30,8 @@ class Transformer(Conditioned):
     pos_embed: Tensor
 
     label_sigma_to = False
+    guided_channels = 3
+    """As facebookresearch/DiT does it, also of latents with 4."""
 
     def __init__(self, options: DiTOptions, data: DataSpec, conditions: frozenset[str]):
         super().__init__(options, data, conditions)

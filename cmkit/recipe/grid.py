@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pydantic import ValidationError
 
 from cmkit.kinds import Metric, Rescaler
-from cmkit.recipe import Recipe
+from cmkit.recipe.recipe import Recipe
 
 
 def cells(recipe: Recipe) -> Iterator[dict[str, float]]:

@@ -1,0 +1,74 @@
+"""What the commands print on stdout, in which foreign names cannot steer the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cmkit.errors import printable
+
+if TYPE_CHECKING:
+    from cmkit.run import RunFolder
+    from cmkit.values import DataSpec
+
+LISTED = 20
+"""Lines of a list that are printed."""
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Plain columns; drawing them with rich would double the time that listing takes."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    for row in (heads, *rows):
+        cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
+        line("  ".join(cells).rstrip())
+
+
+def document(content: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(content, indent=1, ensure_ascii=True).replace("\x7f", "\\u007f"))
+
+
+def line(text: str) -> None:
+    """Print one line, in which foreign names cannot steer the terminal."""
+    print(printable(text, sys.stdout.encoding))
+
+
+def human(value: Any) -> str:
+    """A value in three digits or with commas between thousands."""
+    if isinstance(value, float):
+        return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def first(label: str, lines: Sequence[str]) -> None:
+    """Print the first LISTED of the lines, each after `label`, and how many more there are."""
+    for text in lines[:LISTED]:
+        line(f"{label}{text}")
+    if len(lines) > LISTED:
+        line(f"{label}and {len(lines) - LISTED} more; --json lists all")
+
+
+def classes(data: DataSpec) -> None:
+    """The classes that have names or counts, by number."""
+    for number in range(min(data.num_classes or 0, LISTED)):
+        name = data.classes[number] if data.classes else ""
+        count = f"{data.counts[number]:,} images" if data.counts else ""
+        if name or count:
+            line(f"{f'class {number}':<20} {f'{name}  {count}'.strip()}")
+    if max(len(data.classes), len(data.counts)) > LISTED:
+        line(f"{'classes':<20} and {(data.num_classes or 0) - LISTED} more; --json lists all")
+
+
+def results(folder: RunFolder, report: dict[str, Any]) -> None:
+    """Print where the page is, the winner and verdict of the search, and the metrics."""
+    stages = report["stages"]
+    line(f"report: {folder.page}")
+    if "search" in stages:
+        found = stages["search"]
+        winner = " ".join(f"{axis} = {found['best'][axis]:g}" for axis in found["axes"])
+        line(f"winner of the search: {winner}")
+        line(found["confirm"]["verdict"])
+    for name, value in stages.get("metric", {}).get("values", {}).items():
+        line(f"{name} = {value:.6g}")

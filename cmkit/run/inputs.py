@@ -1,0 +1,135 @@
+"""What a run reads from the disk: recorded when it is begun, and compared at every start."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from cmkit import files
+from cmkit.checkpoint import MANIFEST
+from cmkit.device import auto_precision, precision
+from cmkit.errors import CheckpointError, DataError
+from cmkit.kinds import Dataset
+from cmkit.plan import Plan
+from cmkit.recipe import Recipe, minimized, stage_tables
+from cmkit.recipe.keys import Inputs, read_by
+from cmkit.run.folder import RunFolder
+from cmkit.values import DataSpec
+from cmkit.weights import identity, start_checkpoint
+
+SHOWN = 5
+"""Names of a list that a sentence shows."""
+
+
+def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str, dict[str, Any]]:
+    """The identity of what each table of a recipe reads, and the precisions that its keys mean."""
+    found: dict[str, dict[str, Any]] = {}
+    for table in ("backbone", "objective", "rescaler", "sampler"):
+        if part := getattr(recipe, table):
+            found[table] = dict(part.identity())
+    shape = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(data).items()}
+    shape = {key: value for key, value in shape.items() if value not in (None, [])}
+    found["dataset"] = {**shape, **recipe.dataset.identity()}
+    found["metric"] = {key: v for part in recipe.metric for key, v in part.identity().items()}
+    if recipe.search and recipe.metric:
+        found["minimized"] = dict(minimized(recipe).identity())
+    if recipe.denoiser.weights:
+        found["denoiser"] = identity(recipe.denoiser.weights, recipe.backbone)
+    if teacher := recipe.teacher:
+        found["teacher"] = identity(teacher.table.weights, teacher.backbone)
+    if recipe.train and recipe.train.start:
+        manifest = start_checkpoint(recipe.train.start) / MANIFEST
+        found["train"] = {"start": files.sha256_of(manifest)}
+    for name, stage in recipe.stages.items():
+        if said := getattr(stage, "precision", None):
+            found.setdefault(name, {})["precision"] = precision(said, device)
+    return {table: about for table, about in found.items() if about}
+
+
+def chosen_precision(recipe: Recipe, device: torch.device) -> str:
+    """What "auto" means here and why, where a stage of the recipe says it; "" elsewhere."""
+    if all(getattr(stage, "precision", "") != "auto" for stage in recipe.stages.values()):
+        return ""
+    chosen, why = auto_precision(device)
+    return f"{chosen}: {why}"
+
+
+def as_begun(data: DataSpec, folder: RunFolder) -> DataSpec:
+    """`data` without names and counts of classes that were not known when a run was begun: it goes
+    on with uniform labels, as an earlier cmkit drew them."""
+    if not folder.begun:
+        return data
+    then = folder.inputs().get("inputs", {}).get("dataset", {})
+    classes = data.classes if "classes" in then else ()
+    return replace(data, classes=classes, counts=data.counts if "counts" in then else ())
+
+
+def left_out(dataset: Dataset) -> Iterator[str]:
+    """A sentence of the images that a data set leaves out, if any."""
+    if bad := dataset.left_out():
+        more = f"; and {len(bad) - SHOWN} more, which cmkit check lists" * (len(bad) > SHOWN)
+        yield f"dataset: left out, bad files: {len(bad)}: {'; '.join(bad[:SHOWN])}{more}"
+
+
+def changes(then: Inputs, now: Inputs) -> Iterator[tuple[str, str, str]]:
+    """(table, key, sentence) of each input that is not what it was."""
+    for table in dict.fromkeys((*then, *now)):
+        was, new = then.get(table, {}), now.get(table, {})
+        for key in dict.fromkeys((*was, *new)):
+            if was.get(key) != new.get(key):
+                said = _change(key.replace("_", " "), was.get(key), new.get(key))
+                yield table, key, f"{table}: {said}"
+
+
+def _change(key: str, was: Any, new: Any) -> str:
+    if isinstance(was, list) and isinstance(new, list):
+        if key == "counts":
+            changed = sum(a != b for a, b in zip(was, new, strict=False)) + abs(len(was) - len(new))
+            return f"images by class: {changed} of {len(new)} differ; they were {_few(was)}"
+        added = [str(each) for each in new if each not in was]
+        gone = [str(each) for each in was if each not in new]
+        parts = [f"{_names(added)} new"] * bool(added) + [f"{_names(gone)} gone"] * bool(gone)
+        said = ", ".join(parts) or "in another order"
+        return f"{key}: {said}; it was begun with {_few(was)}"
+    if all(isinstance(v, str) and re.fullmatch(r"[0-9a-f]{64}", v) for v in (was, new)):
+        return f"{key} changed: SHA-256 {new[:12]}.., it was begun with {was[:12]}.."
+    return f"{key} {_shown(new)}, it was begun with {_shown(was)}"
+
+
+def _few(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[: 4 * SHOWN]))
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" * (len(names) > SHOWN))
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def check_inputs(
+    plan: Plan, folder: RunFolder, now: Inputs, finished: Sequence[str]
+) -> Iterator[str]:
+    """Sentences about inputs that changed since the run was begun, and that `finished` stages
+    alone read; DataError or CheckpointError where a stage that is to be done reads one."""
+    recipe, then = plan.recipe, folder.inputs()["inputs"]
+    read: dict[str, set[str]] = {}
+    for name in recipe.stages:
+        if name not in finished:
+            for table in (*stage_tables(recipe, name), "dataset"):
+                both = {**then.get(table, {}), **now.get(table, {})}
+                read.setdefault(table, set()).update(read_by(recipe, table, name, both))
+    for table, key, sentence in changes(then, now):
+        if key in read.get(table, ()):
+            kind = DataError if table in ("dataset", "metric") else CheckpointError
+            raise kind(
+                f"{folder.path}: what it reads has changed: {sentence}; restore it, or begin a new"
+                " run with another name or --out"
+            )
+        yield sentence

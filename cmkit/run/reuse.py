@@ -1,0 +1,182 @@
+"""Stages that other runs have done already: what a recipe shares with them, and what is new."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cmkit import files
+from cmkit.errors import CmkitError, inline
+from cmkit.plugins import Registry
+from cmkit.recipe import Recipe, load, run_name, stage_tables
+from cmkit.run.folder import RunFolder
+
+MOST = 200
+"""Other runs that are looked at, the newest."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What becomes of a stage when its run starts: "finished", "begun", "that of", "goes on from"
+    or "new", from which other run, and why."""
+
+    stage: str
+    title: str
+    state: str
+    origin: RunFolder | None = None
+    why: str = ""
+
+    def __str__(self) -> str:
+        where = f" {self.origin.path}" if self.origin else ""
+        return f"{self.title}: {self.state}{where}{f' ({self.why})' if self.why else ''}"
+
+    def facts(self) -> dict[str, str | None]:
+        """The outlook as JSON."""
+        origin = str(self.origin.path) if self.origin else None
+        return {"stage": self.stage, "state": self.state, "origin": origin, "why": self.why}
+
+
+def outlook(
+    recipe: Recipe, folder: RunFolder, keys: Mapping[str, str], registry: Registry
+) -> Iterator[Outlook]:
+    """What becomes of each stage of a recipe with these keys in `folder`."""
+    own, others = folder.status(), list(_others(folder))
+    new = ""
+    for name, key in keys.items():
+        title = recipe.stages[name].title
+        if name in own:
+            yield Outlook(name, title, "finished")
+        elif origin := _finished(others, name, key):
+            yield Outlook(name, title, "that of", origin)
+        elif name == "train" and any(folder.checkpoints.glob("step-*")):
+            yield Outlook(name, title, "begun")
+        elif name == "train" and (origin := _begun(others, key)):
+            yield Outlook(name, title, "goes on from", origin)
+        else:
+            why = _why(recipe, name, folder, registry)
+            yield Outlook(name, title, "new", None, why or (f"after new {new}" if new else ""))
+            new = title
+
+
+def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:
+    """The entry of status.json of another run's finished stage with this key, once its intact
+    files are in `folder` as well; None where there is none."""
+    for other in _others(folder):
+        found = _status(other).get(stage, {})
+        if found.get("key") != key or other.damage(stage, found):
+            continue
+        try:
+            for name in found["files"]:
+                _take(other, folder, name)
+        except OSError:  # it is being removed at this moment
+            continue
+        if not folder.damage(stage, found):
+            return found
+    return None
+
+
+def reuse_checkpoint(folder: RunFolder, key: str) -> None:
+    """Copy the newest intact checkpoint of another run's training with this key, if there is one
+    and `folder` has none."""
+    from cmkit.checkpoint import newest_folder, verify
+
+    other = _begun(_others(folder), key)
+    if other is None or any(folder.checkpoints.glob("step-*")):
+        return
+    with contextlib.suppress(CmkitError, OSError):
+        newest = newest_folder(other.checkpoints)
+        verify(newest)
+        files.make_folder(folder.checkpoints)
+        with files.new_folder(folder.checkpoints / newest.name) as stage:
+            for path in newest.iterdir():
+                shutil.copyfile(path, stage / path.name)
+        verify(folder.checkpoints / newest.name)
+        _take(other, folder, "log.jsonl")
+
+
+def _take(other: RunFolder, folder: RunFolder, name: str) -> None:
+    """Link or copy a file of another run."""
+    target = folder.path / name
+    files.make_folder(target.parent)
+    target.unlink(missing_ok=True)
+    if target.suffix != ".jsonl":  # logs are appended to: the other run's must not be
+        with contextlib.suppress(OSError):
+            os.link(other.path / name, target)
+            return
+    shutil.copyfile(other.path / name, target)
+
+
+def _others(folder: RunFolder) -> list[RunFolder]:
+    return [other for other in folder.siblings() if other.checked][:MOST]
+
+
+def _status(folder: RunFolder) -> Mapping[str, dict[str, Any]]:
+    try:
+        return folder.status()
+    except CmkitError:  # another run's damage is not this one's
+        return {}
+
+
+def _finished(others: list[RunFolder], stage: str, key: str) -> RunFolder | None:
+    return next((o for o in others if _status(o).get(stage, {}).get("key") == key), None)
+
+
+def _begun(others: list[RunFolder], key: str) -> RunFolder | None:
+    for other in others:
+        with contextlib.suppress(CmkitError):
+            same = other.inputs()["keys"].get("train") == key
+            if same and any(other.checkpoints.glob("step-*")):
+                return other
+    return None
+
+
+def _why(recipe: Recipe, stage: str, folder: RunFolder, registry: Registry) -> str:
+    """What a stage does not share with the run of this name that it is nearest to."""
+    nearest: list[str] | None = None
+    for other in _others(folder):
+        if not other.path.name.startswith(f"{recipe.name}-"):
+            continue
+        try:
+            its = load(other.recipe, [], registry)
+            found = list(_differences(stage_tables(its, stage), stage_tables(recipe, stage)))
+        except (CmkitError, KeyError):  # without this stage, or of parts that are not here
+            continue
+        shown = [f"{said}, in {other.path} {was}" for said, was in found]
+        if len(found) == 1 and found[0][0].startswith("train.steps"):
+            shown[0] += f"; --from {other.path} goes on from there"
+        if nearest is None or len(shown) < len(nearest):
+            nearest = shown
+    return "; ".join((nearest or [])[:3])
+
+
+def _differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(the value now, the value then) of each key that differs."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for key in dict.fromkeys((*then, *now)):
+            inner = f"{path}.{key}" if path else str(key)
+            yield from _differences(then.get(key), now.get(key), inner)
+    elif then != now:
+        yield f"{path} = {_shown(now)}", _shown(then)
+
+
+def _shown(value: Any) -> str:
+    text = "the default" if value is None else inline(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def run_folder(recipe: Recipe, out: Path, registry: Registry) -> RunFolder:
+    """Where a recipe's run lives: `<out>/<name>-<key>`, or where an earlier cmkit began it."""
+    folder = RunFolder(out / run_name(recipe))
+    if folder.recipe.exists():
+        return folder
+    for path in sorted(out.glob(f"{recipe.name}-*/recipe.toml")):
+        old = RunFolder(path.parent)
+        with contextlib.suppress(CmkitError):
+            if not old.checked and run_name(load(path, [], registry)) == run_name(recipe):
+                return old
+    return folder
