@@ -783,3 +783,15 @@ def test_another_reference_measures_again_and_trains_no_more(tmp_path):
     first, second = map(stage_keys, recipes)
     assert first["train"] == second["train"]
     assert first["search"] != second["search"]
+
+
+def test_auto_stays_the_precision_that_a_run_was_begun_with(tmp_path, monkeypatch):
+    (tmp_path / "tiny.toml").write_text(BASE)
+    auto = "train.precision='auto'"
+    monkeypatch.setattr("cmkit.device.auto_precision", lambda device: ("bf16", "it is said so"))
+    folder, _ = go(tmp_path, auto, until=lambda e: isinstance(e, Step) and e.step == 3)
+    monkeypatch.setattr("cmkit.device.auto_precision", lambda device: ("fp32", "it is said so"))
+    again, seen = go(tmp_path, auto, until=lambda e: isinstance(e, Step))
+    assert again.path == folder.path
+    assert steps(seen) == [3]
+    assert folder.inputs()["inputs"]["train"]["precision"] == "bf16"

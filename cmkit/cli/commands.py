@@ -355,8 +355,8 @@ def _outlook(
     from cmkit.recipe import stage_keys
     from cmkit.run import as_begun, inputs_of, outlook
 
-    data = as_begun(plan.data, folder)
-    keys = stage_keys(plan.recipe, inputs_of(plan.recipe, data, device))
+    begun = as_begun(plan, folder)
+    keys = stage_keys(plan.recipe, inputs_of(begun.recipe, begun.data, device))
     found: Iterator[Outlook] = outlook(plan.recipe, folder, keys, registry)
     return found
 

@@ -58,14 +58,22 @@ def chosen_precision(recipe: Recipe, device: torch.device) -> str:
     return f"{chosen}: {why}"
 
 
-def as_begun(data: DataSpec, folder: RunFolder) -> DataSpec:
-    """`data` without names and counts of classes that were not known when a run was begun: it goes
-    on with uniform labels, as an earlier cmkit drew them."""
+def as_begun(plan: Plan, folder: RunFolder) -> Plan:
+    """The plan as a run that is begun in `folder` goes on: "auto" is the precision that it was, and
+    names and counts of classes that were not known then are not used, so that labels are uniform,
+    as an earlier cmkit drew them."""
     if not folder.begun:
-        return data
-    then = folder.inputs().get("inputs", {}).get("dataset", {})
-    classes = data.classes if "classes" in then else ()
-    return replace(data, classes=classes, counts=data.counts if "counts" in then else ())
+        return plan
+    then = folder.inputs().get("inputs", {})
+    known, data = then.get("dataset", {}), plan.data
+    classes = data.classes if "classes" in known else ()
+    data = replace(data, classes=classes, counts=data.counts if "counts" in known else ())
+    stages = {}
+    for name, stage in plan.recipe.stages.items():
+        was = then.get(name, {}).get("precision")
+        auto = getattr(stage, "precision", None) == "auto" and was
+        stages[name] = stage.model_copy(update={"precision": was}) if auto else stage
+    return replace(plan, data=data, recipe=replace(plan.recipe, stages=stages))
 
 
 def left_out(dataset: Dataset) -> Iterator[str]:
