@@ -133,11 +133,18 @@ def check_inputs(
             for table in (*stage_tables(recipe, name), "dataset"):
                 both = {**then.get(table, {}), **now.get(table, {})}
                 read.setdefault(table, set()).update(read_by(recipe, table, name, both))
+    refused: dict[str, str] = {}
     for table, key, sentence in changes(then, now):
         if key in read.get(table, ()):
-            kind = DataError if table in ("dataset", "metric") else CheckpointError
-            raise kind(
-                f"{folder.path}: what it reads has changed: {sentence}; restore it, or begin a new"
-                " run with another name or --out"
-            )
-        yield sentence
+            refused[f"{table}.{key}"] = sentence
+        else:
+            yield sentence
+    if refused:
+        # Names say more than numbers.
+        first = sorted(refused, key=lambda place: not place.endswith(".classes"))
+        kind = DataError if first[0].startswith(("dataset", "metric")) else CheckpointError
+        raise kind(
+            f"{folder.path}: what it reads has changed:"
+            f" {'; '.join(refused[place] for place in first[:2])}; restore it, or begin a new run"
+            " with another name or --out"
+        )

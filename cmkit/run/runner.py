@@ -26,6 +26,7 @@ from cmkit.run.inputs import (
     inputs_of,
     left_out,
 )
+from cmkit.run.integrity import verify
 from cmkit.run.job import Job
 from cmkit.run.reuse import outlook, run_folder
 from cmkit.stop import StopSignal
@@ -109,6 +110,9 @@ def shown(recipe: Recipe, folder: RunFolder, device: torch.device) -> Iterator[E
     else:
         for _, _, sentence in changes(then, now):
             yield Note(f"{sentence}; the results shown are those of then")
+    for name, fault in verify(folder):
+        if fault:
+            yield Note(f"{folder.path / name}: {fault}; the results shown are those of report.json")
     yield RunFinished(folder.path, report)
 
 
