@@ -72,7 +72,7 @@ def _taken(kind: str, name: str) -> str:
     files = _files(kind)
     if f"src/{package}/{name}.py" in {_named(kind, name, p) for p in files if "mine.py" not in p}:
         return f"the package has a module {name} of its own"
-    if camel in dir(builtins) or camel in set(_names(files)):
+    if camel in dir(builtins) or (camel != "Mine" and camel in set(_names(files))):
         return f"{camel} is a class that its module needs"
     return ""
 

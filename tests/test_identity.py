@@ -25,6 +25,7 @@ from cmkit import (
     DataSpec,
     NonFiniteError,
     PluginError,
+    RecipeError,
     discover,
     image_labels,
 )
@@ -163,7 +164,7 @@ def test_what_is_new_is_said_with_the_reason(home):
         assert sentence.startswith(f"{stage}: that of {home / 'runs' / 'tiny-'}")
     new = said("train.steps=9", "seed=3")
     assert new[0].startswith(f"training: new (train.steps = 9, in {home / 'runs' / 'tiny-'}")
-    assert re.search(r" 6; --from \S+ goes on from there\)$", new[0])
+    assert re.search(r" 6(; --from \S+ goes on from there)?\)$", new[0])
 
 
 def test_a_finished_run_is_shown_and_never_written(home):
@@ -234,7 +235,7 @@ def test_training_goes_on_from_another_run_with_its_full_state(home, tmp_path):
     whole, _ = go(tmp_path, "objective.num_sigmas=5", until=done("train"))
     for name, tensor in read_weights(whole.weights).items():
         assert torch.equal(tensor, read_weights(longer.weights)[name])
-    with pytest.raises(CheckpointError, match=r"raise train\.steps"):
+    with pytest.raises(RecipeError, match=r"raise train\.steps"):
         go(tmp_path, "train.steps=4", f'train.start="{four.path}@4"')
     with pytest.raises(CheckpointError, match="no checkpoint to go on from; there are step-0000"):
         go(tmp_path, f'train.start="{four.path}@3"')
@@ -783,3 +784,36 @@ def test_another_reference_measures_again_and_trains_no_more(tmp_path):
     first, second = map(stage_keys, recipes)
     assert first["train"] == second["train"]
     assert first["search"] != second["search"]
+
+
+def test_auto_stays_the_precision_that_a_run_was_begun_with(tmp_path, monkeypatch):
+    (tmp_path / "tiny.toml").write_text(BASE)
+    auto = "train.precision='auto'"
+    monkeypatch.setattr("cmkit.device.auto_precision", lambda device: ("bf16", "it is said so"))
+    folder, _ = go(tmp_path, auto, until=lambda e: isinstance(e, Step) and e.step == 3)
+    monkeypatch.setattr("cmkit.device.auto_precision", lambda device: ("fp32", "it is said so"))
+    again, seen = go(tmp_path, auto, until=lambda e: isinstance(e, Step))
+    assert again.path == folder.path
+    assert steps(seen) == [3]
+    assert folder.inputs()["inputs"]["train"]["precision"] == "bf16"
+
+
+def test_what_a_run_misses_is_said_and_weights_that_are_damaged_draw_nothing(copied):
+    place, folder = copied
+    folder._status.unlink()
+    assert dict(verify(folder))["status.json"] == "missing"
+    go(place)  # what status.json held is done again, or found in the samples
+    folder.weights.write_bytes(flipped(folder.weights.read_bytes(), random.Random(1)))
+    with pytest.raises(CheckpointError, match=r"model.safetensors: damaged"):
+        drawn_from(folder.path, [], discover(), 2)
+    _, seen = go(place)
+    assert "model.safetensors: damaged; the results shown are those of report.json" in notes(seen)
+
+
+def test_a_checkpoint_s_own_folder_is_drawn_from(home):
+    folder = RunFolder(home / "runs" / name_of(home))
+    for path in (folder.checkpoints, folder.checkpoint(6)):
+        made = drawn_from(path, NO_SEARCH, discover(), 2)
+        assert made.denoiser.weights == f"{folder.path}@6"
+    with pytest.raises(CheckpointError, match=r"leave :ema-0\.9 out"):
+        go(home, f'train.start="{folder.path}:ema-0.9"')

@@ -438,7 +438,7 @@ class Dots(cmkit.Dataset):
         ("counts", "counts are one for each class, or none"),
         ("pixels", "reference images are uint8"),
         ("fingerprint", "a fingerprint is a string that follows"),
-        ("declared", "`declared` returns what `spec` does, or None"),
+        ("declared", "`declared` returns what `spec` does"),
     ],
 )
 def test_a_data_set_that_breaks_a_law_is_told_so(fault, law):

@@ -128,7 +128,7 @@ def check(
     loaded, registry = _loaded(recipe, set)
     from cmkit.device import pick_device
     from cmkit.plan import check_disk, sigma_data_note
-    from cmkit.run import run_folder
+    from cmkit.run import changes, inputs_of, run_folder
     from cmkit.run.inputs import chosen_precision
 
     if data:
@@ -158,6 +158,9 @@ def check(
     if precision := chosen_precision(plan.recipe, chosen):
         facts["precision"] = precision
     notes = [*plan.notes, *filter(None, [sigma_data_note(plan.recipe)])]
+    if folder.checked:
+        then, now = folder.inputs()["inputs"], inputs_of(plan.recipe, plan.data, chosen)
+        notes += [f"since the run was begun: {said}" for _, _, said in changes(then, now)]
     if json:
         known = {"class_names": list(plan.data.classes), "class_counts": list(plan.data.counts)}
         told = {"notes": notes, "left_out": list(bad)}
@@ -355,8 +358,8 @@ def _outlook(
     from cmkit.recipe import stage_keys
     from cmkit.run import as_begun, inputs_of, outlook
 
-    data = as_begun(plan.data, folder)
-    keys = stage_keys(plan.recipe, inputs_of(plan.recipe, data, device))
+    begun = as_begun(plan, folder)
+    keys = stage_keys(plan.recipe, inputs_of(begun.recipe, begun.data, device))
     found: Iterator[Outlook] = outlook(plan.recipe, folder, keys, registry)
     return found
 

@@ -24,6 +24,7 @@ from cmkit.recipe.grid import minimized
 from cmkit.run.folder import RunFolder
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec
+from cmkit.weights import start_checkpoint
 
 
 def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
@@ -148,6 +149,20 @@ CURES = {
 def traits_of(recipe: Recipe) -> frozenset[str]:
     """Which of `cmkit.traits.TRAITS` the recipe's scalings have."""
     return traits(recipe.precond.scalings, noise_of(recipe), recipe.denoiser.sigma_data)
+
+
+def check_training_start(recipe: Recipe) -> None:
+    """RecipeError or CheckpointError where there is no checkpoint that training can go on from."""
+    if recipe.train is None or recipe.train.start is None:
+        return
+    with naming_table(recipe, "train", "start"):
+        step = int(start_checkpoint(recipe.train.start).name.removeprefix("step-"))
+    if step >= recipe.train.steps:
+        raise recipe.source.error(
+            ("train", "steps"),
+            f"{recipe.train.start} is at step {step} already; raise train.steps above it",
+            f" = {recipe.train.steps}",
+        )
 
 
 def check_sampler(recipe: Recipe) -> None:

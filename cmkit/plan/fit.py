@@ -33,6 +33,7 @@ def check_fit(recipe: Recipe) -> Plan:
         network = networks.built(recipe.backbone, data, conditions)
     denoiser = networks.denoiser_of(recipe, network)
     checks.check_sampler(recipe)
+    checks.check_training_start(recipe)
     if recipe.rescaler:
         with naming_table(recipe, "rescaler"):
             denoiser.rescaled(recipe.rescaler)

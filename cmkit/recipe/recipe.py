@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cmkit.errors import inline
 from cmkit.recipe.tables import (
     PART_TABLES,
     DenoiserTable,
@@ -81,6 +83,18 @@ class Recipe:
         said += [("metric", table) for table in self.resolved.get("metric", ())]
         for kind, part in said:
             yield kind, part if isinstance(part, str) else part["use"]
+
+    def said(self, *but: str) -> str:
+        """The values that --set gave, as options, without those of the keys `but`."""
+        words = []
+        for path in sorted(self.source.overrides):
+            value: Any = self.resolved
+            for key in path:
+                value = value[int(key)] if isinstance(value, list) else value.get(key)
+            if ".".join(path) not in but and value is not None:
+                said = f"{'.'.join(path)}={inline(value)}"
+                words.append(f" --set {shlex.quote(said)}")
+        return "".join(words)
 
     def toml(self) -> str:
         """The resolved recipe, every default written out."""

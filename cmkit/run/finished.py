@@ -24,6 +24,10 @@ def drawn_from(
     """
     place, step, average = chosen(str(source))
     folder = RunFolder.at(place)
+    if folder.path.parent.name == "checkpoints" and folder.path.name.startswith("step-"):
+        step, folder = int(folder.path.name[5:]), RunFolder(folder.path.parent.parent)
+    elif folder.path.name == "checkpoints":
+        step, folder = newest_step(folder.path), RunFolder(folder.path.parent)
     source, run = folder.path, folder.path.is_dir()
     if run and not folder.recipe.is_file():
         raise CheckpointError(
@@ -47,6 +51,14 @@ def drawn_from(
     return replace(recipe, teacher=None, metric=(), stages={"sample": table}, data=data)
 
 
+def newest_step(checkpoints: Path) -> int:
+    """The step of the newest checkpoint of a folder; CheckpointError where it has none."""
+    steps = [int(path.name[5:]) for path in checkpoints.glob("step-*") if path.name[5:].isdigit()]
+    if not steps:
+        raise CheckpointError(f"{checkpoints}: no checkpoint in it")
+    return max(steps)
+
+
 def trained(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe that starts from what its training, if any, left in `folder`."""
     if not recipe.train:
@@ -61,6 +73,12 @@ def _finished(recipe: Recipe, folder: RunFolder, at: str) -> Recipe:
         weights = {"weights": f"{folder.path}{at}", "init": None}
         recipe = replace(recipe, denoiser=recipe.denoiser.model_copy(update=weights))
     elif not _said(recipe, "denoiser", "weights"):
+        for name, fault in folder.damage("train", folder.status().get("train", {})).items():
+            if fault == "damaged" and name == folder.weights.name:
+                raise CheckpointError(
+                    f"{folder.weights}: damaged, its SHA-256 is not that of status.json; restore"
+                    " it, or draw from a checkpoint, such as RUN@STEP"
+                )
         recipe = _at_home(trained(recipe, folder), folder)
         if recipe.train and not Path(recipe.denoiser.weights or "").is_file():
             raise CheckpointError(

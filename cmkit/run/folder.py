@@ -190,7 +190,7 @@ class RunFolder:
             if not all(isinstance(stage["result"], dict) for stage in status.values()):
                 raise ValueError("not what cmkit wrote")
         except (CheckpointError, ValueError, TypeError, KeyError, AttributeError) as error:
-            reason = str(error).removeprefix(f"{self._status}: ")
+            reason = str(error).removeprefix(f"{self._status}: ").partition(";")[0]
             raise CheckpointError(
                 f"{self._status}: {reason}; delete it to redo the stages"
             ) from error
@@ -227,6 +227,11 @@ class RunFolder:
         return {axis: found["best"][axis] for axis in found["axes"]} if found else {}
 
     @property
+    def reported(self) -> bool:
+        """Whether report.json is there."""
+        return self._report.exists()
+
+    @property
     def finished(self) -> bool:
         """Whether the run has its report; without status.json its stages are to be done again."""
         return self._report.exists() and self._status.exists()
@@ -247,7 +252,7 @@ class RunFolder:
             elif schema != 1 or "sha256" in report or self.checked:
                 raise CheckpointError(f"schema {schema!r}, but this cmkit reads {SCHEMA} and 1")
         except CheckpointError as error:
-            reason = str(error).removeprefix(f"{path}: ")
+            reason = str(error).removeprefix(f"{path}: ").partition(";")[0]
             raise CheckpointError(
                 f"{path}: {reason}; delete it and run the recipe again"
             ) from error

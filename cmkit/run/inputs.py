@@ -58,14 +58,22 @@ def chosen_precision(recipe: Recipe, device: torch.device) -> str:
     return f"{chosen}: {why}"
 
 
-def as_begun(data: DataSpec, folder: RunFolder) -> DataSpec:
-    """`data` without names and counts of classes that were not known when a run was begun: it goes
-    on with uniform labels, as an earlier cmkit drew them."""
+def as_begun(plan: Plan, folder: RunFolder) -> Plan:
+    """The plan as a run that is begun in `folder` goes on: "auto" is the precision that it was, and
+    names and counts of classes that were not known then are not used, so that labels are uniform,
+    as an earlier cmkit drew them."""
     if not folder.begun:
-        return data
-    then = folder.inputs().get("inputs", {}).get("dataset", {})
-    classes = data.classes if "classes" in then else ()
-    return replace(data, classes=classes, counts=data.counts if "counts" in then else ())
+        return plan
+    then = folder.inputs().get("inputs", {})
+    known, data = then.get("dataset", {}), plan.data
+    classes = data.classes if "classes" in known else ()
+    data = replace(data, classes=classes, counts=data.counts if "counts" in known else ())
+    stages = {}
+    for name, stage in plan.recipe.stages.items():
+        was = then.get(name, {}).get("precision")
+        auto = getattr(stage, "precision", None) == "auto" and was
+        stages[name] = stage.model_copy(update={"precision": was}) if auto else stage
+    return replace(plan, data=data, recipe=replace(plan.recipe, stages=stages))
 
 
 def left_out(dataset: Dataset) -> Iterator[str]:
@@ -125,11 +133,18 @@ def check_inputs(
             for table in (*stage_tables(recipe, name), "dataset"):
                 both = {**then.get(table, {}), **now.get(table, {})}
                 read.setdefault(table, set()).update(read_by(recipe, table, name, both))
+    refused: dict[str, str] = {}
     for table, key, sentence in changes(then, now):
         if key in read.get(table, ()):
-            kind = DataError if table in ("dataset", "metric") else CheckpointError
-            raise kind(
-                f"{folder.path}: what it reads has changed: {sentence}; restore it, or begin a new"
-                " run with another name or --out"
-            )
-        yield sentence
+            refused[f"{table}.{key}"] = sentence
+        else:
+            yield sentence
+    if refused:
+        # Names say more than numbers.
+        first = sorted(refused, key=lambda place: not place.endswith(".classes"))
+        kind = DataError if first[0].startswith(("dataset", "metric")) else CheckpointError
+        raise kind(
+            f"{folder.path}: what it reads has changed:"
+            f" {'; '.join(refused[place] for place in first[:2])}; restore it, or begin a new run"
+            " with another name or --out"
+        )

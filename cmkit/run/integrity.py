@@ -14,9 +14,13 @@ from cmkit.run.folder import RunFolder
 def verify(folder: RunFolder) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it, "" = nothing) of each file of a run that has a digest."""
     yield _judged(folder, folder.recipe, folder.check_recipe)
-    yield _judged(folder, folder.path / "inputs.json", folder.inputs)
-    yield _judged(folder, folder.path / "status.json", folder.status)
-    if folder.finished:
+    for name, read in (("inputs", folder.inputs), ("status", folder.status)):
+        path = folder.path / f"{name}.json"
+        if path.exists():
+            yield _judged(folder, path, read)
+        elif folder.begun:
+            yield path.name, "missing" if folder.reported or name == "inputs" else ""
+    if folder.reported:
         yield _judged(folder, folder.path / "report.json", folder.report)
     try:
         status = folder.status()

@@ -147,8 +147,11 @@ def _why(recipe: Recipe, stage: str, folder: RunFolder, registry: Registry) -> s
         except (CmkitError, KeyError):  # without this stage, or of parts that are not here
             continue
         shown = [f"{said}, in {other.path} {was}" for said, was in found]
-        if len(found) == 1 and found[0][0].startswith("train.steps"):
+        saved = any(other.checkpoints.glob("step-*"))
+        if saved and len(found) == 1 and found[0][0].startswith("train.steps"):
             shown[0] += f"; --from {other.path} goes on from there"
+        if not shown and other.checked:
+            shown = [f"it reads other data or weights than {other.path}"] * (stage == "train")
         if nearest is None or len(shown) < len(nearest):
             nearest = shown
     return "; ".join((nearest or [])[:3])

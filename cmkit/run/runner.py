@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from cmkit.run.inputs import (
     inputs_of,
     left_out,
 )
+from cmkit.run.integrity import verify
 from cmkit.run.job import Job
 from cmkit.run.reuse import outlook, run_folder
 from cmkit.stop import StopSignal
@@ -48,26 +49,26 @@ def run(
     check_disk(plan, out)
     make_out(folder.path)
     with folder.held():
-        plan = replace(plan, data=as_begun(plan.data, folder))
         folder.keep_recipe(recipe.toml())
+        plan = as_begun(plan, folder)
         for weights in plan.downloads:
             for event in download(weights):
                 yield event
                 stop.check("what came of the weights is kept")
         yield from map(Note, plan.notes)
-        inputs = inputs_of(recipe, plan.data, device)
-        keys = stage_keys(recipe, inputs)
+        inputs = inputs_of(plan.recipe, plan.data, device)
         if not folder.checked:
             folder.migrate()
-            folder.keep_inputs(inputs, keys)
+            folder.keep_inputs(inputs, stage_keys(recipe, inputs))
         yield from map(Note, left_out(recipe.dataset))
         status = folder.status()
         yield from map(Note, check_inputs(plan, folder, inputs, list(status)))
+        keys = folder.inputs()["keys"]
         environment = describe_environment(plan, registry, device)
         if sentence := changed_environment(folder.starts(), environment):
             yield Note(sentence)
         folder.append_start(environment)
-        if chosen := chosen_precision(recipe, device):
+        if chosen := chosen_precision(plan.recipe, device):
             yield Note(f"precision auto is {chosen}")
         if "train" not in status and (said := sigma_data_note(recipe)):
             yield Note(said)
@@ -84,7 +85,7 @@ def run(
             "recipe": dict(recipe.resolved),
             "environment": environment,
             "starts": folder.starts(),
-            "inputs": inputs,
+            "inputs": folder.inputs()["inputs"],
             "data": asdict(plan.data),
             "stages": results,
             "seconds": sum(stage["seconds"] for stage in results.values()),
@@ -109,6 +110,9 @@ def shown(recipe: Recipe, folder: RunFolder, device: torch.device) -> Iterator[E
     else:
         for _, _, sentence in changes(then, now):
             yield Note(f"{sentence}; the results shown are those of then")
+    for name, fault in verify(folder):
+        if fault:
+            yield Note(f"{folder.path / name}: {fault}; the results shown are those of report.json")
     yield RunFinished(folder.path, report)
 
 

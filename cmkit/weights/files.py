@@ -87,7 +87,9 @@ def find(name: str, backbone: Backbone) -> Weights:
 def start_checkpoint(name: str) -> Path:
     """The checkpoint that "RUN", "RUN@STEP" or "run:NAME-KEY@STEP" names, by default the newest;
     CheckpointError where it is not there."""
-    place, step, _ = chosen(name)
+    place, step, average = chosen(name)
+    if average:
+        raise CheckpointError(f"{name}: training goes on from all weights; leave :{average} out")
     folder = RunFolder.at(place)
     path = folder.checkpoints if step is None else folder.checkpoint(step)
     found = newest_folder(path) if path.is_dir() else path

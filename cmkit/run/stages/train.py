@@ -68,8 +68,9 @@ class Train(TrainTable, Stage):
         except NonFiniteError as error:
             if not any(folder.checkpoints.glob("step-*")):
                 raise
+            said = job.plan.recipe.said("train.lr", "train.start")
             raise NonFiniteError(
-                f"{error}: cmkit run {job.plan.recipe.source.file} --from {folder.path} --set"
+                f"{error}: cmkit run {job.plan.recipe.source.file} --from {folder.path}{said} --set"
                 f" train.lr={self.lr / 3:.2g}"
             ) from error
         except Exception as error:  # a bad picture, full memory: what is trained is kept first
