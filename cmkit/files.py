@@ -147,13 +147,18 @@ def _is_gone(folder: Path, inode: int) -> bool:
         return True
 
 
+def jsonl_line(record: Mapping[str, Any], path: Path) -> bytes:
+    """One line of the log `path`, with its CRC-32."""
+    body = to_json(record, path)
+    return body[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(body)
+
+
 def append_jsonl(path: Path, record: Mapping[str, Any], durable: bool = False) -> None:
     """Add one line with its CRC-32 to the log `path` in a single write.
 
     `durable` fsyncs the whole log: do so with the last record before a save.
     """
-    body = to_json(record, path)
-    line = body[:-1] + b', "crc": "%08x"}\n' % zlib.crc32(body)
+    line = jsonl_line(record, path)
     with writing(path, len(line)):
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         handle = os.open(path, flags, 0o666)

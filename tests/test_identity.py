@@ -1,5 +1,6 @@
 """What a run depends on: stages shared between recipes, changed inputs, damaged files."""
 
+import errno
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ from cmkit import (
     NonFiniteError,
     PluginError,
     RecipeError,
+    ResourceError,
     discover,
     image_labels,
 )
@@ -237,7 +239,7 @@ def test_training_goes_on_from_another_run_with_its_full_state(home, tmp_path):
         assert torch.equal(tensor, read_weights(longer.weights)[name])
     with pytest.raises(RecipeError, match=r"raise train\.steps"):
         go(tmp_path, "train.steps=4", f'train.start="{four.path}@4"')
-    with pytest.raises(CheckpointError, match="no checkpoint to go on from; there are step-0000"):
+    with pytest.raises(CheckpointError, match="no checkpoint to go on from; there are 2, 4 in"):
         go(tmp_path, f'train.start="{four.path}@3"')
 
 
@@ -567,7 +569,11 @@ def test_a_line_that_is_lost_from_a_search_is_drawn_again(home, copied):
         assert again[key] == whole[key]
 
 
-def test_a_run_that_an_earlier_cmkit_began_goes_on(home, copied):
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_that_an_earlier_cmkit_began_goes_on(home, copied, monkeypatch):
     place, folder = copied
     whole = RunFolder(home / "runs" / name_of(home)).report()["stages"]
     folder._report.unlink()
@@ -580,6 +586,13 @@ def test_a_run_that_an_earlier_cmkit_began_goes_on(home, copied):
         log.write_text(re.sub(r', "crc": "\w+"', "", log.read_text()))
     old = folder.path.with_name("tiny-01234567")
     folder.path.rename(old)
+    assert not any(dict(verify(RunFolder(old))).values())  # it promised no digests
+    before = {log: log.read_bytes() for log in old.rglob("*.jsonl")}
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        with pytest.raises(ResourceError):
+            RunFolder(old).migrate()
+    assert {log: log.read_bytes() for log in old.rglob("*.jsonl")} == before
     _, seen = go(place)
     assert seen[-1].folder == old
     assert not steps(seen)
@@ -702,7 +715,7 @@ def test_a_bad_picture_of_a_streamed_set_keeps_the_steps_before_it(pictures, mon
     message = r"9\.png: cannot be decoded .* --data .* --from "
     with pytest.raises(DataError, match=message) as caught:
         go(pictures, *said)
-    origin = RunFolder(Path(str(caught.value).rpartition("--from ")[2]))
+    origin = RunFolder(Path(str(caught.value).rpartition("--from ")[2].split()[0]))
     (kept,) = origin.checkpoints.glob("step-*")
     with pytest.raises(DataError, match=r"--data lists all$"):
         go(pictures, "train.batch=9")  # in the first step: there is nothing to go on from
@@ -817,3 +830,9 @@ def test_a_checkpoint_s_own_folder_is_drawn_from(home):
         assert made.denoiser.weights == f"{folder.path}@6"
     with pytest.raises(CheckpointError, match=r"leave :ema-0\.9 out"):
         go(home, f'train.start="{folder.path}:ema-0.9"')
+
+
+def test_the_options_of_a_command_are_repeated_as_they_were_given(home):
+    said = ["metric.0.fid=true", "train.lr=1e-3", 'objective.distance="l2"']
+    recipe = load(home / "tiny.toml", said, discover())
+    assert recipe.said("train.lr") == " --set metric.0.fid=true --set 'objective.distance=\"l2\"'"

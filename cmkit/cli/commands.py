@@ -12,11 +12,7 @@ import typer
 
 from cmkit.cli import printing
 from cmkit.cli.parts import JsonOption, new, plugins_app
-from cmkit.errors import (
-    CheckpointError,
-    DataError,
-    inline,
-)
+from cmkit.errors import CheckpointError, DataError, inline
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -26,7 +22,7 @@ if TYPE_CHECKING:
     from cmkit.plan import Plan
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
-    from cmkit.run import Event, Outlook, RunFolder
+    from cmkit.run import Event
 
 debug_log: Path | None = None
 """Where the traceback of an error goes, once `run` knows its folder."""
@@ -62,7 +58,6 @@ LabelOption = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-
 
 app.add_typer(plugins_app, name="plugins")
 
@@ -128,15 +123,17 @@ def check(
     loaded, registry = _loaded(recipe, set)
     from cmkit.device import pick_device
     from cmkit.plan import check_disk, sigma_data_note
-    from cmkit.run import changes, inputs_of, run_folder
+    from cmkit.recipe import stage_keys
+    from cmkit.run import as_begun, changes, inputs_of, outlook, run_folder
     from cmkit.run.inputs import chosen_precision
 
     if data:
         _check_images(loaded.dataset, json)
     chosen, folder = pick_device(device), run_folder(loaded, out, registry)
     with _runs_below(out):
-        plan = _plan(loaded)
-        stages = list(_outlook(plan, folder, registry, chosen))
+        plan = as_begun(_plan(loaded), folder)
+        inputs = inputs_of(plan.recipe, plan.data, chosen)
+        stages = list(outlook(loaded, folder, stage_keys(loaded, inputs), registry))
     check_disk(plan, out)
     bad = loaded.dataset.left_out()
     facts = {
@@ -159,8 +156,8 @@ def check(
         facts["precision"] = precision
     notes = [*plan.notes, *filter(None, [sigma_data_note(plan.recipe)])]
     if folder.checked:
-        then, now = folder.inputs()["inputs"], inputs_of(plan.recipe, plan.data, chosen)
-        notes += [f"since the run was begun: {said}" for _, _, said in changes(then, now)]
+        changed = changes(folder.inputs()["inputs"], inputs)
+        notes += [f"since the run was begun: {said}" for _, _, said in changed]
     if json:
         known = {"class_names": list(plan.data.classes), "class_counts": list(plan.data.counts)}
         told = {"notes": notes, "left_out": list(bad)}
@@ -252,7 +249,9 @@ def compare(
 
     open_runs = unfinished(runs)
     if open_runs == runs:
-        raise CheckpointError(f"{runs[0]}: not finished; `cmkit run {runs[0]}/recipe.toml` first")
+        raise CheckpointError(
+            f"{runs[0]}: not finished; cmkit run {runs[0]}/recipe.toml --out {runs[0].parent}"
+        )
     compared = entries([folder for folder in runs if folder not in open_runs])
     notes = [f"{folder}: not finished, left out" for folder in open_runs]
     notes += caveats(compared)
@@ -349,19 +348,6 @@ def _plan(recipe: Recipe) -> Plan:
     from cmkit.plan import plan  # the recipe is known to be sound before torch is imported
 
     return plan(recipe)
-
-
-def _outlook(
-    plan: Plan, folder: RunFolder, registry: Registry, device: torch.device
-) -> Iterator[Outlook]:
-    """What becomes of each stage, before anything starts."""
-    from cmkit.recipe import stage_keys
-    from cmkit.run import as_begun, inputs_of, outlook
-
-    begun = as_begun(plan, folder)
-    keys = stage_keys(plan.recipe, inputs_of(begun.recipe, begun.data, device))
-    found: Iterator[Outlook] = outlook(plan.recipe, folder, keys, registry)
-    return found
 
 
 @contextlib.contextmanager

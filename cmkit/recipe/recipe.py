@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cmkit.errors import inline
 from cmkit.recipe.tables import (
     PART_TABLES,
     DenoiserTable,
@@ -85,16 +84,10 @@ class Recipe:
             yield kind, part if isinstance(part, str) else part["use"]
 
     def said(self, *but: str) -> str:
-        """The values that --set gave, as options, without those of the keys `but`."""
-        words = []
-        for path in sorted(self.source.overrides):
-            value: Any = self.resolved
-            for key in path:
-                value = value[int(key)] if isinstance(value, list) else value.get(key)
-            if ".".join(path) not in but and value is not None:
-                said = f"{'.'.join(path)}={inline(value)}"
-                words.append(f" --set {shlex.quote(said)}")
-        return "".join(words)
+        """The options --set that were given, without those of the keys `but`."""
+        given = self.source.overrides.items()
+        words = (shlex.quote(item) for path, item in given if ".".join(path) not in but)
+        return "".join(f" --set {word}" for word in words)
 
     def toml(self) -> str:
         """The resolved recipe, every default written out."""

@@ -8,7 +8,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ class Source:
 
     file: str
     lines: Mapping[tuple[str, ...], int]
-    overrides: frozenset[tuple[str, ...]] = frozenset()
+    overrides: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    """What --set said, by the path that it changed."""
 
     def error(self, path: Sequence[str | int], message: str, value: str = "") -> RecipeError:
         """RecipeError: `file:line: key value: message`."""
@@ -50,7 +51,7 @@ def read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], So
     text = _text(path)
     file = str(path)
     tables = _parse(text, file)
-    changed = frozenset(_override(tables, item) for item in overrides)
+    changed = {_override(tables, item): item for item in overrides}
     return tables, Source(file, _lines(text), changed)
 
 

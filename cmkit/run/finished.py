@@ -24,10 +24,11 @@ def drawn_from(
     """
     place, step, average = chosen(str(source))
     folder = RunFolder.at(place)
-    if folder.path.parent.name == "checkpoints" and folder.path.name.startswith("step-"):
+    if folder.path.name == "checkpoints":
+        folder = RunFolder(folder.path.parent)
+        step = next(reversed(folder.steps()), None)
+    elif folder.path.parent.name == "checkpoints" and folder.path.name.startswith("step-"):
         step, folder = int(folder.path.name[5:]), RunFolder(folder.path.parent.parent)
-    elif folder.path.name == "checkpoints":
-        step, folder = newest_step(folder.path), RunFolder(folder.path.parent)
     source, run = folder.path, folder.path.is_dir()
     if run and not folder.recipe.is_file():
         raise CheckpointError(
@@ -49,14 +50,6 @@ def drawn_from(
     table = (recipe.sample or SampleTable(images=images)).model_copy(update={"images": images})
     data = recipe.data or recipe.dataset.declared()
     return replace(recipe, teacher=None, metric=(), stages={"sample": table}, data=data)
-
-
-def newest_step(checkpoints: Path) -> int:
-    """The step of the newest checkpoint of a folder; CheckpointError where it has none."""
-    steps = [int(path.name[5:]) for path in checkpoints.glob("step-*") if path.name[5:].isdigit()]
-    if not steps:
-        raise CheckpointError(f"{checkpoints}: no checkpoint in it")
-    return max(steps)
 
 
 def trained(recipe: Recipe, folder: RunFolder) -> Recipe:
@@ -83,7 +76,7 @@ def _finished(recipe: Recipe, folder: RunFolder, at: str) -> Recipe:
         if recipe.train and not Path(recipe.denoiser.weights or "").is_file():
             raise CheckpointError(
                 f"{recipe.denoiser.weights}: not there yet; finish the run first:"
-                f" cmkit run {folder.recipe}"
+                f" cmkit run {folder.recipe} --out {folder.path.parent}"
             )
     if recipe.search and recipe.rescaler:
         said = {path[-1] for path in recipe.source.overrides if path[0] == "rescaler"}

@@ -99,6 +99,11 @@ class RunFolder:
         """The checkpoint of a step, which need not be there."""
         return self.checkpoints / f"step-{step:08d}"
 
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, rising, intact or not."""
+        names = (path.name for path in self.checkpoints.glob("step-*"))
+        return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,18}", name))
+
     def newest_weights(self) -> Path:
         """The weights, or the checkpoints where training goes on; the folder itself where it is
         no run's."""
@@ -148,11 +153,9 @@ class RunFolder:
     def migrate(self) -> None:
         """Give the records of a run that an earlier cmkit began their digests, as they stand."""
         for path in (self._log, *self._search.glob("*.jsonl")):
-            records = files.read_jsonl(path)
-            if records:
-                path.unlink()
-            for record in records:
-                files.append_jsonl(path, record)
+            if records := files.read_jsonl(path):
+                lines = (files.jsonl_line(record, path) for record in records)
+                files.atomic_write(path, b"".join(lines))
         if self._status.exists():
             status = self.status()
             self.keep_status({k: {**v, "files": self.digests(k)} for k, v in status.items()})
@@ -162,6 +165,11 @@ class RunFolder:
         """Whether anything of the run's work may be here."""
         files = (self._inputs, self._log, self._status, self._search, self.samples)
         return any(path.exists() for path in (*files, self.checkpoints))
+
+    @property
+    def earlier(self) -> bool:
+        """Whether an earlier cmkit, which kept no inputs and no starts, wrote all that is here."""
+        return not (self._inputs.exists() or self._starts.exists())
 
     @property
     def checked(self) -> bool:
@@ -234,7 +242,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run has its report; without status.json its stages are to be done again."""
-        return self._report.exists() and self._status.exists()
+        return self.reported and self._status.exists()
 
     def report(self) -> dict[str, Any]:
         """report.json; CheckpointError where it is missing or not one that cmkit wrote."""

@@ -96,8 +96,7 @@ def changes(then: Inputs, now: Inputs) -> Iterator[tuple[str, str, str]]:
 def _change(key: str, was: Any, new: Any) -> str:
     if isinstance(was, list) and isinstance(new, list):
         if key == "counts":
-            changed = sum(a != b for a, b in zip(was, new, strict=False)) + abs(len(was) - len(new))
-            return f"images by class: {changed} of {len(new)} differ; they were {_few(was)}"
+            return f"images by class: {_few(new)}; it was begun with {_few(was)}"
         added = [str(each) for each in new if each not in was]
         gone = [str(each) for each in was if each not in new]
         parts = [f"{_names(added)} new"] * bool(added) + [f"{_names(gone)} gone"] * bool(gone)

@@ -13,31 +13,36 @@ from cmkit.run.folder import RunFolder
 
 def verify(folder: RunFolder) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it, "" = nothing) of each file of a run that has a digest."""
-    yield _judged(folder, folder.recipe, folder.check_recipe)
-    for name, read in (("inputs", folder.inputs), ("status", folder.status)):
-        path = folder.path / f"{name}.json"
-        if path.exists():
-            yield _judged(folder, path, read)
-        elif folder.begun:
-            yield path.name, "missing" if folder.reported or name == "inputs" else ""
+    inputs, status = folder.path / "inputs.json", folder.path / "status.json"
+    fault = "" if folder.earlier else "missing"
+    name, fault = (
+        _judged(folder, inputs, folder.inputs) if inputs.exists() else (inputs.name, fault)
+    )
+    yield name, fault
+    if not fault:  # it holds the recipe's digest
+        yield _judged(folder, folder.recipe, folder.check_recipe)
+    if status.exists():
+        yield _judged(folder, status, folder.status)
+    elif folder.reported:
+        yield status.name, "missing"
     if folder.reported:
         yield _judged(folder, folder.path / "report.json", folder.report)
     try:
-        status = folder.status()
+        stages = folder.status()
     except CmkitError:
-        status = {}
-    for stage, finished in status.items():
+        stages = {}
+    for stage, finished in stages.items():
         damage = folder.damage(stage, finished)
         for name in finished.get("files", {}):
             yield name, damage.get(name, "")
-    known = {name for finished in status.values() for name in finished.get("files", {})}
+    known = {name for finished in stages.values() for name in finished.get("files", {})}
     for log in sorted(folder.path.rglob("*.jsonl")):
         name = str(log.relative_to(folder.path))
         if name not in known:
             lost = files.damaged_lines(log, folder.checked)
             yield name, f"{lost} damaged lines" if lost else ""
-    for step in sorted(folder.checkpoints.glob("step-*")):
-        yield _judged(folder, step, functools.partial(checkpoint.verify, step))
+    for path in map(folder.checkpoint, folder.steps()):
+        yield _judged(folder, path, functools.partial(checkpoint.verify, path))
 
 
 def _judged(folder: RunFolder, path: Path, read: Callable[[], object]) -> tuple[str, str]:

@@ -53,7 +53,7 @@ def outlook(
             yield Outlook(name, title, "finished")
         elif origin := _finished(others, name, key):
             yield Outlook(name, title, "that of", origin)
-        elif name == "train" and any(folder.checkpoints.glob("step-*")):
+        elif name == "train" and folder.steps():
             yield Outlook(name, title, "begun")
         elif name == "train" and (origin := _begun(others, key)):
             yield Outlook(name, title, "goes on from", origin)
@@ -86,7 +86,7 @@ def reuse_checkpoint(folder: RunFolder, key: str) -> None:
     from cmkit.checkpoint import newest_folder, verify
 
     other = _begun(_others(folder), key)
-    if other is None or any(folder.checkpoints.glob("step-*")):
+    if other is None or folder.steps():
         return
     with contextlib.suppress(CmkitError, OSError):
         newest = newest_folder(other.checkpoints)
@@ -130,7 +130,7 @@ def _begun(others: list[RunFolder], key: str) -> RunFolder | None:
     for other in others:
         with contextlib.suppress(CmkitError):
             same = other.inputs()["keys"].get("train") == key
-            if same and any(other.checkpoints.glob("step-*")):
+            if same and other.steps():
                 return other
     return None
 
@@ -147,7 +147,7 @@ def _why(recipe: Recipe, stage: str, folder: RunFolder, registry: Registry) -> s
         except (CmkitError, KeyError):  # without this stage, or of parts that are not here
             continue
         shown = [f"{said}, in {other.path} {was}" for said, was in found]
-        saved = any(other.checkpoints.glob("step-*"))
+        saved = other.steps()
         if saved and len(found) == 1 and found[0][0].startswith("train.steps"):
             shown[0] += f"; --from {other.path} goes on from there"
         if not shown and other.checked:

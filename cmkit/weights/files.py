@@ -59,18 +59,18 @@ def find(name: str, backbone: Backbone) -> Weights:
         url = backbone.published[name]
         return Weights(name, cache_folder(f"weights/{publisher}") / url.rsplit("/", 1)[-1], url)
     place, step, average = chosen(name)
-    path = RunFolder.at(place).path
+    folder = RunFolder.at(place)
+    path = folder.path
     if step is not None:
-        path = RunFolder(path).checkpoint(step)
-    elif average and path.is_dir() and (kept := RunFolder(path).checkpoints).is_dir():
-        path = kept
+        path = folder.checkpoint(step)
+    elif average and folder.checkpoints.is_dir():
+        path = folder.checkpoints
     if path.exists():
         return Weights(name, path, average=average)
     if step is not None:
-        known = sorted(int(each.name[5:]) for each in path.parent.glob("step-*"))
         raise CheckpointError(
             f"{name}: no checkpoint of step {step} is kept; there are"
-            f" {', '.join(map(str, known)) or 'none'}"
+            f" {', '.join(map(str, folder.steps())) or 'none'}"
         )
     if not name.startswith("path:") and re.fullmatch(r"[a-z][a-z0-9-]+:\w[\w.-]*", name):
         raise CheckpointError(
@@ -94,10 +94,9 @@ def start_checkpoint(name: str) -> Path:
     path = folder.checkpoints if step is None else folder.checkpoint(step)
     found = newest_folder(path) if path.is_dir() else path
     if not (found / MANIFEST).is_file():
-        kept = sorted(each.name for each in folder.checkpoints.glob("step-*"))
         raise CheckpointError(
-            f"{name}: no checkpoint to go on from; there are {', '.join(kept) or 'none'} in"
-            f" {folder.checkpoints}"
+            f"{name}: no checkpoint to go on from; there are"
+            f" {', '.join(map(str, folder.steps())) or 'none'} in {folder.checkpoints}"
         )
     return found
 

@@ -66,7 +66,7 @@ class Train(TrainTable, Stage):
                     saved = training.step
                 job.stop.check(f"step {event.step} is saved in {folder.path}")
         except NonFiniteError as error:
-            if not any(folder.checkpoints.glob("step-*")):
+            if not folder.steps():
                 raise
             said = job.plan.recipe.said("train.lr", "train.start")
             raise NonFiniteError(
@@ -77,8 +77,10 @@ class Train(TrainTable, Stage):
             if training.whole and training.step > saved:
                 yield save()
             if isinstance(error, DataError):
-                file, kept = job.plan.recipe.source.file, any(folder.checkpoints.glob("step-*"))
-                more = f"; then go on: cmkit run {file} --from {folder.path}" * kept
+                file, said = job.plan.recipe.source.file, job.plan.recipe.said("train.start")
+                # Mended data are other data, so that this run itself cannot go on.
+                on = f"; then go on: cmkit run {file} --from {folder.path}{said}"
+                more = on if folder.steps() else ""
                 raise DataError(f"{error}; cmkit check {file} --data lists all{more}") from error
             raise
         save_weights(folder.weights, training.models.ema[self.ema[0]].network.state_dict())

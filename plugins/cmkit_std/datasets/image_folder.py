@@ -148,7 +148,7 @@ class ImageFolder(Published):
         return tuple(filter(None, _verdicts(find(self.path, self.labels), self._shape)))
 
     def identity(self) -> dict[str, Any]:
-        """As of any files on this disk, with the number of those left out."""
+        """How many pictures are used, how many are left out, and a digest of the contents."""
         bad = len(self.left_out())
         return {**super().identity(), **({"left_out": bad} if bad else {})}
 

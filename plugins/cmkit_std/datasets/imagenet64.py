@@ -68,7 +68,8 @@ class ImageNet64(Published):
         return undecodable(image_folder.find(self.path, labels=True), (3, 64))
 
     def identity(self) -> dict[str, Any]:
-        """As of any files on this disk; .npz files are not unpacked for it."""
+        """A digest of the contents, of .npz files without unpacking them; of pictures their number
+        as well; and the SHA-256 of `reference_npz`."""
         if self.path is None or not (files := self._files()):
             return super().identity()
         from cmkit_std.datasets.downsampled import fingerprint

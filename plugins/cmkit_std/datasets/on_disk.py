@@ -109,8 +109,8 @@ class Published(OnDisk):
             reference_npz.check(Path(self.reference_npz).expanduser(), self._channels)
 
     def identity(self) -> dict[str, Any]:
-        """As of any files on this disk, where there is a folder; and the SHA-256 of
-        `reference_npz`."""
+        """How many images the folder has and a digest of their contents, if there is a folder; and
+        the SHA-256 of `reference_npz`."""
         found = super().identity() if self.path is not None else {}
         if self.reference_npz:
             found["reference_npz"] = cached_sha256(Path(self.reference_npz).expanduser())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -80,9 +81,9 @@ class Continuous(Compared):
         """Whether the gradient is the limit of that of a loss whose target is held fixed."""
         return True
 
+    @abstractmethod
     def direction(self, models: Models, x: Tensor, sigma: Tensor, z: Tensor, cond: Cond) -> Tensor:
         """dx / dsigma, like x, along which the estimate shall not change."""
-        raise NotImplementedError
 
     def phase(self, step: int, total: int) -> Phase:
         return Phase(step)
