@@ -159,4 +159,4 @@ def test_an_unfinished_run_is_left_out_with_a_note(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 4
-    assert "not finished; `cmkit run" in capsys.readouterr().err
+    assert "not finished; cmkit run" in capsys.readouterr().err

@@ -366,7 +366,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.mark.parametrize(
-    ("signum", "delay"), [*zip(2 * SIGNALS, (0.0, 0.1, 0.5, 1.2, 2.0, 3.0), strict=True)]
+    ("signum", "delay"), [*zip(2 * SIGNALS, (0.05, 0.1, 0.5, 1.2, 2.0, 3.0), strict=True)]
 )
 def test_a_signal_in_the_first_seconds_is_one_line(tmp_path, signum, delay):
     """While modules are imported, while the plan is made, and when the run has begun."""

@@ -14,6 +14,7 @@ def main() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    end_at_once()
     sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     if not (find_spec("fcntl") and find_spec("resource")):
@@ -23,7 +24,6 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(5)
-    end_at_once()
     from cmkit.cli.entry import main as carry_out
 
     carry_out()
