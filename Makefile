@@ -23,7 +23,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  { echo 'cmkit needs Python 3.11 or newer: make PYTHON=python3.12 install'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 lint: install  ## Style and types.

@@ -362,11 +362,9 @@ def test_a_metric_is_named_without_its_index_where_there_is_one(cmkit, tmp_path,
 EARLY = "from cmkit.cli import main; print('ready', flush=True); main()"
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("signum", "delay"), [*zip(2 * SIGNALS, (0.05, 0.1, 0.5, 1.2, 2.0, 3.0), strict=True)]
+    ("signum", "delay"), [(signal.SIGINT, 0.05), (signal.SIGHUP, 0.5), (signal.SIGTERM, 2.0)]
 )
 def test_a_signal_in_the_first_seconds_is_one_line(tmp_path, signum, delay):
     """While modules are imported, while the plan is made, and when the run has begun."""
@@ -427,23 +425,31 @@ def test_a_run_outlives_the_reader_of_its_log(tmp_path):
     assert "fid = " in done.stdout
 
 
+ON_TERMINAL = """
+import fcntl, os, termios
+os.setsid()
+terminal = os.open({!r}, os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+for number in range(3):
+    os.dup2(terminal, number)
+"""
+
+
 def test_a_run_whose_terminal_is_closed_saves_what_it_has(tmp_path):
     """Every step so far, though the terminal takes no more lines."""
     (tmp_path / "tiny.toml").write_text(RUN_RECIPE.replace("steps = 6", "steps = 100000"))
     words = ["run", "tiny.toml", "--set", "train.log_every=1", "--set", "train.save_every=90000"]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(tmp_path)
-        command = [sys.executable, "-c", CMKIT, *words]
-        os.execve(sys.executable, command, {**os.environ, "TERM": "xterm"})
+    terminal, inner = pty.openpty()
+    code = ON_TERMINAL.format(os.ttyname(inner)) + CMKIT
+    running = Fork(code, *words, cwd=tmp_path, TERM="xterm")
     seen, deadline = b"", time.monotonic() + 120
     while not [log for log in tmp_path.glob("runs/*/log.jsonl") if log.stat().st_size]:
         assert time.monotonic() < deadline, seen
         if select.select([terminal], [], [], 0.1)[0]:
             seen += os.read(terminal, 65536)
+    os.close(inner)
     os.close(terminal)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert running.wait().returncode == 128 + signal.SIGHUP
     (log,) = tmp_path.glob("runs/*/log.jsonl")
     (kept,) = log.parent.glob("checkpoints/step-*")
     assert int(kept.name[5:]) == json.loads(log.read_text().splitlines()[-1])["step"]
@@ -513,7 +519,7 @@ def test_a_fault_of_ours_is_still_a_bug_in_cmkit(cmkit, tmp_path, monkeypatch):
     refused(cmkit("run", "tiny.toml"), 70, "a bug in cmkit: ZeroDivisionError")
 
 
-WRAPPED = ("module.", "_orig_mod.", "model.", "module._orig_mod.", "module.model.", "net.unet.")
+WRAPPED = ("module.", "_orig_mod.", "module.model.", "net.unet.")
 
 
 @pytest.mark.parametrize(
@@ -673,8 +679,14 @@ GONE = {
 }
 
 
-@pytest.mark.parametrize("how", GONE)
-@pytest.mark.parametrize("when", ["train", "search", "sample", "metric"])
+@pytest.mark.parametrize(
+    ("when", "how"),
+    [
+        *((stage, "renamed") for stage in ("train", "search", "sample", "metric")),
+        ("train", "removed"),
+        ("sample", "replaced"),
+    ],
+)
 def test_a_run_folder_that_is_gone_under_its_run_is_said(tmp_path, monkeypatch, how, when):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.toml").write_text(RUN_RECIPE)

@@ -57,11 +57,12 @@ metric = [{ use = "fidelity" }, { use = "digits_judge" }]
 
 [backbone]
 use = "adm"
-channels = 32
-channel_mult = [1, 1]
+channels = 16
+channel_mult = [1]
 num_res_blocks = 1
-attention_resolutions = [4]
-num_head_channels = 16
+attention_resolutions = [8]
+num_head_channels = 8
+norm_groups = 8
 dropout = 0.1
 
 [train]
@@ -165,7 +166,7 @@ CUTS = {
     """,
     "search": """
         CellsDrawn:70 Cell:0 Cell:2 CellsDrawn:0 CellsDrawn:70 Cell:1 Cell:3
-        StageStarted:rerank CellsDrawn:35 Cell:3 CellsDrawn:70 Cell:2
+        StageStarted:rerank CellsDrawn:35 Cell:0 CellsDrawn:70 Cell:1
         StageStarted:confirm CellsDrawn:70 Comparison:0 Comparison:1 StageFinished:search
     """,
 }

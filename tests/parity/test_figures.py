@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.forks import Fork
 from tests.parity import harness
 
 HERE = Path(__file__).parent
@@ -100,15 +98,11 @@ def test_a_folder_with_other_names_and_cases_is_read(tmp_path):
     renamed["unheard_of.json"] = {"format": 1, "fill": {}, "cases": {"alone": extra}}
     for name, content in renamed.items():
         (tmp_path / name).write_text(json.dumps(content))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-rf"]
-        + ["tests/parity/test_figures.py::test_every_case_is_read"]
-        + [f"tests/parity/test_{name}.py" for name in ("openai_denoiser", "diffusers_unet")],
-        cwd=ROOT,
-        env={**os.environ, "CMKIT_PARITY_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    options = ["-p", "no:cacheprovider", "-q", "-rf"]
+    tests = [f"tests/parity/test_{name}.py" for name in ("openai_denoiser", "diffusers_unet")]
+    every = "tests/parity/test_figures.py::test_every_case_is_read"
+    code = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    done = Fork(code, *options, every, *tests, cwd=ROOT, CMKIT_PARITY_DIR=str(tmp_path)).wait()
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     mystery = [line for line in failed if "case-0-f" in line]
     assert len(mystery) == 2, done.stdout
