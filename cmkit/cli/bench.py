@@ -63,9 +63,9 @@ def _check(suite: Suite, cells: Sequence[Cell], json: bool) -> None:
         return
     axes = [axis for axis in suite.axes if any(axis in cell.axis for cell in cells)]
     rows = [
-        [cell.name, cell.row, *(cell.axis.get(axis, "") for axis in axes), str(cell.seed)]
-        + ["; ".join(shared(cell))]
+        [cell.name, cell.row, *values, str(cell.seed), "; ".join(shared(cell))]
         for cell in cells
+        for values in [[cell.axis.get(axis, "") for axis in axes]]
     ]
     printing.table(["cell", "row", *axes, "seed", "shares"], rows)
     printing.line("")

@@ -1,4 +1,4 @@
-"""What a cell costs: parameters, and evaluations of the network in training, search and sampling."""
+"""What a cell costs: parameters, and network evaluations of training, search and sampling."""
 
 from __future__ import annotations
 
