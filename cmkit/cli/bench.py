@@ -93,33 +93,39 @@ def shared(cell: Cell) -> list[str]:
 
 
 def graph(cells: Sequence[Cell]) -> list[str]:
-    """A line for each cell whose training others use, and for each of these below it."""
+    """A line for each cell whose training others use, and below it one for each of these; for the
+    first seed, as other seeds share in the same way."""
     lines = []
-    for cell in cells:
-        users = [other for other in cells if cell.name in other.needs]
+    first = [cell for cell in cells if cell.seed == cells[0].seed]
+    for cell in first:
+        users = [other for other in first if cell.name in other.needs]
         if users:
             lines.append(f"{cell.name} trains")
         for user in users:
             how = "samples it" if user.group == cell.name else "starts from it"
             lines.append(f"  -> {user.name} {how}")
+    if lines and len(cells) > len(first):
+        lines.append("and so on for each seed")
     return lines or ["no cell needs another"]
 
 
 def _costs_table(
     cells: Sequence[Cell], found: Mapping[str, Costs], known: bool
 ) -> tuple[list[str], list[list[str]]]:
-    heads = ["cost of", "parameters", "steps", "images", "evaluations", "search", "samples"]
+    """Costs of the cells of the first seed, and of all seeds together."""
+    heads = ["cost of a seed", "parameters", "nfe", "steps", "images", "evaluations", "search"]
+    keys = ("steps", "images", "trained", "searched", "sampled", "gflop")
+    first = [cell for cell in cells if cell.seed == cells[0].seed]
     rows = []
-    for cell in cells:
+    for cell in first:
         cost = found[cell.name]
-        numbers = [cost.steps, cost.images, cost.trained, cost.searched, cost.sampled, cost.gflop]
-        rows.append([cell.name, printing.human(cost.parameters), *_numbers(numbers, known)])
-    totals = [
-        sum(getattr(cost, key) for cost in found.values())
-        for key in ("steps", "images", "trained", "searched", "sampled", "gflop")
-    ]
-    rows.append([f"all {len(cells)}", "", *_numbers(totals, known)])
-    return [*heads, "gflop"], rows
+        numbers = _numbers([getattr(cost, key) for key in keys], known)
+        of_network = [printing.human(cost.parameters), str(cost.nfe or "")]
+        rows.append(["-".join([cell.row, *cell.axis.values()]), *of_network, *numbers])
+    totals = [sum(getattr(found[cell.name], key) for cell in cells) for key in keys]
+    seeds = len(cells) // len(first)
+    rows.append([f"all, {seeds} seed{'s' * (seeds > 1)}", "", "", *_numbers(totals, known)])
+    return [*heads, "sampling", "gflop"], rows
 
 
 def _numbers(values: Sequence[float], known: bool) -> list[str]:

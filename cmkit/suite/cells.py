@@ -151,6 +151,8 @@ def merge(
     for known in [known for known in origins if known[: len(path)] == path]:
         del origins[known]
     origins[path] = change.origin
+    if isinstance(value, Reference) and path == change.origin[-len(path) :]:
+        origins[path] = (*change.origin[:-1], value.key)
     removed = value is False and (len(path) == 1 or isinstance(old, dict | list))
     _put(tables, path, None if removed else copy.deepcopy(value))
 
@@ -194,7 +196,8 @@ def _drafts(suite: Suite) -> Iterator[_Draft]:
     for row in suite.rows.values():
         for labels in itertools.product(*row.axes.values()):
             axis = dict(zip(row.axes, labels, strict=True))
-            tables, origins = copy.deepcopy(dict(suite.base)), {}
+            tables = copy.deepcopy(dict(suite.base))
+            origins: dict[tuple[str, ...], tuple[str, ...]] = {}
             merge(tables, row.change, origins)
             for name, label in axis.items():
                 merge(tables, row.axes[name][label], origins)
@@ -262,7 +265,7 @@ def _find_starts(suite: Suite, drafts: Iterable[_Draft]) -> None:
                     raise draft.source.error(
                         (table, "weights"),
                         "that row trains nothing; name one that does, or published weights",
-                        f" = {said}",
+                        f" = {inline(said.row)}",
                     )
             draft.starts[table] = found
 
@@ -320,7 +323,7 @@ class _Loading:
                 (table, "weights"),
                 f"{draft.title} cannot tell which training is meant, {names} differ: give both rows"
                 " the same values of an axis that changes the training",
-                f" = {draft.tables[table]['weights']}",
+                f" = {inline(draft.tables[table]['weights'].row)}",
             )
         (first,) = firsts
         assert first is not None
@@ -406,7 +409,7 @@ def _circle(waiting: Sequence[_Draft]) -> RecipeError:
     return path[-1].source.error(
         (table, "weights"),
         f"each waits for the training of the next: {' -> '.join(rows)}; break the circle",
-        f" = {path[-1].tables[table]['weights']}",
+        f" = {inline(path[-1].tables[table]['weights'].row)}",
     )
 
 

@@ -25,6 +25,8 @@ from cmkit.weights import TO_COME
 
 IMAGES = 4
 """A batch in which evaluations are counted."""
+CHEAP = 1e9
+"""FLOPs beside the networks of a step of which hundreds may be taken."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,13 @@ def costs(cells: Iterable[Cell]) -> dict[str, Costs]:
     cells = list(cells)
     token = TO_COME.set(frozenset(f"run:{cell.name}" for cell in cells))
     try:
-        plans: dict[tuple[str, ...], Plan] = {}
-        found = {}
-        for cell in cells:
+        found: dict[str, Costs] = {}
+        of_row: dict[tuple[str, ...], Costs] = {}
+        for cell in cells:  # seeds cost the same
             alike = (cell.row, *cell.axis.values())
-            if alike not in plans:
-                plans[alike] = plan(cell.recipe)
-            found[cell.name] = _costs(cell, plans[alike])
+            if alike not in of_row:
+                of_row[alike] = _costs(cell, plan(cell.recipe))
+            found[cell.name] = of_row[alike]
         return found
     finally:
         TO_COME.reset(token)
@@ -110,20 +112,18 @@ def per_image(recipe: Recipe) -> float:
     assert table is not None
     data = recipe.data or recipe.dataset.spec()
     models = _counting(recipe, data)
-    steps = _spread(table.steps, blocks=2, length=4)
-    other = sum(_step(recipe, models, data, step) for step in steps)
-    if not other:  # these steps cost nothing: more of them, where a solver's length is drawn
-        more = _spread(table.steps, blocks=32, length=4)
-        other += sum(_step(recipe, models, data, step) for step in more)
-        steps += more
-    count = _count(models.online)
-    if models.target is not models.online:
-        count += _count(models.target)
-    if models.teacher:
-        count += _count(models.teacher) * _teacher_share(recipe, data)
+    share = _teacher_share(recipe, data)
+    with FlopCounterMode(display=False) as counter:
+        steps = _spread(table.steps, blocks=4, length=2)
+        counted = [_step(recipe, models, data, step, share) for step in steps]
+    other = counter.get_total_flops() / len(steps)
+    if len(set(counted)) > 1 and other < CHEAP:  # the length of a solver may be drawn
+        steps = _spread(table.steps, blocks=32, length=4)
+        counted = [_step(recipe, models, data, step, share) for step in steps]
+    count = sum(counted) / len(counted)
     if other:
         count += other / _flops(recipe, data)
-    return count / (len(steps) * IMAGES)
+    return count / IMAGES
 
 
 class _Counting(Network):
@@ -138,11 +138,12 @@ class _Counting(Network):
         self.last = nn.Parameter(torch.full((data.channels, 1, 1), 0.5))
 
     def forward(self, x: Tensor, c_noise: Tensor, cond: Cond, scales: object) -> Tensor:
-        given = [x, c_noise, *filter(None.__ne__, (cond.guidance, cond.sigma_to))]
-        dual = any(forward_ad.unpack_dual(each).tangent is not None for each in given)
+        levels = [c_noise]
+        levels += [level for level in (cond.guidance, cond.sigma_to) if level is not None]
+        dual = any(forward_ad.unpack_dual(t).tangent is not None for t in (x, *levels))
         self.count += len(x) * (1 + dual)
         back = len(x) * (2 if self.first.requires_grad else 1)
-        emb = sum(torch.sin(level) for level in given[1:])
+        emb = torch.stack([torch.sin(level) for level in levels]).sum(0)
         if cond.label is not None:
             emb = emb + self.label[cond.label]
         h = self.first * x
@@ -150,15 +151,16 @@ class _Counting(Network):
             self.count += 2 * back
         elif h.requires_grad:  # only a pass back to the first layer is a whole one
             h.register_hook(lambda _: self._passed_back(back))
-        return self.last * (h + emb[:, None, None, None])
+        f: Tensor = self.last * (h + emb[:, None, None, None])
+        return f
 
     def _passed_back(self, images: int) -> None:
         self.count += images
 
 
-def _count(denoiser: Denoiser) -> int:
+def _network(denoiser: Denoiser) -> _Counting:
     assert isinstance(denoiser.network, _Counting)
-    return denoiser.network.count
+    return denoiser.network
 
 
 def _counting(recipe: Recipe, data: DataSpec) -> Models:
@@ -187,20 +189,22 @@ def _spread(total: int, blocks: int, length: int) -> list[int]:
     return [min(start + n, total - 1) for start in starts for n in range(length)]
 
 
-def _step(recipe: Recipe, models: Models, data: DataSpec, step: int) -> int:
-    """FLOPs of a step of training, while the networks count."""
+def _step(recipe: Recipe, models: Models, data: DataSpec, step: int, share: float) -> float:
+    """Evaluations of a step of training on a batch; those of the teacher each count `share`."""
     objective, table = recipe.objective, recipe.train
     assert objective is not None
     assert table is not None
-    device = torch.device("cpu")
-    rng = Rng(0, "cost", step, device)
+    rng = Rng(0, "cost", step, torch.device("cpu"))
     shape = (IMAGES, data.channels, data.resolution, data.resolution)
     x0 = rng.normal_like(torch.empty(shape)).clamp(-1, 1)
     label = rng.integers(data.num_classes, IMAGES) if data.num_classes else None
+    networks = {_network(models.online): 1.0, _network(models.target): 1.0}
+    if models.teacher:
+        networks[_network(models.teacher)] = share
     phase = objective.phase(step, table.steps)
-    with FlopCounterMode(display=False) as counter:
-        objective.loss(models, x0, Cond(label=label), phase, rng).mean().backward()
-    return int(counter.get_total_flops())
+    before = {network: network.count for network in networks}
+    objective.loss(models, x0, Cond(label=label), phase, rng).mean().backward()
+    return sum(weight * (n.count - before[n]) for n, weight in networks.items())
 
 
 def _flops(recipe: Recipe, data: DataSpec) -> int:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,6 @@ CHANGEABLE = tuple(key for key in KEYS if key not in ("name", "seed"))
 """Tables of a recipe that a row or an axis may change."""
 ROW_KEYS = ("note", "budget", "axis", *CHANGEABLE)
 UNITS = ("steps", "images", "evaluations", "seconds")
-Unit = Literal["steps", "images", "evaluations", "seconds"]
 
 
 class BudgetTable(Part):
@@ -54,8 +53,9 @@ class BudgetTable(Part):
         return self
 
     @property
-    def unit(self) -> Unit:
-        return next(unit for unit in UNITS if getattr(self, unit) is not None)  # type: ignore[return-value]
+    def unit(self) -> str:
+        """One of `UNITS`."""
+        return next(unit for unit in UNITS if getattr(self, unit) is not None)
 
     @property
     def amount(self) -> float:
@@ -90,9 +90,8 @@ class Reference:
     """Weights that a row's training leaves: `{ row = NAME }` in a suite."""
 
     row: str
-
-    def __str__(self) -> str:
-        return inline({"row": self.row})
+    key: str = "weights"
+    """The key of the table that says it."""
 
 
 @dataclass(frozen=True)
@@ -332,19 +331,18 @@ def _referenced(tables: Mapping[str, Any], path: tuple[str, ...], source: Source
         if not isinstance(found.get(key), dict):
             continue
         table = dict(found[key])
-        if key == "teacher" and "row" in table:
-            if "weights" in table:
-                raise source.error((*path, key), "it has a row and weights; drop one of them")
-            table["weights"] = {"row": table.pop("row")}
-        said = table.get("weights")
+        short = key == "teacher" and "row" in table
+        if short and "weights" in table:
+            raise source.error((*path, key), "it has a row and weights; drop one of them")
+        said = {"row": table.pop("row")} if short else table.get("weights")
         if isinstance(said, dict):
             if said.keys() != {"row"} or not isinstance(said["row"], str):
                 raise source.error(
-                    (*path, key, "weights"),
+                    (*path, key, "row" if short else "weights"),
                     "expected the place of weights, or { row = NAME }",
                     f" = {shown_value(said)}",
                 )
-            table["weights"] = Reference(said["row"])
+            table["weights"] = Reference(said["row"], "row" if short else "weights")
         found[key] = table
     return found
 
