@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -341,7 +342,8 @@ class _Loading:
                 left -= paid
                 spent += f", {paid:,.6g} of which the training of {parent.title} takes"
         each = self._cost(self._recipe(draft, tables))
-        if left < each:
+        steps = math.floor(left / each * (1 + 1e-12))  # 60 / 0.4 is not to be 149
+        if steps < 1:
             cure = "give that row budget = false and fewer train.steps, or raise the budget"
             raise self.suite.source.error(
                 ("budget", self.budget.unit),
@@ -350,7 +352,7 @@ class _Loading:
                 else f"a step of {draft.title} costs {each:,.6g}; raise the budget",
                 f" = {self.budget.amount:,.12g}",
             )
-        return int(left // each)
+        return steps
 
     def _cost(self, recipe: Recipe) -> float:
         """What a step costs, asked once for trainings that differ in seed, steps or weights."""
