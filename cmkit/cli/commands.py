@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cmkit.cli import printing
+from cmkit.cli.bench import bench
 from cmkit.cli.parts import JsonOption, new, plugins_app
 from cmkit.errors import CheckpointError, DataError, inline
 from cmkit.stop import StopSignal
@@ -314,7 +315,7 @@ def convert(
 ) -> None:
     """Rewrite weights in another project's names and order, bit for bit, as safetensors."""
     from cmkit.plugins import discover
-    from cmkit.recipe import load
+    from cmkit.recipe import find_recipe, load
 
     registry = discover()
     loaded = load(find_recipe(recipe), set, registry) if recipe else None
@@ -324,21 +325,26 @@ def convert(
     printing.line(f"{target}: written in the layout {to}")
 
 
+app.command()(bench)
 app.command()(new)
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    suite: Annotated[bool, typer.Option("--suite", help="Of suites instead.")] = False,
+) -> None:
     """Print the JSON Schema of recipes, from the installed parts; TOML editors complete by it."""
     from cmkit.plugins import discover
     from cmkit.recipe import schema
+    from cmkit.suite.describe import suite_schema
 
-    printing.document(schema(discover()))
+    document = schema(discover())
+    printing.document(suite_schema(document) if suite else document)
 
 
 def _loaded(recipe: str, overrides: list[str]) -> tuple[Recipe, Registry]:
     from cmkit.plugins import discover
-    from cmkit.recipe import load
+    from cmkit.recipe import find_recipe, load
 
     registry = discover()
     return load(find_recipe(recipe), overrides, registry), registry
@@ -364,6 +370,7 @@ def _runs_below(out: Path) -> Iterator[None]:
 
 def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:
     from cmkit.plugins import discover
+    from cmkit.recipe import find_recipe
     from cmkit.run.finished import drawn_from
 
     return drawn_from(str(find_recipe(source)), overrides, discover(), images)
@@ -386,16 +393,6 @@ def _show_until_written(events: Iterator[Event], device: torch.device, json: boo
         printing.document({"schema": 1, **result})
     else:
         printing.line(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
-
-
-def find_recipe(name: str) -> Path:
-    """The recipe file `name`, or the shipped recipe of that bare name."""
-    path = Path(name)
-    if path.suffix == ".toml" or path.exists():
-        return path
-    home = Path(__file__).parent.parent
-    shipped = (folder / "recipes" / f"{name}.toml" for folder in (home, home.parent))
-    return next(filter(Path.is_file, shipped), path)
 
 
 def _check_images(dataset: Dataset, json: bool) -> None:

@@ -117,7 +117,7 @@ def guided_as_said(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
 def teacher_of(teacher: Teacher, student: DenoiserTable, data: DataSpec) -> Denoiser:
     """The teacher with fresh weights; what its table leaves open is as the student's."""
     table, precond = teacher.table, teacher.precond
-    network = built(teacher.backbone, data, _conditions(teacher, data))
+    network = built(teacher.backbone, data, conditions_of_teacher(teacher, data))
     known_low, known_high = precond.known
     low = (known_low or student.sigma_min) if table.sigma_min is None else table.sigma_min
     high = table.sigma_max or (known_high if known_high < math.inf else student.sigma_max)
@@ -125,7 +125,8 @@ def teacher_of(teacher: Teacher, student: DenoiserTable, data: DataSpec) -> Deno
     return Denoiser(network, noise, precond.scalings, table.sigma_data or student.sigma_data)
 
 
-def _conditions(teacher: Teacher, data: DataSpec) -> frozenset[str]:
+def conditions_of_teacher(teacher: Teacher, data: DataSpec) -> frozenset[str]:
+    """What the teacher's network embeds."""
     said = teacher.table.conditions
     return frozenset((("label",) if data.num_classes else ()) if said is None else said)
 
@@ -140,7 +141,7 @@ def load_start(
     weights, kept = recipe.denoiser.weights, {}
     if recipe.denoiser.init == "teacher" and recipe.teacher:
         weights = recipe.teacher.table.weights
-        if conditions - _conditions(recipe.teacher, data):
+        if conditions - conditions_of_teacher(recipe.teacher, data):
             kept = network.state_dict()
     return load_into(network, weights, recipe.backbone, data, kept) if weights else ()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,21 @@ def load(path: str | Path, overrides: Sequence[str], registry: Registry) -> Reci
     Raises RecipeError for whatever is wrong with the text, PluginError for a part that is missing
     or broken. Imports the parts that it names and nothing else.
     """
-    tables, source = read(path, overrides)
+    return from_tables(*read(path, overrides), registry)
+
+
+def find_recipe(name: str, folder: Path = Path()) -> Path:
+    """The recipe file `name`, as seen from `folder`, or the shipped recipe of that bare name."""
+    path = folder / name
+    if path.suffix == ".toml" or path.exists():
+        return path
+    home = Path(__file__).parent.parent
+    shipped = (parent / "recipes" / f"{name}.toml" for parent in (home, home.parent))
+    return next(filter(Path.is_file, shipped), path)
+
+
+def from_tables(tables: Mapping[str, Any], source: Source, registry: Registry) -> Recipe:
+    """The recipe that `tables` say, whose values stand where `source` says; errors as of `load`."""
     for key in tables:
         if key not in known.KEYS:
             raise source.error((key,), f"unknown key{did_you_mean(key, known.KEYS)}")

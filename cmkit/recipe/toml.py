@@ -89,9 +89,11 @@ def _parse(text: str, file: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
         place = f"{file}:{at[1]}" if at else file
-        raise RecipeError(
-            f"{place}: not TOML: {str(error)[: at.start() if at else None]}"
-        ) from error
+        said = str(error)[: at.start() if at else None]
+        if twice := re.fullmatch(r"Cannot declare \((.*?),?\) twice", said):
+            table = ".".join(twice[1].replace("'", "").split(", "))
+            said = f"[{table}] stands twice; join the two, or give one another name"
+        raise RecipeError(f"{place}: not TOML: {said}") from error
     except ValueError as error:
         raise RecipeError(f"{file}: {error}") from error
 
@@ -163,10 +165,15 @@ def _split(key: str) -> tuple[str, ...]:
     return tuple(part.strip("\"'") for part in _PART.findall(key))
 
 
+def key_path(key: str) -> tuple[str, ...]:
+    """Parts of a dotted key such as train.steps, as TOML splits it; () for what is no key."""
+    return _split(key) if re.fullmatch(_NAME, key.strip()) else ()
+
+
 def _override(tables: dict[str, Any], item: str) -> tuple[str, ...]:
     """Apply one `table.key=value` in place; the path that it changed."""
     key, equals, text = item.partition("=")
-    path = _split(key) if re.fullmatch(_NAME, key.strip()) else ()
+    path = key_path(key)
     if not equals or not 0 < len(path) <= MAX_KEY_PARTS:
         raise RecipeError(f"--set {_cut(item)}: expected table.key=value, such as train.steps=100")
     node: Any = tables

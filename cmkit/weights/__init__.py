@@ -6,6 +6,7 @@ tensors, `adapt(read(find(..)))` are those of our network."""
 from cmkit.weights.fetch import Downloaded, download
 from cmkit.weights.files import (
     DIFFUSERS,
+    TO_COME,
     Weights,
     adapt,
     find,
