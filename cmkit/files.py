@@ -98,17 +98,39 @@ def _release_inherited() -> None:
 os.register_at_fork(after_in_child=_release_inherited)
 
 
+INHERITED = "CMKIT_LOCK"
+"""Variable of the environment: the handle of a lock that a process took for the one it began."""
+
+
+def _inherited(path: Path) -> int | None:
+    """The handle of the lock `path` that this process was begun with, if any."""
+    said = os.environ.get(INHERITED, "")
+    if not said.isdecimal():
+        return None
+    try:
+        same = os.path.samestat(os.fstat(int(said)), path.stat())
+    except OSError:
+        return None
+    if not same:
+        return None
+    del os.environ[INHERITED]
+    os.set_inheritable(int(said), False)
+    return int(said)
+
+
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path) -> Iterator[int]:
     """Hold `folder` against other processes; the lock ends with this process.
 
+    Inside, the handle of the lock, which a process that inherits it by `INHERITED` holds on.
     BusyError at once, naming the holder, when it is held. Temporaries of killed runs are removed.
     """
     path = folder / ".lock"
     with writing(folder):
         make_folder(folder)
     with writing(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        handle = _inherited(path) or os.open(path, flags, 0o666)
     held = _held[handle] = (folder.absolute(), folder.stat().st_ino)
     try:
         with writing(path):
@@ -126,7 +148,7 @@ def lock(folder: Path) -> Iterator[None]:
             os.pwrite(handle, holder.encode(), 0)
             for place in (folder, *filter(_is_folder, folder.iterdir())):
                 sweep(place)
-        yield
+        yield handle
     except (OSError, CmkitError) as error:
         if _is_gone(*held):
             raise ResourceError(

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmkit.cli import printing
-from cmkit.cli.parts import JsonOption
-from cmkit.errors import RecipeError
+from cmkit.cli.parts import DeviceOption, JsonOption
+from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
     from cmkit.suite.cells import Cell
     from cmkit.suite.cost import Costs
     from cmkit.suite.suite import Suite
+    from cmkit.suite.work import SuiteFolder
 
 
 def bench(
@@ -25,13 +26,18 @@ def bench(
         bool, typer.Option("--check", help="Print the cells, what they share and what they cost.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Take more than 200 cells.")] = False,
-    out: Annotated[Path, typer.Option(help="Parent of the run folders.")] = Path("runs"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the suite's runs; runs/NAME of the suite.")
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Cells at once.")] = 1,
+    device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Compare variants of a recipe: run each cell of a suite, doing what they share once."""
     from cmkit.plugins import discover
     from cmkit.suite.cells import MOST, cells
     from cmkit.suite.suite import load_suite
+    from cmkit.suite.work import SuiteFolder
 
     loaded, registry = load_suite(suite), discover()
     most = loaded.count() if yes else MOST
@@ -44,11 +50,24 @@ def bench(
     if check:
         _check(loaded, found, json)
     else:
-        _run(loaded, found, out, json)
+        _run(found, SuiteFolder(out or Path("runs") / loaded.name), jobs, device, json)
 
 
-def _run(suite: Suite, cells: Sequence[Cell], out: Path, json: bool) -> None:
-    raise RecipeError(f"{suite.path}: suites are not run yet; say --check")
+def _run(cells: Sequence[Cell], folder: SuiteFolder, jobs: int, device: str, json: bool) -> None:
+    """Carry the cells out, and show each as it ends."""
+    from cmkit.cli.display import Display
+    from cmkit.run.events import StageStarted
+    from cmkit.suite.work import Worker
+
+    stop = StopSignal()
+    stop.listen()
+    failed = []
+    with Display(None, quiet=json) as display:
+        display.show(StageStarted("cells", 0, len(cells)))
+        for event in Worker(cells, folder, device, stop, jobs).work():
+            display.say(f"[{event.done}/{event.total}] {event.text}")
+            display.advance(event.done)
+            failed += [event.cell] * event.failed
 
 
 def _check(suite: Suite, cells: Sequence[Cell], json: bool) -> None:

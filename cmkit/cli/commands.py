@@ -12,7 +12,7 @@ import typer
 
 from cmkit.cli import printing
 from cmkit.cli.bench import bench
-from cmkit.cli.parts import JsonOption, new, plugins_app
+from cmkit.cli.parts import DeviceOption, JsonOption, new, plugins_app
 from cmkit.errors import CheckpointError, DataError, inline
 from cmkit.stop import StopSignal
 
@@ -58,7 +58,6 @@ LabelOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 
 app.add_typer(plugins_app, name="plugins")
 

@@ -88,24 +88,24 @@ class Display:
                 if self.stage != name:
                     self._begin(name, done >> 20, mib)
                 self.numbers = {"MiB": f"{done >> 20:,} of {mib:,}" if total else f"{done >> 20:,}"}
-                self._advance(done >> 20)
+                self.advance(done >> 20)
             case events.Step(step, _, log):
                 if log:
                     self._remember(log)
-                self._advance(step)
+                self.advance(step)
             case events.Cell(index, total, values, score):
                 moved = {k: v for k, v in values.items() if v != 1} if len(values) > 3 else values
                 shown = " ".join(f"{name} {value:g}" for name, value in moved.items())
                 self.numbers = {"cell": shown or "all 1", "score": _number(score)}
-                self._advance(index + 1)
+                self.advance(index + 1)
             case events.Comparison(index, _, plain, rescaled):
                 self.numbers = {"unscaled": _number(plain), "rescaled": _number(rescaled)}
-                self._advance(index + 1)
+                self.advance(index + 1)
             case events.CellsDrawn(done, total):
                 self.numbers["images"] = f"{done:,} of {total:,}"
-                self._advance(self.done)
+                self.advance(self.done)
             case events.Sampled(done, _):
-                self._advance(done)
+                self.advance(done)
             case events.Saved(step):
                 self.say(f"saved step {step}")
             case events.Note(text):
@@ -133,7 +133,8 @@ class Display:
             "memory": f"{peak_memory_mib(self.device):,.0f} MiB",
         }
 
-    def _advance(self, done: int) -> None:
+    def advance(self, done: int) -> None:
+        """Show that `done` units of the stage are done."""
         self.done = done
         if self.live:
             self.progress.update(self.task, completed=done)

@@ -10,6 +10,7 @@ import typer
 from cmkit.cli import printing
 from cmkit.errors import PluginError, RecipeError, did_you_mean
 
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 plugins_app = typer.Typer(

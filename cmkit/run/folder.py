@@ -109,7 +109,7 @@ class RunFolder:
         no run's."""
         return next((p for p in (self.weights, self.checkpoints) if p.exists()), self.path)
 
-    def held(self) -> AbstractContextManager[None]:
+    def held(self) -> AbstractContextManager[int]:
         """`files.lock` of the folder, which is made where it is not there."""
         return files.lock(self.path)
 
