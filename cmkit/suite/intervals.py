@@ -125,6 +125,8 @@ def kid_influence(x: ArrayLike, real: ArrayLike) -> tuple[float, Array]:
     (mean over j != i of k(x_i, x_j) - mean over y of k(x_i, y)), less its mean (Hoeffding, 1948).
     """
     x, real = _checked(x, 2), _checked(real, 2)
+    if x.shape[1] != real.shape[1]:
+        raise DataError(f"{x.shape[1]} features, but a reference of {real.shape[1]}")
     n = len(x)
     itself = ((x * x).sum(1) / x.shape[1] + 1) ** 3
     own = (n * _kernel_means(x, x) - itself) / (n - 1)
@@ -204,7 +206,7 @@ def _on_same_noise(
     a, b = _checked(a, 2), _checked(b, 2)
     if a.shape != b.shape:
         raise DataError(
-            f"features of shapes {a.shape} and {b.shape}: compare images of the same noise and network"
+            f"features of shapes {a.shape} and {b.shape}: take one network, and as many images"
         )
     (of_a, by_a), (of_b, by_b) = influence(a), influence(b)
     error = (by_a - by_b).std(ddof=1) / math.sqrt(len(a))
@@ -234,17 +236,18 @@ def _frechet(x: Array, mu: Array, root: Array) -> tuple[float, Array]:
     """
     n, d = x.shape
     if mu.shape != (d,) or root.shape != (d, d):
-        raise DataError(f"{d} features, but a reference of {len(mu)} and {root.shape}")
+        raise DataError(f"{d} features, but a reference of {len(mu)} and {len(root)}")
     shift = x.mean(0) - mu
     x = (x - x.mean(0)) / math.sqrt(n - 1)
     y = x @ root
-    # of the two Gram matrices, the smaller one
-    squares, vectors = np.linalg.eigh(y.T @ y if n > d else y @ y.T)
-    s = np.sqrt(squares.clip(min=0))
-    kept = squares > squares.max() * max(n, d) * np.finfo(float).eps
     if n > d:
-        twisted = ((y @ vectors[:, kept]) ** 2) @ (1 / s[kept])
+        squares, vectors = np.linalg.eigh(y.T @ y)
+        kept = squares > squares[-1] * n * np.finfo(float).eps  # else S_r or S has no full rank
+        s = np.sqrt(squares[kept])
+        twisted = (y @ vectors[:, kept]) ** 2 @ (1 / s)
     else:
+        squares, vectors = np.linalg.eigh(y @ y.T)
+        s = np.sqrt(squares.clip(min=0))
         twisted = vectors**2 @ s
     own = (x * x).sum(1)
     value = shift @ shift + own.sum() + (root * root).sum() - 2 * s.sum()

@@ -1,0 +1,281 @@
+"""Laws of the intervals: coverage where the truth is known, closed forms, and what may be said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cmkit_std.metrics.frechet import frechet
+from scipy.integrate import quad
+from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
+
+from benchmarks.coverage import draw, kernel_truth, one_seed, over_seeds, world
+from cmkit.errors import DataError, NonFiniteError
+from cmkit.suite.intervals import (
+    CHECKPOINTS,
+    Interval,
+    few_images,
+    frechet_difference,
+    frechet_influence,
+    holm,
+    kid_difference,
+    kid_influence,
+    mean_interval,
+    paired_difference,
+    verdict,
+    welch_difference,
+)
+
+WORLD = world(64, np.random.default_rng(0))
+POLY = {"kid_kernel": "poly", "kid_kernel_poly_degree": 3, "kid_kernel_poly_coef0": 1}
+
+
+def features(n: int, d: int = 12, seed: int = 0) -> np.ndarray:
+    """Correlated features (n, d) of skewed, heavy-tailed marginals."""
+    rng = np.random.default_rng(seed)
+    return rng.gamma(2, size=(n, d)) @ rng.standard_normal((d, d)) / 3 + rng.standard_normal(d)
+
+
+def test_intervals_over_seeds_cover_the_truth():
+    """Each of 500 or more draws; the pool is drawn once, and the 10 seeds take all of it."""
+    for name, _, draws, covered in over_seeds(WORLD, 128, 5000, 500, np.random.default_rng(1)):
+        assert draws >= 500
+        assert 0.93 <= covered <= 0.97, (name, covered)
+
+
+def test_intervals_of_one_seed_cover_the_truth():
+    found = {
+        name: covered for name, *_, covered in one_seed(WORLD, 400, 500, np.random.default_rng(2))
+    }
+    assert all(0.93 <= covered <= 0.97 for covered in found.values()), found
+
+
+def t_density(x: float, freedom: float) -> float:
+    return (1 + x * x / freedom) ** (-(freedom + 1) / 2)
+
+
+def test_the_interval_of_a_mean_is_student_s():
+    found = mean_interval([2.0, 4.0, 9.0])
+    error = (13 / 3) ** 0.5  # variance 13, three seeds
+    assert found.value == 5
+    assert (found.high - 5, 5 - found.low) == pytest.approx((4.302653 * error,) * 2)  # t(0.975, 2)
+    whole, _ = quad(t_density, -np.inf, np.inf, (2,))
+    tail, _ = quad(t_density, 5 / error, np.inf, (2,))
+    assert found.p == pytest.approx(2 * tail / whole)
+    assert found.of == "of the method, over 3 training seeds"
+
+
+def test_the_paired_interval_is_of_the_differences_by_seed():
+    a, b = {3: 5.0, 1: 2.0, 2: 7.0}, {1: 0.0, 2: 3.0, 3: -4.0, 7: 100.0}
+    found, inner = paired_difference(a, b), mean_interval([2.0, 4.0, 9.0])
+    assert (found.value, found.low, found.high, found.p) == (5, inner.low, inner.high, inner.p)
+    assert found.of == "of the two methods, paired over 3 of 4 training seeds"
+    assert paired_difference(b, a).value == -5
+
+
+def test_welch_s_interval_by_hand():
+    """Variances 4 and 1 of 4 and 3 seeds: u = 1, v = 1/3, 16/9 / (1/3 + 1/18) = 32/7 degrees."""
+    b = [0.0, 1.0, 2.0]
+    a = [10 + value for value in (-np.sqrt(3), -np.sqrt(3), np.sqrt(3), np.sqrt(3))]
+    found = welch_difference(a, b)
+    error = (4 / 3) ** 0.5
+    freedom, half = 32 / 7, found.high - found.value
+    whole, _ = quad(t_density, -np.inf, np.inf, (freedom,))
+    inside, _ = quad(t_density, -half / error, half / error, (freedom,))
+    assert found.value == pytest.approx(9)
+    assert inside / whole == pytest.approx(0.95)
+    assert found.value - found.low == pytest.approx(half)
+    assert found.of == "of the two methods, over 4 and 3 training seeds"
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_have_no_interval(seeds):
+    few, three = [1.0, 2.0][:seeds], [1.0, 2.0, 4.0]
+    plural = "s" * (seeds > 1)
+    for found, of in (
+        (mean_interval(few), f"of the method, over {seeds} training seed{plural}: no interval"),
+        (
+            paired_difference(dict(enumerate(few)), dict(enumerate(three))),
+            f"of the two methods, paired over {seeds} of 3 training seeds: no interval",
+        ),
+        (
+            welch_difference(three, few),
+            f"of the two methods, over 3 and {seeds} training seed{plural}: no interval",
+        ),
+    ):
+        assert (found.low, found.high, found.p, found.of) == (None, None, None, of)
+        assert verdict(found, "lower") == "cannot tell"
+
+
+def test_equal_scores_of_all_seeds_have_no_interval():
+    """Students t would call 10 classes against 9 in each of three trainings certain."""
+    a, b = {0: 10.0, 1: 10.0, 2: 10.0}, {0: 9.0, 1: 9.0, 2: 9.0}
+    for found in (paired_difference(a, b), welch_difference([10.0] * 3, [9.0] * 3)):
+        assert (found.value, found.p) == (1, None)
+        assert found.of.endswith("without spread: no interval")
+
+
+def test_scores_that_are_none():
+    with pytest.raises(DataError, match="no seed"):
+        mean_interval([])
+    with pytest.raises(DataError, match="no seed"):
+        paired_difference({0: 1.0}, {1: 1.0})
+    with pytest.raises(NonFiniteError, match="nan"):
+        welch_difference([1.0, 2.0, 3.0], [1.0, float("nan"), 2.0])
+
+
+def gaussian(x: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Mean and covariance of images of these weights, which are n / (n - 1) of theirs."""
+    mu = weights @ x
+    centred = x - mu
+    return {"mu": mu, "sigma": len(x) / (len(x) - 1) * (centred.T * weights) @ centred}
+
+
+@pytest.mark.parametrize("n", [60, 12, 9])
+def test_the_influence_on_the_frechet_distance_is_its_derivative_by_weights(n):
+    """Of cmkit's own distance, by torch-fidelity or by the few rows, at more and fewer images than
+    features; the covariances have no common eigenvectors."""
+    x, real = features(n), features(300, seed=1)
+    reference = gaussian(real, np.full(300, 1 / 300))
+    value, influence = frechet_influence(x, reference["mu"], reference["sigma"])
+    whole = {"rows": x} if n <= x.shape[1] else gaussian(x, np.full(n, 1 / n))
+    assert value == pytest.approx(frechet(whole, reference), rel=1e-6)
+    assert abs(influence.mean()) < 1e-9 * abs(influence).max()
+
+    def at(weights: np.ndarray) -> float:
+        # the distance of n images by their n by n Gram matrix, whatever their weights
+        mine = gaussian(x, weights)
+        centred = np.sqrt(n / (n - 1) * weights)[:, None] * (x - mine["mu"])
+        roots = np.linalg.svd(centred @ np.linalg.cholesky(reference["sigma"]), compute_uv=False)
+        shift = mine["mu"] - reference["mu"]
+        return shift @ shift + np.trace(mine["sigma"] + reference["sigma"]) - 2 * roots.sum()
+
+    assert at(np.full(n, 1 / n)) == pytest.approx(value, rel=1e-6)
+    step = 1e-5
+    for i in range(0, n, 4):
+        up, down = ((1 - size) / n + size * (np.arange(n) == i) for size in (step, -step))
+        assert (at(up) - at(down)) / (2 * step) == pytest.approx(influence[i], rel=1e-4, abs=1e-5)
+
+
+def test_the_influence_on_kid_is_its_derivative_by_weights():
+    x, real = features(40), features(30, seed=1)
+    value, influence = kid_influence(x, real)
+    kernel, cross = (x @ x.T / 12 + 1) ** 3, (x @ real.T / 12 + 1) ** 3
+    off = kernel - np.diag(np.diag(kernel))
+
+    def at(weights: np.ndarray) -> float:
+        return 40 / 39 * weights @ off @ weights - 2 * weights @ cross.mean(1)
+
+    assert at(np.full(40, 1 / 40)) == pytest.approx(value)
+    for i in range(40):
+        toward = (np.arange(40) == i) - 1 / 40
+        up, down = (at(1 / 40 + size * toward) for size in (1e-4, -1e-4))
+        assert (up - down) / 2e-4 == pytest.approx(influence[i], abs=1e-6 * abs(influence).max())
+
+
+def test_the_kid_difference_is_torch_fidelity_s():
+    """Over all images it is their estimate; their mean over subsets is near."""
+    a, b, real = (features(200, seed=seed) for seed in (0, 1, 2))
+    a += 0.3
+    theirs = [kernel_mmd(x, real, **POLY) for x in (a, b)]
+    found = kid_difference(a, b, real).value
+    assert found == pytest.approx(theirs[0] - theirs[1], rel=1e-9)
+    means = [
+        kid_features_to_metric(
+            *map(torch.from_numpy, (x, real)), kid_subset_size=100, verbose=False
+        )["kernel_inception_distance_mean"]
+        for x in (a, b)
+    ]
+    assert found == pytest.approx(means[0] - means[1], rel=0.1)
+
+
+def test_the_kernel_means_do_not_depend_on_blocks(monkeypatch):
+    a, b, real = features(50), features(50, seed=1), features(30, seed=2)
+    whole = kid_difference(a, b, real)
+    monkeypatch.setattr("cmkit.suite.intervals.BLOCK", 7)
+    assert vars(kid_difference(a, b, real)) == pytest.approx(vars(whole))
+
+
+def test_one_seed_s_interval_is_that_of_the_difference_of_influences():
+    a, b = draw(WORLD, 100, np.random.default_rng(0))
+    mu, sigma = np.zeros(64), WORLD.sigma
+    (of_a, by_a), (of_b, by_b) = (frechet_influence(x, mu, sigma) for x in (a, b))
+    found = frechet_difference(a, b, mu, sigma)
+    half = 1.984217 * np.std(by_a - by_b, ddof=1) / 10  # t(0.975, 99)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (of_a - of_b, of_a - of_b - half, of_a - of_b + half)
+    )
+    assert found.of == CHECKPOINTS == "of these two checkpoints, not of the two methods"
+
+
+@pytest.mark.parametrize("n", [50, 100])
+def test_a_model_differs_from_itself_by_exactly_nothing(n):
+    a, _ = draw(WORLD, n, np.random.default_rng(0))
+    again = a.copy()
+    for found in (
+        frechet_difference(a, again, np.zeros(64), WORLD.sigma),
+        kid_difference(a, again, a[:20]),
+        paired_difference({0: 0.1, 1: 0.2, 2: 0.7}, {0: 0.1, 1: 0.2, 2: 0.7}),
+    ):
+        assert found.value == 0
+        assert verdict(found, "lower") == "cannot tell"
+
+
+def test_features_that_cannot_be_compared():
+    x, mu, sigma = features(20), np.zeros(12), np.eye(12)
+    with pytest.raises(DataError, match="as many images"):
+        frechet_difference(x, x[:19], mu, sigma)
+    with pytest.raises(DataError, match="12 features"):
+        frechet_difference(x, x, np.zeros(13), np.eye(13))
+    with pytest.raises(DataError, match="12 features"):
+        kid_difference(x, x, np.zeros((5, 13)))
+    with pytest.raises(DataError, match="two images"):
+        kid_difference(x[:1], x[:1], x)
+    with pytest.raises(NonFiniteError, match="NaN"):
+        kid_difference(x, x + np.inf, x)
+
+
+def test_the_truth_of_kid_is_the_mean_of_its_estimates():
+    """The closed form that the coverage is judged by, itself checked by many images."""
+    real = np.random.default_rng(0).standard_normal((30, 64))
+    a, b = draw(WORLD, 4000, np.random.default_rng(1))
+    truth = kernel_truth(WORLD, real)
+    for x, expected in zip((a, b), truth, strict=True):
+        value, influence = kid_influence(x, real)
+        assert abs(value - expected) < 4 * influence.std() / 4000**0.5
+
+
+def test_holm_s_correction_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, None, 0.7]) == [1, None, 1]
+    assert holm([0.01]) == [0.01]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "better", "word"),
+    [
+        (-1, "lower", "better"),
+        (1, "lower", "worse"),
+        (1, "higher", "better"),
+        (-1, "higher", "worse"),
+    ],
+)
+def test_three_words(value, better, word):
+    found = Interval(value, value - 0.5, value + 0.5, 0.01, "")
+    assert verdict(found, better) == word
+    assert verdict(found, better, p=0.051) == "cannot tell"
+    assert verdict(Interval(value, -2, 2, 0.051, ""), better) == "cannot tell"
+
+
+def test_the_word_and_the_interval_agree():
+    """Without a correction, "cannot tell" is said where 0 lies in the interval."""
+    rng = np.random.default_rng(0)
+    for shift in np.linspace(0, 4, 20):
+        found = mean_interval(list(rng.standard_normal(4) + shift))
+        assert (verdict(found, "higher") == "cannot tell") == (found.low <= 0 <= found.high)
+
+
+@pytest.mark.parametrize(("n", "few"), [(319, True), (320, False)])
+def test_images_are_few_below_five_times_the_features(n, few):
+    assert few_images(n, 64) is few
