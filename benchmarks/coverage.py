@@ -9,6 +9,7 @@ features these are laws of tests/test_intervals.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import time
 from collections.abc import Iterator
@@ -18,10 +19,11 @@ import numpy as np
 
 from cmkit.suite.intervals import (
     Interval,
-    frechet_difference,
-    kid_difference,
+    frechet_influence,
+    kid_influence,
     mean_interval,
     paired_difference,
+    same_noise_difference,
     welch_difference,
 )
 
@@ -54,13 +56,14 @@ class World:
         return np.array(found)
 
 
-def world(d: int, rng: np.random.Generator) -> World:
-    """A world of d features whose variances fall by e^3."""
+def world(d: int, rng: np.random.Generator, far: float = 1) -> World:
+    """A world of d features whose variances fall by e^3; the models' distance from the reference
+    grows with `far`."""
     deviation = np.exp(-1.5 * np.arange(d) / d)
     # of no common eigenvectors, so that the order of the covariances' product matters
     twist = np.eye(d) + 0.1 * rng.standard_normal((d, d)) / np.sqrt(d)
-    means = 0.1 * deviation * rng.standard_normal((2, d))
-    scales = deviation * (1 + np.array([[0.1], [0.12]]) * rng.standard_normal((2, d)))
+    means = far * 0.1 * deviation * rng.standard_normal((2, d))
+    scales = deviation * (1 + far * np.array([[0.1], [0.12]]) * rng.standard_normal((2, d)))
     return World(deviation[:, None] * twist, means, scales)
 
 
@@ -121,19 +124,20 @@ def over_seeds(
     )
     for seeds in (3, 5, 10):
         groups, others = (_dealt(trainings, seeds, draws, rng) for _ in range(2))
-        pairs = [[dict(enumerate(column)) for column in pool[group].T] for group in groups]
+        a, b = ([pool[group, k].tolist() for group in groups] for k in (0, 1))
+        apart = [pool[other, 1].tolist() for other in others]
         found = {
-            "mean, t": [mean_interval(pool[group, 0]) for group in groups],
-            "difference, paired t": [paired_difference(a, b) for a, b in pairs],
-            "difference, Welch t": [
-                welch_difference(pool[group, 0], pool[other, 1])
-                for group, other in zip(groups, others, strict=True)
-            ],
+            "mean, t": map(mean_interval, a),
+            "difference, paired t": (
+                paired_difference(dict(enumerate(x)), dict(enumerate(y)))
+                for x, y in zip(a, b, strict=True)
+            ),
+            "difference, Welch t": map(welch_difference, a, apart),
         }
-        a, b = pool.mean(0)
+        means = pool.mean(0)
         for name, intervals in found.items():
-            truth = a if "mean" in name else a - b
-            covered = share_covered(intervals, truth, part=seeds / trainings)
+            truth = means[0] if "mean" in name else means[0] - means[1]
+            covered = share_covered(list(intervals), truth, part=seeds / trainings)
             yield f"{seeds} seeds: {name}", n, len(groups), covered
 
 
@@ -147,24 +151,36 @@ def _dealt(count: int, size: int, draws: int, rng: np.random.Generator) -> list[
     return groups
 
 
-def one_seed(
-    world: World, n: int, draws: int, rng: np.random.Generator, real: int = 500
+def frechet_rows(
+    world: World, n: int, draws: int, rng: np.random.Generator
 ) -> Iterator[tuple[str, int, int, float]]:
-    """(interval, images, draws, share that covers) of the differences on the same noise."""
+    """(interval, images, draws, share that covers) of the difference of two Frechet distances on
+    the same noise: of the difference expected of as many images, and of infinitely many, which
+    differs by the biases and which the interval does not claim to hold."""
     sigma, mu = world.sigma, np.zeros(len(world.root))
-    reference = rng.standard_normal((real, len(mu))) @ world.root.T
-    frechet, kernel = [], []
-    for _ in range(draws):
-        a, b = draw(world, n, rng)
-        frechet.append(frechet_difference(a, b, mu, sigma))
-        kernel.append(kid_difference(a, b, reference))
-    population = -np.diff(world.population())[0]
-    expected = float(np.mean([interval.value for interval in frechet]))
-    covered = share_covered(frechet, expected, part=1 / draws)
-    yield "1 seed: FID, of as many images", n, draws, covered
-    yield "1 seed: FID, of infinitely many", n, draws, share_covered(frechet, population)
+    found = [
+        same_noise_difference(*(frechet_influence(x, mu, sigma) for x in draw(world, n, rng)))
+        for _ in range(draws)
+    ]
+    expected = float(np.mean([interval.value for interval in found]))
+    covered = share_covered(found, expected, part=1 / draws)
+    yield "1 seed: difference of FID", n, draws, covered
+    limit = -np.diff(world.population())[0]
+    yield "the same, of infinitely many images", n, draws, share_covered(found, limit)
+
+
+def kid_rows(
+    world: World, n: int, draws: int, rng: np.random.Generator, real: int = 200
+) -> Iterator[tuple[str, int, int, float]]:
+    """(interval, images, draws, share that covers) of the difference of two kernel distances on the
+    same noise, from `real` reference images."""
+    reference = rng.standard_normal((real, len(world.root))) @ world.root.T
+    found = [
+        same_noise_difference(*(kid_influence(x, reference) for x in draw(world, n, rng)))
+        for _ in range(draws)
+    ]
     truth = -np.diff(kernel_truth(world, reference))[0]
-    yield "1 seed: KID", n, draws, share_covered(kernel, truth)
+    yield "1 seed: difference of KID", n, draws, share_covered(found, truth)
 
 
 def kernel_truth(world: World, real: np.ndarray) -> np.ndarray:
@@ -190,6 +206,7 @@ def main() -> None:
     """Print the machine, the seed, and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--features", type=int, default=64)
+    parser.add_argument("--far", type=float, default=1, help="of the models from the reference")
     parser.add_argument("--images", type=int, nargs="+", default=[400])
     parser.add_argument("--trainings", type=int, default=1000, help="pairs in the pool of seeds")
     parser.add_argument("--draws", type=int, default=500)
@@ -198,13 +215,12 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, numpy {np.__version__}; {options}")
     print("| interval, nominal 0.95 | images | draws | covers |\n|---|---|---|---|", flush=True)
     rng = np.random.default_rng(options.seed)
-    drawn = world(options.features, rng)
+    drawn = world(options.features, rng, options.far)
     began = time.perf_counter()
     for n in options.images:
-        rows = [one_seed(drawn, n, options.draws, rng)] if options.draws else []
-        if options.trainings:
-            rows.append(over_seeds(drawn, n, options.trainings, 500, rng))
-        for name, images, draws, covered in (row for part in rows for row in part):
+        rows = [part(drawn, n, options.draws, rng) for part in (frechet_rows, kid_rows)]
+        rows.append(over_seeds(drawn, n, options.trainings, max(500, options.draws), rng))
+        for name, images, draws, covered in itertools.chain(*rows):
             print(f"| {name} | {images:,} | {draws} | {covered:.3f} |", flush=True)
     print(f"{time.perf_counter() - began:.0f} s")
 

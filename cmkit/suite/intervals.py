@@ -1,7 +1,7 @@
 """Confidence intervals of scores and of their differences, and the words that they allow.
 
-Over training seeds: Student's t. Of two checkpoints on the same noise: the influence function of
-the score. Nothing here is a bootstrap: its percentiles over 3 seeds cover the truth in 71 of 100
+Over training seeds: Student's t. Of two checkpoints on the same noise: the influence of each image
+on the score. Nothing here is a bootstrap: its percentiles over 3 seeds cover the truth in 71 of 100
 cases instead of 95, and those of a Frechet distance, which is biased, in none. The coverage of
 each interval is in tests/test_intervals.py, and at 2,048 features in benchmarks/coverage.py.
 """
@@ -23,6 +23,7 @@ LEVEL = 0.95
 LEAST_SEEDS = 3
 """Two seeds give an interval of 12.7 standard errors, which says nothing."""
 CHECKPOINTS = "of these two checkpoints, not of the two methods"
+LEAST_IMAGES = 10
 BLOCK = 2048
 
 Array: TypeAlias = NDArray[np.float64]
@@ -41,6 +42,20 @@ class Interval:
     high: float | None
     p: float | None
     of: str
+
+
+@dataclass(frozen=True)
+class Influence:
+    """A score of n images, and how it depends on each.
+
+    whole: (n,), the derivative of the score at h = 0 where the image weighs (1 - h) / n + h and
+    each other (1 - h) / n. halves: the same for the score of the images numbered `_halves(n)[0]`
+    alone, and for that of the others.
+    """
+
+    value: float
+    whole: Array
+    halves: tuple[Array, Array]
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -80,59 +95,50 @@ def welch_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
     return _student(value, math.sqrt(u + v), freedom, of)
 
 
-def frechet_difference(a: ArrayLike, b: ArrayLike, mu: ArrayLike, sigma: ArrayLike) -> Interval:
-    """The Frechet distance of features `a` less that of `b`, for images of the same noise.
+def same_noise_difference(a: Influence, b: Influence) -> Interval:
+    """The score of one checkpoint less that of another, on images of the same noise.
 
-    a, b: (n, d), row i of both drawn from the same noise and label. mu (d,), sigma (d, d): of the
-    reference, taken as exact. The error is the standard deviation of the difference of the two
-    influence functions, over sqrt(n). The interval is for distances of n images, which are biased
-    upwards: with few images, use `kid_difference` (see `few_images`).
+    Image i of both is drawn from the same noise and label. The variance is that of the difference
+    of the influences over n, v, less what v counts twice: the second-order part of the score
+    (Efron and Stein, 1981), of which there is much in samples near the reference. If w is the same
+    of half as many images, that part is (w - 2 v) / 4, and what remains is at least v / 2. The
+    interval is for scores of n images: where they are biased, as Frechet distances are, it is for
+    the difference with its bias (see `few_images`).
     """
-    mu, sigma = _checked(mu, 1), _checked(sigma, 2)
-    root = _root(sigma)
-    return _on_same_noise(a, b, lambda x: _frechet(x, mu, root))
+    if a.whole.shape != b.whole.shape:
+        raise DataError(
+            f"{len(a.whole)} and {len(b.whole)} images: compare as many, of the same noise"
+        )
+    v = _variance(a.whole - b.whole)
+    w = statistics.fmean(_variance(x - y) for x, y in zip(a.halves, b.halves, strict=True))
+    error = math.sqrt(max(1.5 * v - w / 4, v / 2))
+    return _student(a.value - b.value, error, len(a.whole) - 1, CHECKPOINTS)
 
 
-def kid_difference(a: ArrayLike, b: ArrayLike, real: ArrayLike) -> Interval:
-    """The kernel distance (KID) of features `a` less that of `b`, for images of the same noise.
+def frechet_influence(x: ArrayLike, mu: ArrayLike, sigma: ArrayLike) -> Influence:
+    """The Frechet distance of features x (n, d) from a reference mu (d,), sigma (d, d), which is
+    taken as exact.
 
-    a, b: (n, d), row i of both drawn from the same noise and label. real: (m, d), of the reference,
-    taken as all there is. The estimate is unbiased, over all pairs of images; the "kid_mean" of
-    torch-fidelity is that over random subsets. Its error is the standard deviation of the
-    difference of the two first-order projections, over sqrt(n).
-    """
-    real = _checked(real, 2)
-    return _on_same_noise(a, b, lambda x: kid_influence(x, real))
-
-
-def frechet_influence(x: ArrayLike, mu: ArrayLike, sigma: ArrayLike) -> tuple[float, Array]:
-    """(Frechet distance, influence (n,)) of features x (n, d) and a reference mu, sigma.
-
-    The influence of image i is the derivative of the distance by the weight of the image, over
-    1 / n: with c = x_i - mean, S and S_r the covariances and r the reference's mean,
+    With c = x_i - mean, S and S_r the covariances and r the reference's mean, the influence is
     2 (mean - r).c + n / (n - 1) c^T (I - T) c, less its mean, where
     T = S_r^(1/2) (S_r^(1/2) S S_r^(1/2))^(-1/2) S_r^(1/2) is the derivative of
     2 tr((S_r S)^(1/2)) by S.
     """
-    return _frechet(_checked(x, 2), _checked(mu, 1), _root(_checked(sigma, 2)))
+    mu, root = _checked(mu, 1), _root(_checked(sigma, 2))
+    return _influence(x, lambda some: _frechet(some, mu, root))
 
 
-def kid_influence(x: ArrayLike, real: ArrayLike) -> tuple[float, Array]:
-    """(MMD^2 less the term of `real` alone, influence (n,)) of features x (n, d), real (m, d).
+def kid_influence(x: ArrayLike, real: ArrayLike) -> Influence:
+    """The kernel distance (KID) of features x (n, d) from real (m, d), which are taken as all there
+    are, less the term of `real` alone, which a difference does not have.
 
-    With k(x, y) = (x.y / d + 1)^3 (Binkowski et al., 2018) the first is the mean of k over pairs
-    of different rows of x, less twice that over x and real; the influence of image i is twice
-    (mean over j != i of k(x_i, x_j) - mean over y of k(x_i, y)), less its mean (Hoeffding, 1948).
+    With k(x, y) = (x.y / d + 1)^3 it is the unbiased MMD^2 of Binkowski et al. (2018) over all
+    pairs, where torch-fidelity's "kid_mean" takes random subsets: the mean of k over pairs of
+    different rows of x, less twice that over x and real. The influence is twice (mean over j != i
+    of k(x_i, x_j) - mean over y of k(x_i, y)), less its mean (Hoeffding, 1948).
     """
-    x, real = _checked(x, 2), _checked(real, 2)
-    if x.shape[1] != real.shape[1]:
-        raise DataError(f"{x.shape[1]} features, but a reference of {real.shape[1]}")
-    n = len(x)
-    itself = ((x * x).sum(1) / x.shape[1] + 1) ** 3
-    own = (n * _kernel_means(x, x) - itself) / (n - 1)
-    cross = _kernel_means(x, real)
-    influence = 2 * (own - cross)
-    return float(own.mean() - 2 * cross.mean()), influence - influence.mean()
+    real = _checked(real, 2)
+    return _influence(x, lambda some: _kid(some, real))
 
 
 def holm(p: Iterable[float | None]) -> list[float | None]:
@@ -178,7 +184,7 @@ def _over_seeds(values: Sequence[float], of: str) -> Interval:
 
 
 def _mean(values: Sequence[float]) -> float:
-    if not values:
+    if not len(values):
         raise DataError("no seed has a score; look at the runs' status.json")
     if not all(map(math.isfinite, values)):
         raise NonFiniteError(f"scores {list(values)} hold NaN or infinity; leave those seeds out")
@@ -191,32 +197,38 @@ def _seeds(count: int) -> str:
 
 def _student(value: float, error: float, freedom: float, of: str) -> Interval:
     """value +- t error, with the quantile of Student's t for `freedom` degrees."""
-    from scipy.stats import t  # type: ignore[import-untyped]
+    from scipy.special import stdtr, stdtrit  # type: ignore[import-untyped]
 
     if error == 0:
         return Interval(value, None, None, None, f"{of}, without spread: no interval")
-    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
-    p = float(2 * t.sf(abs(value) / error, freedom))
+    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
+    p = float(2 * stdtr(freedom, -abs(value) / error))
     return Interval(value, value - half, value + half, p, of)
 
 
-def _on_same_noise(
-    a: ArrayLike, b: ArrayLike, influence: Callable[[Array], tuple[float, Array]]
-) -> Interval:
-    a, b = _checked(a, 2), _checked(b, 2)
-    if a.shape != b.shape:
-        raise DataError(
-            f"features of shapes {a.shape} and {b.shape}: take one network, and as many images"
-        )
-    (of_a, by_a), (of_b, by_b) = influence(a), influence(b)
-    error = (by_a - by_b).std(ddof=1) / math.sqrt(len(a))
-    return _student(of_a - of_b, float(error), len(a) - 1, CHECKPOINTS)
+def _variance(influence: Array) -> float:
+    return float(influence.var(ddof=1)) / len(influence)
+
+
+def _halves(n: int) -> tuple[Array, Array]:
+    """Numbers of two halves of n images, at random, as their labels may have an order."""
+    order = np.random.default_rng(0).permutation(n)
+    return order[: n // 2], order[n // 2 :]
+
+
+def _influence(x: ArrayLike, score: Callable[[Array], tuple[float, Array]]) -> Influence:
+    x = _checked(x, 2)
+    if len(x) < LEAST_IMAGES:
+        raise DataError(f"features of {len(x)} images; an interval needs {LEAST_IMAGES}")
+    value, whole = score(x)
+    first, second = (score(x[half])[1] for half in _halves(len(x)))
+    return Influence(value, whole, (first, second))
 
 
 def _checked(x: Any, dimensions: int) -> Array:
     x = np.asarray(x, np.float64)
-    if x.ndim != dimensions or len(x) < 2:
-        raise DataError(f"features or statistics of shape {x.shape}: not of two images or more")
+    if x.ndim != dimensions:
+        raise DataError(f"features or statistics {x.shape}; {dimensions} dimensions are due")
     if not np.isfinite(x).all():
         raise NonFiniteError("features or statistics hold NaN or infinity; are the images whole?")
     return x
@@ -224,12 +236,15 @@ def _checked(x: Any, dimensions: int) -> Array:
 
 def _root(sigma: Array) -> Array:
     """L (d, d) with L L^T = sigma."""
-    values, vectors = np.linalg.eigh(sigma)
-    return vectors * np.sqrt(values.clip(min=0))
+    try:
+        return np.linalg.cholesky(sigma)
+    except np.linalg.LinAlgError:  # not of full rank
+        values, vectors = np.linalg.eigh(sigma)
+        return vectors * np.sqrt(values.clip(min=0))
 
 
 def _frechet(x: Array, mu: Array, root: Array) -> tuple[float, Array]:
-    """`frechet_influence` with L L^T = S_r.
+    """The distance, and the influences (n,), of a reference of mean mu and L L^T = S_r.
 
     With X = (x - mean) / sqrt(n - 1) and the singular values s and vectors U, V of X L, which are
     the root of the eigenvalues of S_r S, c^T T c = (n - 1) sum_k s_k U_ik^2, whatever the rank.
@@ -253,6 +268,17 @@ def _frechet(x: Array, mu: Array, root: Array) -> tuple[float, Array]:
     value = shift @ shift + own.sum() + (root * root).sum() - 2 * s.sum()
     influence = 2 * math.sqrt(n - 1) * (x @ shift) + n * (own - twisted)
     return float(value), influence - influence.mean()
+
+
+def _kid(x: Array, real: Array) -> tuple[float, Array]:
+    n, d = x.shape
+    if real.shape[1] != d:
+        raise DataError(f"{d} features, but a reference of {real.shape[1]}")
+    itself = ((x * x).sum(1) / d + 1) ** 3
+    own = (n * _kernel_means(x, x) - itself) / (n - 1)
+    cross = _kernel_means(x, real)
+    influence = 2 * (own - cross)
+    return float(own.mean() - 2 * cross.mean()), influence - influence.mean()
 
 
 def _kernel_means(x: Array, y: Array) -> Array:
