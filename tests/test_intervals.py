@@ -38,22 +38,22 @@ def features(n: int, d: int = 12, seed: int = 0) -> np.ndarray:
 
 
 def test_intervals_over_seeds_cover_the_truth():
-    """The pool is drawn once; 500 draws of 10 seeds take all of it."""
-    rows = list(over_seeds(WORLD, 40, 5000, 2000, np.random.default_rng(1)))
+    """Over 1,000 draws or more, of a pool of 5,000 pairs of trainings."""
+    rows = list(over_seeds(WORLD, 40, 5000, 1000, np.random.default_rng(1)))
     assert len(rows) == 9
     assert all(0.93 <= covered <= 0.97 for *_, covered in rows), rows
 
 
 def test_the_interval_of_a_difference_of_frechet_distances_covers_the_truth():
-    rows = list(frechet_rows(WORLD, 320, 500, np.random.default_rng(2)))
-    assert all(0.93 <= covered <= 0.97 for *_, covered in rows), rows
+    (_, _, _, covered), _ = frechet_rows(WORLD, 320, 500, np.random.default_rng(2))
+    assert 0.93 <= covered <= 0.97
 
 
 def test_it_does_where_the_bias_is_most_of_the_distance():
-    """Samples so near the reference, and so few, that the distance is 14 times the truth. The
-    jackknife's variance would cover in 98 of 100 cases."""
+    """Fewer images than features, and models so near the reference that the distance of so few is
+    dozens of times the truth. The jackknife's variance would cover in 99 of 100 cases."""
     near = world(64, np.random.default_rng(0), far=0.3)
-    (_, _, _, covered), _ = frechet_rows(near, 100, 500, np.random.default_rng(3))
+    (_, _, _, covered), _ = frechet_rows(near, 60, 500, np.random.default_rng(3))
     assert 0.93 <= covered <= 0.97
 
 
