@@ -26,7 +26,7 @@ CHECKPOINTS = "of these two checkpoints, not of the two methods"
 LEAST_IMAGES = 10
 BLOCK = 2048
 
-Array: TypeAlias = NDArray[np.float64]
+Array: TypeAlias = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Influence:
 
     whole: (n,), the derivative of the score at h = 0 where the image weighs (1 - h) / n + h and
     each other (1 - h) / n. halves: the same for the score of the images numbered `_halves(n)[0]`
-    alone, and for that of the others.
+    alone, and for that of the others. The features are needed no longer: all differences follow.
     """
 
     value: float
@@ -91,7 +91,7 @@ def welch_difference(a: Sequence[float], b: Sequence[float]) -> Interval:
         return Interval(value, None, None, None, f"{of}: no interval")
     u, v = (statistics.variance(values) / len(values) for values in (a, b))
     parts = u**2 / (len(a) - 1) + v**2 / (len(b) - 1)
-    freedom = (u + v) ** 2 / parts if parts else math.inf
+    freedom = (u + v) ** 2 / parts if parts else 1.0
     return _student(value, math.sqrt(u + v), freedom, of)
 
 
@@ -117,7 +117,7 @@ def same_noise_difference(a: Influence, b: Influence) -> Interval:
 
 def frechet_influence(x: ArrayLike, mu: ArrayLike, sigma: ArrayLike) -> Influence:
     """The Frechet distance of features x (n, d) from a reference mu (d,), sigma (d, d), which is
-    taken as exact.
+    taken as exact. One eigendecomposition of min(n, d), and two of half the images.
 
     With c = x_i - mean, S and S_r the covariances and r the reference's mean, the influence is
     2 (mean - r).c + n / (n - 1) c^T (I - T) c, less its mean, where
@@ -225,13 +225,14 @@ def _influence(x: ArrayLike, score: Callable[[Array], tuple[float, Array]]) -> I
     return Influence(value, whole, (first, second))
 
 
-def _checked(x: Any, dimensions: int) -> Array:
-    x = np.asarray(x, np.float64)
-    if x.ndim != dimensions:
-        raise DataError(f"features or statistics {x.shape}; {dimensions} dimensions are due")
-    if not np.isfinite(x).all():
+def _checked(x: ArrayLike, dimensions: int) -> Array:
+    """x as a finite float64 array."""
+    found: Array = np.asarray(x, np.float64)
+    if found.ndim != dimensions:
+        raise DataError(f"features or statistics {found.shape}; {dimensions} dimensions are due")
+    if not np.isfinite(found).all():
         raise NonFiniteError("features or statistics hold NaN or infinity; are the images whole?")
-    return x
+    return found
 
 
 def _root(sigma: Array) -> Array:
@@ -240,7 +241,8 @@ def _root(sigma: Array) -> Array:
         return np.linalg.cholesky(sigma)
     except np.linalg.LinAlgError:  # not of full rank
         values, vectors = np.linalg.eigh(sigma)
-        return vectors * np.sqrt(values.clip(min=0))
+        root: Array = vectors * np.sqrt(values.clip(min=0))
+        return root
 
 
 def _frechet(x: Array, mu: Array, root: Array) -> tuple[float, Array]:
