@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -212,7 +213,8 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, numpy {np.__version__}; {options}")
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    print(f"{platform.platform()}, {os.cpu_count()} cores, {threads} threads; {options}")
     print("| interval, nominal 0.95 | images | draws | covers |\n|---|---|---|---|", flush=True)
     rng = np.random.default_rng(options.seed)
     drawn = world(options.features, rng, options.far)
