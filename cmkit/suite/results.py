@@ -1,0 +1,75 @@
+"""What the cells of a suite came to: a line for each row and axis value, over all seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cmkit.suite.intervals import Interval
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number of a metric over the seeds of a line."""
+
+    values: Mapping[int, float]
+    """By seed, of the cells that are finished."""
+    seeds: int
+    """How many seeds the suite has; fewer `values` are said: "2 of 3 seeds"."""
+    mean: Interval
+    images: int
+    """Samples that each value is measured on."""
+    measured: Mapping[str, str]
+    """How: extractor, weights, reference, resize rule, labels, precision, TF32, images, ..."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A line beside the baseline in one number."""
+
+    word: Literal["better", "worse", "cannot tell"]
+    difference: Interval
+    """The line's less the baseline's."""
+    p: float | None
+    """Corrected by Holm for all comparisons of the table in this number."""
+    comparisons: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row at one value of each axis."""
+
+    row: str
+    axis: Mapping[str, str]
+    note: str
+    runs: Mapping[int, str]
+    """Folder of the run of each seed that is finished."""
+    failures: Mapping[int, str]
+    """Why a seed has none: "SampleError ..; see LOG", "not finished"."""
+    scores: Mapping[str, Score]
+    verdicts: Mapping[str, Verdict]
+    facts: Mapping[str, Any]
+    """nfe, images_per_second, parameters, peak_memory_mib, training: steps, images, evaluations,
+    seconds; values found by a search, such as skip and emb; the gain by rescaling."""
+
+    @property
+    def title(self) -> str:
+        """The row and its axis values, such as "ct, nfe 2"."""
+        return ", ".join([self.row, *(f"{name} {value}" for name, value in self.axis.items())])
+
+
+@dataclass(frozen=True)
+class Results:
+    """The table of a suite, or of runs that were named one by one."""
+
+    name: str
+    baseline: str | None
+    lines: tuple[Line, ...]
+    columns: tuple[tuple[str, Mapping[str, str]], ...]
+    """(number, how it is measured) of each column: values that were measured in other ways never
+    stand in one."""
+    notes: tuple[str, ...]
+    """Sentences below the table: what is not comparable and why, FID of few images, missing seeds."""
+    provenance: Mapping[str, Any]
+    """cmkit, torch, device, command, suite file and its digest, date."""
