@@ -16,23 +16,15 @@ noise rng denoiser traits models kinds plugins functional
 files device pictures tensors checkpoint run.folder
 recipe weights plan
 sample measure train search edit
-<<<<<<< HEAD
 report run compare convert
 suite
-=======
-report run compare convert suite
->>>>>>> stats
 testing new cli
 """.split()  # noqa: SIM905 - rows are storeys
 """Modules and packages of the kernel, bottom to top: each imports from itself and what is before
 it, types and imports inside functions included."""
 FOR_PLUGINS = ROOMS[: ROOMS.index("recipe")]
 FREE_OF_TORCH = """
-<<<<<<< HEAD
 errors values stop kinds plugins files run.folder recipe report compare suite cli
-=======
-errors values stop kinds plugins files run.folder recipe report compare suite.intervals cli
->>>>>>> stats
 """.split()  # noqa: SIM905
 
 
