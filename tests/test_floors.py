@@ -18,7 +18,7 @@ recipe weights plan
 sample measure train search edit
 report run compare convert
 suite
-testing new cli
+testing new cli __main__
 """.split()  # noqa: SIM905 - rows are storeys
 """Modules and packages of the kernel, bottom to top: each imports from itself and what is before
 it, types and imports inside functions included."""
