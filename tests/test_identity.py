@@ -159,7 +159,7 @@ def test_what_is_new_is_said_with_the_reason(home):
         keys = RunFolder(home / "runs" / name_of(home)).inputs()["keys"]
         if overrides:
             keys = dict.fromkeys(keys, "another")
-        return [str(each) for each in outlook(made, folder, keys, registry)]
+        return [str(each) for each in outlook(made, folder, keys, {}, registry)]
 
     every = ("training", "search", "samples", "metrics")
     for stage, sentence in zip(every, said(), strict=True):
@@ -241,6 +241,33 @@ def test_training_goes_on_from_another_run_with_its_full_state(home, tmp_path):
         go(tmp_path, "train.steps=4", f'train.start="{four.path}@4"')
     with pytest.raises(CheckpointError, match="no checkpoint to go on from; there are 2, 4 in"):
         go(tmp_path, f'train.start="{four.path}@3"')
+
+
+def test_a_longer_training_starts_from_a_shorter_one_where_no_step_depends_on_how_many(tmp_path):
+    """Its bits are those of a training from scratch; --from a run that has its training from
+    another finds the checkpoints of that one."""
+    (tmp_path / "tiny.toml").write_text(BASE)
+    even = ("objective.num_sigmas=5", "sample.images=40")
+    four, _ = go(tmp_path, "train.steps=4", *even, until=done("train"))
+    longer, seen = go(tmp_path, *even, until=done("train"))
+    assert f"training: goes on from {four.path}" in notes(seen)
+    assert steps(seen) == [5, 6]
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "tiny.toml").write_text(BASE)
+    whole, _ = go(tmp_path / "alone", *even, until=done("train"))
+    assert whole.weights.read_bytes() == longer.weights.read_bytes()
+    for moving in ("train.decay=true", "objective.num_sigmas=null"):
+        said = [each for each in even if each.partition("=")[0] != moving.partition("=")[0]]
+        said += [moving] * ("null" not in moving)
+        go(tmp_path, "train.steps=4", *said, until=done("train"))
+        _, seen = go(tmp_path, *said, until=lambda e: isinstance(e, Step))
+        assert steps(seen) == [1], moving
+    taken, _ = go(tmp_path, *even, "sample.images=50", until=done("search"))
+    assert not taken.steps()
+    _, seen = go(
+        tmp_path, "train.steps=8", *even, f'train.start="{taken.path}"', until=done("train")
+    )
+    assert steps(seen) == [7, 8]
 
 
 def done(stage):
@@ -821,6 +848,13 @@ def test_what_a_run_misses_is_said_and_weights_that_are_damaged_draw_nothing(cop
         drawn_from(folder.path, [], discover(), 2)
     _, seen = go(place)
     assert "model.safetensors: damaged; the results shown are those of report.json" in notes(seen)
+
+
+@pytest.mark.parametrize("odd", ["@x", ":ema-0.9@6", ":emma", "@6@6", "@"])
+def test_weights_that_are_named_in_another_way_are_told_how(home, odd):
+    folder = RunFolder(home / "runs" / name_of(home))
+    with pytest.raises(CheckpointError, match="the weights of a run are RUN@STEP:AVERAGE"):
+        drawn_from(f"{folder.path}{odd}", [], discover(), 2)
 
 
 def test_a_checkpoint_s_own_folder_is_drawn_from(home):

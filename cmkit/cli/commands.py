@@ -133,7 +133,7 @@ def check(
     with _runs_below(out):
         plan = as_begun(_plan(loaded), folder)
         inputs = inputs_of(plan.recipe, plan.data, chosen)
-        stages = list(outlook(loaded, folder, stage_keys(loaded, inputs), registry))
+        stages = list(outlook(loaded, folder, stage_keys(loaded, inputs), inputs, registry))
     check_disk(plan, out)
     bad = loaded.dataset.left_out()
     facts = {
@@ -278,25 +278,28 @@ def compare(
 
 @app.command()
 def verify(
-    run: Annotated[str, typer.Argument(help="Folder of a run, or run:NAME-KEY.")],
+    runs: Annotated[list[str], typer.Argument(help="Folders of runs, or run:NAME-KEY.")],
     json: JsonOption = False,
 ) -> None:
-    """Hold every file of a run to the digests that were kept of it; exit code 4 if one fails."""
+    """Hold every file of runs to the digests that were kept of it; exit code 4 if one fails."""
     from cmkit.run import RunFolder, verify
 
-    folder = RunFolder.at(run)
-    if not folder.recipe.exists():
-        raise CheckpointError(f"{run}: no run folder, it has no recipe.toml")
-    found = list(verify(folder))
+    folders = [RunFolder.at(run) for run in runs]
+    for run, folder in zip(runs, folders, strict=True):
+        if not folder.recipe.exists():
+            raise CheckpointError(f"{run}: no run folder, it has no recipe.toml")
+    found = [(folder, *each) for folder in folders for each in verify(folder)]
     if json:
-        printing.document(
-            {"schema": 1, "files": [{"file": f, "fault": fault} for f, fault in found]}
-        )
+        listed = [{"run": str(f.path), "file": name, "fault": fault} for f, name, fault in found]
+        printing.document({"schema": 1, "files": listed})
     else:
-        printing.table(("file", "outcome"), [(file, fault or "intact") for file, fault in found])
-    bad = [file for file, fault in found if fault]
+        several = len(folders) > 1
+        names = [str(f.path / name) if several else name for f, name, _ in found]
+        outcomes = [fault or "intact" for *_, fault in found]
+        printing.table(("file", "outcome"), list(zip(names, outcomes, strict=True)))
+    bad = [str(folder.path / name) for folder, name, fault in found if fault]
     if bad:
-        raise CheckpointError(f"{folder.path}: {', '.join(bad[:5])} not intact; see the table")
+        raise CheckpointError(f"{', '.join(bad[:5])} not intact; see the table")
 
 
 @app.command()

@@ -104,6 +104,15 @@ class RunFolder:
         names = (path.name for path in self.checkpoints.glob("step-*"))
         return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,18}", name))
 
+    def with_checkpoints(self) -> RunFolder:
+        """The run itself, or where it has no checkpoints the one that its training is that of."""
+        key = self.inputs().get("keys", {}).get("train")
+        for other in self.siblings() if key and not self.steps() else ():
+            with contextlib.suppress(CheckpointError):
+                if other.steps() and other.inputs().get("keys", {}).get("train") == key:
+                    return other
+        return self
+
     def newest_weights(self) -> Path:
         """The weights, or the checkpoints where training goes on; the folder itself where it is
         no run's."""
@@ -412,6 +421,12 @@ def chosen(name: str) -> tuple[str, int | None, str | None]:
     match = None if Path(name).exists() else _CHOSEN.fullmatch(name)
     if match is None:
         return name, None, None
+    place = re.split(r"[@:]", match[1])[0]
+    if place != match[1] and (Path(place) / "recipe.toml").is_file():
+        raise CheckpointError(
+            f"{name}: the weights of a run are RUN@STEP:AVERAGE, such as {place}@1000:ema-0.999,"
+            " of which the last two may be left out"
+        )
     place, step, average = match.groups()
     return place, None if step is None else int(step), average
 

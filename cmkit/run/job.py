@@ -90,7 +90,7 @@ class Job:
         if found := reuse(folder, name, self.keys[name]):
             self._finish(name, found)
         elif name == "train":
-            reuse_checkpoint(folder, self.keys[name])
+            reuse_checkpoint(self.plan.recipe, folder, self.keys[name])
 
     @property
     def save_is_due(self) -> bool:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cmkit import files
 from cmkit.errors import CmkitError, inline
 from cmkit.plugins import Registry
-from cmkit.recipe import Recipe, load, run_name, stage_tables
+from cmkit.recipe import Recipe, load, run_name, stage_keys, stage_tables
+from cmkit.recipe.keys import Inputs
 from cmkit.run.folder import RunFolder
 
 MOST = 200
@@ -42,9 +44,9 @@ class Outlook:
 
 
 def outlook(
-    recipe: Recipe, folder: RunFolder, keys: Mapping[str, str], registry: Registry
+    recipe: Recipe, folder: RunFolder, keys: Mapping[str, str], inputs: Inputs, registry: Registry
 ) -> Iterator[Outlook]:
-    """What becomes of each stage of a recipe with these keys in `folder`."""
+    """What becomes of each stage of a recipe that reads `inputs` in `folder`, by its keys."""
     own, others = folder.status(), list(_others(folder))
     new = ""
     for name, key in keys.items():
@@ -55,7 +57,7 @@ def outlook(
             yield Outlook(name, title, "that of", origin)
         elif name == "train" and folder.steps():
             yield Outlook(name, title, "begun")
-        elif name == "train" and (origin := _begun(others, key)):
+        elif name == "train" and (origin := _begun(recipe, key, inputs, others)):
             yield Outlook(name, title, "goes on from", origin)
         else:
             why = _why(recipe, name, folder, registry)
@@ -80,12 +82,12 @@ def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:
     return None
 
 
-def reuse_checkpoint(folder: RunFolder, key: str) -> None:
-    """Copy the newest intact checkpoint of another run's training with this key, if there is one
-    and `folder` has none."""
+def reuse_checkpoint(recipe: Recipe, folder: RunFolder, key: str) -> None:
+    """Copy the newest intact checkpoint of another run whose training this is the same as, or a
+    longer one of the same bits, if there is one and `folder` has none."""
     from cmkit.checkpoint import newest_folder, verify
 
-    other = _begun(_others(folder), key)
+    other = _begun(recipe, key, folder.inputs()["inputs"], _others(folder))
     if other is None or folder.steps():
         return
     with contextlib.suppress(CmkitError, OSError):
@@ -126,13 +128,45 @@ def _finished(others: list[RunFolder], stage: str, key: str) -> RunFolder | None
     return next((o for o in others if _status(o).get(stage, {}).get("key") == key), None)
 
 
-def _begun(others: list[RunFolder], key: str) -> RunFolder | None:
+def _begun(recipe: Recipe, key: str, inputs: Inputs, others: list[RunFolder]) -> RunFolder | None:
+    """Another run that has begun the training of this `key`, or a shorter one of the same steps."""
+    assert recipe.train is not None
+    found = None
     for other in others:
-        with contextlib.suppress(CmkitError):
-            same = other.inputs()["keys"].get("train") == key
-            if same and other.steps():
+        with contextlib.suppress(CmkitError, KeyError, TypeError, ValueError):
+            its = other.inputs()["keys"].get("train")
+            if not its or not other.steps():
+                continue
+            if its == key:
                 return other
-    return None
+            steps = tomllib.loads(files.read_bytes(other.recipe).decode())["train"]["steps"]
+            shorter = _with_steps(recipe, steps)
+            if found is None and steps < recipe.train.steps:
+                same = its == stage_keys(shorter, inputs)["train"]
+                found = other if same and _same_steps(shorter, recipe, other.steps()[-1]) else None
+    return found
+
+
+def _with_steps(recipe: Recipe, steps: int) -> Recipe:
+    assert recipe.train is not None
+    train = recipe.train.model_copy(update={"steps": steps})
+    return replace(recipe, stages={**recipe.stages, "train": train})
+
+
+def _same_steps(shorter: Recipe, longer: Recipe, steps: int) -> bool:
+    """Whether the first `steps` of two trainings are the same, so that neither the schedule of the
+    objective nor the learning rate depends on how many follow."""
+    from cmkit.train import learning_rate
+
+    objective, few, many = longer.objective, shorter.train, longer.train
+    assert objective
+    assert few
+    assert many
+    return all(
+        learning_rate(few, step) == learning_rate(many, step)
+        and objective.phase(step, few.steps) == objective.phase(step, many.steps)
+        for step in range(steps)
+    )
 
 
 def _why(recipe: Recipe, stage: str, folder: RunFolder, registry: Registry) -> str:

@@ -63,7 +63,7 @@ def run(
         yield from map(Note, left_out(recipe.dataset))
         status = folder.status()
         yield from map(Note, check_inputs(plan, folder, inputs, list(status)))
-        keys = folder.inputs()["keys"]
+        keys, begun_with = folder.inputs()["keys"], folder.inputs()["inputs"]
         environment = describe_environment(plan, registry, device)
         if sentence := changed_environment(folder.starts(), environment):
             yield Note(sentence)
@@ -72,7 +72,7 @@ def run(
             yield Note(f"precision auto is {chosen}")
         if "train" not in status and (said := sigma_data_note(recipe)):
             yield Note(said)
-        stages = list(outlook(recipe, folder, keys, registry))
+        stages = list(outlook(recipe, folder, keys, begun_with, registry))
         if stages[0].why or any(stage.origin for stage in stages):
             yield from (Note(str(stage)) for stage in stages)
         job = Job(plan, folder, device, stop, keys, status)

@@ -70,6 +70,6 @@ class Results:
     """(number, how it is measured) of each column: values that were measured in other ways never
     stand in one."""
     notes: tuple[str, ...]
-    """Sentences below the table: what is not comparable and why, FID of few images, missing seeds."""
+    """Sentences below the table: what cannot be compared and why, FID of few images, lost seeds."""
     provenance: Mapping[str, Any]
     """cmkit, torch, device, command, suite file and its digest, date."""

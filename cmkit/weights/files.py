@@ -96,7 +96,7 @@ def start_checkpoint(name: str) -> Path:
     place, step, average = chosen(name)
     if average:
         raise CheckpointError(f"{name}: training goes on from all weights; leave :{average} out")
-    folder = RunFolder.at(place)
+    folder = RunFolder.at(place).with_checkpoints()
     path = folder.checkpoints if step is None else folder.checkpoint(step)
     found = newest_folder(path) if path.is_dir() else path
     if not (found / MANIFEST).is_file():
