@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cmkit.cli import printing
 from cmkit.cli.parts import DeviceOption, JsonOption
+from cmkit.errors import RecipeError
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -30,10 +31,23 @@ def bench(
         Path | None, typer.Option(help="Folder of the suite's runs; runs/NAME of the suite.")
     ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Cells at once.")] = 1,
+    submit: Annotated[
+        int, typer.Option(min=0, help="Workers to submit to a cluster, instead of working here.")
+    ] = 0,
+    cluster: Annotated[
+        Literal["slurm", "local"], typer.Option(help="Where to: Slurm, or processes here.")
+    ] = "slurm",
+    job: Annotated[
+        list[str],
+        typer.Option(help="KEY=VALUE for submitit, such as timeout_min=600, slurm_partition=gpu."),
+    ] = [],  # noqa: B006
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Compare variants of a recipe: run each cell of a suite, doing what they share once."""
+    """Compare variants of a recipe: run each cell of a suite, doing what they share once.
+
+    Any number of such commands, on one machine or on several with a common folder, share the work.
+    """
     from cmkit.plugins import discover
     from cmkit.suite.cells import MOST, cells
     from cmkit.suite.suite import load_suite
@@ -47,10 +61,38 @@ def bench(
         from cmkit.suite.cost import per_step  # the suite is known to be sound before torch
 
         found = cells(loaded, registry, most, per_step)
+    folder = SuiteFolder(out or Path("runs") / loaded.name)
     if check:
         _check(loaded, found, json)
+    elif submit:
+        words = [str(suite), *["--yes"] * yes, "--out", str(folder.path)]
+        words += ["--jobs", str(jobs), "--device", device]
+        _submit(words, folder, submit, cluster, job, json)
     else:
-        _run(found, SuiteFolder(out or Path("runs") / loaded.name), jobs, device, json)
+        _run(found, folder, jobs, device, json)
+
+
+def _submit(
+    words: Sequence[str],
+    folder: SuiteFolder,
+    workers: int,
+    cluster: str,
+    said: Sequence[str],
+    json: bool,
+) -> None:
+    """Submit workers, and say what they are called."""
+    from cmkit.suite.cluster import submit
+
+    pairs = [each.partition("=") for each in said]
+    if bad := [key for key, sign, _ in pairs if not key or not sign]:
+        raise RecipeError(f"--job {bad[0]}: expected KEY=VALUE, such as slurm_partition=gpu")
+    options = {key: value for key, _, value in pairs}
+    names = [job.job_id for job in submit(words, folder.path, workers, cluster, options)]
+    if json:
+        printing.document({"schema": 1, "jobs": names, "logs": str(folder.path / "jobs")})
+        return
+    printing.line(f"{workers} workers submitted: {', '.join(names)}; logs in {folder.path}/jobs")
+    printing.line("the same command without --submit joins them, and shows the table at the end")
 
 
 def _run(cells: Sequence[Cell], folder: SuiteFolder, jobs: int, device: str, json: bool) -> None:
