@@ -60,7 +60,7 @@ def costs(cells: Iterable[Cell]) -> dict[str, Costs]:
     Raises what `plan` does of each, for weights that other cells make as if they were there.
     """
     cells = list(cells)
-    token = TO_COME.set(frozenset(f"run:{cell.name}" for cell in cells))
+    token = TO_COME.set({f"run:{cell.name}": cell.recipe for cell in cells})
     try:
         found: dict[str, Costs] = {}
         of_row: dict[tuple[str, ...], Costs] = {}
