@@ -21,6 +21,7 @@ from cmkit.cli.commands import app
 from cmkit.errors import CmkitError
 from cmkit.plugins import KINDS, Hooks, discover
 from cmkit.recipe import core_tables, fields
+from cmkit.suite.suite import BudgetTable, SuiteTable
 
 PAGE = Path(__file__).parent / "reference.md"
 API = Path(__file__).parent / "api.json"
@@ -29,8 +30,8 @@ MARK = "<!-- From here on written from the code by `make docs`; do not edit. -->
 HEAD = """\
 # Reference
 
-Written from the code by `make docs`; do not edit. Every recipe, built-in part, recipe table,
-command, hook, exit code and public Python name is here.
+Written from the code by `make docs`; do not edit. Every recipe, built-in part, table of
+recipes and suites, command, hook, exit code and public Python name is here.
 """
 
 
@@ -67,6 +68,14 @@ def tables() -> str:
     text = ["## Recipe tables\n"]
     for name, model in core_tables().items():
         text.append(f"### `[{name}]`\n\n{inspect.getdoc(model)}\n\n{table(model)}")
+    return "\n".join(text)
+
+
+def suites() -> str:
+    """The tables of a suite."""
+    text = ["## Suites\n"]
+    for name, model in (("keys of a suite", SuiteTable), ("`[budget]`", BudgetTable)):
+        text.append(f"### {name}\n\n{inspect.getdoc(model)}\n\n{table(model)}")
     return "\n".join(text)
 
 
@@ -205,7 +214,8 @@ def _cell(text: str) -> str:
 
 def page() -> str:
     """The whole page."""
-    sections = (HEAD, recipes(), parts(), tables(), commands(), hooks(), exit_codes(), public())
+    sections = [HEAD, recipes(), parts(), tables(), suites(), commands(), hooks(), exit_codes()]
+    sections.append(public())
     return "\n".join(section.strip() + "\n" for section in sections)
 
 

@@ -280,6 +280,14 @@ def test_a_teacher_is_paid_from_the_students_budget_where_the_suite_says_so(suit
         loaded(suite(head, NFE, CT, EDM, CD))
 
 
+def test_the_suite_of_the_page_is_one(suite):
+    page = (ROOT / "docs" / "suites.md").read_text("utf-8")
+    text = page.partition("```toml\n")[2].partition("```")[0]
+    found = loaded(suite(text.replace("digits_ct.toml", "base.toml")))
+    assert len(found) == 3 * (4 + 1 + 4)
+    assert found["cd-global-2-s1"].group == found["cd-off-1-s1"].name
+
+
 # -- bad input
 
 
@@ -515,6 +523,15 @@ def test_check_prints_cells_what_they_share_and_what_they_cost(cmkit, tmp_path, 
     document = json.loads(out)
     assert [cell["axis"] for cell in document["cells"]] == [{"nfe": n} for n in "1122"]
     assert [cell["cost"]["trained"] for cell in document["cells"]] == [500 * 128 * 4] * 2 + [0] * 2
+
+
+def test_check_knows_the_scalings_of_weights_that_are_yet_to_come(cmkit, tmp_path, suite):
+    ve = EDM.partition("axis")[0].replace('precond = "edm"', 'precond = "ve"')
+    suite(HEAD, CT, ve, "[row.ect]\ndenoiser.weights = { row = 'edm' }\n")
+    code, _, err = cmkit("bench", tmp_path / "s.toml", "--check")
+    assert code == 2
+    assert "s.toml:11: row.ect.denoiser.weights: run:edm-s0-" in err
+    assert 'was trained under other scalings; set the precond beside it to { use = "ve"' in err
 
 
 def test_a_bad_suite_is_one_line_and_exit_code_2(cmkit, tmp_path, suite):

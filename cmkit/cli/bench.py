@@ -138,7 +138,9 @@ def _check(suite: Suite, cells: Sequence[Cell], json: bool) -> None:
         paid = ", of which a row's teacher is paid" if budget.teacher else ""
         printing.line(f"budget: {budget.amount:,.12g} {budget.unit} a training{paid}")
     if not known:
-        printing.line("steps follow from seconds a step, measured when the suite is run")
+        printing.line(
+            "steps, and the keys in names, follow from the time of a step, measured first"
+        )
 
 
 def shared(cell: Cell) -> list[str]:
@@ -159,12 +161,11 @@ def graph(cells: Sequence[Cell]) -> list[str]:
     lines = []
     first = [cell for cell in cells if cell.seed == cells[0].seed]
     for cell in first:
-        users = [other for other in first if cell.name in other.needs]
-        if users:
-            lines.append(f"{cell.name} trains")
-        for user in users:
-            how = "samples it" if user.group == cell.name else "starts from it"
-            lines.append(f"  -> {user.name} {how}")
+        samples = [c.name for c in first if c.group == cell.name and c is not cell]
+        starts = [c.name for c in first if c.group == c.name and cell.name in c.needs]
+        lines += [f"{cell.name} trains"] * bool(samples or starts)
+        lines += [f"  -> {name} samples it" for name in samples]
+        lines += [f"  -> {name} starts from it" for name in starts]
     if lines and len(cells) > len(first):
         lines.append("and so on for each seed")
     return lines or ["no cell needs another"]

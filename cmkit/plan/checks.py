@@ -24,7 +24,7 @@ from cmkit.recipe.grid import minimized
 from cmkit.run.folder import RunFolder
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec
-from cmkit.weights import start_checkpoint
+from cmkit.weights import TO_COME, start_checkpoint
 
 
 def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
@@ -202,7 +202,8 @@ def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
         backbone.check_published(weights, precond)
         return
     try:
-        trained = load(RunFolder.of_weights(weights).recipe, [], discover())
+        to_come = TO_COME.get().get(weights)
+        trained = to_come or load(RunFolder.of_weights(weights).recipe, [], discover())
     except CmkitError:  # no run folder, or one of parts that are not here: nothing is known
         return
     if not interchangeable(trained.precond.scalings, precond.scalings):

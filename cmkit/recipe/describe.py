@@ -77,7 +77,7 @@ def _type(entry: Mapping[str, Any]) -> str:
         return " or ".join(_type(e) for e in entry["anyOf"] if e.get("type") != "null")
     if "enum" in entry or "const" in entry:
         return " or ".join(json.dumps(value) for value in entry.get("enum", [entry.get("const")]))
-    kind = entry.get("type", "any")
+    kind = "table" if "$ref" in entry else entry.get("type", "any")
     if kind == "array":
         inner = entry.get("items") or (entry.get("prefixItems") or [{}])[0]
         return f"list of {_type(inner)}"

@@ -16,9 +16,10 @@ Inputs = Mapping[str, Mapping[str, Any]]
 """Identities of what each table reads from the disk."""
 
 
-def run_name(recipe: Recipe) -> str:
-    """`<name>-<key>`: the key is 8 digits of that of the last stage, whatever lies on the disk."""
-    last = next(reversed(stage_keys(recipe).values()), "")
+def run_name(recipe: Recipe, keys: Mapping[str, str] | None = None) -> str:
+    """`<name>-<key>`: the key is 8 digits of that of the last stage, whatever lies on the disk.
+    `keys` are `stage_keys(recipe)`, where they are known."""
+    *_, last = ("", *(stage_keys(recipe) if keys is None else keys).values())
     return f"{recipe.name}-{last[:8]}"
 
 

@@ -279,7 +279,7 @@ class _Loading:
         self.budget = suite.table.budget
         self.cost = cost
         if self.budget and self.budget.unit == "steps":
-            self.cost = lambda recipe: 1
+            self.cost = lambda _: 1.0
         if self.budget and self.budget.unit == "images":
             self.cost = lambda recipe: recipe.train.batch if recipe.train else 0
         self.firsts: dict[str, _Draft] = {}
@@ -311,7 +311,8 @@ class _Loading:
         recipe = draft.recipe = self._recipe(draft, tables)
         if not recipe.stages:
             raise draft.source.error((), "nothing to do: add a [train], [search] or [sample] table")
-        draft.keys, draft.run = stage_keys(recipe), run_name(recipe)
+        draft.keys = stage_keys(recipe)
+        draft.run = run_name(recipe, draft.keys)
         if "train" in draft.keys:
             draft.first = self.firsts.setdefault(draft.keys["train"], draft)
 
@@ -341,7 +342,8 @@ class _Loading:
                 paid = parent.recipe.train.steps * self._cost(parent.recipe)
                 left -= paid
                 spent += f", {paid:,.6g} of which the training of {parent.title} takes"
-        each = self._cost(self._recipe(draft, tables))
+        by_step = self.budget.unit == "steps"
+        each = 1.0 if by_step else self._cost(self._recipe(draft, tables))
         steps = math.floor(left / each * (1 + 1e-12))  # 60 / 0.4 is not to be 149
         if steps < 1:
             cure = "give that row budget = false and fewer train.steps, or raise the budget"

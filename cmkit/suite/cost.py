@@ -60,7 +60,7 @@ def costs(cells: Iterable[Cell]) -> dict[str, Costs]:
     Raises what `plan` does of each, for weights that other cells make as if they were there.
     """
     cells = list(cells)
-    token = TO_COME.set(frozenset(f"run:{cell.name}" for cell in cells))
+    token = TO_COME.set({f"run:{cell.name}": cell.recipe for cell in cells})
     try:
         found: dict[str, Costs] = {}
         of_row: dict[tuple[str, ...], Costs] = {}
@@ -115,11 +115,11 @@ def per_image(recipe: Recipe) -> float:
     share = _teacher_share(recipe, data)
     with FlopCounterMode(display=False) as counter:
         steps = _spread(table.steps, blocks=4, length=2)
-        counted = [_step(recipe, models, data, step, share) for step in steps]
+        counted = [_step(recipe, models, data, *at, share) for at in enumerate(steps)]
     other = counter.get_total_flops() / len(steps)
     if len(set(counted)) > 1 and other < CHEAP:  # the length of a solver may be drawn
         steps = _spread(table.steps, blocks=32, length=4)
-        counted = [_step(recipe, models, data, step, share) for step in steps]
+        counted = [_step(recipe, models, data, *at, share) for at in enumerate(steps)]
     count = sum(counted) / len(counted)
     if other:
         count += other / _flops(recipe, data)
@@ -189,12 +189,15 @@ def _spread(total: int, blocks: int, length: int) -> list[int]:
     return [min(start + n, total - 1) for start in starts for n in range(length)]
 
 
-def _step(recipe: Recipe, models: Models, data: DataSpec, step: int, share: float) -> float:
-    """Evaluations of a step of training on a batch; those of the teacher each count `share`."""
+def _step(
+    recipe: Recipe, models: Models, data: DataSpec, index: int, step: int, share: float
+) -> float:
+    """Evaluations of a step of training on a batch, with the draws `index`; those of the teacher
+    each count `share`."""
     objective, table = recipe.objective, recipe.train
     assert objective is not None
     assert table is not None
-    rng = Rng(0, "cost", step, torch.device("cpu"))
+    rng = Rng(0, "cost", index, torch.device("cpu"))
     shape = (IMAGES, data.channels, data.resolution, data.resolution)
     x0 = rng.normal_like(torch.empty(shape)).clamp(-1, 1)
     label = rng.integers(data.num_classes, IMAGES) if data.num_classes else None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -27,12 +28,13 @@ from cmkit.tensors import is_pickle
 if TYPE_CHECKING:
     from cmkit.denoiser import Network
     from cmkit.kinds import Backbone
+    from cmkit.recipe import Recipe
     from cmkit.values import Layout
 
 DIFFUSERS = "diffusion_pytorch_model"
-TO_COME: ContextVar[frozenset[str]] = ContextVar("TO_COME", default=frozenset())
-"""Names of weights that other runs are to make first: as long as they are not here, they are taken
-for published ones that are yet to be downloaded."""
+TO_COME: ContextVar[Mapping[str, Recipe]] = ContextVar("TO_COME", default=MappingProxyType({}))
+"""Weights that the runs of these recipes are yet to make: checks take them for published ones that
+are to be downloaded."""
 
 
 @dataclass(frozen=True)
