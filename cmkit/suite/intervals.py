@@ -170,8 +170,9 @@ def verdict(
 
 
 def few_images(n: int, d: int) -> bool:
-    """Whether a Frechet distance of n images and d features is too biased: KID is the better score
-    below n = 5 d."""
+    """Whether a Frechet distance of n images and d features is too biased to say which of two
+    models is better: below n = 5 d, where KID is the better score. Their biases differ, and of
+    fewer images than features the sign of the difference may be that of the biases."""
     return n < 5 * d
 
 
