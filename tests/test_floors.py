@@ -16,14 +16,14 @@ noise rng denoiser traits models kinds plugins functional
 files device pictures tensors checkpoint run.folder
 recipe weights plan
 sample measure train search edit
-report run compare convert
+report run compare convert smoke
 testing new cli
 """.split()  # noqa: SIM905 - rows are storeys
 """Modules and packages of the kernel, bottom to top: each imports from itself and what is before
 it, types and imports inside functions included."""
 FOR_PLUGINS = ROOMS[: ROOMS.index("recipe")]
 FREE_OF_TORCH = """
-errors values stop kinds plugins files run.folder recipe report compare cli
+errors values stop kinds plugins files run.folder recipe report compare smoke cli
 """.split()  # noqa: SIM905
 
 

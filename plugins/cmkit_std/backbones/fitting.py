@@ -96,6 +96,16 @@ class UNetOptions(Options):
         sides = self.attention_resolutions
         return side in (self.attends_at if sides is None else sides)
 
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        """All levels that pictures of `data` can be halved for, and their attention, 8 channels to
+        a multiple of one."""
+        halvings = (data.resolution & -data.resolution).bit_length()
+        levels = self.levels(data.resolution)[:halvings]
+        sides = self.attention_resolutions
+        kept = None if sides is None else [side for _, side in levels if side in sides]
+        mult = list(self.channel_mult[:halvings])
+        return {"preset": None, "channels": 8, "channel_mult": mult, "attention_resolutions": kept}
+
     def check_divides(self, name: str, width: int, level: str = "a level with attention") -> None:
         """RecipeError when the option `name`, if given, does not divide a level's `width`."""
         if (given := getattr(self, name)) and width % given:
