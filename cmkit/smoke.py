@@ -21,8 +21,8 @@ RECIPES = "smoke-recipes"
 HEAD = """\
 # cmkit run {file}
 #
-# A smoke run of {recipe}, written by --smoke: it is shrunk, its data and weights are invented, and
-# its numbers mean nothing. Changed:
+# Written by --smoke: the recipe below is shrunk, its data and weights are invented, and its numbers
+# mean nothing. Changed in {recipe}:
 """
 
 
@@ -57,12 +57,14 @@ def smoke(recipe: Recipe, out: Path, registry: Registry) -> dict[str, Any]:
 def smoke_recipe(recipe: Recipe, out: Path, registry: Registry) -> tuple[Recipe, list[str]]:
     """The recipe `smoke`, written as a file below `out` beside its invented weights, and sentences
     of where it is and what was put in the place of files."""
-    from cmkit.plan.checks import check_stages
-
-    check_stages(recipe)
+    _check(recipe)
     tables = smoke(recipe, out, registry)
     file = out / RECIPES / f"{tables['name']}.toml"
-    found = list(differences(_numbered(recipe.resolved), _numbered(tables)))
+    was, now = (
+        {**each, "metric": dict(enumerate(each.get("metric", ())))}
+        for each in (recipe.resolved, tables)
+    )
+    found = list(differences(was, {**now, "name": recipe.name, "smoke": None}))
     said = [f"{now}; it was {was}" for now, was in found]
     lines = "".join(f"# {line}\n" for line in said)
     import tomlkit
@@ -74,7 +76,23 @@ def smoke_recipe(recipe: Recipe, out: Path, registry: Registry) -> tuple[Recipe,
     write_weights(shrunk)
     swapped = [line for line, (_, was) in zip(said, found, strict=True) if was.startswith('"')]
     first = f"smoke run of {recipe.source.file}, shrunk in {file}: its numbers mean nothing"
-    return shrunk, [first, *(line for line in swapped if not line.startswith("name "))]
+    return shrunk, [first, *swapped]
+
+
+def _check(recipe: Recipe) -> None:
+    """Raise for a recipe that is at fault as it is, as far as that shows without its files."""
+    import torch
+
+    from cmkit.plan import conditions_of, naming_table, networks
+    from cmkit.plan.checks import check_stages
+
+    check_stages(recipe)
+    if data := recipe.dataset.declared():
+        with naming_table(recipe, "backbone"), torch.device("meta"):
+            network = networks.built(recipe.backbone, data, conditions_of(recipe, data))
+        if recipe.rescaler:
+            with naming_table(recipe, "rescaler"):
+                recipe.rescaler.bind(network.sites)
 
 
 def write_weights(recipe: Recipe) -> None:
@@ -115,8 +133,3 @@ def _invented(tables: Mapping[str, Any], key: str, out: Path) -> str:
     about[key] = {name: value for name, value in tables[key].items() if name != "weights"}
     digest = digest_of(json.dumps(about, sort_keys=True))[:8]
     return str(out / WEIGHTS / f"{key}-{digest}.safetensors")
-
-
-def _numbered(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables with those of a list by their numbers, so that they are compared one by one."""
-    return {**tables, "metric": dict(enumerate(tables.get("metric", ())))}

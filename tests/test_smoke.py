@@ -37,7 +37,7 @@ def what_runs(path: Path) -> str:
     return re.sub(r"smoke-weights/\w+-\w+", "", text)
 
 
-DIFFERENT = list({what_runs(path): path for path in reversed(RECIPES)}.values())
+DIFFERENT = sorted({what_runs(path): path for path in reversed(RECIPES)}.values())
 
 
 @pytest.fixture
@@ -82,15 +82,14 @@ def test_every_shipped_recipe_runs_smoked(path, cmkit, offline):
 
 
 def test_the_bedrooms_run_in_an_empty_folder_offline_and_are_marked_everywhere(cmkit, offline):
-    code, out, err = cmkit("run", BEDROOM, "--smoke", "--json")
+    code, _, err = cmkit("run", BEDROOM, "--smoke")
     assert code == 0, err
     assert "its numbers mean nothing" in err
     assert 'dataset.use = "invented"; it was "lsun"' in err
     assert 'metric.0.extractor = "cmkit-random"; it was "auto"' in err
-    report = json.loads(out)
-    folder = Path(report["folder"])
+    (folder,) = Path("runs").glob("smoke-rescaled_ct_bedroom-*")
+    report = json.loads((folder / "report.json").read_text())
     assert report["smoke"] is True
-    assert json.loads((folder / "report.json").read_text())["smoke"] is True
     assert report["stages"]["metric"]["values"].keys() == {"fid", "precision", "recall"}
     page = (folder / "report.html").read_text("utf-8")
     assert '<body class="smoke">' in page
@@ -101,7 +100,7 @@ def test_the_bedrooms_run_in_an_empty_folder_offline_and_are_marked_everywhere(c
     assert len(list(folder.glob("*.png"))) == 2
 
     written = Path("runs/smoke-recipes/smoke-rescaled_ct_bedroom.toml")
-    first = json.loads((folder / "report.json").read_text())["stages"]["metric"]["values"]
+    first = report["stages"]["metric"]["values"]
     assert cmkit("run", written, "--out", "again", "--json")[0] == 0
     again = Path("again") / folder.name
     assert json.loads((again / "report.json").read_text())["stages"]["metric"]["values"] == first
@@ -113,7 +112,7 @@ def test_the_stamp_is_over_the_middle_of_a_picture():
         Image.new("RGB", (side, side), (120, 60, 60)).save(buffer, "PNG")
         found = np.asarray(Image.open(io.BytesIO(stamped(buffer.getvalue()))))
         words = (found != (120, 60, 60)).any(-1)
-        rows, columns = np.nonzero(words)
+        columns = np.nonzero(words)[1]
         assert 0.1 < words.mean() < 0.7
         assert columns.max() - columns.min() > 0.6 * side
         assert found[words].min() == 0

@@ -199,11 +199,12 @@ class SearchTable(StageTable):
         return self
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
-        """The ends of every axis, on a dozen images."""
+        """The ends of every axis, of parts such as "skip.3" the first, on a dozen images."""
         images = min(self.images, 12)
+        firsts = {re.sub(r"\.\d+$", ".0", key): values for key, values in self.grid.items()}
         return {
             **dict.fromkeys(("images", "batch", "rerank_images", "confirm_images"), images),
-            "grid": {key: sorted({values[0], values[-1]}) for key, values in self.grid.items()},
+            "grid": {key: sorted({values[0], values[-1]}) for key, values in firsts.items()},
             "rounds": self.rounds and 1,
             "rerank": min(self.rerank, 1),
             "confirm_seeds": 2,

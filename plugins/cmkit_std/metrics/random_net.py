@@ -22,6 +22,8 @@ class RandomExtractor(LabelExtractor):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             convs = [nn.Conv2d(a, b, 3, 2, 1) for a, b in ((1, 16), (16, 32), (32, 64))]
+            for conv in convs:
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             self.convs, self.logits = nn.ModuleList(convs), nn.Linear(64, 10)
 
     @classmethod

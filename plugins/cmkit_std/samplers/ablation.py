@@ -64,7 +64,7 @@ class Ablation(Sampler):
         return 2 * self.steps - 1 if self.solver == "heun" else self.steps
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
-        return {"steps": min(self.steps, 4)}
+        return {"steps": min(self.steps, 2)}
 
     def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """Images after steps along dx/dt = (sigma'/sigma + s'/s) x - (sigma' s / sigma) D(x/s)."""

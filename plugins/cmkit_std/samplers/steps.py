@@ -95,7 +95,7 @@ class Walk(Sampler):
         return self.steps
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
-        return {"steps": min(self.steps, 4)}
+        return {"steps": min(self.steps, 2)}
 
     def levels(self, noise: Noise) -> list[float]:
         """The noise levels between the steps, falling to 0, steps + 1 of them."""
@@ -143,7 +143,7 @@ class Churn(Part):
         return 2 * self.steps - 1
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
-        return {"steps": min(self.steps, 4)}
+        return {"steps": min(self.steps, 2)}
 
     def churned(self, x: Tensor, sigma: float, k: int, noise: Draws) -> tuple[Tensor, float]:
         """(x, sigma) after the k-th draw of noise (EDM, algorithm 2, lines 4 to 6)."""

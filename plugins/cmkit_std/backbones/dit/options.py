@@ -58,9 +58,9 @@ class DiTOptions(Options):
     """Recompute blocks in the backward pass: less memory, a third more time."""
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
-        """All blocks, 8 features to a head."""
         patch = math.gcd(self.patch_size, data.resolution)
-        return {"preset": None, "patch_size": patch, "width": 16, "num_heads": 2}
+        small = {"width": 16, "depth": 2, "num_heads": 2}
+        return {"preset": None, "patch_size": patch, **small}
 
     def check(self, data: DataSpec) -> None:
         if data.resolution % self.patch_size:
