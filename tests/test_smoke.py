@@ -116,7 +116,7 @@ def test_the_stamp_is_over_the_middle_of_a_picture():
         assert 0.1 < words.mean() < 0.7
         assert columns.max() - columns.min() > 0.6 * side
         assert found[words].min() == 0
-        assert found[words].max() == 255
+        assert found[words].max() > 200
 
 
 def test_smoke_runs_are_not_compared_with_others(cmkit, tmp_path):

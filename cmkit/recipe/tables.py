@@ -148,7 +148,7 @@ class TrainTable(StageTable):
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
         few = {key: getattr(self, key) and 2 for key in ("warmup", "sqrt_decay")}
-        sizes = {"steps": min(self.steps, 4), "batch": 4, "accumulate": min(self.accumulate, 2)}
+        sizes = {"steps": min(self.steps, 3), "batch": 4, "accumulate": min(self.accumulate, 2)}
         return {**sizes, **few, "save_every": 2, "log_every": 1, "compile": False, "start": None}
 
 

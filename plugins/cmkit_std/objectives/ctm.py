@@ -126,7 +126,7 @@ class CTM(Comparison):
         found["max_gap"] = self.max_gap and min(self.max_gap, short - 1)
         if self.gan_weight:
             found |= {"gan_start": min(self.gan_start, 1), "gan_period": 2}
-            found |= {"gan_features": ["test_efficientnet"], "gan_weights": RANDOM}
+            found |= {"gan_features": ["test_vit"], "gan_weights": RANDOM}
         return found
 
     def identity(self) -> dict[str, Any]:
