@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cmkit.errors import printable
 from cmkit.files import atomic_write, digest_of
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
@@ -18,12 +19,12 @@ from cmkit.run.reuse import differences
 WEIGHTS = "smoke-weights"
 """The folder below --out of invented weights."""
 RECIPES = "smoke-recipes"
-HEAD = """\
-# cmkit run {file}
-#
-# Written by --smoke: the recipe below is shrunk, its data and weights are invented, and its numbers
-# mean nothing. Changed in {recipe}:
-"""
+HEAD = (
+    "cmkit run {file}",
+    "",
+    "Written by --smoke: the recipe below is shrunk, its data and weights are invented, and its",
+    "numbers mean nothing. Changed in {recipe}:",
+)
 
 
 def smoke(recipe: Recipe, out: Path, registry: Registry) -> dict[str, Any]:
@@ -57,7 +58,14 @@ def smoke(recipe: Recipe, out: Path, registry: Registry) -> dict[str, Any]:
 def smoke_recipe(recipe: Recipe, out: Path, registry: Registry) -> tuple[Recipe, list[str]]:
     """The recipe `smoke`, written as a file below `out` beside its invented weights, and sentences
     of where it is and what was put in the place of files."""
-    _check(recipe)
+    import tomlkit
+
+    from cmkit.plan.checks import check_stages
+    from cmkit.plan.fit import check_network
+
+    check_stages(recipe)  # what is at fault with the recipe as it is, and shows without its files
+    if known := recipe.dataset.declared():
+        check_network(recipe, known)
     tables = smoke(recipe, out, registry)
     file = out / RECIPES / f"{tables['name']}.toml"
     was, now = (
@@ -66,33 +74,15 @@ def smoke_recipe(recipe: Recipe, out: Path, registry: Registry) -> tuple[Recipe,
     )
     found = list(differences(was, {**now, "name": recipe.name, "smoke": None}))
     said = [f"{now}; it was {was}" for now, was in found]
-    lines = "".join(f"# {line}\n" for line in said)
-    import tomlkit
-
+    head = [line.format(file=file, recipe=recipe.source.file) for line in HEAD]
+    lines = "".join(f"# {printable(line, 'utf-8')}".rstrip() + "\n" for line in (*head, *said))
     make_out(file.parent)
-    head = HEAD.format(file=file, recipe=recipe.source.file)
-    atomic_write(file, f"{head}{lines}\n{tomlkit.dumps(tables)}")
+    atomic_write(file, f"{lines}\n{tomlkit.dumps(tables)}")
     shrunk = load(file, [], registry)
     write_weights(shrunk)
     swapped = [line for line, (_, was) in zip(said, found, strict=True) if was.startswith('"')]
     first = f"smoke run of {recipe.source.file}, shrunk in {file}: its numbers mean nothing"
     return shrunk, [first, *swapped]
-
-
-def _check(recipe: Recipe) -> None:
-    """Raise for a recipe that is at fault as it is, as far as that shows without its files."""
-    import torch
-
-    from cmkit.plan import conditions_of, naming_table, networks
-    from cmkit.plan.checks import check_stages
-
-    check_stages(recipe)
-    if data := recipe.dataset.declared():
-        with naming_table(recipe, "backbone"), torch.device("meta"):
-            network = networks.built(recipe.backbone, data, conditions_of(recipe, data))
-        if recipe.rescaler:
-            with naming_table(recipe, "rescaler"):
-                recipe.rescaler.bind(network.sites)
 
 
 def write_weights(recipe: Recipe) -> None:
@@ -117,7 +107,7 @@ def write_weights(recipe: Recipe) -> None:
             if path.parent.name == WEIGHTS:  # others are a run's
                 with torch.no_grad():
                     for parameter in network.parameters():
-                        parameter += 0.02 * torch.randn_like(parameter)
+                        parameter.add_(torch.randn_like(parameter), alpha=0.02)
                 make_out(path.parent)
                 save_weights(path, network.state_dict())
 

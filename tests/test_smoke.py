@@ -145,6 +145,8 @@ def test_a_bad_recipe_gives_its_usual_error(cmkit):
     for line, place in (
         ("--set=backbone.chanels=4", "--set backbone.chanels"),
         ("--set=denoiser.precond=edm", "denoiser.precond"),
+        ("--set=backbone.attention_resolutions=[3]", "backbone"),
+        ("--set=search.grid={skip=[1.0],nonsense=[1.0]}", "search.grid"),
     ):
         plain, smoked = (cmkit("check", DIGITS, line, *extra) for extra in ([], ["--smoke"]))
         assert plain == smoked
