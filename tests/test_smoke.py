@@ -196,3 +196,38 @@ def test_every_number_of_fidelity_can_be_had_in_random_features():
     assert values.keys() == set(metric.keys())
     assert values["precision"] == 1
     assert metric.provenance()["extractor"] == "cmkit-random"
+
+
+OTHERS = {
+    "edm2, pd, per_layer, sfid": """
+        dataset = { use = "image_folder", path = "none", resolution = 512, labels = true }
+        backbone = { use = "edm2", preset = "s", channel_mult = [1, 1, 2, 2, 3, 4, 4] }
+        denoiser = { precond = "edm", init = "teacher" }
+        teacher = { weights = "run:none-12345678" }
+        objective = { use = "pd", distance = "lpips" }
+        train = { steps = 100_000, batch = 7, accumulate = 7, sqrt_decay = 1000 }
+        rescaler = { use = "per_layer", skip = [1.1, 0.9, 1.2], sites = { "emb.30" = 0.9 } }
+        search = { images = 1000, minimize = "sfid", grid = { "skip.2" = [0.9, 1.0] } }
+        sampler = { use = "progdist", steps = 4 }
+        metric = [{ use = "fidelity", sfid = true, kid = true }]""",
+    "dit, lcm, discrete": """
+        dataset = { use = "imagenet64", path = "none" }
+        backbone = { use = "dit", preset = "dit-xl-2" }
+        denoiser = { precond = { use = "discrete", timestep_scaling = 10.0 }, init = "teacher", guidance = 2.0 }  # noqa: E501
+        teacher = { weights = "none.safetensors", precond = { use = "discrete" } }
+        objective = { use = "lcm" }
+        train = { steps = 100_000, batch = 8 }
+        sampler = { use = "lcm", steps = 8 }
+        metric = [{ use = "fidelity" }]""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS)
+def test_parts_of_no_shipped_recipe_are_shrunk_as_well(text, cmkit, offline):
+    lines = [line.strip() for line in text.splitlines()]
+    Path("other.toml").write_text("\n".join(['name = "other"', *lines, "sample = { images = 99 }"]))
+    code, out, err = cmkit("check", "other.toml", "--smoke", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["parameters"] < 200_000
+    assert not [note for note in facts["notes"] if "standard deviation" in note]

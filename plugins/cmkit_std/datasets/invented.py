@@ -45,5 +45,5 @@ class Invented(OnDisk):
         length = draws.uniform(0.3, 1, (self.images, 1, 1, 1))
         phase = draws.uniform(0, 1, (self.images, self.channels, 1, 1))
         waves = np.sin(2 * np.pi * (across / length + phase))
-        pixels = np.round(127.5 + 127.5 * waves).astype(np.uint8)
+        pixels = np.round(127.5 + 90 * waves).astype(np.uint8)  # of deviation 0.5 in [-1, 1]
         return Pixels(pixels, labels if self.classes else None)
