@@ -213,7 +213,9 @@ OTHERS = {
     "dit, lcm, discrete": """
         dataset = { use = "imagenet64", path = "none" }
         backbone = { use = "dit", preset = "dit-xl-2" }
-        denoiser = { precond = { use = "discrete", timestep_scaling = 10.0 }, init = "teacher", guidance = 2.0 }  # noqa: E501
+        denoiser.precond = { use = "discrete", timestep_scaling = 10.0 }
+        denoiser.init = "teacher"
+        denoiser.guidance = 2.0
         teacher = { weights = "none.safetensors", precond = { use = "discrete" } }
         objective = { use = "lcm" }
         train = { steps = 100_000, batch = 8 }
