@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cmkit.errors import RecipeError
 from cmkit.run.folder import RunFolder
 
 COMPARED = ("extractor", "weights_sha256", "images", "reference", "protocol", "labels")
@@ -58,8 +59,16 @@ class Entry:
 
 
 def entries(folders: Sequence[Path]) -> list[Entry]:
-    """An entry for each run folder; CheckpointError where one has no measured report."""
-    return [_entry(folder) for folder in folders]
+    """An entry for each run folder; CheckpointError where one has no measured report, RecipeError
+    for smoke runs beside others."""
+    found = [_entry(folder) for folder in folders]
+    smoke = [folder for folder in folders if RunFolder(folder).report().get("smoke")]
+    if 0 < len(smoke) < len(folders):
+        raise RecipeError(
+            f"{smoke[0]}: a smoke run, whose numbers mean nothing beside those of other runs; leave"
+            " it out"
+        )
+    return found
 
 
 def unfinished(folders: Sequence[Path]) -> list[Path]:

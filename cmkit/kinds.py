@@ -51,6 +51,12 @@ class Part(BaseModel):
         """
         return {}
 
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        """Changes of these options for `cmkit run --smoke` on images like `data`: tiny widths, few
+        steps, nothing that needs a file. None drops a key; "use" puts another part, of which the
+        rest are the options, in the place of this one. By default there are none."""
+        return {}
+
 
 class Backbone(Part, ABC):
     """Builds a network F(x, c_noise).
@@ -213,6 +219,17 @@ class Dataset(Part, ABC):
         """What `spec` returns, maybe without names and counts of classes, where the keys alone
         decide it, so that a model is drawn from without the data; None where files must be read."""
         return None
+
+    def smallest(self, data: DataSpec | None = None) -> Mapping[str, Any]:
+        """Invented images in place of the files, at most 32 pixels wide: of the shape of `data`,
+        where it is absent of what `declared` returns, or else `spec`."""
+        data = data or self.declared() or self.spec()
+        return {
+            "use": "invented",
+            "channels": data.channels,
+            "resolution": min(data.resolution, 32),
+            "classes": data.num_classes,
+        }
 
     @abstractmethod
     def batches(

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Formats that are read. Pillow knows dozens more, some of which (PostScript) are programs."""
 CELL_PIXELS = 48
 GAP_GREY = 64
+STAMP = "smoke run:\nmeaningless"
 
 
 def grid_png(images: Tensor, columns: int | None = None) -> bytes:
@@ -51,6 +52,24 @@ def png(image: Tensor) -> bytes:
     pixels = image[0] if len(image) == 1 else image.movedim(0, -1)
     buffer = io.BytesIO()
     Image.fromarray(pixels.contiguous().numpy()).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def stamped(data: bytes) -> bytes:
+    """The PNG with STAMP across it, as large as fits, white with black edges."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    with Image.open(io.BytesIO(data)) as given:
+        picture = given.convert("RGB")
+    wide = ImageFont.load_default(100).getlength(max(STAMP.split("\n"), key=len)) / 100
+    size = max(8.0, min(0.9 * picture.width / wide, 0.35 * picture.height))
+    middle = (picture.width / 2, picture.height / 2)
+    style: dict[str, Any] = {"stroke_width": max(1, int(size / 16)), "stroke_fill": "black"}
+    ImageDraw.Draw(picture).multiline_text(
+        middle, STAMP, "white", ImageFont.load_default(size), "mm", align="center", **style
+    )
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -21,6 +21,8 @@ BACKBONES = {
     "as LSUN-256": ADM(**SMALL, use_scale_shift_norm=False, resblock_updown=True, norm_groups=8),
     # 96 + 64 and 64 + 32 channels in groups of 10 and 6: some groups hold both halves
     "straddling groups": ADM(**SMALL, norm_groups=16),
+    # 32 + 8 channels in groups of 10: no group holds skip channels alone
+    "narrow skips": ADM(channels=8, channel_mult=(1, 4), num_res_blocks=1, norm_groups=4),
     "ddpmpp": SongUNet(**SONG),  # 96 + 64 channels in groups of 5
     "ncsnpp": SongUNet(
         **SONG, encoder_type="residual", embedding_type="fourier", resample_filter=(1, 3, 3, 1)

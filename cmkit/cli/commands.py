@@ -58,6 +58,14 @@ LabelOption = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
+SmokeOption = Annotated[
+    bool,
+    typer.Option(
+        "--smoke",
+        help="Try the recipe within a minute: shrunk, on invented data and weights, which are"
+        " written below --out. Its numbers mean nothing.",
+    ),
+]
 
 app.add_typer(plugins_app, name="plugins")
 
@@ -81,13 +89,14 @@ def run(
         str | None,
         typer.Option("--from", metavar="RUN[@STEP]", help="Go on from the training of a run."),
     ] = None,
+    smoke: SmokeOption = False,
     out: OutOption = Path("runs"),
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Carry a recipe out, or go on where it stopped: train, search, sample, measure, report."""
     begun = [f"train.start={inline(from_)}"] if from_ else []
-    loaded, registry = _loaded(recipe, [*set, *begun])
+    loaded, registry, said = _loaded(recipe, [*set, *begun], out if smoke else None)
     from cmkit.device import pick_device
     from cmkit.run import Note, run, run_folder, shown
 
@@ -101,7 +110,7 @@ def run(
             events = run(_plan(loaded), registry, out, chosen, stop)
         start = Note(f"run folder: {folder.path} on {chosen}")
         stop.listen()
-        report = _shown(chain([start], events), chosen, json).report
+        report = _shown(chain(map(Note, said), [start], events), chosen, json).report
     if json:
         printing.document({**report, "folder": str(folder.path)})
     else:
@@ -112,6 +121,7 @@ def run(
 def check(
     recipe: RecipeArgument,
     set: SetOption = [],  # noqa: B006
+    smoke: SmokeOption = False,
     out: OutOption = Path("runs"),
     device: DeviceOption = "auto",
     data: Annotated[
@@ -120,7 +130,7 @@ def check(
     json: JsonOption = False,
 ) -> None:
     """Check all that `run` would check, and say what it would cost, without running."""
-    loaded, registry = _loaded(recipe, set)
+    loaded, registry, said = _loaded(recipe, set, out if smoke else None)
     from cmkit.device import pick_device
     from cmkit.plan import check_disk, sigma_data_note
     from cmkit.recipe import stage_keys
@@ -154,7 +164,7 @@ def check(
     }
     if precision := chosen_precision(plan.recipe, chosen):
         facts["precision"] = precision
-    notes = [*plan.notes, *filter(None, [sigma_data_note(plan.recipe)])]
+    notes = [*said, *plan.notes, *filter(None, [sigma_data_note(plan.recipe)])]
     if folder.checked:
         changed = changes(folder.inputs()["inputs"], inputs)
         notes += [f"since the run was begun: {said}" for _, _, said in changed]
@@ -344,12 +354,21 @@ def schema(
     printing.document(suite_schema(document) if suite else document)
 
 
-def _loaded(recipe: str, overrides: list[str]) -> tuple[Recipe, Registry]:
+def _loaded(
+    recipe: str, overrides: list[str], smoke_below: Path | None
+) -> tuple[Recipe, Registry, list[str]]:
+    """The recipe, or in its place a smoke recipe in that folder, and what is to be said of it."""
     from cmkit.plugins import discover
     from cmkit.recipe import find_recipe, load
 
     registry = discover()
-    return load(find_recipe(recipe), overrides, registry), registry
+    loaded = load(find_recipe(recipe), overrides, registry)
+    if smoke_below is None:
+        return loaded, registry, []
+    from cmkit.smoke import smoke_recipe
+
+    loaded, said = smoke_recipe(loaded, smoke_below, registry)
+    return loaded, registry, said
 
 
 def _plan(recipe: Recipe) -> Plan:

@@ -65,6 +65,8 @@ def results(folder: RunFolder, report: dict[str, Any]) -> None:
     """Print where the page is, the winner and verdict of the search, and the metrics."""
     stages = report["stages"]
     line(f"report: {folder.page}")
+    if report.get("smoke"):
+        line("a smoke run: the numbers below mean nothing")
     if "search" in stages:
         found = stages["search"]
         winner = " ".join(f"{axis} = {found['best'][axis]:g}" for axis in found["axes"])

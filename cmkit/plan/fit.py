@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
+from cmkit.denoiser import Denoiser
 from cmkit.plan import checks, networks
 from cmkit.plan.networks import naming_table
 from cmkit.plan.record import Plan
 from cmkit.recipe import Recipe
 from cmkit.recipe.grid import cells, minimized, with_values
+from cmkit.values import DataSpec
 from cmkit.weights import Weights, find
 
 
@@ -27,20 +29,8 @@ def check_fit(recipe: Recipe) -> Plan:
     runs the sampler once on it, so that shapes, sites and conditions are tried, not assumed.
     """
     data = recipe.data or recipe.dataset.spec()
-    checks.check_classes(data)
-    conditions = checks.conditions_of(recipe, data)
-    with naming_table(recipe, "backbone"), torch.device("meta"):
-        network = networks.built(recipe.backbone, data, conditions)
-    denoiser = networks.denoiser_of(recipe, network)
-    checks.check_sampler(recipe)
+    conditions, denoiser = check_network(recipe, data)
     checks.check_training_start(recipe)
-    if recipe.rescaler:
-        with naming_table(recipe, "rescaler"):
-            denoiser.rescaled(recipe.rescaler)
-    for values in cells(recipe):
-        cell = with_values(recipe, values)
-        with naming_table(recipe, "search", "grid"):
-            cell.bind(network.sites)
     if recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check(data)
@@ -74,7 +64,7 @@ def check_fit(recipe: Recipe) -> Plan:
         recipe=recipe,
         data=data,
         conditions=conditions,
-        sites=network.sites,
+        sites=denoiser.network.sites,
         parameters=sum(p.numel() for p in denoiser.parameters()),
         flops=flops,
         disk=disk,
@@ -85,6 +75,25 @@ def check_fit(recipe: Recipe) -> Plan:
         else None,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def check_network(recipe: Recipe, data: DataSpec) -> tuple[frozenset[str], Denoiser]:
+    """Conditions and denoiser, without memory, of a recipe for images of `data`, once its backbone,
+    sampler, rescaler and the cells of its search fit each other."""
+    checks.check_classes(data)
+    conditions = checks.conditions_of(recipe, data)
+    with naming_table(recipe, "backbone"), torch.device("meta"):
+        network = networks.built(recipe.backbone, data, conditions)
+    denoiser = networks.denoiser_of(recipe, network)
+    checks.check_sampler(recipe)
+    if recipe.rescaler:
+        with naming_table(recipe, "rescaler"):
+            denoiser.rescaled(recipe.rescaler)
+    for values in cells(recipe):
+        cell = with_values(recipe, values)
+        with naming_table(recipe, "search", "grid"):
+            cell.bind(network.sites)
+    return conditions, denoiser
 
 
 def _downloads(recipe: Recipe) -> Iterator[Weights]:

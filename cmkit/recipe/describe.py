@@ -37,6 +37,7 @@ def schema(registry: Registry) -> dict[str, Any]:
     properties: dict[str, Any] = {
         "name": {"type": "string", "pattern": f"^{NAME.pattern}$"},
         "seed": {"type": "integer", "minimum": 0, "default": 0},
+        "smoke": {"type": "boolean", "default": False},
     }
     properties |= {kind: choice(kind) for kind in PART_TABLES}
     properties |= {key: refer(model, name=key) for key, model in core_tables().items()}

@@ -40,7 +40,7 @@ def stage_keys(recipe: Recipe, inputs: Inputs = MappingProxyType({})) -> dict[st
 def stage_tables(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The tables that decide the result of a stage, beside the stages before it: without defaults,
     which may be added to a part later, and without what changes no bit of it."""
-    found: dict[str, Any] = {"seed": recipe.seed}
+    found: dict[str, Any] = {"seed": recipe.seed, **({"smoke": True} if recipe.smoke else {})}
     for table in dict.fromkeys((*recipe.stages[stage].reads, stage)):
         if table in recipe.resolved or (table == "minimized" and recipe.metric):
             found[table] = _said(recipe, table, stage)

@@ -49,7 +49,10 @@ def from_tables(tables: Mapping[str, Any], source: Source, registry: Registry) -
         )
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise source.error(("seed",), "expected a whole number from 0", f" = {shown_value(seed)}")
-    resolved: dict[str, Any] = {"name": name, "seed": seed}
+    smoke = tables.get("smoke", False)
+    if not isinstance(smoke, bool):
+        raise source.error(("smoke",), "expected true or false", f" = {shown_value(smoke)}")
+    resolved: dict[str, Any] = {"name": name, "seed": seed, **({"smoke": True} if smoke else {})}
     parts: dict[str, Any] = dict.fromkeys(known.PART_TABLES)
     for kind in known.PART_TABLES:
         if kind in tables:
@@ -87,6 +90,7 @@ def from_tables(tables: Mapping[str, Any], source: Source, registry: Registry) -
         metric=tuple(part for part, _ in pairs),
         resolved=resolved,
         source=source,
+        smoke=smoke,
         **parts,
     )
 

@@ -55,6 +55,8 @@ class Recipe:
     source: Source
     data: DataSpec | None = None
     """Shape of the data where it is known without reading them: of a finished run."""
+    smoke: bool = False
+    """Whether its numbers mean nothing: see `cmkit.smoke`."""
 
     @property
     def train(self) -> TrainTable | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from cmkit.kinds import CLASSES, Part
+from cmkit.values import DataSpec
 
 Precision = Literal["auto", "fp32", "bf16"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -145,6 +146,11 @@ class TrainTable(StageTable):
             raise ValueError(f"decay = true and sqrt_decay = {self.sqrt_decay}: choose one of them")
         return self
 
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        few = {key: getattr(self, key) and 2 for key in ("warmup", "sqrt_decay")}
+        sizes = {"steps": min(self.steps, 3), "batch": 4, "accumulate": min(self.accumulate, 2)}
+        return {**sizes, **few, "save_every": 2, "log_every": 1, "compile": False, "start": None}
+
 
 class SearchTable(StageTable):
     """The keys of [search]."""
@@ -192,6 +198,19 @@ class SearchTable(StageTable):
             raise ValueError(f"{count:.3g} cells, of which {MAX_CELLS:,} are the most: {cure}")
         return self
 
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        """The ends of every axis, of parts such as "skip.3" the first, on a dozen images."""
+        images = min(self.images, 12)
+        firsts = {re.sub(r"\.\d+$", ".0", key): values for key, values in self.grid.items()}
+        return {
+            **dict.fromkeys(("images", "batch", "rerank_images", "confirm_images"), images),
+            "grid": {key: sorted({values[0], values[-1]}) for key, values in firsts.items()},
+            "rounds": self.rounds and 1,
+            "rerank": min(self.rerank, 1),
+            "confirm_seeds": 2,
+            "thumbnails": 4,
+        }
+
 
 class SampleTable(StageTable):
     """The keys of [sample]."""
@@ -205,6 +224,9 @@ class SampleTable(StageTable):
     labels: Literal["data", "uniform"] = "data"
     """Classes of the images, those of a search as well: in the proportions of the data, where
     these are known, or each as often as any other."""
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        return {"images": min(self.images, 16), "batch": 16}
 
 
 class ExpectedTable(Part):
@@ -224,7 +246,7 @@ STAGES = {
     "metric": "cmkit.run.stages.metric:Measure",
 }
 """What a run does, in order: each stage is the class of its table, named as plugins name parts."""
-KEYS = ("name", "seed", *PART_TABLES, "denoiser", "teacher", *STAGES, "expected")
+KEYS = ("name", "seed", "smoke", *PART_TABLES, "denoiser", "teacher", *STAGES, "expected")
 REQUIRED = ("name", "dataset", "backbone")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 

@@ -41,6 +41,7 @@ def write_report(folder: RunFolder) -> Path:
         variables = {
             **{key: report[key] for key in ("name", "hash", "seconds", "citations")},
             "time": report["time"].replace("T", " ").replace("+00:00", " UTC"),
+            "smoke": report.get("smoke", False),
             "headlines": list(_headlines(report)),
             "samples": _samples(sample, report, folder) if sample else None,
             "classes": _classes(report.get("data", {})),

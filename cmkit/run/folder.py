@@ -6,6 +6,7 @@ Imports no torch: reports and comparisons read a folder without it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -128,6 +129,13 @@ class RunFolder:
             self.check_recipe()
         else:
             files.atomic_write(self.recipe, text)
+
+    @functools.cached_property
+    def smoke(self) -> bool:
+        """Whether its recipe says that pictures and numbers mean nothing."""
+        with contextlib.suppress(CheckpointError, ValueError):
+            return bool(tomllib.loads(files.read_bytes(self.recipe).decode()).get("smoke"))
+        return False
 
     def check_recipe(self) -> None:
         """CheckpointError where recipe.toml is not the one that the run was begun with."""
@@ -389,7 +397,11 @@ class RunFolder:
         files.append_jsonl(self._drawn, record)
 
     def keep_picture(self, name: str, png: bytes) -> str:
-        """Write the picture `name`.png; its name for `picture`."""
+        """Write the picture `name`.png, that of a smoke run stamped; its name for `picture`."""
+        if self.smoke:
+            from cmkit.pictures import stamped
+
+            png = stamped(png)
         files.atomic_write(self.path / f"{name}.png", png)
         return f"{name}.png"
 

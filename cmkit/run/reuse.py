@@ -177,7 +177,7 @@ def _why(recipe: Recipe, stage: str, folder: RunFolder, registry: Registry) -> s
             continue
         try:
             its = load(other.recipe, [], registry)
-            found = list(_differences(stage_tables(its, stage), stage_tables(recipe, stage)))
+            found = list(differences(stage_tables(its, stage), stage_tables(recipe, stage)))
         except (CmkitError, KeyError):  # without this stage, or of parts that are not here
             continue
         shown = [f"{said}, in {other.path} {was}" for said, was in found]
@@ -191,12 +191,12 @@ def _why(recipe: Recipe, stage: str, folder: RunFolder, registry: Registry) -> s
     return "; ".join((nearest or [])[:3])
 
 
-def _differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """(the value now, the value then) of each key that differs."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys((*then, *now)):
             inner = f"{path}.{key}" if path else str(key)
-            yield from _differences(then.get(key), now.get(key), inner)
+            yield from differences(then.get(key), now.get(key), inner)
     elif then != now:
         yield f"{path} = {_shown(now)}", _shown(then)
 

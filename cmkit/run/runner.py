@@ -82,6 +82,7 @@ def run(
             "schema": SCHEMA,
             "name": recipe.name,
             "hash": run_name(recipe).removeprefix(f"{recipe.name}-"),
+            **({"smoke": True} if recipe.smoke else {}),
             "recipe": dict(recipe.resolved),
             "environment": environment,
             "starts": folder.starts(),

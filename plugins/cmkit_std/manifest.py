@@ -142,6 +142,7 @@ DATASETS = {
         "1,281,167 photographs, 64x64, 1,000 classes, from downsampled ImageNet or folders",
         IMAGENET64,
     ),
+    "invented:Invented": ("Waves of no meaning, for trying a recipe without its data", None),
     "lsun:LSUN": (
         "Bedrooms, cats or churches, from an LMDB of LSUN or a folder of its pictures",
         LSUN,

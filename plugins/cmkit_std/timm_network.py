@@ -16,14 +16,18 @@ from cmkit.files import cache_folder
 from cmkit.tensors import load_weights
 
 Files = Mapping[str, str] | str | None
-"""Weights of networks: a file for each name, or a folder; None = the user's cache."""
+"""Weights of networks: a file for each name, a folder, or "random"; None = the user's cache."""
 
 
-def network(name: str, weights: Path, key: str) -> nn.Module:
-    """timm's network `name` in evaluation mode, frozen; CheckpointError, which names the recipe's
-    `key`, for weights that are not its own."""
+def network(name: str, weights: Path | None, key: str) -> nn.Module:
+    """timm's network `name` in evaluation mode, frozen, with these weights or always the same
+    random ones; CheckpointError, which names the recipe's `key`, for weights that are not its own.
+    """
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         made = timm.create_model(name).requires_grad_(False).eval()
+    if weights is None:
+        return made
     own = made.state_dict()
     # Older files lack these counters, of which nothing depends.
     counters = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
@@ -31,9 +35,9 @@ def network(name: str, weights: Path, key: str) -> nn.Module:
     return made
 
 
-def weights_of(name: str, files: Files, reader: str, key: str) -> Path:
+def weights_of(name: str, files: Files, reader: str, key: str) -> Path | None:
     """The file of the weights that `reader` needs of timm's network `name`, from what the recipe's
-    `key` says.
+    `key` says; None = random weights.
 
     RecipeError for a name that timm does not know, DownloadError or CheckpointError for weights
     that are not on this disk.
@@ -42,6 +46,8 @@ def weights_of(name: str, files: Files, reader: str, key: str) -> Path:
         raise RecipeError(
             f"{reader}: timm {timm.__version__} has no network {name!r}; see timm.list_models()"
         )
+    if files == "random":
+        return None
     if isinstance(files, Mapping) and name in files:
         if not Path(files[name]).is_file():
             raise CheckpointError(f"{key}: {name} = {files[name]!r}: no such file")

@@ -96,6 +96,16 @@ class UNetOptions(Options):
         sides = self.attention_resolutions
         return side in (self.attends_at if sides is None else sides)
 
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        """The first and the last level, with a block and 8 channels to a multiple of one, and the
+        attention that they have."""
+        mult = [*self.channel_mult[:1], *self.channel_mult[1:][-1:]][: 2 - data.resolution % 2]
+        halves = [data.resolution >> n for n in range(len(mult))]
+        sides = self.attention_resolutions
+        kept = None if sides is None else [side for side in halves if side in sides]
+        small = {"channels": 8, "channel_mult": mult, "num_res_blocks": 1}
+        return {"preset": None, **small, "attention_resolutions": kept}
+
     def check_divides(self, name: str, width: int, level: str = "a level with attention") -> None:
         """RecipeError when the option `name`, if given, does not divide a level's `width`."""
         if (given := getattr(self, name)) and width % given:

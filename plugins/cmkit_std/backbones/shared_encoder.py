@@ -131,13 +131,14 @@ class Encoded:
     skips: list[Tensor]
     films: list[Tensor]
     halves: list[Half]
+    """Empty where a block's norm has no group of skip channels alone."""
     shift: float
     """The largest of the halves' shifts."""
 
     def suits(self, scales: Mapping[int, Tensor]) -> bool:
         """Whether `halves` serve these scales: positive, and the norms' eps negligible there."""
-        if not scales:
-            return True
+        if not (scales and self.halves):
+            return bool(self.halves)
         bounds = torch.stack([torch.stack(scale.aminmax()) for scale in scales.values()])
         for low, high in bounds.tolist():  # the device is waited for once
             if low <= 0 or self.shift * max(low**-2 - 1, 1 - high**-2) > MAX_SHIFT:
@@ -152,19 +153,27 @@ def encoded(
     decoder's `blocks` that join a skip."""
     halves, width = [], h.shape[1]
     for skip, block in zip(reversed(skips), blocks, strict=True):
+        if apart(block.norm1, width) == block.norm1.num_channels:
+            return Encoded(h, skips, films, [], 0.0)
         halves.append(half(block, skip, width))
         width = block.conv1.out_channels
     shift = torch.stack([own.shift for own in halves]).max().item()
     return Encoded(h, skips, films, halves, shift)
 
 
+def apart(norm: Norm, width: int) -> int:
+    """The first channel behind `width` others with which a group of `norm` begins."""
+    group = norm.num_channels // norm.num_groups
+    return -(-width // group) * group
+
+
 def half(block: SkipBlock, skip: Tensor, width: int) -> Half:
     """Terms of `skip`, which follows `width` other channels in the input of `block`."""
     norm, conv1 = block.norm1, block.conv1
-    group = norm.num_channels // norm.num_groups
-    kept = -(-width // group) * group
+    kept = apart(norm, width)
     alone = skip[:, kept - width :]
     normed = norm.part(alone, slice(kept, None))
+    group = norm.num_channels // norm.num_groups
     spread = alone.float().unflatten(1, (-1, group)).var(dim=(2, 3, 4), correction=0)
     return Half(
         kept,

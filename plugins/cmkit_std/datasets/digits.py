@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -39,6 +40,10 @@ class Digits(OnDisk):
     def declared(self) -> DataSpec:
         """The same without the file, but for the numbers of images."""
         return DataSpec(1, 8, 10, tuple("0123456789")) if self.labels else DataSpec(1, 8)
+
+    def smallest(self, data: DataSpec | None = None) -> Mapping[str, Any]:
+        """None: they are at hand."""
+        return {}
 
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -134,6 +134,11 @@ class ImageFolder(Published):
     def declared(self) -> DataSpec | None:
         """The same without the pictures, where they have no classes."""
         return None if self.labels else DataSpec(self.channels, self.resolution)
+
+    def smallest(self, data: DataSpec | None = None) -> Mapping[str, Any]:
+        """Where pictures have classes, two: the files alone say how many."""
+        classes = 2 if self.labels else None
+        return super().smallest(DataSpec(self.channels, self.resolution, classes))
 
     def faults(self) -> Iterator[str]:
         """What is wrong with each picture that cannot be decoded; reads them all."""

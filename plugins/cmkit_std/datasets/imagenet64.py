@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +58,11 @@ class ImageNet64(Published):
         if self.path and Path(self.path).expanduser().exists():
             return None
         return DataSpec(channels=3, resolution=64, num_classes=CLASSES)
+
+    def smallest(self, data: DataSpec | None = None) -> Mapping[str, Any]:
+        from cmkit_std.datasets.downsampled import CLASSES
+
+        return super().smallest(DataSpec(3, 64, CLASSES))
 
     def faults(self) -> Iterator[str]:
         """What is wrong with each picture of a folder of classes that cannot be decoded."""

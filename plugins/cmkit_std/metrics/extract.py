@@ -180,10 +180,12 @@ def _network(
     extractor: Extractor, layers: frozenset[str], device: torch.device
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """uint8 images (B, C, H, W) -> {layer: (B, d)}, one forward pass."""
-    asked = sorted(layers - {SPATIAL}) or [BEHIND_SPATIAL]
+    made = FEATURE_EXTRACTORS_REGISTRY[extractor.name]
+    hooked = layers & {SPATIAL} - set(made.get_provided_features_list())
+    asked = sorted(layers - hooked) or [BEHIND_SPATIAL]
     try:
         with torch.random.fork_rng(devices=[]):
-            network = FEATURE_EXTRACTORS_REGISTRY[extractor.name](
+            network = made(
                 extractor.name,
                 asked,
                 feature_extractor_weights_path=extractor.weights,
@@ -196,7 +198,7 @@ def _network(
         ) from error
     network.requires_grad_(False).eval().to(device)
     seen: dict[str, Tensor] = {}
-    if SPATIAL in layers:
+    if hooked:
         network.Mixed_6d.branch1x1.register_forward_hook(
             lambda module, inputs, found: seen.update({SPATIAL: spatial(found)})
         )

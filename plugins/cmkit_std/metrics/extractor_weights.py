@@ -11,6 +11,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit import CheckpointError, DownloadError, RecipeError
 from cmkit.files import cached_sha256
+from cmkit_std.metrics import random_net  # noqa: F401 - registers its extractor
 from cmkit_std.metrics.digits_net import SHA256
 from cmkit_std.metrics.extract import Extractor
 from cmkit_std.metrics.fidelity_options import DIGITS, INCEPTION

@@ -3,6 +3,7 @@ and ADM's evaluator (Dhariwal and Nichol, 2021) define them, on features that cm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cmkit import DataSpec, Metric, RecipeError, Reference
@@ -11,6 +12,7 @@ from cmkit_std.metrics.fidelity_options import (
     INCEPTION,
     NEIGHBOURS,
     NUMBERS,
+    RANDOM,
     FidelityOptions,
 )
 
@@ -45,6 +47,13 @@ class Fidelity(FidelityOptions, Metric):
 
         name = INCEPTION if self.extractor == "auto" else self.extractor
         return {name: find(name, self.weights, self.download).sha256}
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        """The same numbers, in features that need no file: of digits, or random ones."""
+        grey = data.channels == 1 and data.resolution <= 16 and not self.sfid
+        size = min(self.kid_subset_size, 10)
+        none = {"weights": None, "download": False}
+        return {**none, "extractor": DIGITS if grey else RANDOM, "kid_subset_size": size}
 
     def keys(self) -> tuple[str, ...]:
         """Names of the numbers that are switched on."""

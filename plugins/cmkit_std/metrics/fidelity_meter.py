@@ -27,6 +27,7 @@ from cmkit_std.metrics.fidelity_options import (
     NEIGHBOURS,
     NUMBERS,
     PUBLISHED,
+    RANDOM,
     FidelityOptions,
 )
 from cmkit_std.metrics.frechet import frechet
@@ -139,7 +140,7 @@ def network(metric: FidelityOptions, channels: int, resolution: int) -> Extracto
             f"fidelity.extractor = {name!r}: images of {channels} channels and {resolution}"
             f" pixels; it knows grey digits of at most 16x16: use {INCEPTION}"
         )
-    if metric.sfid and name != INCEPTION:
+    if metric.sfid and name not in (INCEPTION, RANDOM):
         raise RecipeError(
             f"fidelity.sfid: extractor {name} has no spatial features; set"
             f' metric.extractor = "{INCEPTION}", or metric.sfid = false'

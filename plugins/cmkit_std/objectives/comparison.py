@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -39,6 +40,10 @@ class Compared(Objective):
     def check(self, data: DataSpec) -> None:
         """Raise now if the distance lacks its weights."""
         self.identity()
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        """l2 in place of LPIPS, which needs weights."""
+        return {"distance": "l2", "lpips_weights": None} if self.distance == "lpips" else {}
 
     def identity(self) -> dict[str, Any]:
         """The SHA-256 of the weights of LPIPS, where it is the distance; raises as `check`."""

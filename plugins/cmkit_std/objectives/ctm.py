@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class CTM(Comparison):
     )
     """The frozen networks of timm through which it looks."""
     gan_weights: dict[str, str] | str | None = None
-    """Their .safetensors files by name, or a folder of NAME.safetensors; absent = the user's
-    cache."""
+    """Their .safetensors files by name, or a folder of NAME.safetensors, or "random" to try the
+    rest without them; absent = the user's cache."""
     gan_augment: Literal["apart", "together", "off"] = "apart"
     """Whether real images and jumps are augmented by draws of their own, by the same, or not."""
 
@@ -117,6 +118,17 @@ class CTM(Comparison):
                 f" {data.channels}; set gan_weight = 0"
             )
 
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        """A short grid, and a discriminator from the second step on that looks through a small
+        network of random weights."""
+        short = min(self.num_sigmas, 5)
+        found = {**super().smallest(data), "num_sigmas": short}
+        found["max_gap"] = self.max_gap and min(self.max_gap, short - 1)
+        if self.gan_weight:
+            found |= {"gan_start": min(self.gan_start, 1), "gan_period": 2}
+            found |= {"gan_features": ["test_vit"], "gan_weights": RANDOM}
+        return found
+
     def identity(self) -> dict[str, Any]:
         """The SHA-256 of the weights of LPIPS and of the discriminator's features, if they are
         used; raises as `check`."""
@@ -126,7 +138,7 @@ class CTM(Comparison):
 
             for name in self.gan_features:
                 file = weights_of(name, self.gan_weights, "gan_features", "gan_weights")
-                found[name] = cached_sha256(file)
+                found[name] = cached_sha256(file) if file else RANDOM
         return found
 
     def check_batch(self, size: int) -> None:

@@ -3,12 +3,13 @@ Models, 2022), on the noise levels of EDM as openai/consistency_models has it.""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 import cmkit
-from cmkit import Phase
+from cmkit import DataSpec, Phase
 from cmkit_std.objectives.comparison import Comparison, Distance
 from cmkit_std.objectives.schedules import halving_num_steps
 from cmkit_std.objectives.weightings import Weighting
@@ -38,6 +39,9 @@ class PD(Comparison):
     """How the two estimates are compared; "l2-32" is l2 at 32 pixels."""
     weighting: Weighting = "truncated-snr"
     """Weight of the loss by the noise level that the student starts from."""
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        return {**super().smallest(data), "round_steps": 1}
 
     def phase(self, step: int, total: int) -> Phase:
         """2n + 1 noise levels for n Euler steps; a round ends where n falls."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from cmkit import Rescaler
+from cmkit import DataSpec, Rescaler
 from cmkit.errors import RecipeError
 from cmkit_std.rescalers.families import LABELS, Scale, constant, decided, members, spans
 
@@ -56,6 +56,11 @@ class PerLayer(Rescaler):
                     f"rescaler.sites: the backbone has no {site!r}; it has {spans(sites)}"
                 )
         return constant(numbers | self.sites)
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        """Of lists the first number, of a family's sites the first: small networks have few."""
+        lists = {key: v[0] for key in ("skip", "emb") if isinstance(v := getattr(self, key), tuple)}
+        return {**lists, "sites": {f"{name.split('.')[0]}.0": v for name, v in self.sites.items()}}
 
     def value_of(self, name: str) -> float:
         """The number of a field, or of a site: its own in `sites`, otherwise its family's."""

@@ -4,12 +4,12 @@ Diffusion-Based Generative Models, 2022, algorithms 1 and 2, table 1)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from cmkit import Sampler
+from cmkit import DataSpec, Sampler
 from cmkit.errors import RecipeError
 from cmkit_std.samplers.steps import DIFFUSION, Draws
 
@@ -62,6 +62,9 @@ class Ablation(Sampler):
     @property
     def nfe(self) -> int:
         return 2 * self.steps - 1 if self.solver == "heun" else self.steps
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        return {"steps": min(self.steps, 2)}
 
     def sample(self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Draws) -> Tensor:
         """Images after steps along dx/dt = (sigma'/sigma + s'/s) x - (sigma' s / sigma) D(x/s)."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, model_validator
 
 import cmkit
-from cmkit import Part, RecipeError, Sampler
+from cmkit import DataSpec, Part, RecipeError, Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +94,9 @@ class Walk(Sampler):
     def nfe(self) -> int:
         return self.steps
 
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        return {"steps": min(self.steps, 2)}
+
     def levels(self, noise: Noise) -> list[float]:
         """The noise levels between the steps, falling to 0, steps + 1 of them."""
         return [*falling(noise, self.steps), 0.0]
@@ -138,6 +141,9 @@ class Churn(Part):
     def nfe(self) -> int:
         """Two evaluations a step, but one for the last."""
         return 2 * self.steps - 1
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        return {"steps": min(self.steps, 2)}
 
     def churned(self, x: Tensor, sigma: float, k: int, noise: Draws) -> tuple[Tensor, float]:
         """(x, sigma) after the k-th draw of noise (EDM, algorithm 2, lines 4 to 6)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
@@ -151,6 +152,11 @@ class ADMOptions(UNetOptions):
                 width = levels[place.level][0]
                 found.add(width // max(1, self.heads(width, place.part == "decoder")))
         return sorted(found)
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        counts = ("num_heads", "num_heads_upsample", "num_head_channels", "norm_channels")
+        fitting = {key: math.gcd(given, 8) for key in counts if (given := getattr(self, key))}
+        return {**super().smallest(data), **fitting, "norm_groups": 4}
 
     def check(self, data: DataSpec) -> None:
         super().check(data)

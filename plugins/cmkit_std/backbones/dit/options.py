@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -54,6 +56,11 @@ class DiTOptions(Options):
     precond discrete, whose c_noise are the steps 0 to 999 that they saw."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass: less memory, a third more time."""
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        patch = math.gcd(self.patch_size, data.resolution)
+        small = {"width": 16, "depth": 2, "num_heads": 2}
+        return {"preset": None, "patch_size": patch, **small}
 
     def check(self, data: DataSpec) -> None:
         if data.resolution % self.patch_size:

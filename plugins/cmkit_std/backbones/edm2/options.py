@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -52,6 +53,9 @@ class EDM2Options(UNetOptions):
         """Dropout of a level of `side` pixels."""
         finest = self.dropout_resolution
         return self.dropout if finest is None or side <= finest else 0.0
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        return {**super().smallest(data), "num_head_channels": 8}
 
     def check(self, data: DataSpec) -> None:
         super().check(data)
