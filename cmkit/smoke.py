@@ -51,7 +51,7 @@ def smoke(recipe: Recipe, out: Path, registry: Registry) -> dict[str, Any]:
                 said = table[kind] if isinstance(table[kind], dict) else {"use": table[kind]}
                 tables[key] = {**tables[key], kind: _changed(said, changes)}
         if "weights" in table:
-            tables[key] = {**tables[key], "weights": _invented(tables, key, out)}
+            tables[key] = {**tables[key], "weights": invented(tables, key, out)}
     return json.loads(json.dumps(tables))  # type: ignore[no-any-return]
 
 
@@ -60,12 +60,7 @@ def smoke_recipe(recipe: Recipe, out: Path, registry: Registry) -> tuple[Recipe,
     of where it is and what was put in the place of files."""
     import tomlkit
 
-    from cmkit.plan.checks import check_stages
-    from cmkit.plan.fit import check_network
-
-    check_stages(recipe)  # what is at fault with the recipe as it is, and shows without its files
-    if known := recipe.dataset.declared():
-        check_network(recipe, known)
+    check_whole(recipe)
     tables = smoke(recipe, out, registry)
     file = out / RECIPES / f"{tables['name']}.toml"
     was, now = (
@@ -83,6 +78,17 @@ def smoke_recipe(recipe: Recipe, out: Path, registry: Registry) -> tuple[Recipe,
     swapped = [line for line, (_, was) in zip(said, found, strict=True) if was.startswith('"')]
     first = f"smoke run of {recipe.source.file}, shrunk in {file}: its numbers mean nothing"
     return shrunk, [first, *swapped]
+
+
+def check_whole(recipe: Recipe) -> None:
+    """Raise what is at fault with a recipe as it is, before it is shrunk, as far as it shows
+    without its files."""
+    from cmkit.plan.checks import check_stages
+    from cmkit.plan.fit import check_network
+
+    check_stages(recipe)
+    if known := recipe.dataset.declared():
+        check_network(recipe, known)
 
 
 def write_weights(recipe: Recipe) -> None:
@@ -117,8 +123,9 @@ def _changed(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     return {key: value for key, value in {**kept, **changes}.items() if value is not None}
 
 
-def _invented(tables: Mapping[str, Any], key: str, out: Path) -> str:
-    """The file of invented weights of a table, named after all that decides their shapes."""
+def invented(tables: Mapping[str, Any], key: str, out: Path) -> str:
+    """The file below `out` for invented weights of the table `key`, named after all that decides
+    their shapes; `write_weights` writes it."""
     about = {name: tables.get(name) for name in ("seed", "dataset", "backbone", "objective", key)}
     about[key] = {name: value for name, value in tables[key].items() if name != "weights"}
     digest = digest_of(json.dumps(about, sort_keys=True))[:8]

@@ -12,10 +12,12 @@ import typer
 from cmkit.cli import printing
 from cmkit.cli.parts import DeviceOption, JsonOption
 from cmkit.errors import RecipeError
+from cmkit.run.folder import make_out
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
-    from cmkit.suite.cells import Cell
+    from cmkit.plugins import Registry
+    from cmkit.suite.cells import Cell, Cost, Shrink
     from cmkit.suite.cost import Costs
     from cmkit.suite.suite import Suite
     from cmkit.suite.work import SuiteFolder
@@ -25,6 +27,14 @@ def bench(
     suite: Annotated[Path, typer.Argument(help="A suite file.")],
     check: Annotated[
         bool, typer.Option("--check", help="Print the cells, what they share and what they cost.")
+    ] = False,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke",
+            help="Try the suite within minutes: every cell shrunk, on invented data and weights."
+            " Its numbers mean nothing.",
+        ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Take more than 200 cells.")] = False,
     out: Annotated[
@@ -54,22 +64,48 @@ def bench(
     from cmkit.suite.work import SuiteFolder
 
     loaded, registry = load_suite(suite), discover()
+    folder = SuiteFolder(out or Path("runs") / f"{loaded.name}{'-smoke' * smoke}")
     most = loaded.count() if yes else MOST
     found = cells(loaded, registry, most)
-    budget = loaded.table.budget
-    if budget and budget.unit == "evaluations":
-        from cmkit.suite.cost import per_step  # the suite is known to be sound before torch
-
-        found = cells(loaded, registry, most, per_step)
-    folder = SuiteFolder(out or Path("runs") / loaded.name)
+    if smoke:
+        found = cells(loaded, registry, most, shrink=_smoke(found, folder, registry))
+    elif loaded.measured and (cost := _cost(loaded, folder, registry, device, jobs, check)):
+        found = cells(loaded, registry, most, cost)
     if check:
-        _check(loaded, found, json)
+        _check(loaded, found, folder, json)
     elif submit:
-        words = [str(suite), *["--yes"] * yes, "--out", str(folder.path)]
+        words = [str(suite), *["--yes"] * yes, *["--smoke"] * smoke, "--out", str(folder.path)]
         words += ["--jobs", str(jobs), "--device", device]
         _submit(words, folder, submit, cluster, job, json)
     else:
         _run(found, folder, jobs, device, json)
+
+
+def _smoke(found: Sequence[Cell], folder: SuiteFolder, registry: Registry) -> Shrink:
+    """How recipes are shrunk, once what is at fault with them as they are is said."""
+    from cmkit.smoke import check_whole, smoke
+
+    for cell in {cell.row: cell for cell in found}.values():
+        check_whole(cell.recipe)
+    return lambda recipe: smoke(recipe, folder.path, registry)
+
+
+def _cost(
+    suite: Suite, folder: SuiteFolder, registry: Registry, device: str, jobs: int, check: bool
+) -> Cost | None:
+    """What a training step costs in the suite's budget; None where it is yet to be measured."""
+    assert suite.table.budget is not None
+    if suite.table.budget.unit == "evaluations":
+        from cmkit.suite.cost import per_step  # the suite is known to be sound before torch
+
+        return per_step
+    if check and not folder.seconds.exists():
+        return None
+    from cmkit.device import pick_device
+    from cmkit.suite.pace import Pace
+
+    make_out(folder.path)
+    return Pace(folder.seconds, registry, pick_device(device), jobs)
 
 
 def _submit(
@@ -99,10 +135,13 @@ def _run(cells: Sequence[Cell], folder: SuiteFolder, jobs: int, device: str, jso
     """Carry the cells out, and show each as it ends."""
     from cmkit.cli.display import Display
     from cmkit.run.events import StageStarted
+    from cmkit.smoke import write_weights
     from cmkit.suite.work import Worker
 
     stop = StopSignal()
     stop.listen()
+    for cell in cells if cells[0].recipe.smoke else ():
+        write_weights(cell.recipe)
     failed = []
     with Display(None, quiet=json) as display:
         display.show(StageStarted("cells", 0, len(cells)))
@@ -112,13 +151,13 @@ def _run(cells: Sequence[Cell], folder: SuiteFolder, jobs: int, device: str, jso
             failed += [event.cell] * event.failed
 
 
-def _check(suite: Suite, cells: Sequence[Cell], json: bool) -> None:
+def _check(suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, json: bool) -> None:
     """Print the cells of a suite, the graph of what they share, and costs."""
     from cmkit.suite.cost import costs
 
     found = costs(cells)
     budget = suite.table.budget
-    known = not (budget and budget.unit == "seconds")
+    known = not (budget and budget.unit == "seconds") or folder.seconds.exists()
     if json:
         printing.document(_document(suite, cells, found, known))
         return

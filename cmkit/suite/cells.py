@@ -21,6 +21,8 @@ BUDGETED = ("train", "steps")
 
 Cost = Callable[[Recipe], float]
 """What a training step of a recipe costs, in the unit of the suite's budget."""
+Shrink = Callable[[Recipe], dict[str, Any]]
+"""The tables of a recipe to take a recipe's place."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,23 @@ class _Draft:
 
 
 def cells(
-    suite: Suite, registry: Registry, most: int = MOST, cost: Cost | None = None
+    suite: Suite,
+    registry: Registry,
+    most: int = MOST,
+    cost: Cost | None = None,
+    shrink: Shrink | None = None,
 ) -> list[Cell]:
     """The cells of a suite in its order: rows, then axes, the last fastest, then seeds.
 
     Every cell's recipe is validated; RecipeError also for more than `most` cells, before any is
     loaded. `cost` says what a step costs where the budget is of evaluations or seconds; without it
-    such a training has 1 step, and names are not final. Imports no torch.
+    such a training has 1 step, and names are not final. `shrink` gives the tables of a recipe that
+    takes a recipe's place, as `cmkit.smoke.smoke` does. Imports no torch.
     """
     refuse_many(suite, most)
     drafts = list(_drafts(suite))
     _find_starts(suite, drafts)
-    _Loading(suite, registry, cost).load(drafts)
+    _Loading(suite, registry, cost, shrink).load(drafts)
     _refuse_duplicates(drafts)
     return [_cell(draft) for draft in drafts]
 
@@ -271,11 +278,22 @@ def _find_starts(suite: Suite, drafts: Iterable[_Draft]) -> None:
             draft.starts[table] = found
 
 
+def kind_of_step(recipe: Recipe) -> str:
+    """What the cost of a training step depends on: neither seed nor number of steps nor weights."""
+    tables = stage_tables(recipe, "train")
+    same = {key: said for key, said in tables.items() if key not in ("seed", "train")}
+    for table in ("teacher", "denoiser"):
+        if table in same:
+            same[table] = {k: v for k, v in same[table].items() if k != "weights"}
+    train = {key: said for key, said in tables["train"].items() if key != "steps"}
+    return json.dumps([same, train], sort_keys=True)
+
+
 class _Loading:
     """The loading of drafts: a row's recipe once for all seeds, teachers before their students."""
 
-    def __init__(self, suite: Suite, registry: Registry, cost: Cost | None):
-        self.suite, self.registry = suite, registry
+    def __init__(self, suite: Suite, registry: Registry, cost: Cost | None, shrink: Shrink | None):
+        self.suite, self.registry, self.shrink = suite, registry, shrink
         self.budget = suite.table.budget
         self.cost = cost
         if self.budget and self.budget.unit == "steps":
@@ -359,13 +377,7 @@ class _Loading:
     def _cost(self, recipe: Recipe) -> float:
         """What a step costs, asked once for trainings that differ in seed, steps or weights."""
         assert self.cost is not None
-        tables = stage_tables(recipe, "train")
-        same = {key: said for key, said in tables.items() if key not in ("seed", "train")}
-        for table in ("teacher", "denoiser"):
-            if table in same:
-                same[table] = {k: v for k, v in same[table].items() if k != "weights"}
-        train = {key: said for key, said in tables["train"].items() if key != "steps"}
-        key = json.dumps([same, train], sort_keys=True)
+        key = kind_of_step(recipe)
         if key not in self.costs:
             self.costs[key] = self.cost(recipe)
         return self.costs[key]
@@ -376,12 +388,25 @@ class _Loading:
         rest = {key: value for key, value in tables.items() if key not in own}
         key = json.dumps([draft.row.name, rest], default=str)
         if key not in self.recipes:
-            self.recipes[key] = from_tables({**own, **rest}, draft.source, self.registry)
+            self.recipes[key] = self._shrunk(
+                from_tables({**own, **rest}, draft.source, self.registry)
+            )
         recipe = self.recipes[key]
         resolved = {**recipe.resolved, **own}
         return replace(
             recipe, name=draft.title, seed=draft.seed, resolved=resolved, source=draft.source
         )
+
+    def _shrunk(self, recipe: Recipe) -> Recipe:
+        """What takes the recipe's place; what it takes of other cells stays that of them."""
+        if self.shrink is None:
+            return recipe
+        tables = self.shrink(recipe)
+        for table in ("denoiser", "teacher"):
+            said = recipe.resolved.get(table, {}).get("weights") or ""
+            if said.startswith("run:"):
+                tables[table] = {**tables[table], "weights": said}
+        return from_tables(tables, recipe.source, self.registry)
 
 
 def _ancestors(draft: _Draft) -> list[_Draft]:

@@ -47,6 +47,7 @@ class SuiteFolder:
         self.path = path
         self.page = path / "suite.html"
         self.results = path / "results.json"
+        self.seconds = path / "seconds.json"
 
     def run(self, cell: Cell) -> RunFolder:
         """The run of a cell."""
