@@ -69,6 +69,7 @@ def test_skip_scales_act_on_the_copy_at_the_concatenation_alone():
     torch.testing.assert_close(copied, 0.3 * seen["middle"])
 
 
+@pytest.mark.compile
 @torch.no_grad()
 def test_sampling_in_bfloat16_compiles_to_one_graph():
     network = network_of(FILM)

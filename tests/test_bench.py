@@ -144,6 +144,7 @@ def test_a_cell_that_fails_is_a_line_and_the_rest_goes_on(suite, monkeypatch):
     assert again.folder.failure(failed.cell) is None
 
 
+@pytest.mark.slow
 def test_a_cell_that_a_signal_ends_is_begun_once_more(suite, monkeypatch):
     monkeypatch.setenv("FATE", "ct-1-s0=once ct-1-s1=killed")
     worker = suite()
@@ -155,6 +156,7 @@ def test_a_cell_that_a_signal_ends_is_begun_once_more(suite, monkeypatch):
     assert "ct-1-s1: failed: killed by SIGKILL, 2 times" in failed
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stopped_lets_its_cells_save_and_goes_on(suite, monkeypatch):
     monkeypatch.setenv("FATE", "cd-1-s0=long")
     worker = suite()

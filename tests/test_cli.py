@@ -198,6 +198,7 @@ def test_plugins_and_schema_are_one_json_document(cmkit):
     assert json.loads(out)["title"] == "cmkit recipe"
 
 
+@pytest.mark.slow
 def test_a_pipe_sees_plain_lines_and_results_apart(recipe, tmp_path):
     plain = {"FORCE_COLOR": "1", "LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}
     done = Fork(CMKIT, "run", recipe, cwd=tmp_path, **plain).wait()

@@ -72,6 +72,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_a_run_cut_again_and_again_ends_in_the_same_bits(recipe, tmp_path):
     options = ['train.optimizer="adamw"', "train.save_every=1", "train.log_every=2"]
     whole, _ = finish(recipe, tmp_path / "whole", *options)

@@ -115,6 +115,7 @@ def test_exact_function_does_not_change_along_the_exact_ode():
     assert training.min() > 1e-9
 
 
+@pytest.mark.slow
 def test_training_has_the_gradient_of_distillation_from_the_exact_teacher_on_average():
     """Theorem 6: given x, the mean slope (x - x0) / sigma is that of the exact denoiser."""
     x0 = 0.5 * torch.randn(200_000, 1, 1, 1, dtype=torch.float64)

@@ -208,6 +208,7 @@ def finish(recipe, out, *overrides, cut=None):
     return None
 
 
+@pytest.mark.slow
 def test_a_run_searches_by_coordinates_resumes_and_draws_with_its_winner(recipe, tmp_path):
     folder, report = finish(recipe, tmp_path / "whole")
     found = report["stages"]["search"]

@@ -75,6 +75,7 @@ PAPER = {
 """skip, emb and FID of the rescaling paper, tables 2 and 1."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAPER)
 def test_the_recipes_of_the_paper_hold_its_numbers_and_fit_their_network(
     name, tmp_path, monkeypatch

@@ -244,6 +244,7 @@ def test_colorize_keeps_brightness_and_adds_colour(cmkit, colours, tmp_path):
     assert np.ptp(after, axis=-1).max() > 5
 
 
+@pytest.mark.slow
 def test_edits_that_cannot_be_are_refused_before_the_model_is_built(
     cmkit, recipe, tmp_path, monkeypatch
 ):

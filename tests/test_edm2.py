@@ -52,7 +52,11 @@ def filter_lengths(network) -> torch.Tensor:
     return torch.cat([row.square().mean(1).sqrt() for row in rows])
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "options",
+    [SMALL, pytest.param(DEEP, marks=pytest.mark.compile)],
+    ids=["small", "deep"],
+)
 def test_it_keeps_the_laws_of_a_backbone(options):
     check_backbone(EDM2(**options), DataSpec(3, 8, 10), compile=options is DEEP)
 

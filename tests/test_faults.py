@@ -402,6 +402,7 @@ def test_nohup_keeps_a_run_from_hearing_of_the_terminals_end():
             signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full"])
 def test_a_closed_stream_is_silent(tmp_path, closed):
     """Whichever of the three streams is closed, and whatever there is to say."""
@@ -417,6 +418,7 @@ def test_a_closed_stream_is_silent(tmp_path, closed):
             assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_run_outlives_the_reader_of_its_log(tmp_path):
     (tmp_path / "tiny.toml").write_text(RUN_RECIPE)
     broken = "import os; r, w = os.pipe(); os.close(r); os.dup2(w, 2)\n"
@@ -435,6 +437,7 @@ for number in range(3):
 """
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves_what_it_has(tmp_path):
     """Every step so far, though the terminal takes no more lines."""
     (tmp_path / "tiny.toml").write_text(RUN_RECIPE.replace("steps = 6", "steps = 100000"))
@@ -523,7 +526,12 @@ WRAPPED = ("module.", "_orig_mod.", "module.model.", "net.unet.")
 
 
 @pytest.mark.parametrize(
-    ("prefix", "layout"), [*((prefix, "cmkit") for prefix in WRAPPED), ("module.", "openai")]
+    ("prefix", "layout"),
+    [
+        (WRAPPED[0], "cmkit"),
+        *(pytest.param(prefix, "cmkit", marks=pytest.mark.slow) for prefix in WRAPPED[1:]),
+        pytest.param(WRAPPED[0], "openai", marks=pytest.mark.slow),
+    ],
 )
 def test_a_prefix_of_all_names_of_weights_is_left_out_and_said(cmkit, tmp_path, prefix, layout):
     recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
@@ -569,6 +577,7 @@ SHADOWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shadow", SHADOWS)
 def test_an_average_without_names_is_passed_over_and_said(
     cmkit, tmp_path, forked_reader, monkeypatch, shadow
@@ -679,6 +688,7 @@ GONE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "how"),
     [
@@ -723,6 +733,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_may_not_be_read_says_permission(what):
     path, words = REFUSED[what]

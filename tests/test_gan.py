@@ -208,6 +208,7 @@ def test_batch_normalisation_remembers_nothing(critic, plain):
     assert all((a[:2] - b).abs().max() > 1e-3 for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.slow
 def test_a_distilled_transformer_and_its_companion_have_the_published_sizes(monkeypatch):
     """Channels and map sizes of sony/ctm's two networks, without their weights."""
     monkeypatch.setattr(timm_network, "weights_of", lambda name, *_: name)
@@ -350,6 +351,7 @@ def planned(tmp_path, files):
     return of
 
 
+@pytest.mark.slow
 def test_a_step_moves_one_of_the_two_networks_and_what_belongs_to_it(planned):
     training = start(planned("train.batch=4"), CPU)
     critic, models = training.models.companions["discriminator"], training.models

@@ -243,6 +243,7 @@ def test_training_goes_on_from_another_run_with_its_full_state(home, tmp_path):
         go(tmp_path, f'train.start="{four.path}@3"')
 
 
+@pytest.mark.slow
 def test_a_longer_training_starts_from_a_shorter_one_where_no_step_depends_on_how_many(tmp_path):
     """Its bits are those of a training from scratch; --from a run that has its training from
     another finds the checkpoints of that one."""
@@ -336,6 +337,7 @@ def failing_at(monkeypatch, owner, name, call):
     monkeypatch.setattr(owner, name, failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("owner", "name", "kept"), [
     (Multistep, "sample", [70, 35]),
     (FidelityMeter, "add", [70]),
@@ -386,6 +388,7 @@ def test_an_error_that_cannot_be_saved_first_is_still_the_one_that_is_told():
     assert "could not be kept: disk full" in caught.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_every_stage_draws_labels_by_the_rule_of_the_recipe(tmp_path, monkeypatch):
     (tmp_path / "tiny.toml").write_text(BASE)
     drawn = {}
@@ -671,6 +674,7 @@ def test_labels_that_would_be_permuted_are_refused(pictures):
     assert folder.data().num_classes == 2
 
 
+@pytest.mark.slow
 def test_samples_have_the_shares_of_the_data_and_sets_without_counts_are_uniform(
     pictures, monkeypatch
 ):
@@ -730,6 +734,7 @@ def test_a_report_without_names_and_counts_is_still_read(pictures):
     assert folder.data() is None
 
 
+@pytest.mark.slow
 def test_a_bad_picture_of_a_streamed_set_keeps_the_steps_before_it(pictures, monkeypatch):
     monkeypatch.setattr("cmkit_std.datasets.pictures.RESIDENT_BYTES", 0)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
@@ -778,6 +783,7 @@ def test_check_shows_classes_and_lists_every_bad_picture(cmkit, pictures):
     assert out.count("left out: ") == 21
 
 
+@pytest.mark.slow
 def test_pictures_that_are_left_out_are_noted_and_part_of_the_identity(pictures):
     skip = 'dataset.on_bad="skip"'
     (pictures / "data" / "a" / "note.txt").write_text("none")
@@ -838,6 +844,7 @@ def test_auto_stays_the_precision_that_a_run_was_begun_with(tmp_path, monkeypatc
     assert folder.inputs()["inputs"]["train"]["precision"] == "bf16"
 
 
+@pytest.mark.slow
 def test_what_a_run_misses_is_said_and_weights_that_are_damaged_draw_nothing(copied):
     place, folder = copied
     folder._status.unlink()

@@ -52,6 +52,7 @@ def test_intervals_over_seeds_cover_the_truth():
     assert all(0.93 <= covered <= 0.97 for *_, covered in rows), rows
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_difference_of_frechet_distances_covers_the_truth():
     (_, _, _, covered), _ = frechet_rows(WORLD, 320, 500, np.random.default_rng(2))
     assert 0.93 <= covered <= 0.97

@@ -646,6 +646,7 @@ def spatial_by_hand(file: Path, pictures: Tensor) -> Tensor:
     return torch.stack([x[:, c, h, w] for h in range(17) for w in range(17) for c in range(7)], 1)
 
 
+@pytest.mark.slow
 def test_numbers_of_two_folders_are_those_of_torch_fidelity(shades, inception, tmp_path):
     fake, real, metric, ours = shades
     assert tuple(ours) == metric.keys()
@@ -673,6 +674,7 @@ def test_spatial_features_are_those_of_adms_evaluator(shades, inception):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_published_spatial_statistics_stand_for_the_images(shades, inception, monkeypatch):
     fake, real, metric, numbers = shades
     trust(monkeypatch, inception)

@@ -117,6 +117,7 @@ def test_what_cannot_be_written_is_refused_in_one_line(kind, name, told, tmp_pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_whatever_name_is_taken_its_modules_compile_and_its_class_is_no_other(kind, tmp_path):
     """The words that its own files hold, the words of Python, and those of a few thousand more."""

@@ -126,6 +126,7 @@ def test_an_unknown_name_suggests_the_nearest():
         discover().load("objective", "itc")
 
 
+@pytest.mark.slow
 def test_a_manifest_that_imports_torch_is_told_so(package):
     code = f"""
 import sys; sys.path.insert(0, {str(package("slow-pkg", "import torch").name)!r})

@@ -338,6 +338,7 @@ def refusal(path, *overrides, error=RecipeError) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_discrete_teacher_is_trained_distilled_and_sampled_by_recipes(written, cmkit, tmp_path):
     """DDPM training of a teacher with a learned variance, LCM of it, and samples of both."""
     done, _, err = cmkit("run", written(*TEACHER, name="teacher.toml"), "--device", "cpu")
@@ -489,6 +490,7 @@ def test_published_weights_under_another_column_are_refused_with_the_cure(
     assert said in refusal(path, *overrides)
 
 
+@pytest.mark.slow
 def test_published_weights_under_their_column_are_planned(written, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = written(*TEACHER)

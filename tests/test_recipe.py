@@ -234,6 +234,7 @@ UNITS = [*" \t\"'.[]{}a=,\\#-0\u00e9", "a=", "a.", "{a=", '"a".', '"\\', ',"', "
 OPENINGS = ["", "x = ", "[", "x = [", "x = {a=1,", 'x = "', "x = '", "#"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_line_as_long_as_a_recipe_may_be_takes_no_time(write, unit):
     """Timed, since that is the law: an expression that goes back takes minutes for these, and the

@@ -278,6 +278,7 @@ def small(tmp_path, report) -> dict:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_no_string_of_a_run_can_act_in_its_report(tmp_path, small, payload):
     content = poisoned(small, payload)
@@ -439,6 +440,7 @@ def test_many_numbers_are_told_by_those_that_moved(tmp_path, report):
     assert "skip [1, 0.5], emb 1, emb.3 2" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("best", "edges"), [((0.7, 0.95), "skip"), ((1.06, 0.8), "skip and emb")])
 def test_best_cell_on_the_edge_asks_for_a_wider_grid(tmp_path, report, best, edges):
     assert "wider grid" not in render(tmp_path).text

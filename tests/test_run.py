@@ -173,6 +173,7 @@ CUTS = {
 """Where a run is cut, one place after another: kinds of events, and what each says first."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cuts",
     [pytest.param(CUTS[name], marks=pytest.mark.slow if name == "search" else ()) for name in CUTS],
@@ -257,6 +258,7 @@ def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, m
     assert fingerprint(seen[-1].folder) == fingerprint(whole[0])
 
 
+@pytest.mark.slow
 def test_a_search_that_is_stopped_again_as_it_goes_on_loses_nothing(whole, recipe, tmp_path):
     """The second stop comes before any image was added to what the first one left."""
     for seen in (lambda e: isinstance(e, CellsDrawn), lambda e: e == StageStarted("search", 0, 4)):
@@ -343,6 +345,7 @@ def test_the_global_generator_changes_nothing(whole, recipe, tmp_path):
     assert fingerprint(seen[-1].folder) == fingerprint(whole[0])
 
 
+@pytest.mark.slow
 def test_accumulated_parts_see_the_same_images_as_one_batch(recipe, tmp_path):
     """Half a step's images in each part: the same data in the same order."""
     dataset = load(recipe, [], discover()).dataset
@@ -478,6 +481,7 @@ def test_the_verdict_falls_whichever_way_it_must():
     assert verdict("fid", base, [11.0, 9.0, 10.2]).startswith("No difference")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
@@ -498,6 +502,7 @@ def test_a_signal_from_outside_ends_with_everything_saved(recipe, tmp_path, sign
     assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=newest).returncode == 0
 
 
+@pytest.mark.slow
 def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(whole, recipe, tmp_path):
     fork = Fork(CMKIT, "run", recipe, cwd=tmp_path)
     wait_for(tmp_path, "runs/*/checkpoints/step-00000002", fork)

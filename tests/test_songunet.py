@@ -44,7 +44,11 @@ def inputs(n=3):
     return x, torch.linspace(-1.5, 1, n), Cond(label=torch.arange(n), sigma_to=torch.rand(n) + 0.1)
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "options",
+    [DDPM, NCSN, pytest.param(PICTURES, marks=pytest.mark.slow)],
+    ids=["ddpmpp", "ncsnpp", "pictures"],
+)
 def test_it_keeps_the_laws_of_a_backbone(options):
     check_backbone(SongUNet(**options), DataSpec(3, 8, 10), compile=options is PICTURES)
 

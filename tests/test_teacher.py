@@ -238,6 +238,7 @@ def test_a_round_of_progressive_distillation_ends_in_a_new_teacher(home):
     assert training.optimizer.state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_resumed_distillation_ends_in_the_same_weights(home, cut):
     made = planned(home, *PD)

@@ -83,7 +83,8 @@ FILES = {
     "dataset.cifar10": (folder_of_records, {}),
 }
 """What the parts that need files are made from, beside `path`."""
-TABLE = {**{part: {} for part in PLAIN}, **examples, **FILES}
+INVENTED = {"dataset.invented": {"channels": 3, "resolution": 8, "classes": 4}}
+TABLE = {**{part: {} for part in PLAIN}, **examples, **FILES, **INVENTED}
 BUILT_IN = [f"{r.kind}.{r.name}" for r in discover().rows if r.dist == "cmkit"]
 
 

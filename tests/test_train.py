@@ -134,6 +134,7 @@ def test_log_has_the_mean_of_each_term_over_the_steps_that_had_it(two_terms, par
     assert every[4] == {"loss": 6.0, "near": 3.0, "far": 3.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_resumed_run_logs_the_same_terms(two_terms, tmp_path, cut):
     whole, half, resumed = two_terms(), two_terms(), two_terms()

@@ -51,6 +51,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return read(find(str(path), ADM()))
 
 
+@pytest.mark.slow
 def test_a_new_process_reads_a_pickle_bit_for_bit(tmp_path):
     torch.save(state(), tmp_path / "w.pt")
     assert same(tensors_of(tmp_path / "w.pt"), state())
