@@ -17,7 +17,7 @@ from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
     from cmkit.plugins import Registry
-    from cmkit.suite.cells import Cell, Cost, Shrink
+    from cmkit.suite.cells import Cell, Cost
     from cmkit.suite.cost import Costs
     from cmkit.suite.suite import Suite
     from cmkit.suite.work import SuiteFolder
@@ -68,7 +68,7 @@ def bench(
     most = loaded.count() if yes else MOST
     found = cells(loaded, registry, most)
     if smoke:
-        found = cells(loaded, registry, most, shrink=_smoke(found, folder, registry))
+        found = _smoked(loaded, found, folder, registry)
     elif loaded.measured and (cost := _cost(loaded, folder, registry, device, jobs, check)):
         found = cells(loaded, registry, most, cost)
     if check:
@@ -81,13 +81,22 @@ def bench(
         _run(found, folder, jobs, device, json)
 
 
-def _smoke(found: Sequence[Cell], folder: SuiteFolder, registry: Registry) -> Shrink:
-    """How recipes are shrunk, once what is at fault with them as they are is said."""
-    from cmkit.smoke import check_whole, smoke
+def _smoked(
+    suite: Suite, whole: Sequence[Cell], folder: SuiteFolder, registry: Registry
+) -> list[Cell]:
+    """The cells shrunk, with their invented weights written, once what is at fault with them as
+    they are is said."""
+    from cmkit.smoke import check_whole, smoke, write_weights
+    from cmkit.suite.cells import cells
 
-    for cell in {cell.row: cell for cell in found}.values():
+    for cell in {cell.row: cell for cell in whole}.values():
         check_whole(cell.recipe)
-    return lambda recipe: smoke(recipe, folder.path, registry)
+    found = cells(
+        suite, registry, len(whole), shrink=lambda recipe: smoke(recipe, folder.path, registry)
+    )
+    for cell in found:
+        write_weights(cell.recipe)
+    return found
 
 
 def _cost(
@@ -135,13 +144,10 @@ def _run(cells: Sequence[Cell], folder: SuiteFolder, jobs: int, device: str, jso
     """Carry the cells out, and show each as it ends."""
     from cmkit.cli.display import Display
     from cmkit.run.events import StageStarted
-    from cmkit.smoke import write_weights
     from cmkit.suite.work import Worker
 
     stop = StopSignal()
     stop.listen()
-    for cell in cells if cells[0].recipe.smoke else ():
-        write_weights(cell.recipe)
     failed = []
     with Display(None, quiet=json) as display:
         display.show(StageStarted("cells", 0, len(cells)))
