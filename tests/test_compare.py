@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from cmkit.cli import main
-from cmkit.compare import caveats, entries
 from cmkit.errors import CheckpointError
 from cmkit.report.figures import number
+from cmkit.suite.runs import caveats, read_run
+
+
+def entries(folders: list[Path]):
+    return list(map(read_run, folders))
 
 
 def folder(path: Path, name: str, fid: float, expected: bool = True, **provenance) -> Path:

@@ -73,12 +73,11 @@ class Run:
     def start(self) -> frozenset[str]:
         """What the training, or the sampling, begins with: its teacher and the weights of its
         network, by their digests where these are known."""
-        said = {table: self.recipe.get(table, {}).get("weights") for table in ("teacher", "denoiser")}
-        return frozenset(
-            str(self.inputs.get(table, {}).get("weights", weights))
-            for table, weights in said.items()
-            if weights
-        )
+        found = set()
+        for table in ("teacher", "denoiser"):
+            if weights := self.recipe.get(table, {}).get("weights"):
+                found.add(str(self.inputs.get(table, {}).get("weights", weights)))
+        return frozenset(found)
 
     def shares(self, other: Run) -> bool:
         """Whether the trainings of both begin with the same weights (a teacher's or the network's,
@@ -126,11 +125,9 @@ def read_run(folder: Path) -> Run:
         classes = (report.get("data") or {}).get("num_classes")
         before = {"labels": "uniform"} if classes and "label_rule" not in sampled else {}
         environment, inputs = report.get("environment") or {}, report.get("inputs") or {}
-        said = recipe.get("sample", {}).get("precision")
-        how = {
-            "precision": inputs.get("sample", {}).get("precision", None if said == "auto" else said),
-            "tf32": environment.get("tf32"),
-        }
+        precision = (inputs.get("sample") or recipe.get("sample", {})).get("precision")
+        precision = None if precision == "auto" else precision
+        how = {"precision": precision, "tf32": environment.get("tf32")}
         records = [{**before, **how, **record} for record in measured["provenance"]]
         used = [table["use"] for table in recipe.get("metric", [])]
         provenance = {n: record for record in records for n in record["numbers"]}
