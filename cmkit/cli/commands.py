@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cmkit.cli import printing
-from cmkit.cli.bench import bench, compare
+from cmkit.cli.bench import bench
+from cmkit.cli.compare import compare
 from cmkit.cli.parts import DeviceOption, JsonOption, new, plugins_app
 from cmkit.errors import CheckpointError, DataError, inline
 from cmkit.stop import StopSignal

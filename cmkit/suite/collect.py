@@ -159,7 +159,7 @@ def of_runs(folders: Sequence[Path]) -> Gathered:
     groups: list[Group] = []
     notes = []
     by_key: dict[str, list[Group]] = {}
-    for folder in folders:
+    for folder in dict.fromkeys(folders):
         place = RunFolder(folder)
         if place.recipe.is_file() and not place.finished:
             notes.append(f"{folder}: not finished, left out")
@@ -175,16 +175,11 @@ def of_runs(folders: Sequence[Path]) -> Gathered:
             group.row = _plain_name(run)
         group.runs[run.seed] = run
         group.recipes.append(run.recipe)
-    _name_apart(groups, by_key)
-    return Gathered("", None, groups, notes, {})
-
-
-def _name_apart(groups: Sequence[Group], by_key: Mapping[str, Sequence[Group]]) -> None:
-    """Give groups of several seeds names of their own."""
     rows = [group.row for group in groups]
     for group in groups:
-        if rows.count(group.row) > 1 and len(group.runs) > 1:
-            group.row = next(iter(group.runs.values())).name
+        if rows.count(group.row) > 1:
+            group.row = str(next(iter(group.runs.values())).folder.path)
+    return Gathered("", None, groups, notes, {})
 
 
 def _plain_name(run: Run) -> str:
@@ -217,6 +212,9 @@ def gather(paths: Sequence[Path], registry: Registry, out: Path | None = None) -
         if path.suffix == ".toml":
             suite = load_suite(path)
             folder = SuiteFolder(out or Path("runs") / suite.name)
+            if suite.table.budget and suite.table.budget.unit == "seconds":
+                parts.append(of_results(folder.path))  # only bench knows the names of its cells
+                continue
             found = cells(suite, registry, suite.count())
             if suite.table.budget and suite.table.budget.unit == "evaluations":
                 from cmkit.suite.cost import per_step
@@ -397,7 +395,7 @@ def _biased(runs: Sequence[Run]) -> Iterator[str]:
             width, n = record.get("features", {}).get(number), record.get("images")
             if width and n and few_images(n, width):
                 yield (
-                    f"{number} of {n:,} images is biased, as {width:,} features want"
+                    f"{number} of {n:,} images is biased, as {width:,} features want at least"
                     f" {5 * width:,}: trust KID more, and compare it with as many images only"
                 )
 
@@ -491,6 +489,7 @@ def _verdicts(
             pairs.append((index, group, other))
         elif group.row != baseline:
             notes.append(f"{group.title}: {baseline} has no line to compare it with")
+    sentences: dict[str, list[str]] = {}
     for number, direction in better.items():
         if direction == "neither":
             continue
@@ -504,19 +503,21 @@ def _verdicts(
         for (index, difference), p in zip(differences.items(), corrected, strict=True):
             word = verdict(difference, direction, p)
             found[index][number] = Verdict(word, difference, p, count)
-        notes += _said(number, baseline, differences.values(), count)
+        for sentence in _said(baseline, differences.values(), count):
+            sentences.setdefault(sentence, []).append(number)
+    notes += (f"{', '.join(numbers)}: {sentence}" for sentence, numbers in sentences.items())
     return found
 
 
-def _said(number: str, baseline: str, differences: Iterable[Interval], count: int) -> Iterator[str]:
-    """What verdicts in a number mean."""
+def _said(baseline: str, differences: Iterable[Interval], count: int) -> Iterator[str]:
+    """What the verdicts in a number mean."""
     if count:
         yield (
-            f"{number}: better or worse than {baseline} where p < {1 - LEVEL:.2g} after Holm's"
-            f" correction for {count} comparison{'s' * (count > 1)}"
+            f"better or worse than {baseline} where p < {1 - LEVEL:.2g} after Holm's correction for"
+            f" {count} comparison{'s' * (count > 1)}"
         )
     for of in dict.fromkeys(difference.of for difference in differences):
-        yield f"{number}: differences {of}"
+        yield f"differences {of}"
 
 
 def _difference(

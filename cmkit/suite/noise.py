@@ -48,7 +48,7 @@ class SameNoise:
             if isinstance(influences, str):
                 return _none(value, influences)
             if number not in influences:
-                return _none(value, f"{run.metrics.get(number)} has no features of {number}")
+                return _none(value, "it is no distance of features")
             found.append(influences[number])
         return same_noise_difference(*found)
 

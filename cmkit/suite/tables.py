@@ -55,8 +55,8 @@ def table(found: Results) -> Table:
     axes = list(dict.fromkeys(axis for line in found.lines for axis in line.axis))
     seeds = any(line.failures or len(line.runs) > 1 for line in found.lines)
     facts = _headings(found.lines)
-    first = ["row" if found.name else "run", *axes, *["seeds"] * seeds, *facts]
-    judged = [any(name in line.verdicts for line in found.lines) for name, _ in found.columns]
+    first = ["row" if found.name else "run", *axes, *["seeds"] * seeds, *_apart(facts, axes)]
+    judged = [any(_told(line, name) for line in found.lines) for name, _ in found.columns]
     heads, rows = list(first), []
     for heading, verdicts in zip(found.headings(), judged, strict=True):
         heads += [heading, *[f"{heading} beside {found.baseline}"] * verdicts]
@@ -82,6 +82,11 @@ def table(found: Results) -> Table:
     return Table(heads, rows)
 
 
+def _told(line: Line, name: str) -> bool:
+    """Whether a verdict in a number has an interval; else the notes say why it has none."""
+    return name in line.verdicts and line.verdicts[name].difference.low is not None
+
+
 def facts_of(line: Line) -> dict[str, Any]:
     """The facts of a line by their headings, those that are known."""
     training = line.facts.get("training", {})
@@ -94,10 +99,20 @@ def facts_of(line: Line) -> dict[str, Any]:
 
 
 def _headings(lines: Sequence[Line]) -> list[str]:
-    """Headings of the facts that any line knows, what it took last."""
-    known = dict.fromkeys(key for line in lines for key in facts_of(line))
+    """Headings of the facts that any line knows and that no axis tells, what it took last."""
+    known = dict.fromkeys(
+        key
+        for line in lines
+        for key, value in facts_of(line).items()
+        if str(value) != line.axis.get(key)
+    )
     own = [key for key in known if key not in COSTS]
     return [*own, *(key for key in COSTS if key in known)]
+
+
+def _apart(facts: Sequence[str], axes: Sequence[str]) -> list[str]:
+    """Headings of facts, in capitals where an axis is called so: nfe is a name there."""
+    return [fact.upper() if fact in axes else fact for fact in facts]
 
 
 def _fact(heading: str, known: Mapping[str, Any]) -> str:
@@ -130,7 +145,7 @@ def to_csv(found: Results) -> str:
     and of each verdict. Empty where a line has none that is comparable with the column's."""
     axes = list(dict.fromkeys(axis for line in found.lines for axis in line.axis))
     facts = _headings(found.lines)
-    heads = ["row", *axes, "seeds", "seeds_of", *facts]
+    heads = ["row", *axes, "seeds", "seeds_of", *_apart(facts, axes)]
     parts = ("", "low", "high", "images", "seeds", "published")
     judged = ("difference", "difference_low", "difference_high", "p", "verdict")
     for heading in found.headings():
