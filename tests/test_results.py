@@ -156,7 +156,7 @@ def test_lines_are_rows_at_values_of_axes_with_intervals_over_seeds(home):
     heads, first, *_ = printed(found)
     assert heads[:3] == ["row", "nfe", "seeds"]
     assert first[:3] == ["ct", "1", "3"]
-    assert f"21.2 ±{line.scores['fid'].mean.high - line.scores['fid'].mean.value:.2g}" in first
+    assert "21.2 ±3.1" in first
     assert found.provenance["suite_sha256"] == files.sha256_of(home / "small.toml")
 
 

@@ -54,12 +54,13 @@ class SameNoise:
 
     def _influences(self, run: Run) -> dict[str, Influence] | str:
         """Of each number that has them, or why there are none."""
-        if run.name not in self.known:
+        place = str(run.folder.path)
+        if place not in self.known:
             try:
-                self.known[run.name] = self._stored(run)
+                self.known[place] = self._stored(run)
             except CmkitError as error:
-                self.known[run.name] = str(error)
-        return self.known[run.name]
+                self.known[place] = str(error)
+        return self.known[place]
 
     def _stored(self, run: Run) -> dict[str, Influence]:
         status = run.folder.status()

@@ -126,7 +126,7 @@ def _score(cell: Score | None) -> str:
     if cell is None:
         return number(None)
     mean = cell.mean
-    half = "" if mean.high is None else f" ±{mean.high - mean.value:.2g}"
+    half = "" if mean.high is None else f" ±{number(mean.high - mean.value, 2)}"
     some = f" ({len(cell.values)} of {cell.seeds} seeds)" if len(cell.values) < cell.seeds else ""
     return f"{score(mean.value)}{half}{some}"
 
