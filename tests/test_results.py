@@ -157,6 +157,9 @@ def test_lines_are_rows_at_values_of_axes_with_intervals_over_seeds(home):
     assert heads[:3] == ["row", "nfe", "seeds"]
     assert first[:3] == ["ct", "1", "3"]
     assert "21.2 ±3.1" in first
+    assert found.measured()[0].startswith(
+        "fid, precision: extractor inception, weights sha256 aaaa"
+    )
     assert found.provenance["suite_sha256"] == files.sha256_of(home / "small.toml")
 
 
@@ -237,7 +240,7 @@ def test_what_runs_share(tmp_path, change, shares):
         finish(RunFolder(tmp_path / name), own, 1.0)
     a, b = (collecting.read_run(tmp_path / name) for name in ("a-1", "b-1"))
     assert a.shares(b) is b.shares(a) is shares
-    assert replace(a, recipe={**recipe, **change}).shares(b)
+    assert replace(a, recipe=b.recipe, seed=b.seed).shares(b)
 
 
 def test_a_teacher_is_the_same_as_the_weights_that_the_network_begins_with(tmp_path):
@@ -371,6 +374,9 @@ def test_single_seeds_are_compared_on_the_same_noise(pictures, monkeypatch):
     assert found.of == "of these two checkpoints, not of the two methods"
     itself = same_noise().difference(a, a, "fid")
     assert (itself.value, itself.low) == (0, None)
+    (place,) = files.cache_folder("influences").glob("e*.json")
+    place.write_text("{")  # is computed anew
+    assert same_noise().difference(b, a, "fid") == found
     monkeypatch.setattr(noise, "_computed", None)  # what is known is kept for the next process
     assert same_noise().difference(b, a, "fid") == found
     odd = same_noise().difference(a, b, "precision")
@@ -385,7 +391,7 @@ def test_single_seeds_are_compared_on_the_same_noise(pictures, monkeypatch):
 def test_images_of_other_noise_or_damaged_ones_have_no_interval(pictures):
     a, b = map(collecting.read_run, pictures)
     changes = {
-        "seeds 0 and 1": replace(b, recipe={**b.recipe, "seed": 1}),
+        "seeds 0 and 1": replace(b, seed=1),
         "their labels differ": replace(b, stages={"sample": {**b.stages["sample"], "labels": [1]}}),
         "their images differ": replace(b, stages={"sample": {**b.stages["sample"], "images": 9}}),
     }
@@ -415,9 +421,12 @@ def test_features_are_those_that_the_numbers_follow_from(pictures):
     fid, kid = sets["fid"], sets["kid_mean"]
     found = frechet_influence(fid["rows"], fid["mu"], fid["sigma"]).value
     assert found == pytest.approx(values["fid"], rel=1e-4)
-    term = kid_influence(kid["real"], kid["rows"]).value  # symmetric but for the own terms
-    assert kid_influence(kid["rows"], kid["real"]).value != term
-    assert len(kid["real"]) == len(reference.images)
+    real = kid["real"].double()
+    kernel = (real @ real.T / real.shape[1] + 1) ** 3
+    n = len(reference.images)
+    term = (kernel.sum() - kernel.trace()).item() / (n * (n - 1))
+    found = kid_influence(kid["rows"], kid["real"]).value + term
+    assert found == pytest.approx(values["kid_mean"], rel=0.1)
 
 
 def test_a_distance_of_few_images_is_said_to_be_biased(tmp_path):

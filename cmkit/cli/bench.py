@@ -72,7 +72,7 @@ def _run(
             display.say(f"[{event.done}/{event.total}] {event.text}")
             display.advance(event.done)
             failed += [event.cell] * event.failed
-    show_results(suite, cells, folder, json)
+    show_results(suite, cells, folder, device, json)
     if failed:
         raise lost(failed, folder)
 

@@ -57,7 +57,7 @@ def compare(
     registry = discover()
     gathered = gather(sources, registry, out)
     gathered.baseline = baseline or gathered.baseline
-    same_noise = SameNoise(registry, lambda text: print(text, file=sys.stderr))
+    same_noise = SameNoise(registry, tell=lambda text: print(text, file=sys.stderr))
     found = results(gathered, same_noise, dict(map(_equation, where)))
     found = tables.sort(found, sort) if sort else found
     if json:
@@ -78,7 +78,9 @@ def _equation(text: str) -> tuple[str, str]:
     return key.strip(), value.strip().strip('"')
 
 
-def show_results(suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, json: bool) -> None:
+def show_results(
+    suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, device: str, json: bool
+) -> None:
     """Print the results of a suite, and write results.json."""
     from cmkit.plugins import discover
     from cmkit.suite.collect import collect, keep
@@ -86,7 +88,7 @@ def show_results(suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, json:
     from cmkit.suite.noise import SameNoise
     from cmkit.suite.tables import to_text
 
-    found = collect(suite, cells, folder, SameNoise(discover()), costs(cells))
+    found = collect(suite, cells, folder, SameNoise(discover(), device), costs(cells))
     keep(found, folder)
     if json:
         printing.document(found.document())

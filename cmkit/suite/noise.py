@@ -21,8 +21,6 @@ from cmkit.suite.intervals import (
 )
 from cmkit.suite.runs import Run
 
-Tell = Callable[[str], None]
-
 
 class SameNoise:
     """The differences between runs, each on its own kept samples, of which image i is drawn from
@@ -32,8 +30,10 @@ class SameNoise:
     may be deleted at any time.
     """
 
-    def __init__(self, registry: Registry, tell: Tell = lambda _: None):
-        self.registry, self.tell = registry, tell
+    def __init__(
+        self, registry: Registry, device: str = "auto", tell: Callable[[str], None] = lambda _: None
+    ):
+        self.registry, self.device, self.tell = registry, device, tell
         self.known: dict[str, dict[str, Influence] | str] = {}
 
     def difference(self, a: Run, b: Run, number: str) -> Interval:
@@ -74,7 +74,7 @@ class SameNoise:
             with contextlib.suppress(CheckpointError, KeyError, TypeError):
                 return {n: _read(said) for n, said in files.unsealed(place)["numbers"].items()}
         self.tell(f"{run.name}: how much each of its images counts")
-        found = _computed(run, self.registry)
+        found = _computed(run, self.registry, self.device)
         files.fresh_cache(place.parent)
         numbers = {number: _document(influence) for number, influence in found.items()}
         files.atomic_write(place, files.sealed({"numbers": numbers}))
@@ -106,12 +106,12 @@ def _read(said: dict[str, Any]) -> Influence:
     return Influence(said["value"], whole, (first, second))
 
 
-def _computed(run: Run, registry: Registry) -> dict[str, Influence]:
+def _computed(run: Run, registry: Registry, on: str) -> dict[str, Influence]:
     from cmkit.device import pick_device
     from cmkit.recipe import load
     from cmkit.sample import SavedImages
 
-    recipe, device = load(run.folder.recipe, [], registry), pick_device("auto")
+    recipe, device = load(run.folder.recipe, [], registry), pick_device(on)
     images, reference = SavedImages(run.folder.sample_files()), recipe.dataset.reference()
     known = {str(record.get("reference")) for record in run.provenance.values()}
     if known != {reference.fingerprint}:

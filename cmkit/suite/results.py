@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cmkit.suite.intervals import Interval
-from cmkit.suite.runs import alike
+from cmkit.suite.runs import NOT_RECORDED, alike
 
 SCHEMA = 1
 """Of `Results.document`."""
@@ -109,6 +109,15 @@ class Results:
         names = [number for number, _ in self.columns]
         nth = [names[: index + 1].count(name) for index, name in enumerate(names)]
         return [f"{name} ({n})" if n > 1 else name for name, n in zip(names, nth, strict=True)]
+
+    def measured(self) -> list[str]:
+        """How the columns were measured, a sentence for those that were so alike."""
+        found: dict[str, list[str]] = {}
+        for heading, (_, way) in zip(self.headings(), self.columns, strict=True):
+            known = {fact: value for fact, value in way.items() if value != NOT_RECORDED}
+            text = ", ".join(f"{fact.replace('_', ' ')} {value}" for fact, value in known.items())
+            found.setdefault(text, []).append(heading)
+        return [f"{', '.join(names)}: {text}" for text, names in found.items() if text]
 
     def document(self) -> dict[str, Any]:
         """The results as JSON."""

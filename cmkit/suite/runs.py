@@ -30,6 +30,11 @@ OF_ONE_NUMBER = ("numbers", "features", "compared_with", "neighbours", "kid_subs
 """Keys of provenance that say nothing of the metric's other numbers, or follow from COMPARED."""
 
 
+NOT_RECORDED = "not recorded"
+COSTS = ("images_per_second", "parameters", "peak_memory_mib", "steps", "images", "seconds")
+"""Images drawn a second, and of the training its steps, the images that it saw, and seconds."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The scores of a finished run with their provenance, and the published ones if any."""
@@ -51,10 +56,9 @@ class Run:
     environment: Mapping[str, Any]
     inputs: Mapping[str, Mapping[str, Any]]
     smoke: bool
-
-    @property
-    def seed(self) -> int:
-        return int(self.recipe.get("seed", 0))
+    seed: int
+    cost: Mapping[str, float | None]
+    """What it took, by the keys of COSTS."""
 
     def measured(self, number: str) -> dict[str, str]:
         """How the number was measured, which must be the same for two that are compared."""
@@ -151,31 +155,32 @@ def read_run(folder: Path) -> Run:
             environment=environment,
             inputs=inputs,
             smoke=report.get("smoke", False),
+            seed=int(recipe.get("seed", 0)),
+            cost=dict(zip(COSTS, _cost(recipe, stages), strict=True)),
         )
 
 
 def cost_of(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the runs of a line took, each: evaluations of a sample (nfe), images drawn a second, the
-    parameters, the most memory, and the training's steps, images and seconds; means over seeds."""
-    sampled = [run.stages["sample"] for run in runs if "sample" in run.stages]
-    trained = [run.stages["train"] for run in runs if "train" in run.stages]
-    peaks = [stage.get("peak_memory_mib") for run in runs for stage in run.stages.values()]
-    found: dict[str, Any] = {
-        "images_per_second": _mean([_rate(stage) for stage in sampled]),
-        "parameters": _mean([stage.get("parameters") for stage in trained]),
-        "peak_memory_mib": max(filter(None, peaks), default=None),
-    }
-    if trained:
-        batch = [run.recipe.get("train", {}).get("batch") for run in runs]
-        steps, each = _mean([stage.get("steps") for stage in trained]), _mean(batch)
-        images = steps * each if steps and each else None
-        seconds = _mean([stage.get("seconds") for stage in trained])
-        found["training"] = {"steps": steps, "images": images, "seconds": seconds}
+    """What the runs of a line took, each: means over them, of the memory the most; "steps",
+    "images" and "seconds" in "training"."""
+    known = {key: [run.cost[key] for run in runs] for key in COSTS}
+    found: dict[str, Any] = {key: _mean(values) for key, values in known.items()}
+    found["peak_memory_mib"] = max(filter(None, known["peak_memory_mib"]), default=None)
+    training = {key: found.pop(key) for key in COSTS[3:]}
+    found["training"] = training if any(training.values()) else None
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _rate(stage: Mapping[str, Any]) -> float | None:
-    return stage["images"] / stage["seconds"] if stage.get("seconds") else None
+def _cost(recipe: Mapping[str, Any], stages: Mapping[str, Any]) -> tuple[float | None, ...]:
+    drawn, trained = stages.get("sample", {}), stages.get("train", {})
+    rate = drawn["images"] / drawn["seconds"] if drawn.get("seconds") else None
+    peaks = filter(None, (stage.get("peak_memory_mib") for stage in stages.values()))
+    steps, batch = trained.get("steps"), recipe.get("train", {}).get("batch")
+    seen = steps * batch if steps and batch else None
+    return (
+        *(rate, trained.get("parameters"), max(peaks, default=None)),
+        *(steps, seen, trained.get("seconds")),
+    )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -188,5 +193,5 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _said(fact: object) -> str:
     """A fact of provenance in a few words."""
-    text = "not recorded" if fact is None else str(fact)
+    text = NOT_RECORDED if fact is None else str(fact)
     return f"{text[:12]}.." if re.fullmatch(r"[0-9a-f]{64}", text) else text

@@ -182,7 +182,7 @@ def to_markdown(found: Results) -> Iterator[str]:
     for row in rows:
         yield f"| {' | '.join(map(_pipes, row))} |"
     yield ""
-    yield from (f"- {_pipes(note)}" for note in found.notes)
+    yield from (f"- {_pipes(note)}" for note in (*found.measured(), *found.notes))
 
 
 def _pipes(text: str) -> str:
@@ -193,7 +193,7 @@ def to_latex(found: Results) -> Iterator[str]:
     """A tabular of the package booktabs, and the notes as comments."""
     heads, rows = table(found)
     columns = "l" + "r" * (len(heads) - 1)
-    yield from (f"% {note}" for note in found.notes)
+    yield from (f"% {note}" for note in (*found.measured(), *found.notes))
     yield from (rf"\begin{{tabular}}{{{columns}}}", r"\toprule", _tex(heads), r"\midrule")
     yield from (*map(_tex, rows), r"\bottomrule", r"\end{tabular}")
 
@@ -210,4 +210,5 @@ def to_text(found: Results) -> Iterator[str]:
     for row in (heads, *rows):
         cells = (text.ljust(width) for text, width in zip(row, widths, strict=True))
         yield "  ".join(cells).rstrip()
+    yield from (f"measured: {how}" for how in found.measured())
     yield from (f"note: {note}" for note in found.notes)
