@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -315,6 +315,30 @@ def test_runs_whose_recipes_differ_in_the_seed_alone_are_one_line(tmp_path):
     assert [group.row for group in found.groups] == [str(folder) for folder in folders[:2]]
     (group,) = of_runs(folders[::2]).groups
     assert group.row == "cd"
+
+
+def test_the_gain_by_rescaling_is_of_the_method_over_seeds_and_of_one_checkpoint_else(tmp_path):
+    gains = (-1.0, -1.5, -1.2)
+    for seed, gain in enumerate(gains):
+        confirm = {
+            "seeds": ["confirm-0", "confirm-1"],
+            "plain": {"mean": 9.0 + seed},
+            "rescaled": {"mean": 9.0 + seed + gain},
+            "difference": {"mean": gain, "low": gain - 0.1, "high": gain + 0.1},
+        }
+        place = RunFolder(tmp_path / f"a-{seed}")
+        finish(place, {"name": "a", "seed": seed, "train": {"batch": 8}}, 3.0)
+        report = place.report()
+        report["stages"]["search"] = {"minimize": "fid", "confirm": confirm}
+        place.keep_report({k: v for k, v in report.items() if k != "sha256"})
+    folders = [tmp_path / f"a-{seed}" for seed in range(3)]
+    (several,) = results(of_runs(folders), same_noise()).lines
+    over = mean_interval(gains)
+    assert several.facts["gain"] == {"number": "fid", "plain": 10.0, **asdict(over),
+                                     "rescaled": pytest.approx(10 - 3.7 / 3)}  # fmt: skip
+    (one,) = results(of_runs(folders[:1]), same_noise()).lines
+    assert (one.facts["gain"]["low"], one.facts["gain"]["high"]) == (-1.1, -0.9)
+    assert one.facts["gain"]["of"] == "of this checkpoint, over 2 noise seeds"
 
 
 def picture_run(path: Path, images: torch.Tensor, key: str, labels=(0, 1)) -> Path:
