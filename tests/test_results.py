@@ -602,21 +602,21 @@ def test_two_suites_and_a_run_stand_in_one_table(home, cmkit):
 
 
 def test_bench_ends_with_the_table_and_the_code_of_the_first_failure(home, cmkit, monkeypatch):
-    text = SUITE.partition("[row.batch]")[0].replace("[0, 1, 2]", "[0]")
+    text = SUITE.partition("[row.ict]")[0].replace("[0, 1, 2]", "[0]")
     (home / "small.toml").write_text(re.sub(r"(?m)^(\[axis.nfe\]|[12] = .*)\n", "", text))
     (home / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setattr(work, "COMMAND", (sys.executable, str(home / "stand_in.py")))
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
     monkeypatch.setattr(work, "POLL", 0.02)
     monkeypatch.setattr(work, "LOOK", 0.1)
-    monkeypatch.setenv("FATE", "ict-s0=fails")
+    monkeypatch.setenv("FATE", "ct-s0=fails")
     code, out, err = cmkit("bench", "small.toml", "--device", "cpu", "--jobs", "2")
     assert code == 2
-    said = "ict-s0 failed: sample.images = 3: too few; the rest is done"
+    said = "ct-s0 failed: sample.images = 3: too few; the rest is done"
     assert err.splitlines()[-1] == f"error: {said}"
-    assert "note: ict: 0 of 1 seeds; seed 0: sample.images = 3: too few" in out
+    assert "note: ct: 0 of 1 seeds; seed 0: sample.images = 3: too few" in out
     kept = files.unsealed(home / "runs" / "small" / "results.json")
-    assert (kept["name"], len(kept["lines"])) == ("small", 2)
+    assert (kept["name"], len(kept["lines"])) == ("small", 1)
     monkeypatch.delenv("FATE")
     code, out, _ = cmkit("bench", "small.toml", "--device", "cpu", "--json")
     assert (code, json.loads(out)["schema"]) == (0, 1)
