@@ -268,7 +268,14 @@ class Meter(Protocol):
 
 
 class Metric(Part, ABC):
-    """Numbers about images."""
+    """Numbers about images, of which less is better.
+
+    `higher` names those of which more is better, `neither` those that say nothing of quality by
+    themselves, such as a spread.
+    """
+
+    higher: ClassVar[tuple[str, ...]] = ()
+    neither: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def keys(self) -> tuple[str, ...]:
@@ -296,10 +303,22 @@ class Metric(Part, ABC):
         at once. It gives what `measure` gives, up to rounding."""
         return None
 
+    def features(
+        self, images: Images[Tensor], reference: Reference, device: torch.device
+    ) -> dict[str, dict[str, Tensor]]:
+        """What the distances of features among the numbers are computed of, on the CPU: "rows"
+        (N, d) of the images, and of the reference "mu" (d,) and "sigma" (d, d) for a Frechet
+        distance, or "real" (M, d) for a kernel distance.
+
+        It tells two single checkpoints apart on the same noise; nothing else can for other numbers.
+        """
+        return {}
+
     def provenance(self) -> dict[str, Any]:
         """What must stand beside the numbers so that they can be compared: extractor, weights.
 
-        cmkit adds the number of images and the reference's fingerprint.
+        cmkit adds the number of images and the reference's fingerprint. "features", the width d by
+        number, marks the Frechet distances, which are biased where images are few.
         """
         return {}
 

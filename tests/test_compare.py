@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from cmkit.cli import main
-from cmkit.compare import caveats, entries
 from cmkit.errors import CheckpointError
 from cmkit.report.figures import number
+from cmkit.suite.runs import caveats, read_run
+
+
+def entries(folders: list[Path]):
+    return list(map(read_run, folders))
 
 
 def folder(path: Path, name: str, fid: float, expected: bool = True, **provenance) -> Path:
@@ -81,12 +85,13 @@ def printed(monkeypatch, capsys, *arguments) -> str:
 def test_the_table_shows_ours_theirs_and_the_difference(tmp_path, monkeypatch, capsys):
     a = folder(tmp_path / "a", "ours", 14.0)
     b = folder(tmp_path / "b", "other", 15.0, expected=False)
-    head, first, theirs, difference, last = printed(monkeypatch, capsys, a, b).splitlines()
+    head, first, theirs, difference, last, how = printed(monkeypatch, capsys, a, b).splitlines()
     assert head.split() == ["run", "images", "nfe", "skip", "fid", "precision"]
     assert first.split() == ["ours-0123abcd", "50,000", "1", "0.8", "14.0", "0.700"]
     assert theirs.split()[:3] == ["Zhu", "2024", "13.6"]
     assert difference.split() == ["difference", "+0.38"]
     assert last.split()[0] == "other-0123abcd"
+    assert how == "measured: fid, precision: extractor inception"
     found = json.loads(printed(monkeypatch, capsys, a, "--json"))
     assert found["runs"][0]["differences"]["fid"] == pytest.approx(0.38)
 

@@ -471,6 +471,10 @@ class Mean(cmkit.Metric):
     def meter(self, images, reference, device):
         return MeanMeter(self.fault)
 
+    def features(self, images, reference, device):
+        rows = {"rows": torch.zeros(len(images) - (self.fault == "rows"), 2)}
+        return {"top" if self.fault != "unknown" else "bottom": rows}
+
     def provenance(self):
         return {"weights": {1, 2}} if self.fault == "provenance" else {}
 
@@ -507,6 +511,8 @@ class MeanMeter:
         ("meter", "a meter returns what `measure` does"),
         ("state", "goes on from there, bit for bit"),
         ("only", "only(key) returns the same number"),
+        ("rows", "name numbers of `keys`, with a row an image"),
+        ("unknown", "name numbers of `keys`, with a row an image"),
         ("provenance", "can be written as JSON"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cmkit.cli import printing
+from cmkit.cli.compare import lost, show_results
 from cmkit.cli.parts import DeviceOption, JsonOption
 from cmkit.errors import RecipeError
 from cmkit.run.folder import make_out
@@ -78,7 +79,7 @@ def bench(
         words += ["--jobs", str(jobs), "--device", device]
         _submit(words, folder, submit, cluster, job, json)
     else:
-        _run(found, folder, jobs, device, json)
+        _run(loaded, found, folder, jobs, device, json)
 
 
 def _smoked(
@@ -140,8 +141,10 @@ def _submit(
     printing.line("the same command without --submit joins them, and shows the table at the end")
 
 
-def _run(cells: Sequence[Cell], folder: SuiteFolder, jobs: int, device: str, json: bool) -> None:
-    """Carry the cells out, and show each as it ends."""
+def _run(
+    suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, jobs: int, device: str, json: bool
+) -> None:
+    """Carry the cells out, and show each as it ends; then print the results, and keep them."""
     from cmkit.cli.display import Display
     from cmkit.run.events import StageStarted
     from cmkit.suite.work import Worker
@@ -155,6 +158,9 @@ def _run(cells: Sequence[Cell], folder: SuiteFolder, jobs: int, device: str, jso
             display.say(f"[{event.done}/{event.total}] {event.text}")
             display.advance(event.done)
             failed += [event.cell] * event.failed
+    show_results(suite, cells, folder, device, json)
+    if failed:
+        raise lost(failed, folder)
 
 
 def _check(suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, json: bool) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from cmkit.cli import printing
 from cmkit.cli.bench import bench
+from cmkit.cli.compare import compare
 from cmkit.cli.parts import DeviceOption, JsonOption, new, plugins_app
 from cmkit.errors import CheckpointError, DataError, inline
 from cmkit.stop import StopSignal
@@ -248,42 +249,7 @@ def edit(
     _show_until_written(events, chosen, json)
 
 
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
-    json: JsonOption = False,
-) -> None:
-    """Print the scores of runs side by side, and beside those that others published."""
-    from cmkit.compare import caveats, columns, entries, unfinished
-    from cmkit.report import score
-
-    open_runs = unfinished(runs)
-    if open_runs == runs:
-        raise CheckpointError(
-            f"{runs[0]}: not finished; cmkit run {runs[0]}/recipe.toml --out {runs[0].parent}"
-        )
-    compared = entries([folder for folder in runs if folder not in open_runs])
-    notes = [f"{folder}: not finished, left out" for folder in open_runs]
-    notes += caveats(compared)
-    if json:
-        rows = [{**vars(entry), "differences": entry.differences} for entry in compared]
-        printing.document({"schema": 1, "runs": rows, "caveats": notes})
-        return
-    heads = columns(compared)
-    facts = list(dict.fromkeys(k for e in compared for k in e.facts))
-    blank, lines = [""] * len(facts), []
-    for entry in compared:
-        own = entry.places(heads)
-        values = [printing.human(entry.facts.get(fact, 1)) for fact in facts]
-        lines.append([entry.name, *values, *(score(entry.scores.get(key)) for key in own)])
-        if entry.source:
-            published = [score(entry.expected.get(key)) for key in own]
-            lines.append([f"  {entry.source}", *blank, *published])
-            signed = {key: f"{value:+.3g}" for key, value in entry.differences.items()}
-            lines.append(["  difference", *blank, *(signed.get(key, "") for key in own)])
-    printing.table(["run", *facts, *(head.heading for head in heads)], lines)
-    for note in notes:
-        printing.line(f"note: {note}")
+app.command()(compare)
 
 
 @app.command()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cmkit.suite.intervals import Interval
+from cmkit.suite.runs import NOT_RECORDED, alike
+
+SCHEMA = 1
+"""Of `Results.document`."""
+Better = Literal["lower", "higher", "neither"]
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,21 @@ class Line:
     facts: Mapping[str, Any]
     """nfe, images_per_second, parameters, peak_memory_mib, training: steps, images, evaluations,
     seconds; values found by a search, such as skip and emb; the gain by rescaling."""
+    expected: Mapping[str, float] = field(default_factory=dict)
+    """Scores that others published for this setting."""
+    source: str | None = None
+    """Where they did."""
 
     @property
     def title(self) -> str:
         """The row and its axis values, such as "ct, nfe 2"."""
         return ", ".join([self.row, *(f"{name} {value}" for name, value in self.axis.items())])
+
+    @property
+    def seeds(self) -> str:
+        """How many are finished: "3", or "2 of 3"."""
+        some = f" of {len(self.runs) + len(self.failures)}" if self.failures else ""
+        return f"{len(self.runs)}{some}"
 
 
 @dataclass(frozen=True)
@@ -73,3 +89,37 @@ class Results:
     """Sentences below the table: what cannot be compared and why, FID of few images, lost seeds."""
     provenance: Mapping[str, Any]
     """cmkit, torch, device, command, suite file and its digest, date."""
+    better: Mapping[str, Better] = field(default_factory=dict)
+    """Which direction of a number is; "neither" of what says nothing of quality by itself."""
+
+    def cells(self, line: Line) -> list[Score | None]:
+        """The line's score in each column, None where it was measured in another way."""
+        found: list[Score | None] = []
+        placed = set()
+        for number, way in self.columns:
+            score = line.scores.get(number)
+            fits = score and number not in placed and alike(score.measured, way)
+            placed |= {number} if fits else set()
+            found.append(score if fits else None)
+        return found
+
+    def headings(self) -> list[str]:
+        """The number of each column, "fid (2)" where it is the second of its name."""
+        names = [number for number, _ in self.columns]
+        nth = [names[: index + 1].count(name) for index, name in enumerate(names)]
+        return [f"{name} ({n})" if n > 1 else name for name, n in zip(names, nth, strict=True)]
+
+    def measured(self) -> list[str]:
+        """How the columns were measured, a sentence for those that were so alike."""
+        found: dict[str, list[str]] = {}
+        for heading, (_, way) in zip(self.headings(), self.columns, strict=True):
+            known = {fact: value for fact, value in way.items() if value != NOT_RECORDED}
+            text = ", ".join(f"{fact.replace('_', ' ')} {value}" for fact, value in known.items())
+            found.setdefault(text, []).append(heading)
+        return [f"{', '.join(names)}: {text}" for text, names in found.items() if text]
+
+    def document(self) -> dict[str, Any]:
+        """The results as JSON."""
+        found = dataclasses.asdict(self)
+        columns = [{"number": number, "measured": dict(way)} for number, way in self.columns]
+        return {"schema": SCHEMA, **found, "columns": columns}

@@ -78,6 +78,15 @@ def check_metric(
             f"{taken}, then {resumed.values()}",
             "return every tensor that `add` changes, on the CPU",
         )
+    said = metric.features(ours, *given)
+    wrong = [name for name, sets in said.items() if len(sets["rows"]) != len(ours)]
+    unknown = {*metric.higher, *metric.neither, *said} - {*names}
+    report.require(
+        not wrong and not unknown,
+        "`higher`, `neither` and `features` name numbers of `keys`, with a row an image",
+        f"no number {', '.join(sorted(unknown)) or 'missing'}, rows of {wrong}",
+        "take the names that `keys` returns",
+    )
     for name in names:
         one = metric.only(name)
         report.require(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -23,6 +23,9 @@ class DigitsJudge(Metric):
     train split, which it has seen. It is sure of no uniform noise, of 0.015 of the averages of two
     classes, and of 0.36 of the digits blurred by a 3x3 box.
     """
+
+    higher: ClassVar[tuple[str, ...]] = ("confident", "classes")
+    neither: ClassVar[tuple[str, ...]] = ("real_confident",)
 
     threshold: float = Field(0.8, gt=0.1, lt=1)
     """A sample counts when the largest class probability is above this."""

@@ -4,7 +4,7 @@ and ADM's evaluator (Dhariwal and Nichol, 2021) define them, on features that cm
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit import DataSpec, Metric, RecipeError, Reference
 from cmkit_std.metrics.fidelity_options import (
@@ -38,6 +38,8 @@ class Fidelity(FidelityOptions, Metric):
     """
 
     read_by = {"download": ()}
+    higher: ClassVar[tuple[str, ...]] = ("is_mean", "precision", "recall")
+    neither: ClassVar[tuple[str, ...]] = ("is_std", "kid_std")
 
     def identity(self) -> dict[str, Any]:
         """The SHA-256 of the extractor's weights, where they are not those of one publication."""
@@ -113,6 +115,15 @@ class Fidelity(FidelityOptions, Metric):
 
         return FidelityMeter(self, images, reference, device)
 
+    def features(
+        self, images: Images[Tensor], reference: Reference, device: torch.device
+    ) -> dict[str, dict[str, Tensor]]:
+        """Those of "fid", "sfid" and "kid_mean", where they are switched on; it raises what
+        `measure` raises."""
+        from cmkit_std.metrics.fidelity_meter import features
+
+        return features(self, images, reference, device)
+
     def provenance(self) -> dict[str, Any]:
         """The extractor, its weights, how it resizes, and torch-fidelity's version.
 
@@ -128,6 +139,7 @@ class Fidelity(FidelityOptions, Metric):
             "resize": "area to 8x8, none if 8x8" if shipped else f"inside {name}, from full size",
             "torch_fidelity": version("torch-fidelity"),
             **({"compared_with": self._compared} if self._compared else {}),
+            **({"features": self._widths} if self._widths else {}),
             **({"kid_subset_size": self.kid_subset_size} if self.kid else {}),
             **({"neighbours": NEIGHBOURS} if self.precision_recall else {}),
         }

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset as Images
 from torch_fidelity import metric_kid
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
@@ -20,6 +21,7 @@ from cmkit_std.metrics.extract import (
     reference_features,
     width,
 )
+from cmkit_std.metrics.extract import features as features_of
 from cmkit_std.metrics.extractor_weights import find
 from cmkit_std.metrics.fidelity_options import (
     DIGITS,
@@ -82,6 +84,11 @@ class FidelityMeter:
         for key, value in numbers.items():
             if not math.isfinite(value):
                 raise NonFiniteError(f"metric {key} = {value}; look at the samples and the weights")
+        metric._widths = {
+            flag: next(iter(ours[want].values())).shape[-1]
+            for flag, want in self.wants.items()
+            if flag in PUBLISHED
+        }
         published = [flag for flag in self.wants if flag in self.given]
         metric._compared = "; ".join(
             f"{', '.join(names)}: {what}"
@@ -127,6 +134,30 @@ def prepare(
                 " made with"
             )
     return extractor, given, seen
+
+
+def features(
+    metric: FidelityOptions, images: Images[Tensor], reference: Reference, device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """What `Fidelity.features` gives."""
+    extractor, given, _ = prepare(metric, reference, images[0], device)
+    flags = [flag for flag in metric.wanted() if flag in (*PUBLISHED, "kid")]
+    layers = {flag: _want(extractor, flag).layer for flag in flags}
+    wanted = {Want(layer, "rows") for layer in layers.values()}
+    ours = features_of(extractor, wanted, images, device, metric.batch) if wanted else {}
+    found: dict[str, dict[str, Tensor]] = {}
+    for flag, layer in layers.items():
+        want = _want(extractor, flag)
+        real = given.get(flag)
+        if real is None:
+            real = reference_features(extractor, {want}, reference, device, metric.batch)[want]
+        if flag == "kid":
+            real = {"real": real["rows"]}
+        elif "rows" in real:
+            rows = real["rows"].double()
+            real = {"mu": rows.mean(0), "sigma": rows.T.cov()}
+        found[NUMBERS[flag][0]] = {**ours[Want(layer, "rows")], **real}
+    return found
 
 
 def network(metric: FidelityOptions, channels: int, resolution: int) -> Extractor:

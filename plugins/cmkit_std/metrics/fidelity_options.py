@@ -54,6 +54,8 @@ class FidelityOptions(Part):
     _used: tuple[str, str | None] | None = PrivateAttr(None)
     """Name and SHA-256 of the extractor that the last check or measurement chose."""
     _compared: str | None = PrivateAttr(None)
+    _widths: dict[str, int] = PrivateAttr({})
+    """Features of each Frechet distance that was measured last."""
 
     @model_validator(mode="after")
     def _something(self) -> Self:

@@ -1,0 +1,107 @@
+"""The command that shows what is finished side by side, and the end of that which runs a suite."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cmkit.cli import printing
+from cmkit.cli.parts import JsonOption
+from cmkit.errors import CmkitError, RecipeError
+
+if TYPE_CHECKING:
+    from cmkit.suite.cells import Cell
+    from cmkit.suite.suite import Suite
+    from cmkit.suite.work import SuiteFolder
+
+
+def compare(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of runs, suite files, or folders of suites."),
+    ],
+    sort: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Put the best lines in a number first.")
+    ] = None,
+    where: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Show the lines that are so: row, seed, an axis, or a key of the recipe, such as"
+            " objective=ict.",
+        ),
+    ] = [],  # noqa: B006
+    baseline: Annotated[
+        str | None, typer.Option(metavar="ROW", help="The row that others are compared with.")
+    ] = None,
+    format: Annotated[
+        Literal["table", "csv", "markdown", "latex"],
+        typer.Option(help="LaTeX is for the package booktabs."),
+    ] = "table",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of a suite's runs, where it is not runs/NAME.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Print the scores of suites and runs side by side, with intervals, and beside those that
+    others published."""
+    from cmkit.plugins import discover
+    from cmkit.suite import tables
+    from cmkit.suite.collect import gather, results
+    from cmkit.suite.noise import SameNoise
+
+    registry = discover()
+    gathered = gather(sources, registry, out)
+    gathered.baseline = baseline or gathered.baseline
+    same_noise = SameNoise(registry, tell=lambda text: print(text, file=sys.stderr))
+    found = results(gathered, same_noise, dict(map(_equation, where)))
+    found = tables.sort(found, sort) if sort else found
+    if json:
+        runs = [run.document() for g in gathered.groups for run in g.runs.values()]
+        printing.document({**found.document(), "runs": runs, "caveats": found.notes})
+    elif format == "csv":
+        print(tables.to_csv(found), end="")
+    else:
+        write = {"markdown": tables.to_markdown, "latex": tables.to_latex, "table": tables.to_text}
+        for line in write[format](found):
+            printing.line(line)
+
+
+def _equation(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"--where {text}: expected KEY=VALUE, such as objective=ict")
+    return key.strip(), value.strip().strip('"')
+
+
+def show_results(
+    suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, device: str, json: bool
+) -> None:
+    """Print the results of a suite, and write results.json."""
+    from cmkit.plugins import discover
+    from cmkit.suite.collect import collect, keep
+    from cmkit.suite.cost import costs
+    from cmkit.suite.noise import SameNoise
+    from cmkit.suite.tables import to_text
+
+    found = collect(suite, cells, folder, SameNoise(discover(), device), costs(cells))
+    keep(found, folder)
+    if json:
+        printing.document(found.document())
+        return
+    for line in to_text(found):
+        printing.line(line)
+
+
+def lost(failed: Sequence[Cell], folder: SuiteFolder) -> CmkitError:
+    """The error of a suite with cells that failed: the exit code is that of the first."""
+    first = folder.failure(failed[0]) or {"code": 70, "reason": "its record is gone"}
+    code = int(first["code"])
+    more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+    error = CmkitError(f"{failed[0].recipe.name}{more} failed: {first['reason']}; the rest is done")
+    error.exit_code = 128 - code if code < 0 else code
+    return error

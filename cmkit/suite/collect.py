@@ -1,0 +1,620 @@
+"""Finished cells and runs become lines of a table, with intervals, verdicts and notes."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmkit import files
+from cmkit.errors import CheckpointError, PluginError, RecipeError, did_you_mean, inline
+from cmkit.kinds import Metric
+from cmkit.plugins import Registry
+from cmkit.run.folder import RunFolder
+from cmkit.suite.cells import Cell
+from cmkit.suite.intervals import (
+    CHECKPOINTS,
+    LEAST_SEEDS,
+    LEVEL,
+    Interval,
+    few_images,
+    holm,
+    mean_interval,
+    paired_difference,
+    verdict,
+    welch_difference,
+)
+from cmkit.suite.noise import SameNoise
+from cmkit.suite.results import SCHEMA, Better, Line, Results, Score, Verdict
+from cmkit.suite.runs import Run, alike, caveats, cost_of, read_run
+from cmkit.suite.suite import Suite
+from cmkit.suite.work import SuiteFolder
+
+if TYPE_CHECKING:
+    from cmkit.suite.cost import Costs
+
+Where = Mapping[str, str]
+
+
+@dataclass
+class Group:
+    """The runs that are to be a line: by seed those that are finished, and why others are not."""
+
+    row: str
+    axis: Mapping[str, str]
+    note: str = ""
+    runs: dict[int, Run] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    recipes: list[Mapping[str, Any]] = field(default_factory=list)
+    """Resolved, of all seeds."""
+    cost: dict[str, Any] = field(default_factory=dict)
+    """What no report tells: "evaluations" of the training, "parameters" without one."""
+
+    @property
+    def title(self) -> str:
+        return Line(self.row, self.axis, "", {}, {}, {}, {}, {}).title
+
+
+@dataclass
+class Gathered:
+    """The groups of a suite, or of runs that were named one by one."""
+
+    name: str
+    """Of the suite; empty without one."""
+    baseline: str | None
+    groups: list[Group]
+    notes: list[str]
+    about: dict[str, Any]
+    """Provenance of the whole."""
+
+
+def collect(
+    suite: Suite,
+    cells: Sequence[Cell],
+    folder: SuiteFolder,
+    same_noise: SameNoise,
+    costs: Mapping[str, Costs] | None = None,
+) -> Results:
+    """The results of a suite, of whichever of its cells are finished."""
+    return results(of_suite(suite, cells, folder, costs), same_noise)
+
+
+def of_suite(
+    suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, costs: Mapping[str, Costs] | None
+) -> Gathered:
+    """The groups of a suite's cells; `costs` by the names of cells."""
+    groups: dict[tuple[str, ...], Group] = {}
+    known = of_results(folder.path).groups if folder.results.exists() and not costs else []
+    kept = {group.title: group.cost for group in known}
+    for cell in cells:
+        key = (cell.row, *cell.axis.values())
+        if key not in groups:
+            groups[key] = Group(cell.row, cell.axis, suite.rows[cell.row].note)
+        group = groups[key]
+        group.recipes.append(cell.recipe.resolved)
+        group.cost = kept.get(group.title, {})
+        if costs:
+            parameters = costs[cell.name].parameters
+            group.cost = {"evaluations": costs[cell.group].trained, "parameters": parameters}
+        try:
+            if folder.finished(cell):
+                group.runs[cell.seed] = read_run(folder.run(cell).path)
+            else:
+                group.failures[cell.seed] = _why(cell, {c.name: c for c in cells}, folder)
+        except CheckpointError as error:
+            group.failures[cell.seed] = str(error)
+    about = {"suite": str(suite.path), "suite_sha256": files.sha256_of(suite.path)}
+    return Gathered(suite.name, suite.table.baseline, [*groups.values()], [], about)
+
+
+def _why(cell: Cell, cells: Mapping[str, Cell], folder: SuiteFolder) -> str:
+    """Why a cell is not finished."""
+    if failure := folder.failure(cell):
+        return f"{failure['reason']}; see {failure['log']}"
+    for name in cell.needs:
+        if name in cells and not folder.trained(name) and (failure := folder.failure(cells[name])):
+            return f"needs the training of {name}, which failed: {failure['reason']}"
+    return "not finished"
+
+
+def of_results(folder: Path) -> Gathered:
+    """The groups that results.json in a suite's folder names, their runs read anew;
+    CheckpointError where it is not there or was not written by `keep`."""
+    path = SuiteFolder(folder).results
+    if not path.exists():
+        raise CheckpointError(
+            f"{folder}: no run folder, and no suite's that cmkit bench has ended in; name the"
+            " suite's file"
+        )
+    found = files.unsealed(path)
+    if found.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{path}: schema {found.get('schema')!r}, but this cmkit reads {SCHEMA}; run cmkit"
+            " bench again"
+        )
+    with files.reading(path):
+        groups = []
+        for line in found["lines"]:
+            cost = {"evaluations": line["facts"].get("training", {}).get("evaluations")}
+            cost["parameters"] = line["facts"].get("parameters")
+            failures = {int(seed): why for seed, why in line["failures"].items()}
+            group = Group(line["row"], line["axis"], line["note"], {}, failures, [], cost)
+            for seed, name in line["runs"].items():
+                try:
+                    run = group.runs[int(seed)] = read_run(folder / name)
+                    group.recipes.append(run.recipe)
+                except CheckpointError as error:
+                    group.failures[int(seed)] = str(error)
+            groups.append(group)
+        about = {key: found["provenance"].get(key) for key in ("suite", "suite_sha256")}
+        return Gathered(found["name"], found["baseline"], groups, [], about)
+
+
+def of_runs(folders: Sequence[Path]) -> Gathered:
+    """Runs that are named one by one, in groups of those whose recipes differ in the seed alone."""
+    groups: list[Group] = []
+    notes = []
+    by_key: dict[str, list[Group]] = {}
+    for folder in dict.fromkeys(folders):
+        place = RunFolder(folder)
+        if place.recipe.is_file() and not place.finished:
+            notes.append(f"{folder}: not finished, left out")
+            continue
+        run = read_run(folder)
+        same = by_key.setdefault(_without_seed(run), [])
+        group = next((group for group in same if run.seed not in group.runs), None)
+        if group is None:
+            group = Group(run.name, {})
+            groups.append(group)
+            same.append(group)
+        else:
+            group.row = _plain_name(run)
+        group.runs[run.seed] = run
+        group.recipes.append(run.recipe)
+    rows = [group.row for group in groups]
+    for group in groups:
+        if rows.count(group.row) > 1:
+            group.row = str(next(iter(group.runs.values())).folder.path)
+    return Gathered("", None, groups, notes, {})
+
+
+def _plain_name(run: Run) -> str:
+    """The name of its recipe without the seed that a suite's cells have in theirs."""
+    return re.sub(rf"-s{run.seed}$", "", str(run.recipe["name"]))
+
+
+def _without_seed(run: Run) -> str:
+    """What is equal in runs that differ in the seed alone, teachers that differ in it included."""
+    recipe = {**run.recipe, "name": _plain_name(run), "seed": None}
+    for table in ("teacher", "denoiser"):
+        weights = str(recipe.get(table, {}).get("weights", ""))
+        beside = run.folder.path.parent / weights.removeprefix("run:")
+        if weights.startswith("run:") and RunFolder(beside).reported:
+            recipe[table] = {**recipe[table], "weights": _without_seed(read_run(beside))}
+    return json.dumps(recipe, sort_keys=True)
+
+
+def gather(paths: Sequence[Path], registry: Registry, out: Path | None = None) -> Gathered:
+    """The groups of suites, which are files or folders, and of run folders, in one table.
+
+    `out` is the folder of a suite's runs, where that is not runs/NAME. CheckpointError where no
+    run is finished.
+    """
+    from cmkit.suite.cells import cells
+    from cmkit.suite.suite import load_suite
+
+    parts, runs = [], []
+    for path in paths:
+        if path.suffix == ".toml":
+            suite = load_suite(path)
+            folder = SuiteFolder(out or Path("runs") / suite.name)
+            if suite.table.budget and suite.table.budget.unit == "seconds":
+                parts.append(of_results(folder.path))  # only bench knows the names of its cells
+                continue
+            found = cells(suite, registry, suite.count())
+            if suite.table.budget and suite.table.budget.unit == "evaluations":
+                from cmkit.suite.cost import per_step
+
+                found = cells(suite, registry, suite.count(), per_step)
+            parts.append(of_suite(suite, found, folder, None))
+        elif SuiteFolder(path).results.exists():
+            parts.append(of_results(path))
+        else:
+            runs.append(path)
+    parts += [of_runs(runs)] if runs else []
+    rows = [{group.row for group in part.groups} for part in parts]
+    for part, own in zip(parts, rows, strict=True):
+        others = set().union(*(other for other in rows if other is not own))
+        for group in part.groups:
+            group.row = f"{part.name}/{group.row}" if group.row in others else group.row
+        if part.baseline in others:
+            part.baseline = f"{part.name}/{part.baseline}"
+    groups = [group for part in parts for group in part.groups]
+    if not any(group.runs for group in groups):
+        first = paths[0]
+        cure = f"cmkit bench {first}" if first.suffix == ".toml" else (
+            f"cmkit run {first}/recipe.toml --out {first.parent}"
+        )  # fmt: skip
+        raise CheckpointError(f"{first}: not finished; {cure}")
+    return Gathered(
+        ", ".join(dict.fromkeys(part.name for part in parts if part.name)),
+        next((part.baseline for part in parts if part.baseline), None),
+        groups,
+        [note for part in parts for note in part.notes],
+        {key: value for part in parts for key, value in part.about.items()},
+    )
+
+
+def results(gathered: Gathered, same_noise: SameNoise, where: Where | None = None) -> Results:
+    """The table of what was gathered, of the lines that `where` chooses.
+
+    Verdicts are corrected for the comparisons of all lines, shown or not. RecipeError for a
+    baseline or a key of `where` that is not there, or a smoke run beside real ones.
+    """
+    groups, baseline = gathered.groups, gathered.baseline
+    where = where or {}
+    _check_where(groups, where)
+    if "seed" in where:
+        groups = [_of_seed(group, where["seed"]) for group in groups]
+    rows = dict.fromkeys(group.row for group in groups)
+    if baseline is not None and baseline not in rows:
+        raise RecipeError(f"baseline {baseline}: no such row{did_you_mean(baseline, rows)}")
+    runs = [run for group in groups for run in group.runs.values()]
+    notes = list(gathered.notes)
+    notes += _smoke(runs)
+    better = _directions(runs, same_noise.registry, notes)
+    scores = [dict(_scores(group, notes)) for group in groups]
+    notes += caveats(runs)
+    notes += _damaged(runs)
+    notes += _missing(groups)
+    notes += _biased(runs)
+    verdicts = _verdicts(groups, scores, baseline, better, same_noise, notes)
+    lines = [
+        _line(group, own, said)
+        for group, own, said in zip(groups, scores, verdicts, strict=True)
+        if _chosen(group, where)
+    ]
+    if not lines:
+        said = " ".join(f"{key}={value}" for key, value in where.items())
+        raise RecipeError(f"--where {said}: no line is so")
+    shown = Results(gathered.name, baseline, tuple(lines), (), (), {}, better)
+    return replace(
+        shown,
+        columns=tuple(_columns(lines)),
+        notes=tuple(dict.fromkeys(notes)),
+        provenance=_provenance(gathered.about, runs),
+    )
+
+
+def keep(found: Results, folder: SuiteFolder) -> None:
+    """Write results.json into a suite's folder, in which runs have their names alone."""
+    document = found.document()
+    for line in document["lines"]:
+        line["runs"] = {seed: Path(run).name for seed, run in line["runs"].items()}
+    files.atomic_write(folder.results, files.sealed(json.loads(json.dumps(document))))
+
+
+def _check_where(groups: Sequence[Group], where: Where) -> None:
+    recipes = [recipe for group in groups for recipe in group.recipes]
+    axes = {axis for group in groups for axis in group.axis}
+    for key in where:
+        if key in ("row", "seed") or key in axes:
+            continue
+        if all(_at(recipe, key) is None for recipe in recipes):
+            known = dict.fromkeys(path for recipe in recipes for path in _paths(recipe))
+            raise RecipeError(
+                f"--where {key}: no such key{did_you_mean(key, ['row', 'seed', *axes, *known])}"
+            )
+
+
+def _paths(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all keys of a recipe."""
+    for key, value in table.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def _at(recipe: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    node: Any = recipe
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def _chosen(group: Group, where: Where) -> bool:
+    """Whether a group is so in all of its recipes."""
+    for key, wanted in where.items():
+        if key == "seed":
+            continue
+        if key == "row" or key in group.axis:
+            if wanted != (group.row if key == "row" else group.axis[key]):
+                return False
+            continue
+        found = [_words(_at(recipe, key)) for recipe in group.recipes]
+        if not found or not all(wanted in words for words in found):
+            return False
+    return True
+
+
+def _words(value: Any) -> set[str]:
+    """What a value may be called: as TOML says it, without quotation marks, or by its part."""
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        return {word for one in value for word in _words(one)}
+    if isinstance(value, Mapping):
+        return {str(value.get("use"))}
+    return {inline(value), str(value)}
+
+
+def _of_seed(group: Group, seed: str) -> Group:
+    return replace(
+        group,
+        runs={s: run for s, run in group.runs.items() if str(s) == seed},
+        failures={s: why for s, why in group.failures.items() if str(s) == seed},
+    )
+
+
+def _smoke(runs: Sequence[Run]) -> Iterator[str]:
+    """A note where all are smoke runs; RecipeError where some are."""
+    smoke = [run for run in runs if run.smoke]
+    if smoke and len(smoke) < len(runs):
+        raise RecipeError(f"{smoke[0].folder.path}: a smoke run, whose numbers mean nothing; leave"
+                          " it out")  # fmt: skip
+    if smoke:
+        yield "smoke runs, shrunk and on invented data: the numbers mean nothing"
+
+
+def _damaged(runs: Sequence[Run]) -> Iterator[str]:
+    """Notes of damaged files beside an intact report.json."""
+    for run in runs:
+        try:
+            run.folder.status()
+        except CheckpointError as error:
+            yield f"{error}; the numbers are those of report.json, which is intact"
+
+
+def _missing(groups: Sequence[Group]) -> Iterator[str]:
+    """Notes of seeds that are not finished."""
+    for group in groups:
+        every = len(group.runs) + len(group.failures)
+        whys = "; ".join(f"seed {seed}: {why}" for seed, why in group.failures.items())
+        if whys:
+            yield f"{group.title}: {len(group.runs)} of {every} seeds; {whys}"
+
+
+def _biased(runs: Sequence[Run]) -> Iterator[str]:
+    """Notes of Frechet distances of too few images."""
+    for run in runs:
+        for number in run.scores:
+            record = run.provenance[number]
+            width, n = record.get("features", {}).get(number), record.get("images")
+            if width and n and few_images(n, width):
+                yield (
+                    f"{number} of {n:,} images is biased, as {width:,} features want at least"
+                    f" {5 * width:,}: trust KID more, and compare it with as many images only"
+                )
+
+
+def _directions(runs: Sequence[Run], registry: Registry, notes: list[str]) -> dict[str, Better]:
+    """By number, from the metric that gave it; a note where that is not installed."""
+    found: dict[str, Better] = {}
+    for run in runs:
+        for number in run.scores:
+            if number in found or number not in run.metrics:
+                continue
+            try:
+                metric = registry.load("metric", run.metrics[number])
+            except PluginError as error:
+                notes.append(f"{number}: nobody knows whether lower is better: {error}")
+                continue
+            assert issubclass(metric, Metric)
+            found[number] = "neither" if number in metric.neither else "lower"
+            if number in metric.higher:
+                found[number] = "higher"
+    return found
+
+
+def _scores(group: Group, notes: list[str]) -> Iterator[tuple[str, Score]]:
+    """The group's numbers over its seeds, of those that are measured as most are."""
+    every = len(group.runs) + len(group.failures)
+    for number in dict.fromkeys(n for run in group.runs.values() for n in run.scores):
+        ways: list[tuple[Mapping[str, str], dict[int, float]]] = []
+        for seed, run in sorted(group.runs.items()):
+            if number in run.scores:
+                way = run.measured(number)
+                values = next((v for known, v in ways if alike(known, way)), None)
+                if values is None:
+                    values = {}
+                    ways.append((way, values))
+                values[seed] = run.scores[number]
+        measured, kept = max(ways, key=lambda each: len(each[1]))
+        for _, others in ways:
+            if others is not kept:
+                seeds = ", ".join(map(str, others))
+                notes.append(f"{group.title}: {number} of seed {seeds} was measured in another way")
+        runs = [group.runs[seed] for seed in kept]
+        mean = mean_interval(list(kept.values()))
+        if not _independent(runs):
+            mean = replace(mean, of=_of_one(mean.of, "of one checkpoint"))
+        images = runs[0].provenance[number].get("images") or runs[0].facts["images"] or 0
+        yield number, Score(kept, every, mean, images, measured)
+
+
+def _independent(runs: Sequence[Run]) -> bool:
+    """Whether each has weights of its own, so that its seed is one of training."""
+    starts = [run.start for run in runs if "train" not in run.stages]
+    return len(set(starts)) == len(starts)
+
+
+def _of_one(of: str, what: str) -> str:
+    """`of` of an interval over seeds that are of sampling alone."""
+    return re.sub(r"^of the (two )?methods?", what, of).replace("training seed", "sampling seed")
+
+
+def _beside(group: Group, groups: Sequence[Group], baseline: str) -> Group | None:
+    """The baseline's line that a group is compared with: its only one, or that with the same
+    values on the axes that both have."""
+    own = [other for other in groups if other.row == baseline]
+    if len(own) > 1:
+        own = [
+            other
+            for other in own
+            if all(group.axis.get(name, value) == value for name, value in other.axis.items())
+        ]
+    return own[0] if len(own) == 1 else None
+
+
+def _verdicts(
+    groups: Sequence[Group],
+    scores: Sequence[Mapping[str, Score]],
+    baseline: str | None,
+    better: Mapping[str, Better],
+    same_noise: SameNoise,
+    notes: list[str],
+) -> list[dict[str, Verdict]]:
+    """The verdicts of each group beside the baseline, by number."""
+    found: list[dict[str, Verdict]] = [{} for _ in groups]
+    if baseline is None:
+        return found
+    of_group = {id(group): own for group, own in zip(groups, scores, strict=True)}
+    pairs = []
+    for index, group in enumerate(groups):
+        other = None if group.row == baseline else _beside(group, groups, baseline)
+        if other:
+            pairs.append((index, group, other))
+        elif group.row != baseline:
+            notes.append(f"{group.title}: {baseline} has no line to compare it with")
+    sentences: dict[str, list[str]] = {}
+    for number, direction in better.items():
+        if direction == "neither":
+            continue
+        differences = {}
+        for index, group, other in pairs:
+            a, b = of_group[id(group)].get(number), of_group[id(other)].get(number)
+            if a and b and alike(a.measured, b.measured):
+                differences[index] = _difference(group, other, number, a, b, same_noise)
+        corrected = holm(difference.p for difference in differences.values())
+        count = sum(p is not None for p in corrected)
+        for (index, difference), p in zip(differences.items(), corrected, strict=True):
+            word = verdict(difference, direction, p)
+            found[index][number] = Verdict(word, difference, p, count)
+        for sentence in _said(baseline, differences.values(), count):
+            sentences.setdefault(sentence, []).append(number)
+    notes += (f"{', '.join(numbers)}: {sentence}" for sentence, numbers in sentences.items())
+    return found
+
+
+def _said(baseline: str, differences: Iterable[Interval], count: int) -> Iterator[str]:
+    """What the verdicts in a number mean."""
+    if count:
+        yield (
+            f"better or worse than {baseline} where p < {1 - LEVEL:.2g} after Holm's correction for"
+            f" {count} comparison{'s' * (count > 1)}"
+        )
+    for of in dict.fromkeys(difference.of for difference in differences):
+        yield f"differences {of}"
+
+
+def _difference(
+    group: Group, other: Group, number: str, a: Score, b: Score, same_noise: SameNoise
+) -> Interval:
+    """a less b: paired over seeds where the runs share what `Run.shares` says and there are enough,
+    else by Welch; over one seed of each, on the same noise."""
+    shared = a.values.keys() & b.values.keys()
+    if len(a.values) == len(b.values) == 1:
+        (one,), (another,) = a.values, b.values
+        return same_noise.difference(group.runs[one], other.runs[another], number)
+    paired = len(shared) >= LEAST_SEEDS and all(
+        group.runs[seed].shares(other.runs[seed]) for seed in shared
+    )
+    if paired:
+        found = paired_difference(a.values, b.values)
+    else:
+        found = welch_difference([*a.values.values()], [*b.values.values()])
+    one, another = (
+        _independent([each.runs[seed] for seed in score.values])
+        for each, score in ((group, a), (other, b))
+    )
+    if one and another:
+        return found
+    what = CHECKPOINTS.partition(",")[0] if one == another else "of a method and one checkpoint"
+    return replace(found, of=_of_one(found.of, what) if one == another else found.of.replace(
+        "of the two methods", what))  # fmt: skip
+
+
+def _columns(lines: Sequence[Line]) -> Iterator[tuple[str, Mapping[str, str]]]:
+    """A number has a column for each way that it was measured in."""
+    for number in dict.fromkeys(n for line in lines for n in (*line.scores, *line.expected)):
+        ways: list[Mapping[str, str]] = []
+        for line in lines:
+            way = line.scores[number].measured if number in line.scores else None
+            if way is not None and not any(alike(way, other) for other in ways):
+                ways.append(way)
+        yield from ((number, way) for way in ways or [{}])
+
+
+def _line(group: Group, scores: Mapping[str, Score], verdicts: Mapping[str, Verdict]) -> Line:
+    runs = [group.runs[seed] for seed in sorted(group.runs)]
+    facts: dict[str, Any] = {}
+    for key in dict.fromkeys(key for run in runs for key in run.facts):
+        values = list(dict.fromkeys(run.facts.get(key, 1) for run in runs))
+        facts[key] = values[0] if len(values) == 1 else ", ".join(map(str, values))
+    facts |= cost_of(runs)
+    if group.cost.get("parameters"):
+        facts.setdefault("parameters", group.cost["parameters"])
+    if "training" in facts and group.cost.get("evaluations"):
+        facts["training"]["evaluations"] = group.cost["evaluations"]
+    if gain := _gain(runs):
+        facts["gain"] = gain
+    first = runs[0] if runs else None
+    return Line(
+        group.row,
+        dict(group.axis),
+        group.note,
+        {seed: str(run.folder.path) for seed, run in sorted(group.runs.items())},
+        group.failures,
+        scores,
+        verdicts,
+        facts,
+        dict(first.expected) if first else {},
+        first.source if first else None,
+    )
+
+
+def _gain(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """What rescaling changes on fresh noise: of one run over its noise seeds, of several over these
+    runs. Keys "number", "plain", "rescaled" and those of the difference's interval."""
+    searches = [run.stages["search"] for run in runs if "search" in run.stages]
+    if not searches or len({found["minimize"] for found in searches}) > 1:
+        return None
+    confirmed = [found["confirm"] for found in searches]
+    differences = [each["difference"] for each in confirmed]
+    interval = mean_interval([each["mean"] for each in differences])
+    if len(runs) == 1:
+        low, high = differences[0]["low"], differences[0]["high"]
+        noises = len(confirmed[0]["seeds"])
+        interval = Interval(
+            interval.value, low, high, None, f"of this checkpoint, over {noises} noise seeds"
+        )
+    plain, rescaled = (
+        sum(each[name]["mean"] for each in confirmed) / len(confirmed)
+        for name in ("plain", "rescaled")
+    )
+    about = {"number": searches[0]["minimize"], "plain": plain, "rescaled": rescaled}
+    return {**about, **asdict(interval)}
+
+
+def _provenance(about: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
+    """Of the whole: versions and devices of all runs, and the time."""
+    found = {key: value for key, value in about.items() if value}
+    for key in ("cmkit", "torch", "device"):
+        values = dict.fromkeys(str(r.environment[key]) for r in runs if key in r.environment)
+        if values:
+            found[key] = ", ".join(values)
+    now = datetime.datetime.now(datetime.UTC)
+    return {**found, "time": now.isoformat(timespec="seconds")}
