@@ -549,7 +549,7 @@ def test_a_bad_suite_is_one_line_and_exit_code_2(cmkit, tmp_path, suite):
 
 def test_yes_takes_more_cells(cmkit, tmp_path, suite, monkeypatch):
     monkeypatch.setattr("cmkit.suite.cells.MOST", 3)
-    monkeypatch.setattr("cmkit.cli.bench._check", lambda suite, cells, json: None)
+    monkeypatch.setattr("cmkit.cli.bench._check", lambda *_: None)
     suite(HEAD, NFE, CT)
     assert cmkit("bench", tmp_path / "s.toml", "--check")[0] == 2
     assert cmkit("bench", tmp_path / "s.toml", "--check", "--yes")[0] == 0

@@ -363,8 +363,8 @@ def _smoke(runs: Sequence[Run]) -> Iterator[str]:
     """A note where all are smoke runs; RecipeError where some are."""
     smoke = [run for run in runs if run.smoke]
     if smoke and len(smoke) < len(runs):
-        raise RecipeError(f"{smoke[0].folder.path}: a smoke run, whose numbers mean nothing; leave"
-                          " it out")  # fmt: skip
+        where = smoke[0].folder.path
+        raise RecipeError(f"{where}: a smoke run, whose numbers mean nothing; leave it out")
     if smoke:
         yield "smoke runs, shrunk and on invented data: the numbers mean nothing"
 
