@@ -9,8 +9,9 @@ import pytest
 
 from cmkit import PluginError, RecipeError, discover
 from cmkit.recipe import load, run_name, stage_keys
-from cmkit.suite.cells import Change, cells, in_order, merge
-from cmkit.suite.suite import ROW_KEYS, SuiteTable, load_suite
+from cmkit.suite.cells import cells, in_order
+from cmkit.suite.merge import merge
+from cmkit.suite.suite import ROW_KEYS, Change, SuiteTable, load_suite
 
 ROOT = Path(__file__).parent.parent
 BASE = """\

@@ -5,29 +5,23 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmkit import files
-from cmkit.errors import CheckpointError, PluginError, RecipeError, did_you_mean, inline
+from cmkit.errors import CheckpointError, PluginError, RecipeError, did_you_mean
 from cmkit.kinds import Metric
 from cmkit.plugins import Registry
 from cmkit.run.folder import RunFolder
 from cmkit.suite.cells import Cell
+from cmkit.suite.groups import Group, Where, check_where, chosen, of_seed
 from cmkit.suite.intervals import (
-    CHECKPOINTS,
-    LEAST_SEEDS,
-    LEVEL,
     Interval,
-    few_images,
-    holm,
     mean_interval,
-    paired_difference,
-    verdict,
-    welch_difference,
 )
+from cmkit.suite.judge import biased, independent, of_one, verdicts_of
 from cmkit.suite.noise import SameNoise
 from cmkit.suite.results import SCHEMA, Better, Line, Results, Score, Verdict
 from cmkit.suite.runs import Run, alike, caveats, cost_of, read_run
@@ -36,27 +30,6 @@ from cmkit.suite.work import SuiteFolder
 
 if TYPE_CHECKING:
     from cmkit.suite.cost import Costs
-
-Where = Mapping[str, str]
-
-
-@dataclass
-class Group:
-    """The runs that are to be a line: by seed those that are finished, and why others are not."""
-
-    row: str
-    axis: Mapping[str, str]
-    note: str = ""
-    runs: dict[int, Run] = field(default_factory=dict)
-    failures: dict[int, str] = field(default_factory=dict)
-    recipes: list[Mapping[str, Any]] = field(default_factory=list)
-    """Resolved, of all seeds."""
-    cost: dict[str, Any] = field(default_factory=dict)
-    """What no report tells: "evaluations" of the training, "parameters" without one."""
-
-    @property
-    def title(self) -> str:
-        return Line(self.row, self.axis, "", {}, {}, {}, {}, {}).title
 
 
 @dataclass
@@ -257,9 +230,9 @@ def results(gathered: Gathered, same_noise: SameNoise, where: Where | None = Non
     """
     groups, baseline = gathered.groups, gathered.baseline
     where = where or {}
-    _check_where(groups, where)
+    check_where(groups, where)
     if "seed" in where:
-        groups = [_of_seed(group, where["seed"]) for group in groups]
+        groups = [of_seed(group, where["seed"]) for group in groups]
     rows = dict.fromkeys(group.row for group in groups)
     if baseline is not None and baseline not in rows:
         raise RecipeError(f"baseline {baseline}: no such row{did_you_mean(baseline, rows)}")
@@ -272,11 +245,11 @@ def results(gathered: Gathered, same_noise: SameNoise, where: Where | None = Non
     notes += _damaged(runs)
     notes += _missing(groups)
     notes += _biased(runs)
-    verdicts = _verdicts(groups, scores, baseline, better, same_noise, notes)
+    verdicts = verdicts_of(groups, scores, baseline, better, same_noise, notes)
     lines = [
         _line(group, own, said)
         for group, own, said in zip(groups, scores, verdicts, strict=True)
-        if _chosen(group, where)
+        if chosen(group, where)
     ]
     if not lines:
         said = " ".join(f"{key}={value}" for key, value in where.items())
@@ -296,67 +269,6 @@ def keep(found: Results, folder: SuiteFolder) -> None:
     for line in document["lines"]:
         line["runs"] = {seed: Path(run).name for seed, run in line["runs"].items()}
     files.atomic_write(folder.results, files.sealed(json.loads(json.dumps(document))))
-
-
-def _check_where(groups: Sequence[Group], where: Where) -> None:
-    recipes = [recipe for group in groups for recipe in group.recipes]
-    axes = {axis for group in groups for axis in group.axis}
-    for key in where:
-        if key in ("row", "seed") or key in axes:
-            continue
-        if all(_at(recipe, key) is None for recipe in recipes):
-            known = dict.fromkeys(path for recipe in recipes for path in _paths(recipe))
-            raise RecipeError(
-                f"--where {key}: no such key{did_you_mean(key, ['row', 'seed', *axes, *known])}"
-            )
-
-
-def _paths(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all keys of a recipe."""
-    for key, value in table.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _paths(value, f"{prefix}{key}.")
-
-
-def _at(recipe: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where there is none."""
-    node: Any = recipe
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node
-
-
-def _chosen(group: Group, where: Where) -> bool:
-    """Whether a group is so in all of its recipes."""
-    for key, wanted in where.items():
-        if key == "seed":
-            continue
-        if key == "row" or key in group.axis:
-            if wanted != (group.row if key == "row" else group.axis[key]):
-                return False
-            continue
-        found = [_words(_at(recipe, key)) for recipe in group.recipes]
-        if not found or not all(wanted in words for words in found):
-            return False
-    return True
-
-
-def _words(value: Any) -> set[str]:
-    """What a value may be called: as TOML says it, without quotation marks, or by its part."""
-    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
-        return {word for one in value for word in _words(one)}
-    if isinstance(value, Mapping):
-        return {str(value.get("use"))}
-    return {inline(value), str(value)}
-
-
-def _of_seed(group: Group, seed: str) -> Group:
-    return replace(
-        group,
-        runs={s: run for s, run in group.runs.items() if str(s) == seed},
-        failures={s: why for s, why in group.failures.items() if str(s) == seed},
-    )
 
 
 def _smoke(runs: Sequence[Run]) -> Iterator[str]:
@@ -391,12 +303,12 @@ def _biased(runs: Sequence[Run]) -> Iterator[str]:
     """Notes of Frechet distances of too few images."""
     for run in runs:
         for number in run.scores:
-            record = run.provenance[number]
-            width, n = record.get("features", {}).get(number), record.get("images")
-            if width and n and few_images(n, width):
+            if biased(run, number):
+                record = run.provenance[number]
+                width, n = record["features"][number], record["images"]
                 yield (
                     f"{number} of {n:,} images is biased, as {width:,} features want at least"
-                    f" {5 * width:,}: trust KID more, and compare it with as many images only"
+                    f" {5 * width:,}: it decides nothing here, trust KID"
                 )
 
 
@@ -439,112 +351,10 @@ def _scores(group: Group, notes: list[str]) -> Iterator[tuple[str, Score]]:
                 notes.append(f"{group.title}: {number} of seed {seeds} was measured in another way")
         runs = [group.runs[seed] for seed in kept]
         mean = mean_interval(list(kept.values()))
-        if not _independent(runs):
-            mean = replace(mean, of=_of_one(mean.of, "of one checkpoint"))
+        if not independent(runs):
+            mean = replace(mean, of=of_one(mean.of, "of one checkpoint"))
         images = runs[0].provenance[number].get("images") or runs[0].facts["images"] or 0
         yield number, Score(kept, every, mean, images, measured)
-
-
-def _independent(runs: Sequence[Run]) -> bool:
-    """Whether each has weights of its own, so that its seed is one of training."""
-    starts = [run.start for run in runs if "train" not in run.stages]
-    return len(set(starts)) == len(starts)
-
-
-def _of_one(of: str, what: str) -> str:
-    """`of` of an interval over seeds that are of sampling alone."""
-    return re.sub(r"^of the (two )?methods?", what, of).replace("training seed", "sampling seed")
-
-
-def _beside(group: Group, groups: Sequence[Group], baseline: str) -> Group | None:
-    """The baseline's line that a group is compared with: its only one, or that with the same
-    values on the axes that both have."""
-    own = [other for other in groups if other.row == baseline]
-    if len(own) > 1:
-        own = [
-            other
-            for other in own
-            if all(group.axis.get(name, value) == value for name, value in other.axis.items())
-        ]
-    return own[0] if len(own) == 1 else None
-
-
-def _verdicts(
-    groups: Sequence[Group],
-    scores: Sequence[Mapping[str, Score]],
-    baseline: str | None,
-    better: Mapping[str, Better],
-    same_noise: SameNoise,
-    notes: list[str],
-) -> list[dict[str, Verdict]]:
-    """The verdicts of each group beside the baseline, by number."""
-    found: list[dict[str, Verdict]] = [{} for _ in groups]
-    if baseline is None:
-        return found
-    of_group = {id(group): own for group, own in zip(groups, scores, strict=True)}
-    pairs = []
-    for index, group in enumerate(groups):
-        other = None if group.row == baseline else _beside(group, groups, baseline)
-        if other:
-            pairs.append((index, group, other))
-        elif group.row != baseline:
-            notes.append(f"{group.title}: {baseline} has no line to compare it with")
-    sentences: dict[str, list[str]] = {}
-    for number, direction in better.items():
-        if direction == "neither":
-            continue
-        differences = {}
-        for index, group, other in pairs:
-            a, b = of_group[id(group)].get(number), of_group[id(other)].get(number)
-            if a and b and alike(a.measured, b.measured):
-                differences[index] = _difference(group, other, number, a, b, same_noise)
-        corrected = holm(difference.p for difference in differences.values())
-        count = sum(p is not None for p in corrected)
-        for (index, difference), p in zip(differences.items(), corrected, strict=True):
-            word = verdict(difference, direction, p)
-            found[index][number] = Verdict(word, difference, p, count)
-        for sentence in _said(baseline, differences.values(), count):
-            sentences.setdefault(sentence, []).append(number)
-    notes += (f"{', '.join(numbers)}: {sentence}" for sentence, numbers in sentences.items())
-    return found
-
-
-def _said(baseline: str, differences: Iterable[Interval], count: int) -> Iterator[str]:
-    """What the verdicts in a number mean."""
-    if count:
-        yield (
-            f"better or worse than {baseline} where p < {1 - LEVEL:.2g} after Holm's correction for"
-            f" {count} comparison{'s' * (count > 1)}"
-        )
-    for of in dict.fromkeys(difference.of for difference in differences):
-        yield f"differences {of}"
-
-
-def _difference(
-    group: Group, other: Group, number: str, a: Score, b: Score, same_noise: SameNoise
-) -> Interval:
-    """a less b: paired over seeds where the runs share what `Run.shares` says and there are enough,
-    else by Welch; over one seed of each, on the same noise."""
-    shared = a.values.keys() & b.values.keys()
-    if len(a.values) == len(b.values) == 1:
-        (one,), (another,) = a.values, b.values
-        return same_noise.difference(group.runs[one], other.runs[another], number)
-    paired = len(shared) >= LEAST_SEEDS and all(
-        group.runs[seed].shares(other.runs[seed]) for seed in shared
-    )
-    if paired:
-        found = paired_difference(a.values, b.values)
-    else:
-        found = welch_difference([*a.values.values()], [*b.values.values()])
-    one, another = (
-        _independent([each.runs[seed] for seed in score.values])
-        for each, score in ((group, a), (other, b))
-    )
-    if one and another:
-        return found
-    what = CHECKPOINTS.partition(",")[0] if one == another else "of a method and one checkpoint"
-    return replace(found, of=_of_one(found.of, what) if one == another else found.of.replace(
-        "of the two methods", what))  # fmt: skip
 
 
 def _columns(lines: Sequence[Line]) -> Iterator[tuple[str, Mapping[str, str]]]:

@@ -1,0 +1,94 @@
+"""The runs that are to be a line of a table, and which of them --where chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cmkit.errors import RecipeError, did_you_mean, inline
+from cmkit.suite.results import Line
+from cmkit.suite.runs import Run
+
+Where = Mapping[str, str]
+"""What --where says: a value by row, seed, axis or dotted key of a recipe."""
+
+
+@dataclass
+class Group:
+    """The runs that are to be a line: by seed those that are finished, and why others are not."""
+
+    row: str
+    axis: Mapping[str, str]
+    note: str = ""
+    runs: dict[int, Run] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    recipes: list[Mapping[str, Any]] = field(default_factory=list)
+    """Resolved, of all seeds."""
+    cost: dict[str, Any] = field(default_factory=dict)
+    """What no report tells: "evaluations" of the training, "parameters" without one."""
+
+    @property
+    def title(self) -> str:
+        return Line(self.row, self.axis, "", {}, {}, {}, {}, {}).title
+
+
+def check_where(groups: Sequence[Group], where: Where) -> None:
+    recipes = [recipe for group in groups for recipe in group.recipes]
+    axes = {axis for group in groups for axis in group.axis}
+    for key in where:
+        if key in ("row", "seed") or key in axes:
+            continue
+        if all(_at(recipe, key) is None for recipe in recipes):
+            known = dict.fromkeys(path for recipe in recipes for path in _paths(recipe))
+            raise RecipeError(
+                f"--where {key}: no such key{did_you_mean(key, ['row', 'seed', *axes, *known])}"
+            )
+
+
+def chosen(group: Group, where: Where) -> bool:
+    """Whether a group is so in all of its recipes."""
+    for key, wanted in where.items():
+        if key == "seed":
+            continue
+        if key == "row" or key in group.axis:
+            if wanted != (group.row if key == "row" else group.axis[key]):
+                return False
+            continue
+        found = [_words(_at(recipe, key)) for recipe in group.recipes]
+        if not found or not all(wanted in words for words in found):
+            return False
+    return True
+
+
+def of_seed(group: Group, seed: str) -> Group:
+    return replace(
+        group,
+        runs={s: run for s, run in group.runs.items() if str(s) == seed},
+        failures={s: why for s, why in group.failures.items() if str(s) == seed},
+    )
+
+
+def _paths(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all keys of a recipe."""
+    for key, value in table.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def _at(recipe: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    node: Any = recipe
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def _words(value: Any) -> set[str]:
+    """What a value may be called: as TOML says it, without quotation marks, or by its part."""
+    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+        return {word for one in value for word in _words(one)}
+    if isinstance(value, Mapping):
+        return {str(value.get("use"))}
+    return {inline(value), str(value)}
