@@ -83,7 +83,7 @@ def scrub(value: Any) -> Any:
     handed around."""
     if isinstance(value, dict):
         return {key: scrub(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [scrub(item) for item in value]
     if not isinstance(value, str):
         return value
