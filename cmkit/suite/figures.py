@@ -37,8 +37,8 @@ MARKERS = {
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT, ROW, LONGEST = 7.0, 3.8, 0.2, 28
 """Inches of a figure and for a name beside it, and letters of a name."""
-SHOWN, SAMPLE_PIXELS, GAP_GREY = 12, 96, 64
-"""Samples in a row, the most pixels of one, and what is between them."""
+SHOWN, SAMPLE_PIXELS = 16, 96
+"""Samples in a row, and the most pixels of one."""
 ROWS_BYTES = 2 * 2**20
 """Of all rows of samples together, before they are written in base 64."""
 
@@ -117,7 +117,7 @@ def quality_png(curves: Sequence[Curve], x_label: str, y_label: str, nfe: bool) 
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(lambda value, _: count(value))
     axes.margins(x=0.06)
-    _name(axes, [(curve.title, curve.style) for curve in curves], ends)
+    _name(axes, [curve.title for curve in curves], ends)
     axes.set_xlabel(x_label, parse_math=False)
     axes.set_ylabel(y_label, parse_math=False)
     return figure_png(figure)
@@ -140,7 +140,7 @@ def losses_png(
     plain_ticks(axes)
     axes.xaxis.set_major_formatter(lambda step, _: count(step))
     axes.margins(x=0.01)
-    _name(axes, [(title, style) for title, style, _ in curves], ends)
+    _name(axes, [title for title, _, _ in curves], ends)
     axes.set(xlabel="training step", ylabel="loss")
     return figure_png(figure)
 
@@ -193,16 +193,14 @@ def _draw(axes: Axes, curve: Curve, xs: Sequence[float]) -> None:
     axes.plot(xs, ys, linestyle="", color=style.colour, **marker)
 
 
-def _name(
-    axes: Axes, names: Sequence[tuple[str, Style]], ends: Sequence[tuple[float, float]]
-) -> None:
+def _name(axes: Axes, titles: Sequence[str], ends: Sequence[tuple[float, float]]) -> None:
     """Write each name to the right of the plot, at the height of the curve's end or near it."""
     axes.autoscale_view()
     inside = axes.transData + axes.transAxes.inverted()
     heights = [min(max(float(inside.transform(end)[1]), 0.0), 1.0) for end in ends]
     gap = ROW / (axes.get_position().height * axes.figure.get_size_inches()[1])
-    for (title, style), end, height in zip(names, ends, _spread(heights, gap), strict=True):
-        line = {"arrowstyle": "-", "color": style.colour, "linewidth": 0.6, "alpha": 0.6}
+    for title, end, height in zip(titles, ends, _spread(heights, gap), strict=True):
+        line = {"arrowstyle": "-", "color": "#a8a8a8", "linewidth": 0.7, "linestyle": ":"}
         where: dict[str, Any] = {"xytext": (1.05, height), "textcoords": "axes fraction"}
         axes.annotate(
             title if len(title) <= LONGEST else f"{title[: LONGEST - 1]}…",
@@ -282,15 +280,15 @@ def sample_row(images: NDArray[np.uint8], most: int) -> dict[str, Any]:
         large = np.stack([np.asarray(one).reshape(*size[::-1], -1) for one in small])
     factor = max(1, CELL_PIXELS // large.shape[1])
     large = large.repeat(factor, 1).repeat(factor, 2)
-    gap = max(2, factor // 2)
-    framed = np.pad(large, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=GAP_GREY)
-    strip = np.concatenate([*framed], 1)[:, :-gap]
-    picture = _picture(strip)
+    gap = max(3, large.shape[2] // 12)
+    seen = np.concatenate([large, np.full((*large.shape[:3], 1), 255, np.uint8)], 3)
+    framed = np.pad(seen, ((0, 0), (0, 0), (0, gap), (0, 0)))  # transparent: any page's colour
+    picture = _picture(np.concatenate([*framed], 1)[:, :-gap])
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     data = buffer.getvalue()
     if len(data) > most:
-        data = webp(picture.convert("RGB"), picture.width, most)
+        data = webp(picture.convert("RGBA"), picture.width, most)
     return image("samples", data, picture.width, picture.height)
 
 

@@ -6,6 +6,7 @@ import base64
 import itertools
 import os
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from cmkit.report.page import render, scrub
 from cmkit.run.folder import RunFolder
 from cmkit.suite import figures
 from cmkit.suite.figures import Curve, Point, Style
-from cmkit.suite.intervals import LEAST_SEEDS, mean_interval
+from cmkit.suite.intervals import mean_interval
 from cmkit.suite.results import Line, Results, Score, Verdict
 from cmkit.suite.work import SuiteFolder
 
@@ -89,17 +90,20 @@ def page(results: Results, folder: SuiteFolder) -> str:
     curves = _curves(results.lines, lambda line: line.facts.get("nfe"))
     styles = _styles(results, [(line.row, curves[line.title]) for line in results.lines])
     keys = list(dict.fromkeys(styles.values()))
+    drawn = {
+        title: {"key": keys.index(styles[curve]), "marker": styles[curve].path}
+        for title, curve in curves.items()
+    }
     text = {
         "name": results.name,
         "baseline": results.baseline,
-        "lede": next(filter(None, (_tally(results, column) for column in columns)), ""),
+        "lede": next(filter(None, (_lede(results, column) for column in columns)), ""),
         "headlines": list(_headlines(results, columns)),
         "columns": [_heading(results, column) for column in columns],
         "lines": [
             {
                 **_line(line, columns, folder),
-                "key": keys.index(styles[curves[line.title]]),
-                "marker": styles[curves[line.title]].path,
+                **drawn[line.title],
                 "is_baseline": line.row == results.baseline,
             }
             for line in results.lines
@@ -112,7 +116,7 @@ def page(results: Results, folder: SuiteFolder) -> str:
     variables = {
         **scrub(text),
         "quality": _quality(results, columns, curves, styles),
-        "samples": _samples(results, runs),
+        "samples": _samples(results, runs, drawn),
         "losses": _losses(results, runs),
     }
     rules = (f".k{k} {{ color: {s.colour}; fill: {s.fill} }}\n" for k, s in enumerate(keys))
@@ -136,7 +140,10 @@ def _runs(results: Results, folder: SuiteFolder) -> Iterator[_Run]:
 
 
 def _href(path: Path, folder: SuiteFolder) -> str:
-    """A relative link, which no name can turn into one with a scheme."""
+    """A relative link to a file, which no name can turn into one with a scheme; "" where there is
+    no such file."""
+    if not path.is_file():
+        return ""
     relative = os.path.relpath(path.resolve(), folder.path.resolve())
     return quote(f"./{Path(relative).as_posix()}")
 
@@ -203,33 +210,31 @@ def _styles(results: Results, names: Sequence[tuple[str, str]]) -> dict[str, Sty
     return found
 
 
-def _tally(results: Results, column: _Column) -> str:
+def _words(results: Results, column: _Column) -> Counter[str]:
+    return Counter(v.word for line in results.lines if (v := column.verdict(line)))
+
+
+def _lede(results: Results, column: _Column) -> str:
     """How many lines are better and worse than the baseline; "" without comparisons."""
-    words = Counter(v.word for line in results.lines if (v := column.verdict(line)))
-    if not words:
-        return ""
-    said = ", ".join(f"{words[word]} {word}" for word in ("better", "worse") if words[word])
-    open_ = words["cannot tell"]
-    left = f"of {open_} nothing can be told" if open_ else ""
-    than = f" than {results.baseline}" if said and results.baseline else ""
-    return f"{column.title}: {'; '.join(filter(None, [said + than, left]))}."
+    words = _words(results, column)
+    said = [f"{words[word]} {word}" for word in ("better", "worse", "cannot tell") if words[word]]
+    than = f" than {results.baseline}" if results.baseline else ""
+    return f"{column.title}{than}: {', '.join(said)}." if said else ""
 
 
 def _headlines(results: Results, columns: Sequence[_Column]) -> Iterator[tuple[str, str, str]]:
+    """(label, value, note) of what a reader wants to know first."""
     lines = results.lines
     rows = len({line.row for line in lines})
     yield "lines", str(len(lines)), f"of {rows} row{'s' * (rows > 1)}"
     done = sum(len(line.runs) for line in lines)
     missing = sum(len(line.failures) for line in lines)
     seeds = sorted({seed for line in lines for seed in (*line.runs, *line.failures)})
-    shown = ", ".join(map(str, seeds))
-    yield "runs finished", f"{done} of {done + missing}", f"seed{'s' * (len(seeds) > 1)} {shown}"
-    for column in columns[:2]:
-        verdicts = list(filter(None, map(column.verdict, lines)))
-        if verdicts:
-            words = Counter(verdict.word for verdict in verdicts)
-            note = f"cannot tell {words['cannot tell']}, of {len(verdicts)} comparisons"
-            yield column.title, f"{words['better']} better · {words['worse']} worse", note
+    yield "runs finished", f"{done} of {done + missing}", _seeds(seeds)
+    for column in [column for column in columns if _words(results, column)][:2]:
+        words = _words(results, column)
+        note = f"of {words.total()} lines; of {words['cannot tell']} nothing can be told"
+        yield column.title, f"{words['better']} better, {words['worse']} worse", note
 
 
 def _line(line: Line, columns: Sequence[_Column], folder: SuiteFolder) -> dict[str, Any]:
@@ -242,8 +247,8 @@ def _line(line: Line, columns: Sequence[_Column], folder: SuiteFolder) -> dict[s
         "note": line.note,
         "cells": [_cell(line, column) for column in columns],
         "failures": [
-            {"seed": seed, "why": why, "log": _log(why, folder)}
-            for seed, why in sorted(line.failures.items())
+            {"seeds": _seeds(seeds), "why": why, "log": _log(why, folder)}
+            for why, seeds in _by_reason(line.failures).items()
         ],
         "runs": [
             {"seed": seed, "href": _href(_place(path, folder) / "report.html", folder)}
@@ -257,6 +262,17 @@ def _line(line: Line, columns: Sequence[_Column], folder: SuiteFolder) -> dict[s
             if key not in FACTS and isinstance(value, str | int | float)
         ],
     }
+
+
+def _by_reason(failures: Mapping[int, str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for seed, why in sorted(failures.items()):
+        found.setdefault(why, []).append(seed)
+    return found
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def _cell(line: Line, column: _Column) -> dict[str, Any]:
@@ -274,9 +290,7 @@ def _cell(line: Line, column: _Column) -> dict[str, Any]:
 def _log(why: str, folder: SuiteFolder) -> str:
     """A link to the log that a failure's reason ends with; "" where it names none."""
     match = re.search(r"; see (\S+)$", why)
-    if match and (log := _place(match[1], folder)).is_file():
-        return _href(log, folder)
-    return ""
+    return _href(_place(match[1], folder), folder) if match else ""
 
 
 def _scopes(results: Results) -> Iterator[str]:
@@ -349,7 +363,9 @@ def _uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _samples(results: Results, runs: Sequence[_Run]) -> dict[str, Any] | None:
+def _samples(
+    results: Results, runs: Sequence[_Run], drawn: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any] | None:
     """Rows of the same image numbers of one seed, that of which most lines have samples."""
     seeds = Counter(run.seed for run in runs if run.folder.sample_files())
     if not seeds:
@@ -357,9 +373,11 @@ def _samples(results: Results, runs: Sequence[_Run]) -> dict[str, Any] | None:
     seed = max(seeds, key=lambda seed: (seeds[seed], -seed))
     own = {run.line.title: run for run in runs if run.seed == seed}
     most = figures.ROWS_BYTES // len(results.lines)
-    rows, count = [], 0
+    rows: list[dict[str, Any]] = []
+    count, above = 0, ""
     for line in results.lines:
-        row: dict[str, Any] = {"title": line.title, "picture": None, "labels": None}
+        row = {"title": line.title, "picture": None, "labels": None, **drawn[line.title]}
+        row["first"], above = line.row != above, line.row
         if (run := own.get(line.title)) and (paths := run.folder.sample_files()):
             images = figures.first_samples(paths)
             count = max(count, len(images))
@@ -415,10 +433,18 @@ def _gain(found: Sequence[tuple[_Run, Mapping[str, Any]]]) -> dict[str, Any]:
                     "images": confirm.get("images"),
                 }
             )
-        means = [row["difference"]["mean"] for row in rows]
-        over = vars(mean_interval(means)) if len(means) >= LEAST_SEEDS else None
-        lines.append({"title": title, "rows": rows, "over": over})
+        lines.append({"title": title, "rows": rows, **_over_seeds(rows)})
     return {"lines": lines, "zero": place(0.0)}
+
+
+def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds of a line, and the interval of the difference: that of the only
+    checkpoint where there is one."""
+    means = {key: statistics.fmean(row[key] for row in rows) for key in ("plain", "rescaled")}
+    if len(rows) == 1:
+        one = rows[0]["difference"]
+        return {**means, "over": {**one, "value": one["mean"], "of": "of one checkpoint"}}
+    return {**means, "over": vars(mean_interval([row["difference"]["mean"] for row in rows]))}
 
 
 def _losses(results: Results, runs: Sequence[_Run]) -> dict[str, Any] | None:
@@ -435,13 +461,19 @@ def _losses(results: Results, runs: Sequence[_Run]) -> dict[str, Any] | None:
         name = next(named, None) or _training([run.line for run in group])
         names |= {run.line.title: name for run in group}
         if curve := curve_of(group[0].folder.log(), LOSS_POINTS):
-            logs.setdefault(name, []).append((curve["steps"], curve["losses"]))
+            logs.setdefault(name, []).append((curve["steps"], _smooth(curve["losses"])))
     if not logs:
         return None
     styles = _styles(results, list(logs))
     png = figures.losses_png([(name, styles[name], own) for (_, name), own in logs.items()])
     seeds = max(map(len, logs.values()))
     return {"src": _uri(png), "trainings": sum(map(len, logs.values())), "seeds": seeds}
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    """Running means over a twentieth of a curve."""
+    reach = len(losses) // 40
+    return [statistics.fmean(losses[max(0, k - reach) : k + reach + 1]) for k in range(len(losses))]
 
 
 def _training(lines: Sequence[Line]) -> tuple[str, str]:
