@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmkit.files import reading, require_regular
-from cmkit.report.figures import CELL_PIXELS, count, figure_png, image, plain_ticks, webp
+from cmkit.report.figures import count, figure_png, image, plain_ticks, webp
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,8 +37,8 @@ MARKERS = {
 DASHES = ("-", "--", ":", "-.")
 WIDTH, HEIGHT, ROW, LONGEST = 7.0, 3.8, 0.2, 28
 """Inches of a figure and for a name beside it, and letters of a name."""
-SHOWN, SAMPLE_PIXELS = 16, 96
-"""Samples in a row, and the most pixels of one."""
+SHOWN, SMALLEST, LARGEST, PAPER = 16, 48, 96, 250
+"""Samples in a row, the fewest and the most pixels of one, and the grey between them."""
 ROWS_BYTES = 2 * 2**20
 """Of all rows of samples together, before they are written in base 64."""
 
@@ -274,21 +274,20 @@ def _first(archive: zipfile.ZipFile, most: int) -> NDArray[np.uint8]:
 def sample_row(images: NDArray[np.uint8], most: int) -> dict[str, Any]:
     """Attributes of an <img> of images (n, H, W, C) side by side, of about `most` bytes."""
     large = images
-    if images.shape[1] > SAMPLE_PIXELS:
-        size = (SAMPLE_PIXELS * images.shape[2] // images.shape[1], SAMPLE_PIXELS)
+    if images.shape[1] > LARGEST:
+        size = (LARGEST * images.shape[2] // images.shape[1], LARGEST)
         small = [_picture(pixels).resize(size) for pixels in images]
         large = np.stack([np.asarray(one).reshape(*size[::-1], -1) for one in small])
-    factor = max(1, CELL_PIXELS // large.shape[1])
+    factor = max(1, SMALLEST // large.shape[1])
     large = large.repeat(factor, 1).repeat(factor, 2)
     gap = max(3, large.shape[2] // 12)
-    seen = np.concatenate([large, np.full((*large.shape[:3], 1), 255, np.uint8)], 3)
-    framed = np.pad(seen, ((0, 0), (0, 0), (0, gap), (0, 0)))  # transparent: any page's colour
+    framed = np.pad(large, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=PAPER)
     picture = _picture(np.concatenate([*framed], 1)[:, :-gap])
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     data = buffer.getvalue()
     if len(data) > most:
-        data = webp(picture.convert("RGBA"), picture.width, most)
+        data = webp(picture.convert("RGB"), picture.width, most)
     return image("samples", data, picture.width, picture.height)
 
 

@@ -217,9 +217,10 @@ def _words(results: Results, column: _Column) -> Counter[str]:
 def _lede(results: Results, column: _Column) -> str:
     """How many lines are better and worse than the baseline; "" without comparisons."""
     words = _words(results, column)
-    said = [f"{words[word]} {word}" for word in ("better", "worse", "cannot tell") if words[word]]
     than = f" than {results.baseline}" if results.baseline else ""
-    return f"{column.title}{than}: {', '.join(said)}." if said else ""
+    said = [f"{words[word]} {word}{than}" for word in ("better", "worse") if words[word]]
+    said += [f"of {words['cannot tell']} nothing can be told"] if words["cannot tell"] else []
+    return f"{column.title}: {', '.join(said)}." if said else ""
 
 
 def _headlines(results: Results, columns: Sequence[_Column]) -> Iterator[tuple[str, str, str]]:
@@ -231,7 +232,7 @@ def _headlines(results: Results, columns: Sequence[_Column]) -> Iterator[tuple[s
     missing = sum(len(line.failures) for line in lines)
     seeds = sorted({seed for line in lines for seed in (*line.runs, *line.failures)})
     yield "runs finished", f"{done} of {done + missing}", _seeds(seeds)
-    for column in [column for column in columns if _words(results, column)][:2]:
+    for column in [column for column in columns if _words(results, column)][1:3]:
         words = _words(results, column)
         note = f"of {words.total()} lines; of {words['cannot tell']} nothing can be told"
         yield column.title, f"{words['better']} better, {words['worse']} worse", note
