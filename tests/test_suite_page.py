@@ -192,7 +192,7 @@ def test_rescaling_shows_each_seed_and_their_mean(shown):
     assert mean in text
     assert one in text
     circles = [float(attrs["cx"][:-1]) for tag, attrs in shown.elements if tag == "circle"]
-    assert len(circles) == 6
+    assert len(circles) == 8
     assert circles == sorted(circles)
 
 

@@ -197,21 +197,16 @@ def _name(axes: Axes, titles: Sequence[str], ends: Sequence[tuple[float, float]]
     """Write each name to the right of the plot, at the height of the curve's end or near it."""
     axes.autoscale_view()
     inside = axes.transData + axes.transAxes.inverted()
-    heights = [min(max(float(inside.transform(end)[1]), 0.0), 1.0) for end in ends]
+    places = [inside.transform(end) for end in ends]
     gap = ROW / (axes.get_position().height * axes.figure.get_size_inches()[1])
-    for title, end, height in zip(titles, ends, _spread(heights, gap), strict=True):
-        line = {"arrowstyle": "-", "color": "#a8a8a8", "linewidth": 0.7, "linestyle": ":"}
-        where: dict[str, Any] = {"xytext": (1.05, height), "textcoords": "axes fraction"}
-        axes.annotate(
-            title if len(title) <= LONGEST else f"{title[: LONGEST - 1]}…",
-            end,
-            arrowprops={**line, "shrinkA": 1, "shrinkB": 3},
-            annotation_clip=False,
-            color=BLACK,
-            size=9,
-            va="center",
-            parse_math=False,
-            **where,
+    heights = _spread([min(max(float(y), 0.0), 1.0) for _, y in places], gap)
+    style: dict[str, Any] = {"color": "#a8a8a8", "linewidth": 0.7, "linestyle": ":"}
+    for title, (x, y), height in zip(titles, places, heights, strict=True):
+        shown = title if len(title) <= LONGEST else f"{title[: LONGEST - 1]}…"
+        at = axes.transAxes
+        axes.plot([x, 1.04], [y, height], transform=at, clip_on=False, zorder=1, **style)
+        axes.text(
+            1.05, height, shown, color=BLACK, size=9, va="center", parse_math=False, transform=at
         )
 
 
