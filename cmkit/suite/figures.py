@@ -35,8 +35,8 @@ MARKERS = {
 }
 """Of matplotlib, and as SVG paths of 12 by 12; as many as make 42 pairs with six colours."""
 DASHES = ("-", "--", ":", "-.")
-WIDTH, HEIGHT, ROW, LONGEST = 7.0, 3.8, 0.2, 28
-"""Inches of a figure and for a name beside it, and letters of a name."""
+WIDTH, HEIGHT, ROW, LONGEST, DPI = 7.0, 3.8, 0.2, 28, 150
+"""Inches of a figure and for a name beside it, letters of a name, pixels of an inch."""
 SHOWN, SMALLEST, LARGEST, PAPER = 16, 48, 96, 250
 """Samples in a row, the fewest and the most pixels of one, and the grey between them."""
 ROWS_BYTES = 2 * 2**20
@@ -132,7 +132,9 @@ def losses_png(
     ends = []
     for _, style, seeds in curves:
         for k, (steps, losses) in enumerate(seeds):
-            strong = {"linewidth": 1.5} if k == 0 else {"linewidth": 0.7, "alpha": 0.5}
+            strong: dict[str, Any] = (
+                {"linewidth": 1.5} if k == 0 else {"linewidth": 0.7, "alpha": 0.5}
+            )
             axes.plot(steps, losses, color=style.colour, linestyle=style.dash, **strong)
         ends.append((seeds[0][0][-1], seeds[0][1][-1]))
     if all(min(losses) > 0 for _, _, seeds in curves for _, losses in seeds):
@@ -152,7 +154,7 @@ def _frame(titles: Sequence[str]) -> tuple[Figure, Axes]:
     height = max(HEIGHT, ROW * len(titles) + 0.8)
     left, bottom, top = 0.75, 0.55, 0.15
     right = 0.4 + 0.075 * min(max(map(len, titles)), LONGEST)
-    figure = Figure((WIDTH, height), dpi=150)
+    figure = Figure((WIDTH, height), dpi=DPI)
     size = ((WIDTH - left - right) / WIDTH, (height - bottom - top) / height)
     axes = figure.add_axes((left / WIDTH, bottom / height, *size))
     axes.spines[["top", "right"]].set_visible(False)
@@ -187,7 +189,7 @@ def _draw(axes: Axes, curve: Curve, xs: Sequence[float]) -> None:
             axes.vlines(x, point.low, point.high, color=style.colour, linewidth=1.6, alpha=0.55)
         axes.plot([x] * len(point.seeds), point.seeds, ".", color=style.colour, ms=3, alpha=0.6)
         if point.note:
-            place = {"xytext": (5, 3), "textcoords": "offset points", "size": 6.5}
+            place: dict[str, Any] = {"xytext": (5, 3), "textcoords": "offset points", "size": 6.5}
             axes.annotate(point.note, (x, point.value), color="#55575d", parse_math=False, **place)
     marker: dict[str, Any] = {"marker": style.marker, "ms": 6, "mfc": style.fill, "mew": 1.2}
     axes.plot(xs, ys, linestyle="", color=style.colour, **marker)
@@ -198,7 +200,7 @@ def _name(axes: Axes, titles: Sequence[str], ends: Sequence[tuple[float, float]]
     axes.autoscale_view()
     inside = axes.transData + axes.transAxes.inverted()
     places = [inside.transform(end) for end in ends]
-    gap = ROW / (axes.get_position().height * axes.figure.get_size_inches()[1])
+    gap = ROW * DPI / axes.bbox.height
     heights = _spread([min(max(float(y), 0.0), 1.0) for _, y in places], gap)
     style: dict[str, Any] = {"color": "#a8a8a8", "linewidth": 0.7, "linestyle": ":"}
     for title, (x, y), height in zip(titles, places, heights, strict=True):

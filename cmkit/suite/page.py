@@ -312,7 +312,8 @@ def _quality(
 ) -> dict[str, Any]:
     """Figures of each number that has values: by network evaluations, and by cost of training."""
     unit = _unit(results.lines)
-    drawn, left = [], []
+    drawn: list[dict[str, Any]] = []
+    left: list[str] = []
     for column in columns:
         scored = [(line, score) for line in results.lines if (score := column.score(line))]
         if len(drawn) == DRAWN:
