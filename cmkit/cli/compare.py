@@ -81,20 +81,23 @@ def _equation(text: str) -> tuple[str, str]:
 def show_results(
     suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, device: str, json: bool
 ) -> None:
-    """Print the results of a suite, and write results.json."""
+    """Print the results of a suite, and write results.json and the page."""
     from cmkit.plugins import discover
     from cmkit.suite.collect import collect, keep
     from cmkit.suite.cost import costs
     from cmkit.suite.noise import SameNoise
+    from cmkit.suite.page import write_page
     from cmkit.suite.tables import to_text
 
     found = collect(suite, cells, folder, SameNoise(discover(), device), costs(cells))
     keep(found, folder)
+    page = write_page(found, folder)
     if json:
-        printing.document(found.document())
+        printing.document({**found.document(), "page": str(page)})
         return
     for line in to_text(found):
         printing.line(line)
+    printing.line(f"page: {page}")
 
 
 def lost(failed: Sequence[Cell], folder: SuiteFolder) -> CmkitError:

@@ -16,12 +16,14 @@ def finite_or_none(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def curve_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The loss over the steps of a training log, averaged to at most CURVE_POINTS points."""
+def curve_of(
+    records: Sequence[Mapping[str, Any]], points: int = CURVE_POINTS
+) -> dict[str, Any] | None:
+    """The loss over the steps of a training log, averaged to at most so many points."""
     records = list(_finite(records))
     if len(records) < 2:
         return None
-    size = math.ceil(len(records) / CURVE_POINTS)
+    size = math.ceil(len(records) / points)
     chunks = [records[i : i + size] for i in range(0, len(records), size)]
     steps, sigmas = ([chunk[-1][key] for chunk in chunks] for key in ("step", "num_sigmas"))
     losses = [statistics.fmean(record["loss"] for record in chunk) for chunk in chunks]

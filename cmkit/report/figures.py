@@ -17,6 +17,7 @@ from cmkit.run.folder import RunFolder
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 COLOURS, LEVELS = "viridis_r", 24
 SHEET_PIXELS, CELL_PIXELS, TINY_PIXELS = 1280, 640, 600
@@ -85,10 +86,10 @@ def heatmap_png(search: Mapping[str, Any]) -> bytes:
     axes.spines[:].set_visible(False)
     scale = ScalarMappable(search["norm"], colormaps[COLOURS])
     bar = figure.colorbar(scale, ax=axes, shrink=0.9, aspect=30 if height > 3 else 8)
-    _plain_ticks(bar.ax)
+    plain_ticks(bar.ax)
     bar.outline.set_visible(False)
     bar.set_label(f"{search['minimize']} (lower is better)", parse_math=False)
-    return _png(figure)
+    return figure_png(figure)
 
 
 def _draw_cell(axes: Axes, x: int, y: int, cell: Mapping[str, Any], points: float) -> None:
@@ -120,15 +121,15 @@ def loss_png(curve: Mapping[str, Any]) -> bytes:
         axes.annotate(f"N={sigmas}", place, xycoords=("data", "axes fraction"), size=7)
     axes.plot(curve["steps"], curve["losses"], color="#1f4e8c", linewidth=1.4)
     axes.set_yscale("log" if curve["log"] else "linear")
-    _plain_ticks(axes)
+    plain_ticks(axes)
     axes.xaxis.set_major_formatter(lambda step, _: count(step))
     axes.set(xlabel="step", ylabel="loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
-    return _png(figure)
+    return figure_png(figure)
 
 
-def _plain_ticks(axes: Axes) -> None:
+def plain_ticks(axes: Axes) -> None:
     """Numbers on the y axis as the page writes them: 0.2, not 2 x 10^-1."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -138,7 +139,7 @@ def _plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _png(figure: Figure) -> bytes:
+def figure_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight")
     return buffer.getvalue()
@@ -154,30 +155,40 @@ def picture_of(folder: RunFolder, name: str, limit: int, most: int = 2**21) -> d
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
         raise DataError(f"{path}: not a PNG picture; delete it, or run the recipe again")
     width, height = struct.unpack(">II", data[16:24])
-    kind = "png"
     if width > limit or len(data) > most:
-        data, kind = _shrunk(path, min(width, limit), most), "webp"
+        data = webp(_opened(path), min(width, limit), most)
         height, width = height * min(width, limit) // width, min(width, limit)
-    source: str = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return image(name, data, width, height)
+
+
+def image(name: str, data: bytes, width: int, height: int) -> dict[str, Any]:
+    """Attributes of an <img> with the bytes of a PNG or WebP."""
+    kind = "png" if data[:4] == b"\x89PNG" else "webp"
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     tiny = width < TINY_PIXELS
     return {"name": name, "src": source, "width": width, "height": height, "tiny": tiny}
 
 
-def _shrunk(path: Path, width: int, most: int) -> bytes:
-    """A WebP of a picture, at most `width` wide, the best of about `most` bytes: 400 cells of 25
-    noisy pictures would make a page of 100 MB."""
+def _opened(path: Path) -> Image:
     from PIL import Image
 
-    data = b""
     try:
         with Image.open(path) as picture:
-            whole = picture.convert("RGB")
+            return picture.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: {error}; delete it, or run the recipe again") from error
+
+
+def webp(whole: Image, width: int, most: int) -> bytes:
+    """A WebP of a picture, at most `width` wide, the best of about `most` bytes: 400 cells of 25
+    noisy pictures would make a page of 100 MB."""
+    from PIL.Image import Resampling
+
+    data = b""
     for divisor, quality in ((1, 85), (1, 60), (1, 35), (2, 60), (2, 30), (4, 30)):
         size = (max(width // divisor, 1), max(whole.height * width // whole.width // divisor, 1))
         buffer = io.BytesIO()
-        whole.resize(size, Image.Resampling.LANCZOS).save(buffer, "WEBP", quality=quality)
+        whole.resize(size, Resampling.LANCZOS).save(buffer, "WEBP", quality=quality)
         data = buffer.getvalue()
         if len(data) <= most:
             break

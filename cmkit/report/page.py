@@ -29,7 +29,7 @@ def write_report(folder: RunFolder) -> Path:
     a picture is outside the folder or is no PNG, ResourceError when the disk refuses.
     """
     with folder.reading_report() as written:
-        report = _scrub(written)
+        report = scrub(written)
         stages = report["stages"]
         sample, confirm = stages.get("sample"), stages.get("search", {}).get("confirm")
         search = search_page(stages["search"], folder) if "search" in stages else None
@@ -54,8 +54,9 @@ def write_report(folder: RunFolder) -> Path:
             "recipe": _toml(report["recipe"]),
             "environment": _environment(report["environment"]),
             "cells": cell_data(search),
+            "levels": LEVELS,
         }
-        page = _render(variables)
+        page = render(HERE, "report", variables, _ramp())
     for name, png in pictures.items():
         folder.keep_picture(name, png)
     folder.keep_page(page)
@@ -78,13 +79,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {whole % 60:02} s" if minutes else f"{whole} s"
 
 
-def _scrub(value: Any) -> Any:
+def scrub(value: Any) -> Any:
     """The same value without the home folder's path and without credentials in URLs: pages are
     handed around."""
     if isinstance(value, dict):
-        return {key: _scrub(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_scrub(item) for item in value]
+        return {key: scrub(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub(item) for item in value]
     if not isinstance(value, str):
         return value
     home = str(Path.home())
@@ -208,33 +209,37 @@ def _toml(recipe: Mapping[str, Any]) -> str:
     return re.sub(r"(\b\w+://[^\s?#\"']*)\?[^\s#\"']*", r"\1?…", text)
 
 
-def _render(variables: Mapping[str, Any]) -> str:
-    """The page as HTML, whose Content-Security-Policy allows its own style and script alone."""
+def render(home: Path, name: str, variables: Mapping[str, Any], rules: str = "") -> str:
+    """The page of the template `name`.html.j2 in the folder `home`, with `name`.js, the style of
+    reports, that of `name`.css and more `rules`.
+
+    Its Content-Security-Policy allows this style and this script alone.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     # autoescape is a plain True: select_autoescape() does not know the suffix .html.j2
     environment = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader([home, HERE]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {f.__name__: f for f in (number, score, signed, duration)}
-    style = (HERE / "report.css").read_text("utf-8") + _ramp()
-    script = (HERE / "report.js").read_text("utf-8")
+    environment.filters |= {f.__name__: f for f in (number, score, signed, duration, count)}
+    styles = dict.fromkeys((HERE / "report.css", home / f"{name}.css"))
+    style = "".join(path.read_text("utf-8") for path in styles) + rules
+    script = (home / f"{name}.js").read_text("utf-8")
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}';"
         f" script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
     )
     assert "</" not in style + script
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(f"{name}.html.j2").render(
         variables,
         policy=policy,
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
-        levels=LEVELS,
     )
 
 

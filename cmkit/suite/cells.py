@@ -13,8 +13,8 @@ from typing import Any
 from cmkit.errors import RecipeError, did_you_mean, inline
 from cmkit.plugins import Registry
 from cmkit.recipe import NAME, Recipe, Source, from_tables, run_name, stage_keys, stage_tables
-from cmkit.suite.merge import merge
-from cmkit.suite.suite import Reference, Row, Suite, refuse_many
+from cmkit.suite.merge import merge, value_at
+from cmkit.suite.suite import Change, Reference, Row, Suite, refuse_many
 
 MOST = 200
 """Cells of a suite that need no --yes."""
@@ -198,7 +198,7 @@ def _find_starts(suite: Suite, drafts: Iterable[_Draft]) -> None:
         by_row.setdefault((draft.row.name, draft.seed), []).append(draft)
     for draft in drafts:
         for table in ("teacher", "denoiser"):
-            said = _at(draft.tables, (table, "weights"))
+            said = value_at(draft.tables, (table, "weights"))
             if not isinstance(said, Reference):
                 continue
             if said.row not in suite.rows:

@@ -18,7 +18,7 @@ def merge(
     does; `false` removes a table, or tables.
     """
     path, value = change.path, change.value
-    old = _at(tables, path)
+    old = value_at(tables, path)
     if isinstance(value, dict) and "use" not in value and _merges(old, value):
         if old is None:
             _put(tables, path, {})
@@ -41,7 +41,8 @@ def _merges(old: Any, value: Mapping[str, Any]) -> bool:
     return old is None or isinstance(old, dict)
 
 
-def _at(tables: Any, path: tuple[str, ...]) -> Any:
+def value_at(tables: Any, path: tuple[str, ...]) -> Any:
+    """The value at a path of keys and of indices of lists; None where there is none."""
     node = tables
     for part in path:
         if isinstance(node, list):
