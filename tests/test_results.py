@@ -453,15 +453,22 @@ def test_features_are_those_that_the_numbers_follow_from(pictures):
     assert found == pytest.approx(values["kid_mean"], rel=0.1)
 
 
-def test_a_distance_of_few_images_is_said_to_be_biased(tmp_path):
-    finish(RunFolder(tmp_path / "a-1"), {"name": "a"}, 3.0, features={"fid": 101})
-    finish(RunFolder(tmp_path / "b-1"), {"name": "b"}, 3.0, features={"fid": 100})
-    notes = results(of_runs([tmp_path / "a-1"]), same_noise()).notes
-    assert [note for note in notes if "KID" in note] == [
-        "fid of 500 images is biased, as 101 features want at least 505: trust KID more, and"
-        " compare it with as many images only"
-    ]
-    assert not results(of_runs([tmp_path / "b-1"]), same_noise()).notes
+def test_a_distance_of_few_images_is_said_to_be_biased_and_decides_nothing(tmp_path):
+    for seed in range(3):
+        for row, fid in (("a", 9.0), ("b", 3.0)):
+            for width in (100, 101):
+                recipe = {"name": row, "seed": seed, "train": {"steps": 9}, "row": row}
+                folder = RunFolder(tmp_path / f"{width}" / f"{row}-{seed}")
+                finish(folder, recipe, fid + seed / 10, features={"fid": width})
+    for width, word in ((100, "better"), (101, "cannot tell")):
+        gathered = of_runs(sorted((tmp_path / f"{width}").iterdir()))
+        gathered.baseline = gathered.groups[0].row
+        found = results(gathered, same_noise())
+        assert [line.verdicts["fid"].word for line in found.lines if line.verdicts] == [word]
+        assert [note for note in found.notes if "KID" in note] == [
+            "fid of 500 images is biased, as 101 features want at least 505: it decides nothing"
+            " here, trust KID"
+        ] * (width == 101)
 
 
 def test_a_suites_folder_tells_what_its_file_tells_wherever_it_is(home):

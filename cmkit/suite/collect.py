@@ -80,7 +80,12 @@ def of_suite(
                 group.failures[cell.seed] = _why(cell, {c.name: c for c in cells}, folder)
         except CheckpointError as error:
             group.failures[cell.seed] = str(error)
-    about = {"suite": str(suite.path), "suite_sha256": files.sha256_of(suite.path)}
+    about = {
+        "command": f"cmkit bench {suite.path}",
+        "suite": str(suite.path),
+        "suite_sha256": files.sha256_of(suite.path),
+        "suite_file": suite.path.read_text("utf-8"),
+    }
     return Gathered(suite.name, suite.table.baseline, [*groups.values()], [], about)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import os
 import re
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +13,20 @@ from typing import Any
 from urllib.parse import quote
 
 from cmkit import files
-from cmkit.report.curve import curve_of
 from cmkit.report.figures import number
 from cmkit.report.page import render, scrub
 from cmkit.run.folder import RunFolder
 from cmkit.suite import figures
 from cmkit.suite.figures import Curve, Point, Style
-from cmkit.suite.intervals import mean_interval
+from cmkit.suite.page_runs import (
+    Finished,
+    data_uri,
+    gains,
+    losses_of,
+    provenance_of,
+    styles_of,
+    title_of,
+)
 from cmkit.suite.results import Line, Results, Score, Verdict
 from cmkit.suite.work import SuiteFolder
 
@@ -36,8 +41,6 @@ FACTS = ("nfe", "images", "gain", "training", "parameters", "images_per_second",
 """Those that have columns of their own."""
 DRAWN = 8
 """Numbers that have figures."""
-LOSS_POINTS = 120
-"""Of a loss curve among many: it is smoothed by the averages between them."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,6 @@ class _Column:
         return line.verdicts.get(self.key) if self.score(line) else None
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A finished run of a line."""
-
-    line: Line
-    seed: int
-    folder: RunFolder
-    stages: Mapping[str, Any]
-    report: Mapping[str, Any]
-
-
 def write_page(results: Results, folder: SuiteFolder) -> Path:
     """The path of `suite.html`, written into a suite's folder; errors as of `page`."""
     files.atomic_write(folder.page, page(results, folder))
@@ -88,7 +80,7 @@ def page(results: Results, folder: SuiteFolder) -> str:
     runs = list(_runs(results, folder))
     columns = _columns(results)
     curves = _curves(results.lines, lambda line: line.facts.get("nfe"))
-    styles = _styles(results, [(line.row, curves[line.title]) for line in results.lines])
+    styles = styles_of(results, [(line.row, curves[line.title]) for line in results.lines])
     keys = list(dict.fromkeys(styles.values()))
     drawn = {
         title: {"key": keys.index(styles[curve]), "marker": styles[curve].path}
@@ -110,15 +102,15 @@ def page(results: Results, folder: SuiteFolder) -> str:
         ],
         "notes": [*results.notes, *_scopes(results)],
         "found": any(set(line.facts) - set(FACTS) for line in results.lines),
-        "gains": _gains(runs),
-        **_provenance(results, runs),
+        "gains": gains(runs),
+        **provenance_of(results, runs),
     }
     variables = {
         **scrub(text),
         "smoke": any(run.report.get("smoke") for run in runs),
         "quality": _quality(results, columns, curves, styles),
         "samples": _samples(results, runs, drawn),
-        "losses": _losses(results, runs),
+        "losses": losses_of(results, runs),
     }
     rules = (f".k{k} {{ color: {s.colour}; fill: {s.fill} }}\n" for k, s in enumerate(keys))
     return render(HERE, "suite", variables, "".join(rules))
@@ -129,14 +121,14 @@ def _place(path: str, folder: SuiteFolder) -> Path:
     return folder.path / path if (folder.path / path).exists() else Path(path)
 
 
-def _runs(results: Results, folder: SuiteFolder) -> Iterator[_Run]:
+def _runs(results: Results, folder: SuiteFolder) -> Iterator[Finished]:
     """The runs that are there, by line and seed."""
     for line in results.lines:
         for seed, path in sorted(line.runs.items()):
             run = RunFolder(_place(path, folder))
             if run.reported:
                 with run.reading_report() as report:
-                    found = _Run(line, seed, run, report["stages"], report)
+                    found = Finished(line, seed, run, report["stages"], report)
                 yield found
 
 
@@ -181,12 +173,8 @@ def _curves(lines: Sequence[Line], x: Callable[[Line], Any]) -> dict[str, str]:
             others = [
                 (axis, value) for axis, value in line.axis.items() if not _moves(own, axis, x)
             ]
-            names[line.title] = _title(line.row, others)
+            names[line.title] = title_of(line.row, others)
     return names
-
-
-def _title(row: str, axis: Sequence[tuple[str, str]]) -> str:
-    return ", ".join([row, *(f"{name} {value}" for name, value in axis)])
 
 
 def _moves(lines: Sequence[Line], axis: str, x: Callable[[Line], Any]) -> bool:
@@ -196,19 +184,6 @@ def _moves(lines: Sequence[Line], axis: str, x: Callable[[Line], Any]) -> bool:
         rest = tuple(item for item in line.axis.items() if item[0] != axis)
         found.setdefault(rest, set()).add(x(line))
     return any(len(values) > 1 for values in found.values())
-
-
-def _styles(results: Results, names: Sequence[tuple[str, str]]) -> dict[str, Style]:
-    """By name of (row, name): colours by row, variants of one row by order."""
-    rows = [r for r in dict.fromkeys(line.row for line in results.lines) if r != results.baseline]
-    variants: dict[str, list[str]] = {}
-    found = {}
-    for row, name in names:
-        own = variants.setdefault(row, [])
-        if name not in own:
-            own.append(name)
-        found[name] = Style.of(rows.index(row) if row in rows else None, own.index(name))
-    return found
 
 
 def _words(results: Results, column: _Column) -> Counter[str]:
@@ -336,7 +311,7 @@ def _quality(
                     for name, group in groups.items()
                 ]
                 png = figures.quality_png(drawn_curves, label, column.title, nfe)
-                pictures.append({"src": _uri(png), "label": label})
+                pictures.append({"src": data_uri(png), "label": label})
         if pictures:
             drawn.append({"title": column.title, "pictures": pictures})
     return {"numbers": drawn, "left": left, "cost": COSTS.get(unit, "")}
@@ -362,12 +337,8 @@ def _unit(lines: Sequence[Line]) -> str:
     return best if differ(known[best]) else ""
 
 
-def _uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
 def _samples(
-    results: Results, runs: Sequence[_Run], drawn: Mapping[str, Mapping[str, Any]]
+    results: Results, runs: Sequence[Finished], drawn: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
     """Rows of the same image numbers of one seed, that of which most lines have samples."""
     seeds = Counter(run.seed for run in runs if run.folder.sample_files())
@@ -395,131 +366,3 @@ def _samples(
     for row in rows:
         row["unlike"] = row["picture"] and tuple(row["labels"]) != classes
     return {"seed": seed, "rows": rows, "count": count, "classes": list(classes)}
-
-
-def _gains(runs: Sequence[_Run]) -> list[dict[str, Any]]:
-    """By minimized number: rescaled less unscaled of each line and seed whose search confirmed
-    it, with places on a common scale of 0 to 100."""
-    groups: dict[str, list[tuple[_Run, Mapping[str, Any]]]] = {}
-    for run in runs:
-        if confirm := run.stages.get("search", {}).get("confirm"):
-            key = run.stages["search"]["minimize"]
-            groups.setdefault(key, []).append((run, confirm))
-    return [{"number": key, **_gain(found)} for key, found in groups.items()]
-
-
-def _gain(found: Sequence[tuple[_Run, Mapping[str, Any]]]) -> dict[str, Any]:
-    differences = [confirm["difference"] for _, confirm in found]
-    ends = [0.0, *(d[end] for d in differences for end in ("low", "high"))]
-    low, span = min(ends), (max(ends) - min(ends)) or 1.0
-
-    def place(value: float) -> float:
-        return float(round(2 + 96 * (value - low) / span, 2))
-
-    lines = []
-    for title, group in itertools.groupby(found, lambda pair: pair[0].line.title):
-        own = list(group)
-        rows = []
-        for run, confirm in own:
-            search, difference = run.stages["search"], confirm["difference"]
-            helps, harms = difference["high"] < 0, difference["low"] > 0
-            rows.append(
-                {
-                    "seed": run.seed,
-                    "plain": confirm["plain"]["mean"],
-                    "rescaled": confirm["rescaled"]["mean"],
-                    "difference": difference,
-                    "at": {key: place(difference[key]) for key in ("mean", "low", "high")},
-                    "outcome": "better" if helps else "worse" if harms else "open",
-                    "scales": [f"{k} {number(search['best'][k])}" for k in [*search["axes"]][:4]],
-                    "noise": len(confirm["plain"]["values"]),
-                    "images": confirm.get("images"),
-                }
-            )
-        lines.append({"title": title, "rows": rows, **_over_seeds(rows)})
-    return {"lines": lines, "zero": place(0.0)}
-
-
-def _over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds of a line, and the interval of the difference: that of the only
-    checkpoint where there is one."""
-    means = {key: statistics.fmean(row[key] for row in rows) for key in ("plain", "rescaled")}
-    if len(rows) == 1:
-        one = rows[0]["difference"]
-        return {**means, "over": {**one, "value": one["mean"], "of": "of one checkpoint"}}
-    return {**means, "over": vars(mean_interval([row["difference"]["mean"] for row in rows]))}
-
-
-def _losses(results: Results, runs: Sequence[_Run]) -> dict[str, Any] | None:
-    """A figure of each training's loss, once however many lines share it."""
-    groups: dict[tuple[int, str], list[_Run]] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        if "train" in run.stages:
-            key = run.folder.inputs().get("keys", {}).get("train") or str(run.folder.path)
-            groups.setdefault((run.seed, key), []).append(run)
-    names: dict[str, tuple[str, str]] = {}
-    logs: dict[tuple[str, str], list[tuple[list[int], list[float]]]] = {}
-    for group in groups.values():
-        named = (names[run.line.title] for run in group if run.line.title in names)
-        name = next(named, None) or _training([run.line for run in group])
-        names |= {run.line.title: name for run in group}
-        if curve := curve_of(group[0].folder.log(), LOSS_POINTS):
-            logs.setdefault(name, []).append((curve["steps"], _smooth(curve["losses"])))
-    if not logs:
-        return None
-    styles = _styles(results, list(logs))
-    png = figures.losses_png([(name, styles[name], own) for (_, name), own in logs.items()])
-    seeds = max(map(len, logs.values()))
-    return {"src": _uri(png), "trainings": sum(map(len, logs.values())), "seeds": seeds}
-
-
-def _smooth(losses: Sequence[float]) -> list[float]:
-    """Running means over a twentieth of a curve."""
-    reach = len(losses) // 40
-    return [statistics.fmean(losses[max(0, k - reach) : k + reach + 1]) for k in range(len(losses))]
-
-
-def _training(lines: Sequence[Line]) -> tuple[str, str]:
-    """(row, name) of a training that lines share: by the axis values that all of them have."""
-    first, rows = lines[0], list(dict.fromkeys(line.row for line in lines))
-    shared = [i for i in first.axis.items() if all(i in line.axis.items() for line in lines)]
-    more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-    return first.row, _title(first.row, shared) + more
-
-
-def _provenance(results: Results, runs: Sequence[_Run]) -> dict[str, Any]:
-    """Texts of several lines, such as the suite's file, and one-line facts."""
-    facts: dict[str, str] = {}
-    texts = []
-    for key, value in _flat(results.provenance):
-        if "\n" in value.strip():
-            texts.append((key, value.strip()))
-        else:
-            facts[key] = value
-    command, date = facts.pop("command", ""), facts.pop("date", "")
-    machines: dict[str, Counter[str]] = {}
-    for run in runs:
-        environment = run.report.get("environment", {})
-        for key, value in _flat({**environment, **environment.get("packages", {})}):
-            if not key.startswith("packages"):
-                machines.setdefault(key, Counter())[value] += 1
-    seen = [(key, _several(values)) for key, values in machines.items()]
-    found = {"texts": texts, "facts": list(facts.items()), "machines": seen}
-    return {"command": command, "date": date, **found}
-
-
-def _several(values: Mapping[str, int]) -> str:
-    if len(values) == 1:
-        return next(iter(values))
-    return ", ".join(f"{value} ({count} runs)" for value, count in values.items())
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """(key, text) of nested tables; lists of numbers and words in one."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        yield name, " ".join(map(str, value))
-    elif value is not None:
-        yield name, str(value)
