@@ -87,6 +87,7 @@ def test_a_run_cut_again_and_again_ends_in_the_same_bits(recipe, tmp_path):
     assert terms(resumed) == terms(whole)
 
 
+@pytest.mark.slow
 def test_radam_goes_on_with_the_momenta_of_every_network(recipe, tmp_path):
     whole = begun(recipe)
     for step in train(whole):

@@ -119,6 +119,7 @@ def test_labels_are_taken_in_turns(cmkit, recipe):
     assert np.load("turns.npz")["arr_1"].tolist() == [7, 2, 7]
 
 
+@pytest.mark.slow
 def test_a_label_is_a_name_or_a_number_and_the_name_goes_first(cmkit, recipe, tmp_path):
     for label, name in enumerate(("10", "2", "cat", "dog")):
         picture(tmp_path / "kinds" / f"{label}.png").rename(tmp_path / "kinds" / "one")

@@ -54,7 +54,10 @@ ABSENT = {
 """Data sets whose files are not there, and their shape, which their keys decide."""
 
 
-@pytest.mark.parametrize("dataset", ABSENT)
+@pytest.mark.parametrize(
+    "dataset",
+    ["image_folder", *(pytest.param(n, marks=pytest.mark.slow) for n in [*ABSENT][:-1])],
+)
 def test_a_model_is_drawn_from_without_the_data_that_it_was_trained_on(cmkit, tmp_path, dataset):
     keys, data = ABSENT[dataset]
     conditions = frozenset({"label"} if data.num_classes else ())
@@ -103,7 +106,9 @@ ODD = ("fifo", "folder", "/dev/zero", "/dev/full")
 
 
 @pytest.mark.usefixtures("promptly")
-@pytest.mark.parametrize("what", ODD)
+@pytest.mark.parametrize(
+    "what", [ODD[0], *(pytest.param(what, marks=pytest.mark.slow) for what in ODD[1:])]
+)
 def test_pictures_masks_and_references_that_are_no_files_are_refused(cmkit, tmp_path, what):
     recipe, odd = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"})), tmp_path / "odd"
     good = picture(tmp_path / "good" / "0.png")
@@ -265,7 +270,13 @@ def harmless(text: str) -> bool:
     return all(c.isprintable() or c == "\n" for c in text)
 
 
-@pytest.mark.parametrize("name", EVIL.values(), ids=list(EVIL))
+FEW = ("escape", "not UTF-8")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(v, id=k, marks=[pytest.mark.slow] * (k not in FEW)) for k, v in EVIL.items()],
+)
 def test_foreign_names_cannot_steer_the_terminal(cmkit, tmp_path, name):
     """In errors, in results, in tables and in notes; a JSON document keeps what it says."""
     recipe = written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))

@@ -250,6 +250,7 @@ def test_the_two_networks_take_turns(files):
     assert all(CTM().phase(step, 10).update for step in range(4))
 
 
+@pytest.mark.slow
 def test_the_generators_turn_leaves_no_gradient_in_the_discriminator_and_the_other_way(
     files, critic
 ):
@@ -298,6 +299,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients_within_its_bounds(
     torch.testing.assert_close(total - plain, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", ["apart", "together", "off"])
 def test_real_images_and_jumps_are_augmented_apart_or_together(files, critic, monkeypatch, augment):
     made, part = with_critic(critic), objective(files, gan_augment=augment)
@@ -318,6 +320,7 @@ def test_real_images_and_jumps_are_augmented_apart_or_together(files, critic, mo
     critic.zero_grad(set_to_none=True)
 
 
+@pytest.mark.slow
 def test_the_loss_depends_on_its_rng_alone(files, critic):
     made, part = with_critic(critic), objective(files)
     for step in (0, 1):
@@ -426,6 +429,7 @@ def test_weights_that_are_missing_or_others_are_refused_before_training(planned,
         planned(other)
 
 
+@pytest.mark.slow
 def test_weights_lie_in_the_users_cache_unless_the_recipe_says_where(
     planned, files, tmp_path, monkeypatch
 ):

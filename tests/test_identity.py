@@ -88,7 +88,13 @@ CHANGES = {
 """What is changed, and what need not be done again for it."""
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(change, marks=[pytest.mark.slow] * (not shared.endswith("search")))
+        for change, shared in CHANGES.items()
+    ],
+)
 def test_a_changed_recipe_takes_what_it_shares_with_a_finished_run(home, change):
     folder, seen = go(home, change, until=lambda e: isinstance(e, Step))
     taken = re.findall(r"^(\w+): that of .*tiny-", notes(seen), re.MULTILINE)
@@ -365,6 +371,7 @@ def test_an_error_in_a_search_keeps_what_is_drawn(home, tmp_path, monkeypatch, o
         assert again[key] == whole[key]
 
 
+@pytest.mark.slow
 def test_an_error_in_a_batch_of_samples_keeps_those_before_it(home, tmp_path, monkeypatch):
     (tmp_path / "tiny.toml").write_text(BASE)
     go(tmp_path, until=done("search"))

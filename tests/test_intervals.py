@@ -45,6 +45,7 @@ def features(n: int, d: int = 12, seed: int = 0) -> np.ndarray:
     return rng.gamma(2, size=(n, d)) @ rng.standard_normal((d, d)) / 3 + rng.standard_normal(d)
 
 
+@pytest.mark.slow
 def test_intervals_over_seeds_cover_the_truth():
     """Over 1,000 draws or more, of a pool of 5,000 pairs of trainings."""
     rows = list(over_seeds(WORLD, 40, 5000, 1000, np.random.default_rng(1)))

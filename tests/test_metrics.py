@@ -663,6 +663,7 @@ def test_numbers_of_two_folders_are_those_of_torch_fidelity(shades, inception, t
     )
 
 
+@pytest.mark.slow
 def test_spatial_features_are_those_of_adms_evaluator(shades, inception):
     few = shades[0].pictures[:3]
     want = Want("spatial", "rows")

@@ -377,6 +377,7 @@ def test_classes_are_listed_and_named_under_the_pictures(tmp_path, small):
     assert "row by row 7 · 1 · 2 3 · 290" in " ".join(render(tmp_path).text.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"skip": SKIPS}, {"emb": EMBS}, {"skip": [0.5], "emb": [1.0]}])
 def test_grid_of_any_shape_has_a_cell_for_each_combination(tmp_path, report, axes):
     stage = report["stages"]["search"]
@@ -509,6 +510,7 @@ def test_pictures_of_many_cells_fit_the_page(tmp_path):
     assert picture_of(RunFolder(tmp_path), "cell.png", 640)["src"].startswith("data:image/png")
 
 
+@pytest.mark.slow
 def test_large_sheets_are_made_smaller_in_the_page_only(tmp_path, small):
     noise = np.random.default_rng(0).integers(0, 256, (700, 2600, 3), dtype=np.uint8)
     path = tmp_path / "samples_after.png"
@@ -696,6 +698,7 @@ def test_no_payload_runs_in_a_real_browser(browser, tmp_path, small, payload):
     require_quiet(browser, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_page_says_when_a_second_scoring_chose_the_winner(tmp_path, report):
     def told() -> str:
         store(tmp_path, report)

@@ -336,6 +336,7 @@ def test_data_survive_the_round_trip_through_floats():
     assert to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
 
 
+@pytest.mark.slow
 def test_the_global_generator_changes_nothing(whole, recipe, tmp_path):
     torch.manual_seed(999)
     seen = []
@@ -431,6 +432,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_bad_checkpoint(
     assert [path.name for path in root.glob("step-*")] == ["step-00000002"]
 
 
+@pytest.mark.slow
 def test_samples_that_are_no_numbers_stop_a_run_but_only_blank_a_cell(
     recipe, tmp_path, monkeypatch
 ):

@@ -123,6 +123,7 @@ def test_the_stamp_is_over_the_middle_of_a_picture():
         assert found[words].max() > 200
 
 
+@pytest.mark.slow
 def test_smoke_runs_are_not_compared_with_others(cmkit, tmp_path):
     text = DIGITS.read_text("utf-8")
     Path("small.toml").write_text(re.sub(r"\[rescaler\].*?(?=\[sampler\])", "", text, flags=re.S))
@@ -226,6 +227,7 @@ OTHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS)
 def test_parts_of_no_shipped_recipe_are_shrunk_as_well(text, cmkit, offline):
     lines = [line.strip() for line in text.splitlines()]

@@ -453,6 +453,7 @@ def test_evaluations_of_a_training_step_are_those_that_its_paper_counts(of_objec
         assert of_objective(model(**options)) == evaluations, name
 
 
+@pytest.mark.slow
 def test_evaluations_of_ctm_follow_from_its_gaps(of_objective):
     """Jump, score matching: 3 each; the frozen jump to sigma_min: 1, passed back twice: for the
     gradient and for the adaptive weight; two jumps of the target; Heun's solver over the gap."""
@@ -464,6 +465,7 @@ def test_evaluations_of_ctm_follow_from_its_gaps(of_objective):
     assert found == pytest.approx(11 + 2 * mean_gap, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "module", "name", "options", "evaluations"),
     [

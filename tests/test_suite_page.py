@@ -279,6 +279,7 @@ def test_no_more_samples_are_read_than_shown(tmp_path):
         first_samples(paths, 1)
 
 
+@pytest.mark.slow
 def test_a_suite_of_thirty_lines_is_small_and_soon_drawn(tmp_path):
     """Noise of 64 pixels, which no format can make small."""
     made = suite(tmp_path, rows=10, nfes=(1, 2, 4), seeds=(0,), side=64)

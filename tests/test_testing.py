@@ -92,7 +92,13 @@ def test_every_built_in_part_is_in_the_table():
     assert sorted(TABLE) == sorted(BUILT_IN), "add the new part to `examples`, PLAIN or FILES"
 
 
-@pytest.mark.parametrize("part", BUILT_IN)
+@pytest.mark.parametrize(
+    "part",
+    [  # backbones have tests of their own, which ask for the same laws
+        pytest.param(part, marks=[pytest.mark.slow] * part.startswith("backbone."))
+        for part in BUILT_IN
+    ],
+)
 def test_a_built_in_part_keeps_the_laws_of_its_kind(part, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kind, _, name = part.partition(".")

@@ -44,6 +44,7 @@ def flat(training) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in training.models.online.parameters()])
 
 
+@pytest.mark.slow
 def test_accumulated_parts_make_the_step_of_the_whole_batch(one_step):
     _, whole, log = one_step()
     for parts in (2, 4):
@@ -121,6 +122,7 @@ def logs(training):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 4])
 def test_log_has_the_mean_of_each_term_over_the_steps_that_had_it(two_terms, parts):
     assert logs(two_terms(f"train.accumulate={parts}")) == [
