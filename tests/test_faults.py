@@ -370,6 +370,16 @@ def test_a_metric_is_named_without_its_index_where_there_is_one(cmkit, tmp_path,
         assert cmkit("check", recipe, "--set", "metric.0.download=true")[0] == 0
 
 
+def test_one_more_metric_is_added_by_the_next_index(tmp_path):
+    (tmp_path / "tiny.toml").write_text(RUN_RECIPE)
+    count = len(load(tmp_path / "tiny.toml", [], discover()).metric)
+    said = f'metric.{count}={{use="digits_judge"}}'
+    assert len(load(tmp_path / "tiny.toml", [said], discover()).metric) == count + 1
+    for odd in (f"metric.{count}=3", f'metric.{count + 1}={{use="digits_judge"}}'):
+        with pytest.raises(CmkitError, match=f"not an index from 0 to {count - 1}; say which"):
+            load(tmp_path / "tiny.toml", [odd], discover())
+
+
 EARLY = "from cmkit.cli import main; print('ready', flush=True); main()"
 
 

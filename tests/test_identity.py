@@ -162,10 +162,11 @@ def test_what_is_new_is_said_with_the_reason(home):
     def said(*overrides):
         made = load(home / "tiny.toml", overrides, registry)
         folder = RunFolder(home / "runs" / "tiny-none")
-        keys = RunFolder(home / "runs" / name_of(home)).inputs()["keys"]
+        kept = RunFolder(home / "runs" / name_of(home)).inputs()
+        keys = kept["keys"]
         if overrides:
             keys = dict.fromkeys(keys, "another")
-        return [str(each) for each in outlook(made, folder, keys, {}, registry)]
+        return [str(each) for each in outlook(made, folder, keys, kept["inputs"], registry)]
 
     every = ("training", "search", "samples", "metrics")
     for stage, sentence in zip(every, said(), strict=True):
@@ -675,6 +676,10 @@ def test_labels_that_would_be_permuted_are_refused(pictures):
     (pictures / "data" / "z").rename(pictures / "data" / "a")
     folder, _ = go(pictures)
     shutil.copytree(pictures / "data" / "a", pictures / "data" / "aa")
+    _, seen = go(pictures, "train.batch=4", until=lambda e: isinstance(e, Step))
+    new = re.search(r"^training: new \((.*)\)$", notes(seen), re.MULTILINE)[1]
+    assert "train.batch = 4, in " in new
+    assert f"beside {folder.path}, dataset: classes: aa is new" in new
     again, seen = go(pictures)
     assert again.path == folder.path
     assert "dataset: classes: aa is new; it was begun with a, b" in notes(seen)

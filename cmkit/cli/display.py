@@ -93,11 +93,11 @@ class Display:
                 if log:
                     self._remember(log)
                 self.advance(step)
-            case events.Cell(index, total, values, score):
+            case events.Cell(_, _, values, score):
                 moved = {k: v for k, v in values.items() if v != 1} if len(values) > 3 else values
                 shown = " ".join(f"{name} {value:g}" for name, value in moved.items())
                 self.numbers = {"cell": shown or "all 1", "score": _number(score)}
-                self.advance(index + 1)
+                self.advance(self.done + 1)  # cells that share an encoding come together
             case events.Comparison(index, _, plain, rescaled):
                 self.numbers = {"unscaled": _number(plain), "rescaled": _number(rescaled)}
                 self.advance(index + 1)

@@ -181,7 +181,9 @@ def _override(tables: dict[str, Any], item: str) -> tuple[str, ...]:
     for part in path[:-1]:
         node = _child(node, part, item)
     value = _override_value(text.strip(), item)
-    if isinstance(node, list):
+    if isinstance(node, list) and path[-1] == str(len(node)) and isinstance(value, dict):
+        node.append(value)  # one more of [[metric]]
+    elif isinstance(node, list):
         node[_index(node, path[-1], item)] = value
     else:
         node[path[-1]] = value
@@ -209,9 +211,10 @@ def _child(node: Any, part: str, item: str) -> Any:
 
 def _index(node: list[Any], part: str, item: str) -> int:
     if not part.isdecimal() or len(part) > 9 or int(part) >= len(node):
+        which = "" if part.isdecimal() else f", such as metric.0.{_cut(part)}"
         raise RecipeError(
             f"--set {_cut(item)}: {_cut(part)!r} is not an index from 0 to {len(node) - 1}; say"
-            f" which of the list is meant, such as metric.0.{_cut(part)}"
+            f" which of the list is meant{which}"
         )
     return int(part)
 

@@ -17,6 +17,7 @@ from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load, run_name, stage_keys, stage_tables
 from cmkit.recipe.keys import Inputs
 from cmkit.run.folder import RunFolder
+from cmkit.run.inputs import changes
 
 MOST = 200
 """Other runs that are looked at, the newest."""
@@ -60,7 +61,7 @@ def outlook(
         elif name == "train" and (origin := _begun(recipe, key, inputs, others)):
             yield Outlook(name, title, "goes on from", origin)
         else:
-            why = _why(recipe, name, folder, registry)
+            why = _why(recipe, name, folder, inputs, registry)
             yield Outlook(name, title, "new", None, why or (f"after new {new}" if new else ""))
             new = title
 
@@ -169,7 +170,7 @@ def _same_steps(shorter: Recipe, longer: Recipe, steps: int) -> bool:
     )
 
 
-def _why(recipe: Recipe, stage: str, folder: RunFolder, registry: Registry) -> str:
+def _why(recipe: Recipe, stage: str, folder: RunFolder, inputs: Inputs, registry: Registry) -> str:
     """What a stage does not share with the run of this name that it is nearest to."""
     nearest: list[str] | None = None
     for other in _others(folder):
@@ -181,14 +182,24 @@ def _why(recipe: Recipe, stage: str, folder: RunFolder, registry: Registry) -> s
         except (CmkitError, KeyError):  # without this stage, or of parts that are not here
             continue
         shown = [f"{said}, in {other.path} {was}" for said, was in found]
-        saved = other.steps()
-        if saved and len(found) == 1 and found[0][0].startswith("train.steps"):
-            shown[0] += f"; --from {other.path} goes on from there"
-        if not shown and other.checked:
-            shown = [f"it reads other data or weights than {other.path}"] * (stage == "train")
+        with contextlib.suppress(CmkitError):
+            saved = other.with_checkpoints().steps()
+            if saved and len(found) == 1 and found[0][0].startswith("train.steps"):
+                shown[0] += f"; --from {other.path} goes on from there"
+            if stage == "train":
+                shown += _read_otherwise(recipe, other, inputs)
         if nearest is None or len(shown) < len(nearest):
             nearest = shown
     return "; ".join((nearest or [])[:3])
+
+
+def _read_otherwise(recipe: Recipe, other: RunFolder, inputs: Inputs) -> list[str]:
+    """A sentence where another run's training read other data or weights than `inputs`."""
+    tables = stage_tables(recipe, "train")
+    found = changes(other.inputs().get("inputs", {}), inputs) if other.checked else ()
+    read = [(key, said) for table, key, said in found if table in tables]
+    read.sort(key=lambda each: each[0] != "classes")  # names say more than numbers
+    return [f"beside {other.path}, {said}" for _, said in read[:1]]
 
 
 def differences(then: Any, now: Any, path: str = "") -> Iterator[tuple[str, str]]:
