@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -234,3 +236,35 @@ def test_gpus_and_cores_are_shared_out(suite, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     assert [worker._environment(k)["CUDA_VISIBLE_DEVICES"] for k in range(2)] == ["4", "7"]
     assert suite()._environment(0) == {}
+
+
+@pytest.mark.slow
+def test_a_suite_is_run_told_and_done_once(cmkit, tmp_path, monkeypatch):
+    """By processes of `cmkit run`, in the suite's own folder."""
+    (tmp_path / "base.toml").write_text(BASE.replace("digits_judge", "fidelity"))
+    text = SUITE.replace("seeds = [0, 1]", 'seeds = [0]\nbaseline = "edm"').replace(
+        "[row.ct]\n", ""
+    )
+    (tmp_path / "tiny.toml").write_text(text)
+    code, out, err = cmkit("bench", "tiny.toml", "--jobs", 2, "--device", "cpu", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [line["row"] for line in found["lines"]] == ["edm", "cd", "cd"]
+    assert found["lines"][1]["facts"]["training"]["evaluations"] == 6 * 8 * 6
+    assert "fid" in found["lines"][1]["verdicts"]
+    home = tmp_path / "runs" / "tiny"
+    one, two = (home / Path(line["runs"]["0"]).name for line in found["lines"][1:])
+    assert (one / "model.safetensors").samefile(two / "model.safetensors")
+    assert (home / "suite.html").is_file()
+    monkeypatch.setattr(work, "COMMAND", ("false",))  # no process is begun for what is finished
+    assert cmkit("bench", "tiny.toml", "--device", "cpu")[0] == 0
+    code, out, err = cmkit("compare", "runs/tiny", "--sort", "fid", "--format", "csv")
+    assert code == 0, err
+    assert len(out.splitlines()) > 3
+
+
+@pytest.mark.slow
+def test_a_suite_of_published_weights_is_tried_without_them(cmkit):
+    code, out, err = cmkit("bench", "paper", "--smoke", "--check", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["cells"]) == 12

@@ -54,6 +54,8 @@ def test_every_part_is_listed_with_its_package_and_version(installed, tmp_path):
 def test_the_recipes_come_with_the_wheel(installed):
     shipped = {path.name for path in (installed.site / "cmkit" / "recipes").iterdir()}
     assert shipped == {path.name for path in (ROOT / "recipes").glob("*.toml")}
+    suites = {path.name for path in (installed.site / "cmkit" / "suites").iterdir()}
+    assert suites == {path.name for path in (ROOT / "benchmarks" / "suites").glob("*.toml")}
 
 
 def test_the_packages_pass_their_check_their_parts_train_and_their_readmes_are_right(

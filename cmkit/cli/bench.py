@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 
 def bench(
-    suite: Annotated[Path, typer.Argument(help="A suite file.")],
+    suite: Annotated[
+        str, typer.Argument(help="A suite file, or the name of one that comes with cmkit.")
+    ],
     check: Annotated[
         bool, typer.Option("--check", help="Print the cells, what they share and what they cost.")
     ] = False,
@@ -60,11 +62,12 @@ def bench(
     Any number of such commands, on one machine or on several with a common folder, share the work.
     """
     from cmkit.plugins import discover
+    from cmkit.recipe import SUITES, find_recipe
     from cmkit.suite.cells import MOST, cells
     from cmkit.suite.suite import load_suite
     from cmkit.suite.work import SuiteFolder
 
-    loaded, registry = load_suite(suite), discover()
+    loaded, registry = load_suite(find_recipe(suite, homes=SUITES)), discover()
     folder = SuiteFolder(out or Path("runs") / f"{loaded.name}{'-smoke' * smoke}")
     most = loaded.count() if yes else MOST
     found = cells(loaded, registry, most)
@@ -75,7 +78,7 @@ def bench(
     if check:
         _check(loaded, found, folder, json)
     elif submit:
-        words = [str(suite), *["--yes"] * yes, *["--smoke"] * smoke, "--out", str(folder.path)]
+        words = [suite, *["--yes"] * yes, *["--smoke"] * smoke, "--out", str(folder.path)]
         words += ["--jobs", str(jobs), "--device", device]
         _submit(words, folder, submit, cluster, job, json)
     else:

@@ -24,13 +24,18 @@ def load(path: str | Path, overrides: Sequence[str], registry: Registry) -> Reci
     return from_tables(*read(path, overrides), registry)
 
 
-def find_recipe(name: str, folder: Path = Path()) -> Path:
-    """The recipe file `name`, as seen from `folder`, or the shipped recipe of that bare name."""
+SUITES = ("suites", "benchmarks/suites")
+"""Where suites are, seen from the installed package or from the checkout."""
+
+
+def find_recipe(name: str, folder: Path = Path(), homes: Sequence[str] = ("recipes",)) -> Path:
+    """The recipe file `name`, as seen from `folder`, or the shipped recipe of that bare name;
+    with `homes` = SUITES the suite."""
     path = folder / name
     if path.suffix == ".toml" or path.exists():
         return path
     home = Path(__file__).parent.parent
-    shipped = (parent / "recipes" / f"{name}.toml" for parent in (home, home.parent))
+    shipped = (parent / each / f"{name}.toml" for each in homes for parent in (home, home.parent))
     return next(filter(Path.is_file, shipped), path)
 
 
