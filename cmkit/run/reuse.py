@@ -17,7 +17,6 @@ from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load, run_name, stage_keys, stage_tables
 from cmkit.recipe.keys import Inputs
 from cmkit.run.folder import RunFolder
-from cmkit.run.inputs import changes
 
 MOST = 200
 """Other runs that are looked at, the newest."""
@@ -195,6 +194,8 @@ def _why(recipe: Recipe, stage: str, folder: RunFolder, inputs: Inputs, registry
 
 def _read_otherwise(recipe: Recipe, other: RunFolder, inputs: Inputs) -> list[str]:
     """A sentence where another run's training read other data or weights than `inputs`."""
+    from cmkit.run.inputs import changes
+
     tables = stage_tables(recipe, "train")
     found = changes(other.inputs().get("inputs", {}), inputs) if other.checked else ()
     read = [(key, said) for table, key, said in found if table in tables]
