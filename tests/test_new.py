@@ -120,8 +120,9 @@ def test_what_cannot_be_written_is_refused_in_one_line(kind, name, told, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_whatever_name_is_taken_its_modules_compile_and_its_class_is_no_other(kind, tmp_path):
-    """The words that its own files hold, the words of Python, and those of a few thousand more."""
+    """Every second of the words that its own files hold, and the words of Python."""
     words = {word for text in cmkit.new._files(kind).values() for word in re.findall(r"\w+", text)}
+    words = {*sorted(words)[KINDS.index(kind) % 2 :: 2]}
     words |= {*keyword.kwlist, *keyword.softkwlist, *dir(builtins), "a_1", "x2"}
     written = 0
     for name in sorted(words | {word.lower() for word in words}):

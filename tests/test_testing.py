@@ -94,10 +94,7 @@ def test_every_built_in_part_is_in_the_table():
 
 @pytest.mark.parametrize(
     "part",
-    [  # backbones have tests of their own, which ask for the same laws
-        pytest.param(part, marks=[pytest.mark.slow] * part.startswith("backbone."))
-        for part in BUILT_IN
-    ],
+    [part for part in BUILT_IN if not part.startswith("backbone.")],  # those are compiled as well
 )
 def test_a_built_in_part_keeps_the_laws_of_its_kind(part, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -107,7 +104,7 @@ def test_a_built_in_part_keeps_the_laws_of_its_kind(part, tmp_path, monkeypatch)
         write, options = FILES[part]
         options = {**options, "path": str(write(tmp_path / "files"))}
     made = discover().load(kind, name).model_validate_json(json.dumps(options))
-    testing.check_part(made, **{"compile": False} if kind == "backbone" else {})
+    testing.check_part(made)
 
 
 @pytest.mark.compile

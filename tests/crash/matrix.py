@@ -1,8 +1,8 @@
 """A fork server that crashes a toy training loop at every call that changes its run folder.
 
 Run with the shim preloaded: torch is imported once, and each point costs two forks, one that is
-spoiled at call N and one that resumes. Reads requests {"mutant", "mode", "first"} from stdin, a
-JSON line each, and answers with a JSON line.
+spoiled at call N and one that resumes. Reads requests {"mutant", "mode", "first", "every"} from
+stdin, a JSON line each, and answers with a JSON line.
 """
 
 from __future__ import annotations
@@ -205,14 +205,15 @@ class Judge:
     def temporaries(self) -> list[str]:
         return [str(path) for path in self.run.rglob(f"{files.TEMPORARY}*")]
 
-    def matrix(self, mutant: str | None, mode: str, first: bool) -> dict:
-        """Every point of one mode; its failures, or the first one alone."""
+    def matrix(self, mutant: str | None, mode: str, first: bool, every: int) -> dict:
+        """Every point, or every second one, of a mode; its failures, or the first one alone."""
         self.reset()
         ended, whole = self.attempt(mutant, 0, "none")
         log = (self.run / "log.jsonl").read_bytes()
         counts: dict[str, int] = {}
         failures = []
-        for at in range(1, whole["calls"] + 1):
+        points = range(1, whole["calls"] + 1, every)
+        for at in points:
             self.reset()
             ended, spoiled = self.attempt(mutant, at, mode)
             left = self.temporaries() if mode == "enospc" else []
@@ -233,7 +234,7 @@ class Judge:
                 failures.append([at, broken, spoiled.get("error"), resumed.get("error")])
                 if first:
                     break
-        return {"calls": whole["calls"], "ended": counts, "failures": failures}
+        return {"points": len(points), "ended": counts, "failures": failures}
 
 
 def main() -> None:
