@@ -142,6 +142,7 @@ def test_guidance_is_no_part_of_what_was_trained(home):
     assert plain["search"] != guided["search"]
 
 
+@pytest.mark.slow
 def test_a_training_that_another_run_has_begun_goes_on(home, tmp_path):
     (tmp_path / "tiny.toml").write_text(BASE)
     first, _ = go(tmp_path, until=lambda e: isinstance(e, Step) and e.step == 5)

@@ -339,6 +339,7 @@ def test_verdict_is_shown_whichever_way_it_falls(tmp_path, small, plain, rescale
     assert "So it is." in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("absent", ["train", "search", "sample", "metric", "all", "log", "before"])
 def test_what_is_absent_is_left_out(tmp_path, small, absent):
     stages = small["stages"]

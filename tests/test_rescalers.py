@@ -42,6 +42,7 @@ def test_both_keep_the_laws_of_their_kind(rescaler):
     check_rescaler(rescaler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy",
     [PerLayer, lambda **own: PerTimestep(sigmas=LEVELS, **{k: (v,) * 3 for k, v in own.items()})],

@@ -68,7 +68,13 @@ def test_every_shipped_recipe_is_shrunk_to_the_same_kinds_of_parts_and_numbers(p
     assert all(w.startswith("runs/smoke-weights/") for w in weights)
 
 
-@pytest.mark.parametrize("name", ["ccd_cifar10_lpips", "edm_imagenet64", "rescaled_cd_cat"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rescaled_cd_cat",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("ccd_cifar10_lpips", "edm_imagenet64")),
+    ],
+)
 def test_a_shrunk_recipe_fits_without_its_data_and_weights(name, cmkit, offline):
     code, out, err = cmkit("check", name, "--smoke", "--json")
     assert code == 0, err

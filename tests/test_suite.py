@@ -510,6 +510,7 @@ def test_other_networks_of_a_step_count_by_their_operations(of_objective, suite)
 # -- the command
 
 
+@pytest.mark.slow
 def test_check_prints_cells_what_they_share_and_what_they_cost(cmkit, tmp_path, suite):
     suite(HEAD, NFE, CT, EDM, CD)
     code, out, err = cmkit("bench", tmp_path / "s.toml", "--check")
