@@ -873,7 +873,7 @@ def test_what_a_run_misses_is_said_and_weights_that_are_damaged_draw_nothing(cop
 @pytest.mark.parametrize("odd", ["@x", ":ema-0.9@6", ":emma", "@6@6", "@"])
 def test_weights_that_are_named_in_another_way_are_told_how(home, odd):
     folder = RunFolder(home / "runs" / name_of(home))
-    with pytest.raises(CheckpointError, match="the weights of a run are RUN@STEP:AVERAGE"):
+    with pytest.raises(CheckpointError, match="say weights of a run as RUN@STEP:AVERAGE"):
         drawn_from(f"{folder.path}{odd}", [], discover(), 2)
 
 

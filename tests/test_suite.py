@@ -9,7 +9,7 @@ import pytest
 
 from cmkit import PluginError, RecipeError, discover
 from cmkit.recipe import load, run_name, stage_keys
-from cmkit.suite.cells import cells, in_order
+from cmkit.suite.cells import cells
 from cmkit.suite.merge import merge
 from cmkit.suite.suite import ROW_KEYS, Change, SuiteTable, load_suite
 
@@ -216,10 +216,6 @@ def test_a_teacher_has_the_students_value_of_an_axis_that_changes_training(suite
     for value in ("0.5", "0.4"):
         teacher = found[f"edm-{value}-s1"]
         assert found[f"cd-{value}-s1"].recipe.teacher.table.weights == f"run:{teacher.name}"
-    order = [cell.name for cell in in_order(found.values())]
-    for cell in found.values():
-        assert all(order.index(name) < order.index(cell.name) for name in cell.needs)
-    assert sorted(order) == sorted(cell.name for cell in found.values())
 
 
 def test_a_row_may_start_from_another_rows_weights_and_two_rows_share_one_training(suite):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -57,14 +56,15 @@ def compare(
     registry = discover()
     gathered = gather(sources, registry, out)
     gathered.baseline = baseline or gathered.baseline
-    same_noise = SameNoise(registry, tell=lambda text: print(text, file=sys.stderr))
+    same_noise = SameNoise(registry, tell=printing.aside)
     found = results(gathered, same_noise, dict(map(_equation, where)))
     found = tables.sort(found, sort) if sort else found
     if json:
         runs = [run.document() for g in gathered.groups for run in g.runs.values()]
         printing.document({**found.document(), "runs": runs, "caveats": found.notes})
     elif format == "csv":
-        print(tables.to_csv(found), end="")
+        for line in tables.to_csv(found).splitlines():
+            printing.line(line)
     else:
         write = {"markdown": tables.to_markdown, "latex": tables.to_latex, "table": tables.to_text}
         for line in write[format](found):

@@ -35,6 +35,11 @@ def line(text: str) -> None:
     print(printable(text, sys.stdout.encoding))
 
 
+def aside(text: str) -> None:
+    """Print one line on stderr, as `line` does on stdout."""
+    print(printable(text, sys.stderr.encoding), file=sys.stderr)
+
+
 def human(value: Any) -> str:
     """A value in three digits or with commas between thousands."""
     if isinstance(value, float):

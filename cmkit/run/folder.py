@@ -435,10 +435,7 @@ def chosen(name: str) -> tuple[str, int | None, str | None]:
         return name, None, None
     place = re.split(r"[@:]", match[1])[0]
     if place != match[1] and (Path(place) / "recipe.toml").is_file():
-        raise CheckpointError(
-            f"{name}: the weights of a run are RUN@STEP:AVERAGE, such as {place}@1000:ema-0.999,"
-            " of which the last two may be left out"
-        )
+        raise CheckpointError(f"{name}: say weights of a run as RUN@STEP:AVERAGE, or a part of it")
     place, step, average = match.groups()
     return place, None if step is None else int(step), average
 

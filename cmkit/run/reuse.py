@@ -18,7 +18,7 @@ from cmkit.recipe import Recipe, load, run_name, stage_keys, stage_tables
 from cmkit.recipe.keys import Inputs
 from cmkit.run.folder import RunFolder
 
-MOST = 200
+MOST = 1000
 """Other runs that are looked at, the newest."""
 
 

@@ -130,18 +130,6 @@ def cells(
     return [_cell(draft) for draft in drafts]
 
 
-def in_order(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells such that each comes behind those that it needs, else in the order given."""
-    waiting, done, found = list(cells), set[str](), list[Cell]()
-    while waiting:
-        ready = [cell for cell in waiting if done.issuperset(cell.needs)]
-        assert ready, "needs of cells have no circle"
-        found += ready
-        done |= {cell.name for cell in ready}
-        waiting = [cell for cell in waiting if cell.name not in done]
-    return found
-
-
 def _drafts(suite: Suite) -> Iterator[_Draft]:
     for row in suite.rows.values():
         for labels in itertools.product(*row.axes.values()):

@@ -17,10 +17,7 @@ from cmkit.plugins import Registry
 from cmkit.run.folder import RunFolder
 from cmkit.suite.cells import Cell
 from cmkit.suite.groups import Group, Where, check_where, chosen, of_seed
-from cmkit.suite.intervals import (
-    Interval,
-    mean_interval,
-)
+from cmkit.suite.intervals import Interval, mean_interval
 from cmkit.suite.judge import biased, independent, of_one, verdicts_of
 from cmkit.suite.noise import SameNoise
 from cmkit.suite.results import SCHEMA, Better, Line, Results, Score, Verdict

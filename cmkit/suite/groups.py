@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cmkit.errors import RecipeError, did_you_mean, inline
-from cmkit.suite.results import Line
+from cmkit.suite.results import title_of
 from cmkit.suite.runs import Run
 
 Where = Mapping[str, str]
@@ -30,10 +30,11 @@ class Group:
 
     @property
     def title(self) -> str:
-        return Line(self.row, self.axis, "", {}, {}, {}, {}, {}).title
+        return title_of(self.row, self.axis)
 
 
 def check_where(groups: Sequence[Group], where: Where) -> None:
+    """RecipeError for a key that no group has."""
     recipes = [recipe for group in groups for recipe in group.recipes]
     axes = {axis for group in groups for axis in group.axis}
     for key in where:
@@ -62,6 +63,7 @@ def chosen(group: Group, where: Where) -> bool:
 
 
 def of_seed(group: Group, seed: str) -> Group:
+    """The group's run of one seed alone."""
     return replace(
         group,
         runs={s: run for s, run in group.runs.items() if str(s) == seed},

@@ -99,9 +99,11 @@ def _difference(
     )
     if one and another:
         return found
-    what = CHECKPOINTS.partition(",")[0] if one == another else "of a method and one checkpoint"
-    return replace(found, of=of_one(found.of, what) if one == another else found.of.replace(
-        "of the two methods", what))  # fmt: skip
+    if one or another:
+        of = found.of.replace("of the two methods", "of a method and one checkpoint")
+    else:
+        of = of_one(found.of, CHECKPOINTS.partition(",")[0])
+    return replace(found, of=of)
 
 
 def _said(baseline: str, differences: Iterable[Interval], count: int) -> Iterator[str]:

@@ -55,12 +55,12 @@ class Pace:
 
     def _measured(self, recipe: Recipe) -> float:
         tables = {**recipe.resolved}
-        tables["train"] = {**tables["train"], "steps": STEPS, "log_every": STEPS, "start": None}
+        tables["train"] = {**tables["train"], "steps": STEPS, "log_every": STEPS}
+        tables["train"].pop("start", None)
         for table in ("denoiser", "teacher"):
             if tables.get(table, {}).get("weights"):
                 weights = invented(tables, table, self.path.parent)
                 tables[table] = {**tables[table], "weights": weights}
-        tables["train"].pop("start")
         timed = from_tables(tables, recipe.source, self.registry)
         write_weights(timed)
         began = 0.0

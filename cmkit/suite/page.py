@@ -25,9 +25,8 @@ from cmkit.suite.page_runs import (
     losses_of,
     provenance_of,
     styles_of,
-    title_of,
 )
-from cmkit.suite.results import Line, Results, Score, Verdict
+from cmkit.suite.results import Line, Results, Score, Verdict, title_of
 from cmkit.suite.work import SuiteFolder
 
 HERE = Path(__file__).parent
@@ -173,7 +172,7 @@ def _curves(lines: Sequence[Line], x: Callable[[Line], Any]) -> dict[str, str]:
             others = [
                 (axis, value) for axis, value in line.axis.items() if not _moves(own, axis, x)
             ]
-            names[line.title] = title_of(line.row, others)
+            names[line.title] = title_of(line.row, dict(others))
     return names
 
 

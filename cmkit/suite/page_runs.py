@@ -16,7 +16,7 @@ from cmkit.run.folder import RunFolder
 from cmkit.suite import figures
 from cmkit.suite.figures import Style
 from cmkit.suite.intervals import mean_interval
-from cmkit.suite.results import Line, Results
+from cmkit.suite.results import Line, Results, title_of
 
 LOSS_POINTS = 120
 """Of a loss curve among many: it is smoothed by the averages between them."""
@@ -120,7 +120,7 @@ def _training(lines: Sequence[Line]) -> tuple[str, str]:
     first, rows = lines[0], list(dict.fromkeys(line.row for line in lines))
     shared = [i for i in first.axis.items() if all(i in line.axis.items() for line in lines)]
     more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-    return first.row, title_of(first.row, shared) + more
+    return first.row, title_of(first.row, dict(shared)) + more
 
 
 def provenance_of(results: Results, runs: Sequence[Finished]) -> dict[str, Any]:
@@ -159,10 +159,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, " ".join(map(str, value))
     elif value is not None:
         yield name, str(value)
-
-
-def title_of(row: str, axis: Sequence[tuple[str, str]]) -> str:
-    return ", ".join([row, *(f"{name} {value}" for name, value in axis)])
 
 
 def styles_of(results: Results, names: Sequence[tuple[str, str]]) -> dict[str, Style]:

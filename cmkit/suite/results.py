@@ -15,6 +15,11 @@ SCHEMA = 1
 Better = Literal["lower", "higher", "neither"]
 
 
+def title_of(row: str, axis: Mapping[str, str]) -> str:
+    """The row and its axis values, such as "ct, nfe 2"."""
+    return ", ".join([row, *(f"{name} {value}" for name, value in axis.items())])
+
+
 @dataclass(frozen=True)
 class Score:
     """A number of a metric over the seeds of a line."""
@@ -65,8 +70,8 @@ class Line:
 
     @property
     def title(self) -> str:
-        """The row and its axis values, such as "ct, nfe 2"."""
-        return ", ".join([self.row, *(f"{name} {value}" for name, value in self.axis.items())])
+        """What it is called, as `title_of`."""
+        return title_of(self.row, self.axis)
 
     @property
     def seeds(self) -> str:

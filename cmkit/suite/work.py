@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -322,16 +322,3 @@ def check_locks(folder: Path) -> None:
             f"{folder}: locks do not hold on this file system, workers would do cells twice; mount"
             " it with locks (NFS 4, or Lustre with -o flock), or name another place with --out"
         )
-
-
-def states(cells: Sequence[Cell], folder: SuiteFolder) -> Mapping[str, str]:
-    """What the disk tells of each cell, by name: "finished", "failed: WHY", "begun" or "new"."""
-    found = {}
-    for cell in cells:
-        if folder.finished(cell):
-            found[cell.name] = "finished"
-        elif failure := folder.failure(cell):
-            found[cell.name] = f"failed: {failure['reason']}"
-        else:
-            found[cell.name] = "begun" if folder.run(cell).begun else "new"
-    return found
