@@ -127,14 +127,14 @@ def test_two_workers_at_once_do_each_cell_once_and_teachers_first(suite):
 
 
 def test_a_cell_that_fails_is_a_line_and_the_rest_goes_on(suite, monkeypatch):
-    monkeypatch.setenv("FATE", "edm-5-s0=fails")
+    monkeypatch.setenv("FATE", "edm-train-s0=fails")
     worker = suite(jobs=2)
     seen = list(worker.work())
     (failed,) = [event for event in seen if event.failed]
-    assert "edm-5-s0: failed: sample.images = 3: too few; see " in failed.text
-    assert failed.text.endswith("; with it cd-1-s0, cd-2-s0")
+    assert "edm-train-s0: failed: sample.images = 3: too few; see " in failed.text
+    assert failed.text.endswith("; with it edm-5-s0, cd-1-s0, cd-2-s0")
     lost = {cell.recipe.name for name, cell in worker.cells.items() if worker.ended[name]}
-    assert lost == {"edm-5-s0", "cd-1-s0", "cd-2-s0"}
+    assert lost == {"edm-train-s0", "edm-5-s0", "cd-1-s0", "cd-2-s0"}
     assert worker.folder.failure(failed.cell)["reason"] == "sample.images = 3: too few"
     monkeypatch.delenv("FATE")
     again = suite()
@@ -162,13 +162,13 @@ def test_a_worker_that_is_stopped_lets_its_cells_save_and_goes_on(suite, monkeyp
     working = worker.work()
     next(event for event in working if event.cell.recipe.name == "edm-5-s1")
     threading.Timer(0.5, worker.stop._received, (signal.SIGTERM, None)).start()
-    with pytest.raises(Interrupted, match=r"SIGTERM: \d of 10 cells are finished") as caught:
+    with pytest.raises(Interrupted, match=r"SIGTERM: \d of 12 cells are finished") as caught:
         list(working)
     assert caught.value.exit_code == 143
     assert not worker.running
     monkeypatch.delenv("FATE")
     seen = list(suite().work())
-    assert [event.done for event in seen] == list(range(1, 11))
+    assert [event.done for event in seen] == list(range(1, 13))
     assert not any(event.failed for event in seen)
 
 

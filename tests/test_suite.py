@@ -195,18 +195,23 @@ def test_cells_that_differ_after_training_share_it_and_wait_for_the_first(suite)
     assert len(keys) == 2
 
 
-def test_a_teacher_is_the_first_cell_of_its_training_whatever_the_samplers(suite):
+def test_a_teacher_is_a_training_alone_whatever_its_row_does_besides(suite):
     rows = EDM.replace("axis.nfe = { 3", "axis.nfe = { 9 = { sampler = { use = "
                        '"heun", steps = 5 } }, 3')  # fmt: skip
     found = loaded(suite(HEAD, NFE, rows, CD, CT))
     for seed in (0, 1):
-        teacher = found[f"edm-9-s{seed}"]
+        teacher = found[f"edm-train-s{seed}"]
+        assert (teacher.alone, list(teacher.recipe.stages)) == (True, ["train"])
+        assert found[f"edm-9-s{seed}"].needs == found[f"edm-3-s{seed}"].needs == (teacher.name,)
         for nfe in ("1", "2"):
             cell = found[f"cd-{nfe}-s{seed}"]
             assert cell.recipe.teacher.table.weights == f"run:{teacher.name}"
             assert cell.needs[0] == teacher.name
         assert found[f"cd-2-s{seed}"].group == found[f"cd-1-s{seed}"].name
         assert found[f"cd-2-s{seed}"].needs == (teacher.name, found[f"cd-1-s{seed}"].name)
+    more = loaded(suite(HEAD, NFE, rows, "sample.images = 7\n", CD, CT))
+    assert more["edm-3-s0"].name != found["edm-3-s0"].name
+    assert more["cd-1-s0"].name == found["cd-1-s0"].name
 
 
 def test_a_teacher_has_the_students_value_of_an_axis_that_changes_training(suite):
@@ -214,8 +219,8 @@ def test_a_teacher_has_the_students_value_of_an_axis_that_changes_training(suite
     edm = EDM.partition("axis")[0]
     found = loaded(suite(HEAD, axis, CD, edm, CT))
     for value in ("0.5", "0.4"):
-        teacher = found[f"edm-{value}-s1"]
-        assert found[f"cd-{value}-s1"].recipe.teacher.table.weights == f"run:{teacher.name}"
+        (teacher,) = found[f"edm-{value}-s1"].needs
+        assert found[f"cd-{value}-s1"].recipe.teacher.table.weights == f"run:{teacher}"
 
 
 def test_a_row_may_start_from_another_rows_weights_and_two_rows_share_one_training(suite):
@@ -223,7 +228,7 @@ def test_a_row_may_start_from_another_rows_weights_and_two_rows_share_one_traini
         'denoiser = { weights = { row = "edm" }, precond = "edm" }\n[row.twin]\nrescaler.skip=1.0\n'
     )
     found = loaded(suite(HEAD, CT, EDM.partition("axis")[0], "[row.ect]\n", rows))
-    assert found["ect-s0"].recipe.denoiser.weights == f"run:{found['edm-s0'].name}"
+    assert found["ect-s0"].recipe.denoiser.weights == f"run:{found['edm-train-s0'].name}"
     assert found["twin-s1"].group == found["ct-s1"].name
 
 
@@ -231,7 +236,11 @@ def test_a_teacher_may_have_a_teacher(suite):
     again = CD.replace("row.cd", "row.again").replace('"edm"', '"cd"')
     again = again.replace('{ row = "cd" }', '{ row = "cd", precond = "consistency" }')
     found = loaded(suite(HEAD, NFE, again, CD, EDM, CT))
-    assert found["again-1-s0"].needs == (found["cd-1-s0"].name,)
+    middle = found["cd-train-s0"]
+    assert (found["again-1-s0"].needs, middle.needs) == (
+        (middle.name,),
+        (found["edm-train-s0"].name,),
+    )
 
 
 # -- budgets
@@ -263,7 +272,7 @@ def test_a_budget_of_evaluations_or_seconds_asks_what_a_step_costs_once_for_each
         assert (found["edm-3-s0"], found["cd-1-s1"]) == (200, 100)
         assert sorted(asked) == ["cd-1-s0", "ct-1-s0", "edm-3-s0"]
         asked.clear()
-        assert len(cells(s, REGISTRY)) == 10
+        assert len(cells(s, REGISTRY)) == 12
 
 
 def test_a_teacher_is_paid_from_the_students_budget_where_the_suite_says_so(suite):
@@ -281,7 +290,7 @@ def test_the_suite_of_the_page_is_one(suite):
     page = (ROOT / "docs" / "suites.md").read_text("utf-8")
     text = page.partition("```toml\n")[2].partition("```")[0]
     found = loaded(suite(text.replace("digits_ct.toml", "base.toml")))
-    assert len(found) == 3 * (4 + 1 + 4)
+    assert len(found) == 3 * (4 + 1 + 4 + 1)
     assert found["cd-global-2-s1"].group == found["cd-off-1-s1"].name
 
 
@@ -512,9 +521,12 @@ def test_check_prints_cells_what_they_share_and_what_they_cost(cmkit, tmp_path, 
     code, out, err = cmkit("bench", tmp_path / "s.toml", "--check")
     assert (code, err) == (0, "")
     assert re.search(
-        r"cd-2-s1-\w{8} +cd +2 +1 +training of cd-1-s1-\w+; teacher edm-3-s1-\w+\n", out
+        r"cd-2-s1-\w{8} +cd +2 +1 +training of cd-1-s1-\w+; teacher edm-train-s1-\w+\n", out
     )
-    assert re.search(r"edm-3-s0-\w+ trains\n  -> cd-1-s0-\w+ starts from it\n", out)
+    assert re.search(
+        r"edm-train-s0-\w+ trains\n  -> edm-3-s0-\w+ samples it\n  -> cd-1-s0-\w+ starts from it\n",
+        out,
+    )
     assert re.search(r"cd-1 +\S+ +1 +500 +64,000 +384,000 +100 ", out)
     assert re.search(r"cd-2 +\S+ +2 +200 ", out)
     assert re.search(r"all, 2 seeds +3,000 +384,000 +1,664,000 ", out)
@@ -530,7 +542,7 @@ def test_check_knows_the_scalings_of_weights_that_are_yet_to_come(cmkit, tmp_pat
     suite(HEAD, CT, ve, "[row.ect]\ndenoiser.weights = { row = 'edm' }\n")
     code, _, err = cmkit("bench", tmp_path / "s.toml", "--check")
     assert code == 2
-    assert "s.toml:11: row.ect.denoiser.weights: run:edm-s0-" in err
+    assert "s.toml:11: row.ect.denoiser.weights: run:edm-train-s0-" in err
     assert 'was trained under other scalings; set the precond beside it to { use = "ve"' in err
 
 

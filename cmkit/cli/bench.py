@@ -241,7 +241,7 @@ def _costs_table(
         cost = found[cell.name]
         numbers = _numbers([getattr(cost, key) for key in keys], known)
         of_network = [printing.human(cost.parameters), str(cost.nfe or "")]
-        rows.append(["-".join([cell.row, *cell.axis.values()]), *of_network, *numbers])
+        rows.append([cell.recipe.name.removesuffix(f"-s{cell.seed}"), *of_network, *numbers])
     totals = [sum(getattr(found[cell.name], key) for cell in cells) for key in keys]
     seeds = len(cells) // len(first)
     rows.append([f"all, {seeds} seed{'s' * (seeds > 1)}", "", "", *_numbers(totals, known)])

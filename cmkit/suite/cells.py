@@ -12,7 +12,16 @@ from typing import Any
 
 from cmkit.errors import RecipeError, did_you_mean, inline
 from cmkit.plugins import Registry
-from cmkit.recipe import NAME, Recipe, Source, from_tables, run_name, stage_keys, stage_tables
+from cmkit.recipe import (
+    NAME,
+    Recipe,
+    Source,
+    from_tables,
+    run_name,
+    stage_keys,
+    stage_tables,
+)
+from cmkit.recipe.tables import stage_class
 from cmkit.suite.merge import merge, value_at
 from cmkit.suite.suite import Change, Reference, Row, Suite, refuse_many
 
@@ -42,6 +51,9 @@ class Cell:
     where it trains nothing."""
     needs: tuple[str, ...] = ()
     """The cells whose training must be finished before it starts."""
+    alone: bool = False
+    """Whether it is the training of a row's cells, apart from them because other rows start from
+    it: what else is done with that row, such as one metric more, then changes nothing in these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +96,7 @@ class _Draft:
     axis: Mapping[str, str]
     seed: int
     tables: dict[str, Any]
+    """What its recipe says, with each `Reference` and the budget's steps once it is loaded."""
     source: Changed
     starts: dict[str, list[_Draft]] = field(default_factory=dict)
     """The cells that {row = NAME} may mean, by the table whose weights they are."""
@@ -124,10 +137,17 @@ def cells(
     refuse_many(suite, most)
     drafts = list(_drafts(suite))
     _find_starts(suite, drafts)
-    _Loading(suite, registry, cost, shrink).load(drafts)
+    loading = _Loading(suite, registry, cost, shrink)
+    loading.load(drafts)
     if shrink is None:  # recipes that differ may be alike once they are shrunk
         _refuse_duplicates(drafts)
-    return [_cell(draft) for draft in drafts]
+    found = []
+    left = dict(loading.trainings)
+    for draft in drafts:
+        if training := left.pop(draft.keys.get("train", ""), None):
+            found.append(training)
+        found.append(loading.cell(draft))
+    return found
 
 
 def _drafts(suite: Suite) -> Iterator[_Draft]:
@@ -233,6 +253,8 @@ class _Loading:
         self.firsts: dict[str, _Draft] = {}
         self.recipes: dict[str, Recipe] = {}
         self.costs: dict[str, float] = {}
+        self.trainings: dict[str, Cell] = {}
+        """Cells that are a training alone, by its key."""
 
     def load(self, drafts: Sequence[_Draft]) -> None:
         """Load all, in rounds of those whose starts are all loaded."""
@@ -253,16 +275,44 @@ class _Loading:
         tables = dict(draft.tables)
         for table, others in draft.starts.items():
             first = self._only(draft, table, others)
-            tables[table] = {**tables[table], "weights": f"run:{first.run}"}
+            tables[table] = {**tables[table], "weights": f"run:{self._training(first)}"}
         if "train" in tables and draft.row.budgeted and self.cost:
             tables["train"] = {**tables["train"], "steps": self._steps(draft, tables)}
         recipe = draft.recipe = self._recipe(draft, tables)
         if not recipe.stages:
             raise draft.source.error((), "nothing to do: add a [train], [search] or [sample] table")
+        draft.tables = tables
         draft.keys = stage_keys(recipe)
         draft.run = run_name(recipe, draft.keys)
         if "train" in draft.keys:
             draft.first = self.firsts.setdefault(draft.keys["train"], draft)
+
+    def _training(self, first: _Draft) -> str:
+        """The run of a training: that of a cell of its own where `first` does more than train."""
+        if len(first.keys) == 1:
+            return first.run
+        key = first.keys["train"]
+        if key not in self.trainings:
+            alone = ("train", *stage_class("train").reads)
+            tables = {table: said for table, said in first.tables.items() if table in alone}
+            recipe = self._recipe(first, tables, f"{first.row.name[:48]}-train-s{first.seed}")
+            name = run_name(recipe)
+            self.trainings[key] = Cell(
+                first.row.name, {}, first.seed, recipe, name, name, self._needs(first), alone=True
+            )
+        return self.trainings[key].name
+
+    def _needs(self, draft: _Draft) -> tuple[str, ...]:
+        return tuple(self._training(parent) for parent in draft.parents)
+
+    def cell(self, draft: _Draft) -> Cell:
+        """The cell of a draft that is loaded."""
+        assert draft.recipe is not None
+        training = self.trainings.get(draft.keys.get("train", ""))
+        group = training.name if training else (draft.first or draft).run
+        needs = (*self._needs(draft), *[group] * (group != draft.run))
+        row, axis = draft.row.name, draft.axis
+        return Cell(row, axis, draft.seed, draft.recipe, draft.run, group, needs)
 
     def _only(self, draft: _Draft, table: str, others: list[_Draft]) -> _Draft:
         """The one training that the cells `others` have in common."""
@@ -312,9 +362,10 @@ class _Loading:
             self.costs[key] = self.cost(recipe)
         return self.costs[key]
 
-    def _recipe(self, draft: _Draft, tables: dict[str, Any]) -> Recipe:
+    def _recipe(self, draft: _Draft, tables: dict[str, Any], name: str = "") -> Recipe:
         """The draft's recipe, loaded once for tables that differ in the seed alone."""
-        own = {"name": draft.title, "seed": draft.seed}
+        name = name or draft.title
+        own = {"name": name, "seed": draft.seed}
         rest = {key: value for key, value in tables.items() if key not in own}
         key = json.dumps([draft.row.name, rest], default=str)
         if key not in self.recipes:
@@ -323,9 +374,7 @@ class _Loading:
             )
         recipe = self.recipes[key]
         resolved = {**recipe.resolved, **own}
-        return replace(
-            recipe, name=draft.title, seed=draft.seed, resolved=resolved, source=draft.source
-        )
+        return replace(recipe, name=name, seed=draft.seed, resolved=resolved, source=draft.source)
 
     def _shrunk(self, recipe: Recipe) -> Recipe:
         """What takes the recipe's place; what it takes of other cells stays that of them."""
@@ -395,12 +444,3 @@ def _refuse_duplicates(drafts: Iterable[_Draft]) -> None:
             raise draft.source.suite.error(
                 place, f"cells {other.title} and {draft.title} are the same run: {cure}"
             )
-
-
-def _cell(draft: _Draft) -> Cell:
-    assert draft.recipe is not None
-    group = (draft.first or draft).run
-    needs = [parent.run for parent in draft.parents] + [group] * (group != draft.run)
-    return Cell(
-        draft.row.name, draft.axis, draft.seed, draft.recipe, draft.run, group, tuple(needs)
-    )

@@ -60,7 +60,7 @@ def of_suite(
     groups: dict[tuple[str, ...], Group] = {}
     known = of_results(folder.path).groups if folder.results.exists() and not costs else []
     kept = {group.title: group.cost for group in known}
-    for cell in cells:
+    for cell in (cell for cell in cells if not cell.alone):
         key = (cell.row, *cell.axis.values())
         if key not in groups:
             groups[key] = Group(cell.row, cell.axis, suite.rows[cell.row].note)

@@ -65,7 +65,7 @@ def costs(cells: Iterable[Cell]) -> dict[str, Costs]:
         found: dict[str, Costs] = {}
         of_row: dict[tuple[str, ...], Costs] = {}
         for cell in cells:  # seeds cost the same
-            alike = (cell.row, *cell.axis.values())
+            alike = (cell.row, *cell.axis.values(), str(cell.alone))
             if alike not in of_row:
                 of_row[alike] = _costs(cell, plan(cell.recipe))
             found[cell.name] = of_row[alike]
