@@ -89,7 +89,8 @@ def show_results(
     from cmkit.suite.page import write_page
     from cmkit.suite.tables import to_text
 
-    found = collect(suite, cells, folder, SameNoise(discover(), device), costs(cells))
+    trainings = costs(cell for cell in cells if cell.name == cell.group)
+    found = collect(suite, cells, folder, SameNoise(discover(), device), trainings)
     keep(found, folder)
     page = write_page(found, folder)
     if json:

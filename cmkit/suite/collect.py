@@ -56,7 +56,7 @@ def collect(
 def of_suite(
     suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, costs: Mapping[str, Costs] | None
 ) -> Gathered:
-    """The groups of a suite's cells; `costs` by the names of cells."""
+    """The groups of a suite's cells; `costs` by the names of those that share no training."""
     groups: dict[tuple[str, ...], Group] = {}
     known = of_results(folder.path).groups if folder.results.exists() and not costs else []
     kept = {group.title: group.cost for group in known}
@@ -68,8 +68,8 @@ def of_suite(
         group.recipes.append(cell.recipe.resolved)
         group.cost = kept.get(group.title, {})
         if costs:
-            parameters = costs[cell.name].parameters
-            group.cost = {"evaluations": costs[cell.group].trained, "parameters": parameters}
+            cost = costs[cell.group]
+            group.cost = {"evaluations": cost.trained, "parameters": cost.parameters}
         try:
             if folder.finished(cell):
                 group.runs[cell.seed] = read_run(folder.run(cell).path)
