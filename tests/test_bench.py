@@ -279,10 +279,3 @@ def test_a_suite_is_run_told_and_done_once(cmkit, tmp_path, monkeypatch):
     code, out, err = cmkit("compare", "runs/tiny", "--sort", "fid", "--format", "csv")
     assert code == 0, err
     assert len(out.splitlines()) > 3
-
-
-@pytest.mark.slow
-def test_a_suite_of_published_weights_is_tried_without_them(cmkit):
-    code, out, err = cmkit("bench", "paper", "--smoke", "--check", "--json")
-    assert code == 0, err
-    assert len(json.loads(out)["cells"]) == 12

@@ -95,6 +95,23 @@ def test_every_shipped_recipe_runs_smoked(path, cmkit, offline):
                                       if s in report["recipe"]]  # fmt: skip
 
 
+@pytest.mark.slow
+def test_the_suites_run_smoked(installed, tmp_path):
+    """All that of the digits; the runs of the other two are, shrunk, those of suites and recipes
+    that run here."""
+    check = "bench {} --smoke --check --json"
+    done = installed.several(*map(check.format, ("digits", "fashion", "paper")), cwd=tmp_path)
+    assert [run.code for run in done] == [0, 0, 0], done
+    found = [[cell["name"] for cell in json.loads(run.out)["cells"]] for run in done]
+    assert list(map(len, found)) == [16, 16, 7]
+    ran = installed.run("cmkit", "bench", "digits", "--smoke", "--jobs", "2", cwd=tmp_path)
+    assert ran.code == 0, ran.err
+    folder = tmp_path / "runs" / "digits-smoke"
+    assert {path.parent.name for path in folder.glob("*/report.html")} == set(found[0])
+    assert '<body class="smoke">' in (folder / "suite.html").read_text("utf-8")
+    assert "the numbers mean nothing" in ran.out
+
+
 def test_the_bedrooms_run_in_an_empty_folder_offline_and_are_marked_everywhere(cmkit, offline):
     code, _, err = cmkit("run", BEDROOM, "--smoke")
     assert code == 0, err

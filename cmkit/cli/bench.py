@@ -35,7 +35,7 @@ def bench(
         bool,
         typer.Option(
             "--smoke",
-            help="Try the suite: the cells of the first seed shrunk, on invented data and weights."
+            help="Try the suite: every row and value once, shrunk, on invented data and weights."
             " Its numbers mean nothing.",
         ),
     ] = False,
@@ -88,7 +88,7 @@ def bench(
 def _smoked(
     suite: Suite, whole: Sequence[Cell], folder: SuiteFolder, registry: Registry
 ) -> list[Cell]:
-    """The cells of the first seed, shrunk, with their invented weights written; raises what is at
+    """Some cells of the first seed, shrunk, with their invented weights written; raises what is at
     fault with the cells as they are."""
     from cmkit.smoke import check_whole, smoke, write_weights
     from cmkit.suite.cells import cells
@@ -96,15 +96,34 @@ def _smoked(
     for cell in {cell.row: cell for cell in whole}.values():
         check_whole(cell.recipe)
     table = suite.table.model_copy(update={"seeds": suite.table.seeds[:1]})
-    found = cells(
-        replace(suite, table=table),
-        registry,
-        len(whole),
-        shrink=lambda recipe: smoke(recipe, folder.path, registry),
+    found = covering(
+        cells(
+            replace(suite, table=table),
+            registry,
+            len(whole),
+            shrink=lambda recipe: smoke(recipe, folder.path, registry),
+        )
     )
     for cell in found:
         write_weights(cell.recipe)
     return found
+
+
+def covering(cells: Sequence[Cell]) -> list[Cell]:
+    """The fewest first cells that have every row and every value of an axis, and those that these
+    need."""
+    seen: set[object] = set()
+    waiting = []
+    for cell in cells:
+        own = {cell.row, *cell.axis.items()}
+        if not cell.alone and own - seen:
+            seen |= own
+            waiting.append(cell.name)
+    needs, wanted = {cell.name: cell.needs for cell in cells}, set()
+    while waiting:
+        wanted.add(name := waiting.pop())
+        waiting += set(needs[name]) - wanted
+    return [cell for cell in cells if cell.name in wanted]
 
 
 def _cost(
