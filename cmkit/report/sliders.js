@@ -1,6 +1,7 @@
 
 // The sliders: stored pictures, mixed pixel by pixel at the scales between them.
 const STOPS = 100;
+const GAP_GREY = 64;
 const STAMP = ["smoke run:", "meaningless"];
 
 /** Pictures as planes of bytes, image after image, from the tiles of one sprite. */
@@ -76,14 +77,19 @@ function nodeWeights(model, at) {
   return Array.from(weights, (weight, k) => [k, weight]);
 }
 
-/** The sum of pictures by their weights, written to `sum`. */
+/** The sum of pictures by their weights, written to `sum`, four pictures at a time. */
 function mix(pictures, weights, sum) {
   sum.fill(0);
-  for (const [k, weight] of weights) {
-    if (weight === 0) continue;
-    const picture = pictures[k];
-    for (let i = 0; i < sum.length; i++) sum[i] += weight * picture[i];
+  const used = weights.filter(([, weight]) => weight !== 0);
+  for (let k = 0; k < used.length; k += 4) {
+    const [[a, u], [b, v], [c, w], [d, z]] = [0, 1, 2, 3].map((j) => used[k + j] ?? [used[k][0], 0]);
+    add(sum, pictures[a], pictures[b], pictures[c], pictures[d], u, v, w, z);
   }
+}
+
+function add(sum, a, b, c, d, u, v, w, z) {
+  const size = sum.length;
+  for (let i = 0; i < size; i++) sum[i] += u * a[i] + v * b[i] + w * c[i] + z * d[i];
 }
 
 /** A function that draws images, given as planes of numbers, in the layout of the cells' pictures. */
@@ -105,14 +111,16 @@ function painter(stored, canvas) {
       }
     }
   }
+  const [green, blue] = channels === 1 ? [0, 0] : [1, 2];
+  for (let k = 0; k < frame.data.length; k++) frame.data[k] = k % 4 === 3 ? 255 : GAP_GREY;
   return (sum) => {
     const pixels = frame.data; // it rounds, and cuts to 0 to 255
     for (let k = 0; k < source.length; k++) {
       const from = source[k];
-      for (let c = 0; c < 3; c++) {
-        pixels[4 * k + c] = from < 0 ? 64 : sum[channels === 1 ? from : from + c];
-      }
-      pixels[4 * k + 3] = 255;
+      if (from < 0) continue;
+      pixels[4 * k] = sum[from];
+      pixels[4 * k + 1] = sum[from + green];
+      pixels[4 * k + 2] = sum[from + blue];
     }
     context.putImageData(frame, 0, 0);
     if (stored.smoke) stamp(context, canvas.width, canvas.height);
@@ -173,9 +181,10 @@ async function startSliders(stored) {
     const weights = (model.matrix ? nodeWeights : cellWeights)(model, at);
     mix(pictures, weights, sum);
     paint(sum);
-    const place = model.axes.map(({ label }, k) => `${label} ${written(at[k])}`).join(", ");
+    const place = model.axes.map(({ name }, k) => `${name} ${written(at[k])}`).join(", ");
     const state = weights.length === 1 ? "as drawn by the model" : "interpolated";
-    find("live-state").textContent = `${place}: ${state}`;
+    find("live-place").textContent = place;
+    find("live-state").textContent = state;
     find("live-canvas").setAttribute("aria-label", `samples at ${place}, ${state}`);
     const [cell] = nearest();
     const told = data.cells[cell];

@@ -87,7 +87,7 @@ class _Model:
         return {
             "label": self.label,
             "axes": [
-                {"label": axis_label(stage, axis), "values": list(values)}
+                {"name": axis, "label": axis_label(stage, axis), "values": list(values)}
                 for axis, values in self.axes.items()
             ],
             "start": within(self.start),
@@ -161,7 +161,12 @@ def _polynomial(stage: Mapping[str, Any], names: list[str]) -> Iterator[_Model]:
     names += [node["samples"] for node in nodes]
     stops = {
         axes[k]: sorted(
-            {float(low[k]), float(high[k]), best[axes[k]]}
+            {
+                float(low[k]),
+                float(high[k]),
+                best[axes[k]],
+                *({1.0} if low[k] <= 1 <= high[k] else ()),
+            }
             | {node[axes[k]] for _, node in near}
             | {stage["cells"][c][axes[k]] for c in cells}
         )
@@ -260,7 +265,9 @@ def _scaled(path: Path, side: int, images: int, pixels: int) -> Pixels | None:
     kept = np.zeros((images, pixels, pixels, 3), np.uint8)
     for place, one in zip(kept, found, strict=False):
         picture = Image.fromarray(one)
-        small = picture if pixels == side else picture.resize((pixels, pixels), Image.Resampling.BOX)
+        small = (
+            picture if pixels == side else picture.resize((pixels, pixels), Image.Resampling.BOX)
+        )
         place[:] = small
     return kept
 
