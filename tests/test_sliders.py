@@ -89,7 +89,7 @@ def surrogate(folder: Path, axes: dict, size: int, draw) -> dict:
     nodes = list(itertools.product(x, repeat=len(axes)))
     exponents = list(itertools.product(range(size), repeat=len(axes)))
     basis = np.array([
-        [np.prod([np.cos(n * np.arccos(v)) for n, v in zip(e, node, strict=True)]) for e in exponents]
+        [np.prod(np.cos(np.array(e) * np.arccos(node))) for e in exponents]
         for node in nodes
     ])  # fmt: skip
     records = []
@@ -156,7 +156,8 @@ def canvas(browser) -> np.ndarray:
         """
         const canvas = document.getElementById("live-canvas");
         const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-        return [canvas.width, canvas.height, btoa(Array.from(data, (v) => String.fromCharCode(v)).join(""))];
+        const bytes = Array.from(data, (value) => String.fromCharCode(value)).join("");
+        return [canvas.width, canvas.height, btoa(bytes)];
         """
     )
     pixels = np.frombuffer(base64.b64decode(values), np.uint8)
@@ -267,7 +268,7 @@ def test_other_numbers_stay_at_the_winner(browser, tmp_path, monkeypatch, number
         wait(browser)
         difference = canvas(browser) - expected(tmp_path, found, {**at, "a": 0.8}, 8).astype(int)
         assert np.abs(difference).max() <= 1
-        assert text(browser, "live-place") == "a 0.8, b 0.999, c 1"
+        assert text(browser, "live-place") == "a 0.8, b 1, c 1"
     require_quiet(browser, tmp_path)
 
 
