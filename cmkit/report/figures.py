@@ -148,7 +148,7 @@ def figure_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def picture_of(folder: RunFolder, name: str, limit: int, most: int = SHEET_BYTES) -> dict[str, Any]:
+def picture_of(folder: RunFolder, name: str, limit: int, most: int = 2**21) -> dict[str, Any]:
     """Attributes of an <img> at most `limit` pixels wide and of about `most` bytes; `src` is None
     when the file is gone."""
     path = folder.picture(name)

@@ -150,7 +150,9 @@ def _samples(
     facts = {"images": stage["images"], "nfe": _nfe(stage["nfe"]), "classes": rows}
     facts["rule"] = rule.get(stage.get("label_rule", ""))
     pictures = {
-        key: picture_of(folder, stage[key], figures.SHEET_PIXELS) if stage.get(key) else None
+        key: picture_of(folder, stage[key], figures.SHEET_PIXELS, figures.SHEET_BYTES)
+        if stage.get(key)
+        else None
         for key in ("before", "after")
     }
     return {**facts, **pictures, "scales": ", ".join(_scales(stage.get("scales", {})))}

@@ -265,10 +265,9 @@ def _scaled(path: Path, side: int, images: int, pixels: int) -> Pixels | None:
     kept = np.zeros((images, pixels, pixels, 3), np.uint8)
     for place, one in zip(kept, found, strict=False):
         picture = Image.fromarray(one)
-        small = (
-            picture if pixels == side else picture.resize((pixels, pixels), Image.Resampling.BOX)
-        )
-        place[:] = small
+        if pixels < side:
+            picture = picture.resize((pixels, pixels), Image.Resampling.BOX)
+        place[:] = np.asarray(picture)
     return kept
 
 
