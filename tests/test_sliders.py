@@ -329,6 +329,7 @@ def test_a_smoke_run_is_stamped_on_the_canvas(browser, tmp_path):
     require_quiet(browser, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "skips"), [(64, 11), (8, 40)])
 def test_the_page_stays_below_3_mb(tmp_path, side, skips):
     """Noise is what compresses worst."""
