@@ -35,14 +35,20 @@ def grid_png(images: Tensor, columns: int | None = None) -> bytes:
     count, channels, height, _ = images.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
-    factor = max(1, CELL_PIXELS // height)
+    factor, gap = grid_layout(height)
     large = images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    gap = max(2, factor // 2)
     cell = [n + gap for n in large.shape[2:]]
     framed = large.new_full((rows * columns, channels, *cell), GAP_GREY)
     framed[:count, :, : large.shape[2], : large.shape[3]] = large
     sheet = rearrange(framed, "(r k) c h w -> (r h) (k w) c", k=columns)[:-gap, :-gap]
     return png(sheet.movedim(-1, 0))
+
+
+def grid_layout(side: int) -> tuple[int, int]:
+    """(factor, gap): how many times larger `grid_png` draws images of `side` pixels, and the width
+    of the lines between them."""
+    factor = max(1, CELL_PIXELS // side)
+    return factor, max(2, factor // 2)
 
 
 def png(image: Tensor) -> bytes:

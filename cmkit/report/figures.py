@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 COLOURS, LEVELS = "viridis_r", 24
 SHEET_PIXELS, CELL_PIXELS, TINY_PIXELS = 1280, 640, 600
-CELLS_BYTES = 3 * 2**20
-"""Of the pictures of all cells on a page, before they are written in base 64."""
+CELLS_BYTES, SPRITE_BYTES, SHEET_BYTES = 800_000, 800_000, 200_000
+"""Of the pictures of all cells on a page, of what the sliders mix, and of a sheet of samples, which
+are two; in base 64, a third longer, 2.7 MB of a page that is to stay under 3."""
+LEAST_BYTES = 1300
+"""Of a cell's picture: where there are too many cells, the best of them have pictures."""
 
 
 def number(value: object, digits: int = 3) -> str:
@@ -156,7 +159,7 @@ def picture_of(folder: RunFolder, name: str, limit: int, most: int = 2**21) -> d
         raise DataError(f"{path}: not a PNG picture; delete it, or run the recipe again")
     width, height = struct.unpack(">II", data[16:24])
     if width > limit or len(data) > most:
-        data = webp(_opened(path), min(width, limit), most)
+        data = webp(opened(path), min(width, limit), most)
         height, width = height * min(width, limit) // width, min(width, limit)
     return image(name, data, width, height)
 
@@ -169,7 +172,8 @@ def image(name: str, data: bytes, width: int, height: int) -> dict[str, Any]:
     return {"name": name, "src": source, "width": width, "height": height, "tiny": tiny}
 
 
-def _opened(path: Path) -> Image:
+def opened(path: Path) -> Image:
+    """A picture file in RGB; DataError where it is damaged."""
     from PIL import Image
 
     try:
@@ -185,7 +189,7 @@ def webp(whole: Image, width: int, most: int) -> bytes:
     from PIL.Image import Resampling
 
     data = b""
-    for divisor, quality in ((1, 85), (1, 60), (1, 35), (2, 60), (2, 30), (4, 30)):
+    for divisor, quality in ((1, 85), (1, 60), (1, 35), (2, 60), (2, 30), (4, 30), (8, 30)):
         size = (max(width // divisor, 1), max(whole.height * width // whole.width // divisor, 1))
         buffer = io.BytesIO()
         whole.resize(size, Resampling.LANCZOS).save(buffer, "WEBP", quality=quality)

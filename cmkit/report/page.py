@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,15 @@ def write_report(folder: RunFolder) -> Path:
     Raises CheckpointError when report.json is missing or not one that cmkit wrote, DataError when
     a picture is outside the folder or is no PNG, ResourceError when the disk refuses.
     """
+    from cmkit.report.sliders import sliders_page
+
     with folder.reading_report() as written:
         report = scrub(written)
         stages = report["stages"]
         sample, confirm = stages.get("sample"), stages.get("search", {}).get("confirm")
         search = search_page(stages["search"], folder) if "search" in stages else None
+        side = report.get("data", {}).get("resolution")
+        sliders = sliders_page(stages["search"], folder, side) if search else None
         curve = curve_of(folder.log()) if "train" in stages else None
         pictures = {
             **({"heatmap": figures.heatmap_png(search)} if search else {}),
@@ -54,9 +58,10 @@ def write_report(folder: RunFolder) -> Path:
             "recipe": _toml(report["recipe"]),
             "environment": _environment(report["environment"]),
             "cells": cell_data(search),
+            "sliders": sliders,
             "levels": LEVELS,
         }
-        page = render(HERE, "report", variables, _ramp())
+        page = render(HERE, "report", variables, _ramp(), ("sliders",) if sliders else ())
     for name, png in pictures.items():
         folder.keep_picture(name, png)
     folder.keep_page(page)
@@ -145,7 +150,9 @@ def _samples(
     facts = {"images": stage["images"], "nfe": _nfe(stage["nfe"]), "classes": rows}
     facts["rule"] = rule.get(stage.get("label_rule", ""))
     pictures = {
-        key: picture_of(folder, stage[key], figures.SHEET_PIXELS) if stage.get(key) else None
+        key: picture_of(folder, stage[key], figures.SHEET_PIXELS, figures.SHEET_BYTES)
+        if stage.get(key)
+        else None
         for key in ("before", "after")
     }
     return {**facts, **pictures, "scales": ", ".join(_scales(stage.get("scales", {})))}
@@ -209,9 +216,15 @@ def _toml(recipe: Mapping[str, Any]) -> str:
     return re.sub(r"(\b\w+://[^\s?#\"']*)\?[^\s#\"']*", r"\1?…", text)
 
 
-def render(home: Path, name: str, variables: Mapping[str, Any], rules: str = "") -> str:
-    """The page of the template `name`.html.j2 in the folder `home`, with `name`.js, the style of
-    reports, that of `name`.css and more `rules`.
+def render(
+    home: Path,
+    name: str,
+    variables: Mapping[str, Any],
+    rules: str = "",
+    more: Sequence[str] = (),
+) -> str:
+    """The page of the template `name`.html.j2 in the folder `home`, with `name`.js and the scripts
+    `more` after it, the style of reports, that of `name`.css and more `rules`.
 
     Its Content-Security-Policy allows this style and this script alone.
     """
@@ -229,7 +242,7 @@ def render(home: Path, name: str, variables: Mapping[str, Any], rules: str = "")
     environment.filters |= {f.__name__: f for f in (number, score, signed, duration, count)}
     styles = dict.fromkeys((HERE / "report.css", home / f"{name}.css"))
     style = "".join(path.read_text("utf-8") for path in styles) + rules
-    script = (home / f"{name}.js").read_text("utf-8")
+    script = "".join((home / f"{part}.js").read_text("utf-8") for part in (name, *more))
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}';"
         f" script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"

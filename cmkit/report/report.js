@@ -24,6 +24,11 @@ function choose(button) {
   }
 }
 
+function goTo(button) {
+  choose(button);
+  table.dispatchEvent(new CustomEvent("cell", { detail: button }));
+}
+
 function neighbour(button, key) {
   const cell = button.closest("td");
   const row = cell.parentElement;
@@ -39,14 +44,14 @@ function neighbour(button, key) {
 
 table?.addEventListener("click", (event) => {
   const button = event.target.closest("button");
-  if (button) choose(button);
+  if (button) goTo(button);
 });
 table?.addEventListener("keydown", (event) => {
   const button = event.target.closest("button");
   const next = button && neighbour(button, event.key);
   if (!next) return;
   event.preventDefault();
-  choose(next);
+  goTo(next);
   next.focus();
 });
 

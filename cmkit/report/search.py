@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cmkit.report.curve import finite_or_none
-from cmkit.report.figures import CELL_PIXELS, CELLS_BYTES, LEVELS, number, picture_of, score
+from cmkit.report.figures import (
+    CELL_PIXELS,
+    CELLS_BYTES,
+    LEAST_BYTES,
+    LEVELS,
+    number,
+    picture_of,
+    score,
+)
 from cmkit.run.folder import RunFolder
 
 FEW = 4
@@ -28,7 +36,8 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     plain = next((cell for cell in records if all(cell[name] == 1 for name in axes)), None)
     scores = [finite_or_none(cell["score"]) for cell in records]
     norm = _norm([value for value in scores if value is not None])
-    most = max(CELLS_BYTES // max(len(records), 1), 2000)
+    pictures = _pictured(scores, records.index(plain) if plain else None)
+    most = CELLS_BYTES // (len(pictures) + 2)  # two of them are on the page twice
     cells = []
     for index, (record, value) in enumerate(zip(records, scores, strict=True)):
         label = _label(record, axes)
@@ -46,7 +55,9 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
                 "kept": False,
                 "plain": record is plain,
                 "note": _against(value, finite_or_none(plain["score"]) if plain else None),
-                "picture": picture_of(folder, record["samples"], CELL_PIXELS, most),
+                "picture": picture_of(folder, record["samples"], CELL_PIXELS, most)
+                if winner or index in pictures
+                else {"name": record["samples"], "src": None},
             }
         )
     edges = [
@@ -107,6 +118,13 @@ def _steps(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[st
     for step_row in rows:
         step_row["cells"] += [None] * (width - len(step_row["cells"]))
     return {"descent": True, "across": "", "down": "", "columns": [""] * width, "rows": rows}
+
+
+def _pictured(scores: Sequence[float | None], plain: int | None) -> set[int]:
+    """The cells whose pictures are on the page: the best, as many as fit, and the unscaled one."""
+    ranks = [math.inf if value is None else value for value in scores]
+    best = sorted(range(len(ranks)), key=lambda k: (ranks[k], k))[: CELLS_BYTES // LEAST_BYTES]
+    return {*best} | ({plain} if plain is not None else set())
 
 
 def _label(cell: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
