@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cmkit.errors import RecipeError, did_you_mean, inline
-from cmkit.suite.results import title_of
+from cmkit.suite.results import Baseline, title_of
 from cmkit.suite.runs import Run
 
 Where = Mapping[str, str]
@@ -45,6 +45,29 @@ def check_where(groups: Sequence[Group], where: Where) -> None:
             raise RecipeError(
                 f"--where {key}: no such key{did_you_mean(key, ['row', 'seed', *axes, *known])}"
             )
+
+
+def baseline_of(text: str, groups: Sequence[Group]) -> Baseline:
+    """What --baseline means: a row, or as AXIS=VALUE each line's own row at that value."""
+    axis, equals, value = text.partition("=")
+    if not equals or any(group.row == text for group in groups):
+        return text
+    return {axis.strip().strip('"'): value.strip().strip('"')}
+
+
+def check_baseline(groups: Sequence[Group], baseline: Baseline | None) -> None:
+    """RecipeError for a row, an axis or a value that no group has."""
+    if isinstance(baseline, str):
+        rows = dict.fromkeys(group.row for group in groups)
+        if baseline not in rows:
+            raise RecipeError(f"baseline {baseline}: no such row{did_you_mean(baseline, rows)}")
+    for axis, value in ({} if baseline is None or isinstance(baseline, str) else baseline).items():
+        known = dict.fromkeys(v for group in groups for k, v in group.axis.items() if k == axis)
+        if not known:
+            axes = dict.fromkeys(axis for group in groups for axis in group.axis)
+            raise RecipeError(f"baseline {axis}={value}: no such axis{did_you_mean(axis, axes)}")
+        if value not in known:
+            raise RecipeError(f"baseline {axis}={value}: no such value{did_you_mean(value, known)}")
 
 
 def chosen(group: Group, where: Where) -> bool:
