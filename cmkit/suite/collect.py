@@ -325,8 +325,9 @@ def _directions(runs: Sequence[Run], registry: Registry, notes: list[str]) -> di
                 notes.append(f"{number}: nobody knows whether lower is better: {error}")
                 continue
             assert issubclass(metric, Metric)
-            found[number] = "neither" if number in metric.neither else "lower"
-            if number in metric.higher:
+            names = {number, number.removeprefix("heldout_")}
+            found[number] = "neither" if names & {*metric.neither} else "lower"
+            if names & {*metric.higher}:
                 found[number] = "higher"
     return found
 
