@@ -313,7 +313,7 @@ def test_the_suite_on_rescaling_shares_the_trainings_of_the_digits_suite():
     places = [(cell.axis["nfe"], cell.axis["rescaling"]) for cell in found if cell.row == "ct"]
     assert ("2", "per_timestep") in places
     assert ("1", "per_timestep") not in places
-    for cell in found:
+    for cell in (cell for cell in found if cell.axis):
         held = [metric.heldout for metric in cell.recipe.metric]
         assert held == [False, False] + [True] * (cell.row != "edm")
         assert cell.recipe.search is None or cell.recipe.search.minimize == "fid"

@@ -64,7 +64,7 @@ def compare(
     if baseline:
         gathered.baseline = baseline_of(baseline, gathered.groups)
     same_noise = SameNoise(registry, tell=printing.aside)
-    found = results(gathered, same_noise, dict(map(_equation, where)))
+    found = results(gathered, same_noise, dict(map(equation, where)))
     found = tables.sort(found, sort) if sort else found
     if json:
         runs = [run.document() for g in gathered.groups for run in g.runs.values()]
@@ -78,7 +78,8 @@ def compare(
             printing.line(line)
 
 
-def _equation(text: str) -> tuple[str, str]:
+def equation(text: str) -> tuple[str, str]:
+    """Key and value of --where KEY=VALUE."""
     key, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(f"--where {text}: expected KEY=VALUE, such as objective=ict")

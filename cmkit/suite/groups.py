@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cmkit.errors import RecipeError, did_you_mean, inline
+from cmkit.suite.cells import Cell
 from cmkit.suite.results import Baseline, title_of
 from cmkit.suite.runs import Run
 
@@ -83,6 +84,27 @@ def chosen(group: Group, where: Where) -> bool:
         if not found or not all(wanted in words for words in found):
             return False
     return True
+
+
+def selected(cells: Sequence[Cell], where: Where) -> list[Cell]:
+    """The cells that are so, and those that they need, in order; RecipeError for none."""
+    every = [Group(cell.row, cell.axis, recipes=[cell.recipe.resolved]) for cell in cells]
+    check_where(every, where)
+    seed, by_name = where.get("seed"), {cell.name: cell for cell in cells}
+    found: dict[str, None] = {}
+    waiting = [
+        cell.name
+        for cell, group in zip(cells, every, strict=True)
+        if chosen(group, where) and seed in (None, str(cell.seed))
+    ]
+    if not waiting:
+        said = " ".join(f"{key}={value}" for key, value in where.items())
+        raise RecipeError(f"--where {said}: no cell is so")
+    while waiting:
+        name = waiting.pop()
+        found[name] = None
+        waiting += by_name[name].needs
+    return [cell for cell in cells if cell.name in found]
 
 
 def of_seed(group: Group, seed: str) -> Group:
