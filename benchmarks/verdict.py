@@ -108,12 +108,9 @@ def _table(beside: Mapping[str, Document], key: str) -> Iterator[str]:
             at = (line["row"], {**line["axis"], AXIS: value})
             same = (o for o in beside[baseline]["lines"] if (o["row"], o["axis"]) == at)
             said.append(_verdict(next(same, {}).get("verdicts", {}).get(key)))
-        cells = [
-            f"`{line['row']}`",
-            number(line["facts"]["nfe"]),
-            _mean(line["scores"][key]["mean"]),
-        ]
-        yield f"| {' | '.join([*cells, *said])} |"
+        if any(said):
+            of = [f"`{line['row']}`", number(line["facts"]["nfe"])]
+            yield f"| {' | '.join([*of, _mean(line['scores'][key]['mean']), *said])} |"
 
 
 def _mean(mean: Document) -> str:

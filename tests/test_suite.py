@@ -10,6 +10,7 @@ import pytest
 from cmkit import PluginError, RecipeError, discover
 from cmkit.recipe import load, run_name, stage_keys
 from cmkit.suite.cells import cells
+from cmkit.suite.groups import selected
 from cmkit.suite.merge import merge
 from cmkit.suite.suite import ROW_KEYS, Change, SuiteTable, load_suite
 
@@ -287,6 +288,20 @@ def test_cells_that_have_all_values_of_a_table_are_excluded(suite):
         "ct-off-2-s0", "ct-global-1-s0", "ct-global-2-s0", "edm-off-3-s0", "cd-global-1-s0",
     ]  # fmt: skip
     assert s.count() == len(loaded(s)) == 10
+
+
+def test_cells_that_are_chosen_bring_what_they_need(suite):
+    found = cells(suite(HEAD, NFE, CT, EDM, CD), REGISTRY)
+    chosen = selected(found, {"row": "cd", "nfe": "2", "seed": "1"})
+    assert {(cell.row, cell.seed) for cell in chosen} == {("edm", 1), ("cd", 1)}
+    assert "cd-2-s1" in by_title(chosen)
+    assert [cell for cell in found if cell in chosen] == chosen
+    assert {need for cell in chosen for need in cell.needs} <= {cell.name for cell in chosen}
+    assert {cell.row for cell in selected(found, {"objective": "ct"})} == {"ct"}
+    with pytest.raises(RecipeError, match="--where row=dc: no cell is so"):
+        selected(found, {"row": "dc"})
+    with pytest.raises(RecipeError, match="--where nef: no such key; did you mean 'nfe'"):
+        selected(found, {"nef": "1"})
 
 
 def test_the_baseline_of_an_axis_is_a_label_of_it(suite):
