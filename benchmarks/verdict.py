@@ -107,7 +107,8 @@ def _table(beside: Mapping[str, Document], key: str) -> Iterator[str]:
         for baseline, value in judged:
             at = (line["row"], {**line["axis"], AXIS: value})
             same = (o for o in beside[baseline]["lines"] if (o["row"], o["axis"]) == at)
-            said.append(_verdict(next(same, {}).get("verdicts", {}).get(key)))
+            found: Document = next(same, {"verdicts": {}})
+            said.append(_verdict(found["verdicts"].get(key)))
         if any(said):
             of = [f"`{line['row']}`", number(line["facts"]["nfe"])]
             yield f"| {' | '.join([*of, _mean(line['scores'][key]['mean']), *said])} |"

@@ -24,8 +24,6 @@ CHANGEABLE = tuple(key for key in KEYS if key not in ("name", "seed"))
 COUNTED = 10**6
 """Cells of a seed that are gone through to count those that are left."""
 ROW_KEYS = ("note", "budget", "axis", *CHANGEABLE)
-Labelled = str | int | float | bool
-"""What names a value of an axis."""
 UNITS = ("steps", "images", "evaluations", "seconds")
 
 
@@ -78,10 +76,10 @@ class SuiteTable(Part):
     recipe that comes with cmkit."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field((0, 1, 2), min_length=1)
     """Seeds of each row, which are those of its recipes."""
-    baseline: str | dict[str, Labelled] | None = Field(None, min_length=1)
+    baseline: str | dict[str, Any] | None = Field(None, min_length=1)
     """The row that others are compared with; or a value of an axis, such as { rescaling = "off" }:
     each line is compared with that of its own row there."""
-    exclude: tuple[Annotated[dict[str, Labelled], Field(min_length=1)], ...] = ()
+    exclude: tuple[Annotated[dict[str, Any], Field(min_length=1)], ...] = ()
     """Cells that are left out: those that have all values of axes, or the `row`, of a table."""
     budget: BudgetTable | None = None
     """What training may cost; needed where a row trains."""
