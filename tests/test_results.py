@@ -339,6 +339,25 @@ def test_a_number_of_held_out_images_is_as_good_in_the_direction_of_its_own(tmp_
     assert found.lines[1].verdicts["heldout_precision"].word == "better"
 
 
+def test_scales_of_layers_and_steps_are_told_in_a_line(tmp_path):
+    for seed in range(2):
+        folder = RunFolder(tmp_path / f"a-{seed}")
+        finish(folder, {"name": "a", "seed": seed, "train": {"steps": 9}}, 3.0)
+        report = files.unsealed(folder.path / "report.json")
+        sites = {"skip.3": 0.9, "emb.1": 1.25}
+        scales = {"sigmas": [0.8, 20.0], "skip": [0.9, 1.0], "emb": [1.0, 1.0], "sites": sites}
+        report["stages"]["sample"]["scales"] = scales
+        folder.keep_report(report)
+    found = results(of_runs(sorted(tmp_path.iterdir())), same_noise())
+    (line,) = found.lines
+    assert line.facts["skip"] == "0.9/1"
+    assert line.facts["sites"] == "skip.3 0.9, emb.1 1.25"
+    assert "emb" not in line.facts
+    heads, row = printed(found)
+    assert row[heads.index("skip")] == "0.9/1"
+    assert not {"sites", "sigmas"} & {*heads}
+
+
 def test_seeds_of_one_checkpoint_are_seeds_of_sampling(tmp_path):
     recipe = {"denoiser": {"weights": "published.pt"}}
     for seed, fid in enumerate((5.0, 5.1, 5.3)):

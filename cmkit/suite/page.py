@@ -27,6 +27,7 @@ from cmkit.suite.page_runs import (
     styles_of,
 )
 from cmkit.suite.results import Line, Results, Score, Verdict, is_baseline, title_of, words_of
+from cmkit.suite.tables import MANY
 from cmkit.suite.work import SuiteFolder
 
 HERE = Path(__file__).parent
@@ -235,7 +236,7 @@ def _line(line: Line, columns: Sequence[_Column], folder: SuiteFolder) -> dict[s
         "found": [
             f"{key} {number(value)}"
             for key, value in line.facts.items()
-            if key not in FACTS and isinstance(value, str | int | float)
+            if key not in (*FACTS, *MANY) and isinstance(value, str | int | float)
         ],
     }
 

@@ -18,6 +18,8 @@ COSTS = ("images/s", "parameters", "steps", "seen", "evaluations", "train s", "M
 COUNTS = ("parameters", "seen", "evaluations")
 ELSEWHERE = ("images_per_second", "parameters", "training", "peak_memory_mib", "gain")
 """Facts of a line that have headings of their own, or none."""
+MANY = ("sigmas", "sites")
+"""Facts that are too long for a table; the page of each run has them."""
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
     "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -94,7 +96,7 @@ def facts_of(line: Line) -> dict[str, Any]:
     keys = ("steps", "images", "evaluations", "seconds")
     told = (line.facts.get(key) for key in ("images_per_second", "parameters"))
     costs = (*told, *(training.get(key) for key in keys), line.facts.get("peak_memory_mib"))
-    own = {key: value for key, value in line.facts.items() if key not in ELSEWHERE}
+    own = {key: value for key, value in line.facts.items() if key not in (*ELSEWHERE, *MANY)}
     found = {**own, **dict(zip(COSTS, costs, strict=True))}
     return {key: value for key, value in found.items() if value is not None}
 
