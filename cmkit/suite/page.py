@@ -89,6 +89,7 @@ def page(results: Results, folder: SuiteFolder) -> str:
     text = {
         "name": results.name,
         "baseline": words_of(results.baseline or ""),
+        "own_row": isinstance(results.baseline, Mapping),
         "lede": next(filter(None, (_lede(results, column) for column in columns)), ""),
         "headlines": list(_headlines(results, columns)),
         "columns": [_heading(results, column) for column in columns],
