@@ -241,6 +241,11 @@ class Dataset(Part, ABC):
     def reference(self) -> Reference:
         """The real images that metrics compare with."""
 
+    def heldout(self) -> Dataset | None:
+        """Images of the same kind that are in no batch, for metrics that compare with those: of a
+        training split the test split. None where there are none."""
+        return None
+
     def faults(self) -> Iterator[str]:
         """What is wrong with single images, each by its place, found by reading them all."""
         return iter(())
@@ -276,6 +281,15 @@ class Metric(Part, ABC):
 
     higher: ClassVar[tuple[str, ...]] = ()
     neither: ClassVar[tuple[str, ...]] = ()
+
+    heldout: bool = False
+    """Compare with images that no training saw, such as the data set's test split. The numbers have
+    "heldout_" before their names: "heldout_fid"."""
+
+    @property
+    def prefix(self) -> str:
+        """What a recipe has before the names of `keys`."""
+        return "heldout_" if self.heldout else ""
 
     @abstractmethod
     def keys(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,14 +61,17 @@ def meter(metric: Metric, images: int, reference: Reference, device: torch.devic
 def measure(
     metrics: Sequence[Metric],
     images: Images | SavedImages,
-    reference: Reference,
+    references: Callable[[Metric], Reference],
     device: torch.device,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """({name: value}, provenance of each metric); NonFiniteError where a value is not finite."""
+    """({name: value}, provenance of each metric), each beside its reference; NonFiniteError where a
+    value is not finite."""
     values: dict[str, float] = {}
     provenance = []
     for metric in metrics:
-        numbers = metric.measure(images, reference, device)
+        reference = references(metric)
+        measured = metric.measure(images, reference, device)
+        numbers = {f"{metric.prefix}{key}": value for key, value in measured.items()}
         for key, value in numbers.items():
             if not math.isfinite(value):
                 where = f"on {len(images)} images; look at the samples"
@@ -76,5 +79,11 @@ def measure(
         values |= numbers
         about: dict[str, Any] = {"numbers": sorted(numbers), "images": len(images)}
         about["reference"] = reference.fingerprint
-        provenance.append({**about, **metric.provenance()})
+        about |= metric.provenance()
+        if metric.heldout:
+            about["real_images"] = len(reference.images)  # type: ignore[arg-type]
+            if "features" in about:
+                widths = about["features"].items()
+                about["features"] = {f"{metric.prefix}{key}": width for key, width in widths}
+        provenance.append(about)
     return values, provenance

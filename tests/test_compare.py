@@ -145,7 +145,7 @@ def test_the_fingerprint_of_the_reference_is_kept_beside_the_numbers():
     from tests.test_testing import Mean
 
     images = Images(torch.zeros(4, 1, 2, 2, dtype=torch.uint8))
-    _, (record,) = measure([Mean()], images, Reference(images, "its fingerprint"), None)
+    _, (record,) = measure([Mean()], images, lambda _: Reference(images, "its fingerprint"), None)
     assert record == {"numbers": ["mean", "top"], "images": 4, "reference": "its fingerprint"}
 
 

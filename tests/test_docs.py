@@ -22,16 +22,67 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
+def module(path: Path):
+    """The module in a file that no package holds."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
 @pytest.fixture(scope="module")
 def generate():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    return generate
+    return module(ROOT / "docs" / "generate.py")
 
 
 def test_the_reference_is_what_the_code_says(generate):
     assert (ROOT / "docs" / "reference.md").read_text("utf-8") == generate.page()
+
+
+@pytest.fixture(scope="module")
+def verdict():
+    return module(ROOT / "benchmarks" / "verdict.py")
+
+
+def test_the_page_on_rescaling_is_what_the_stored_results_say(verdict):
+    assert (ROOT / "docs" / "rescaling.md").read_text("utf-8") == verdict.page()
+
+
+def test_a_verdict_is_told_as_it_was_found(verdict):
+    def line(row, value, word=None, less=0.0):
+        difference = {"value": less, "low": less - 0.1, "high": less + 0.1}
+        said = {"fid": {"word": word, "difference": difference}} if word else {}
+        scores = {"fid": {"mean": {"value": 3.0, "high": 3.5}}}
+        axis = {"nfe": "1", "rescaling": value}
+        about = {"facts": {"nfe": 1}, "runs": {"0": "a", "1": "b"}}
+        return {"row": row, "axis": axis, "scores": scores, "verdicts": said, **about}
+
+    about = {"cmkit": "1", "torch": "2", "device": "cpu", "time": "2026-11-29T00:00"}
+    words = {"off": (("worse", 0.25), ("cannot tell", 0.0)), "global": ((), ("better", -0.25))}
+    beside = {
+        baseline: {
+            "provenance": about,
+            "notes": ["fid: of Holm", "kid_mean: of Holm"],
+            "lines": [
+                line("edm", "off"),
+                line("cd", "off"),
+                line("cd", "global", *said[0]),
+                line("cd", "per_layer", *said[1]),
+            ],
+        }
+        for baseline, said in words.items()
+    }
+    text = "\n".join(verdict.section(beside))
+    assert "- `global` beside `off`: 0 better, 1 worse, 0 cannot tell, of 1" in text
+    assert "- `per_layer` beside `global`: 1 better, 0 worse, 0 cannot tell, of 1" in text
+    (row,) = [each for each in text.splitlines() if each.startswith("| `")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "`cd`", "1", "3.00 ± 0.5", "+0.25 [+0.15, +0.35] **worse**",
+        "+0 [-0.1, +0.1] cannot tell", "-0.25 [-0.35, -0.15] **better**",
+    ]  # fmt: skip
+    assert "- beside global: fid: of Holm" in text
+    assert "kid_mean" not in text
 
 
 def test_the_authors_page_lists_the_public_names(generate):

@@ -286,6 +286,78 @@ def test_a_line_is_compared_with_the_baseline_at_its_values_or_with_its_only_lin
     assert "ict, nfe 3: ct has no line to compare it with" in odd.notes
 
 
+def test_lines_are_compared_with_their_own_rows_at_a_value_of_an_axis(home, cmkit):
+    text = SUITE.replace("[row.batch]\n", "[row.batch]\naxis.nfe = [2]\n")
+    (home / "small.toml").write_text(text.replace('"ct"', "{ nfe = 1 }"))
+    scores = {key: value for key, value in SCORES.items() if key != ("batch", "1")}
+    suite, every, folder = made(scores, precision="bf16")
+    found = collect(suite, every, folder, same_noise())
+    assert found.baseline == {"nfe": "1"}
+    for row in ("ct", "ict"):  # unlike rows are not compared, and each has its own precision
+        verdict = by_title(found)[f"{row}, nfe 2"].verdicts["fid"]
+        pair = (dict(enumerate(SCORES[row, n])) for n in "21")
+        assert verdict.difference == paired_difference(*pair)
+        assert verdict.comparisons == 2
+        assert not by_title(found)[f"{row}, nfe 1"].verdicts
+    assert "batch, nfe 2: nfe 1 has no line to compare it with" in found.notes
+    family = [by_title(found)[f"{row}, nfe 2"].verdicts["fid"] for row in ("ct", "ict")]
+    assert [each.p for each in family] == holm(each.difference.p for each in family)
+    assert any("than the same row at nfe 1 where p" in note for note in found.notes)
+    keep(found, folder)
+    assert results(gather([folder.path], discover()), same_noise()).baseline == {"nfe": "1"}
+    for words in ([], ["--format", "latex"], ["--format", "markdown"]):
+        assert "fid beside nfe 1" in cmkit("compare", "runs/small", *words)[1]
+    _, out, _ = cmkit("compare", "runs/small", "--baseline", "nfe=2", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    beside = {(row["row"], row["nfe"]): (row["beside"], row["fid_verdict"]) for row in rows}
+    assert beside["ct", "1"] == ("nfe 2", "worse")
+    assert beside["ct", "2"] == beside["batch", "2"] == ("", "")
+    for said, told in (
+        ("nef=1", "baseline nef=1: no such axis; did you mean 'nfe'?"),
+        ("nfe=3", "baseline nfe=3: no such value; known: 1, 2"),
+    ):
+        code, out, err = cmkit("compare", "runs/small", "--baseline", said)
+        assert (code, out, err) == (2, "", f"error: {told}\n")
+
+
+def test_a_number_of_held_out_images_is_as_good_in_the_direction_of_its_own(tmp_path):
+    for seed in range(3):
+        for row, value in (("a", 0.5), ("b", 0.7)):
+            folder = RunFolder(tmp_path / f"{row}-{seed}")
+            recipe = {"name": row, "seed": seed, "train": {"steps": 9}, "row": row}
+            finish(folder, recipe, 3.0 + seed, features={"heldout_fid": 64})
+            report = files.unsealed(folder.path / "report.json")
+            (record,) = report["stages"]["metric"]["provenance"]
+            values = {"heldout_fid": 3.0 + seed, "heldout_precision": value * (1 + seed / 50)}
+            report["stages"]["metric"]["values"] = values
+            record["numbers"] = [*values]
+            folder.keep_report(report)
+    gathered = of_runs(sorted(tmp_path.iterdir()))
+    gathered.baseline = gathered.groups[0].row
+    found = results(gathered, same_noise())
+    assert found.better == {"heldout_fid": "lower", "heldout_precision": "higher"}
+    assert found.lines[1].verdicts["heldout_precision"].word == "better"
+
+
+def test_scales_of_layers_and_steps_are_told_in_a_line(tmp_path):
+    for seed in range(2):
+        folder = RunFolder(tmp_path / f"a-{seed}")
+        finish(folder, {"name": "a", "seed": seed, "train": {"steps": 9}}, 3.0)
+        report = files.unsealed(folder.path / "report.json")
+        sites = {"skip.3": 0.9, "emb.1": 1.25}
+        scales = {"sigmas": [0.8, 20.0], "skip": [0.9, 1.0], "emb": [1.0, 1.0], "sites": sites}
+        report["stages"]["sample"]["scales"] = scales
+        folder.keep_report(report)
+    found = results(of_runs(sorted(tmp_path.iterdir())), same_noise())
+    (line,) = found.lines
+    assert line.facts["skip"] == "0.9/1"
+    assert line.facts["sites"] == "skip.3 0.9, emb.1 1.25"
+    assert "emb" not in line.facts
+    heads, row = printed(found)
+    assert row[heads.index("skip")] == "0.9/1"
+    assert not {"sites", "sigmas"} & {*heads}
+
+
 def test_seeds_of_one_checkpoint_are_seeds_of_sampling(tmp_path):
     recipe = {"denoiser": {"weights": "published.pt"}}
     for seed, fid in enumerate((5.0, 5.1, 5.3)):

@@ -10,6 +10,7 @@ import pytest
 from cmkit import PluginError, RecipeError, discover
 from cmkit.recipe import load, run_name, stage_keys
 from cmkit.suite.cells import cells
+from cmkit.suite.groups import selected
 from cmkit.suite.merge import merge
 from cmkit.suite.suite import ROW_KEYS, Change, SuiteTable, load_suite
 
@@ -109,6 +110,8 @@ def merged(base, *changes):
         ({"a": {"k": True}}, {"a": {"k": False}}, {"a": {"k": False}}),
         ({"a": {"b": {"k": 1}}}, {"a": {"b": False}}, {"a": {}}),
         ({"m": [{"k": 1}]}, {"m": False}, {}),
+        ({"m": [{"k": 1}]}, {"m": {"1": {"use": "x"}}}, {"m": [{"k": 1}, {"use": "x"}]}),
+        ({"m": [{"k": 1}]}, {"m": {"2": {"use": "x"}}}, {"m": {"2": {"use": "x"}}}),
         ({"m": [{"use": "x"}, {"k": 1}]}, {"m": {"1": {"k": 2}}}, {"m": [{"use": "x"}, {"k": 2}]}),
         ({}, {"a": {"b": {"c": 1}}}, {"a": {"b": {"c": 1}}}),
         ({"a": 1}, {}, {"a": 1}),
@@ -286,6 +289,60 @@ def test_a_teacher_is_paid_from_the_students_budget_where_the_suite_says_so(suit
         loaded(suite(head, NFE, CT, EDM, CD))
 
 
+def test_cells_that_have_all_values_of_a_table_are_excluded(suite):
+    exclude = "exclude = [{ nfe = 1, rescaler = false }, { row = 'cd', nfe = '2' }]\n"
+    axes = '[axis]\nrescaler = [false, { use = "global", skip = 0.8 }]\n' + NFE
+    s = suite(HEAD, exclude, axes, CT, EDM + "axis.rescaler = [false]\n", CD)
+    assert [title for title in loaded(s) if title.endswith("s0")] == [
+        "ct-off-2-s0", "ct-global-1-s0", "ct-global-2-s0", "edm-off-3-s0", "cd-global-1-s0",
+    ]  # fmt: skip
+    assert s.count() == len(loaded(s)) == 10
+
+
+def test_cells_that_are_chosen_bring_what_they_need(suite):
+    found = cells(suite(HEAD, NFE, CT, EDM, CD), REGISTRY)
+    chosen = selected(found, {"row": "cd", "nfe": "2", "seed": "1"})
+    assert {(cell.row, cell.seed) for cell in chosen} == {("edm", 1), ("cd", 1)}
+    assert "cd-2-s1" in by_title(chosen)
+    assert [cell for cell in found if cell in chosen] == chosen
+    assert {need for cell in chosen for need in cell.needs} <= {cell.name for cell in chosen}
+    assert {cell.row for cell in selected(found, {"objective": "ct"})} == {"ct"}
+    with pytest.raises(RecipeError, match="--where row=dc: no cell is so"):
+        selected(found, {"row": "dc"})
+    with pytest.raises(RecipeError, match="--where nef: no such key; did you mean 'nfe'"):
+        selected(found, {"nef": "1"})
+
+
+def test_the_baseline_of_an_axis_is_a_label_of_it(suite):
+    assert suite(HEAD.replace('"ct"', "{ nfe = 2 }"), NFE, CT).table.baseline == {"nfe": "2"}
+    axis = "[axis]\nrescaler = [false]\n"
+    found = suite(HEAD.replace('"ct"', "{ rescaler = false }"), axis, CT)
+    assert found.table.baseline == {"rescaler": "off"}
+
+
+def test_the_suite_on_rescaling_shares_the_trainings_of_the_digits_suite():
+    def trainings(name, without):
+        s = load_suite(ROOT / "benchmarks" / "suites" / f"{name}.toml")
+        rows = {key: row for key, row in s.rows.items() if key not in without}
+        table = s.table.model_copy(update={"seeds": (0, 1)})
+        found = cells(replace(s, rows=rows, table=table), REGISTRY, cost=lambda recipe: 512.0)
+        keys = {(cell.row, cell.seed, stage_keys(cell.recipe)["train"]) for cell in found}
+        return keys, found
+
+    outside = ("ect", "meanflow", "scm")  # of packages that may not be here
+    every, _ = trainings("digits", outside)
+    shared, found = trainings("rescaling", outside)
+    assert len(shared) == 2 * 6
+    assert shared < every
+    places = [(cell.axis["nfe"], cell.axis["rescaling"]) for cell in found if cell.row == "ct"]
+    assert ("2", "per_timestep") in places
+    assert ("1", "per_timestep") not in places
+    for cell in (cell for cell in found if cell.axis):
+        held = [metric.heldout for metric in cell.recipe.metric]
+        assert held == [False, False] + [True] * (cell.row != "edm")
+        assert cell.recipe.search is None or cell.recipe.search.minimize == "fid"
+
+
 def test_the_suite_of_the_page_is_one(suite):
     page = (ROOT / "docs" / "suites.md").read_text("utf-8")
     text = page.partition("```toml\n")[2].partition("```")[0]
@@ -305,6 +362,23 @@ def test_the_suite_of_the_page_is_one(suite):
         ((HEAD.replace("[0, 1]", "[0, 0]"), CT), "s.toml:3: seeds = [0, 0]: 0 stands twice"),
         ((HEAD.replace("seeds", "seed"), CT), "s.toml:3: seed: unknown key; did you mean 'seeds'?"),
         ((HEAD.replace('"ct"', '"cd"'), CT), 's.toml:4: baseline = "cd": no such row; did'),
+        (
+            (HEAD.replace('"ct"', "{ nef = 1 }"), NFE, CT),
+            "s.toml:4: baseline.nef: no such axis; did you mean 'nfe'?",
+        ),
+        (
+            (HEAD.replace('"ct"', "{ nfe = 3 }"), NFE, CT),
+            "s.toml:4: baseline.nfe = 3: no such value; known: 1, 2",
+        ),
+        ((HEAD.replace('"ct"', "{}"), NFE, CT), "s.toml:4: baseline = {}: "),
+        ((HEAD, "exclude = [{}]\n", CT), "s.toml:6: exclude"),
+        ((HEAD, "exclude = [{ row = 'tc' }]\n", CT), "= \"tc\": no such value; did you mean 'ct'?"),
+        (
+            (HEAD, "exclude = [{ nef = 1 }]\n", NFE, CT),
+            "s.toml:6: exclude.0.nef: no such axis;",
+        ),
+        ((HEAD, "exclude = [{ nfe = 3 }]\n", NFE, CT), "exclude.0.nfe = 3: no such value; known"),
+        ((HEAD, "exclude = [{ row = 'ct' }]\n", NFE, CT, EDM), "row.ct: all of its cells are"),
         ((HEAD.replace("base.toml", "bose.toml"), CT), 's.toml:2: base = "bose.toml": no such'),
         ((HEAD.replace("steps = 500", "step = 500"), CT), "budget.step: unknown key; did you mean"),
         ((HEAD.replace("500", "500, images = 9"), CT), "one unit, not steps and images; drop"),

@@ -148,6 +148,16 @@ def words(shown: Page) -> str:
     return " ".join(shown.text.split())
 
 
+def test_a_baseline_of_an_axis_is_told_and_marked_in_each_row(results):
+    made, folder = results
+    text = words(Page(page(dataclasses.replace(made, baseline={"nfe": "1"}), folder)))
+    assert "differences against nfe 1 in the same row, at p" in text
+    assert "better than nfe 1" in text
+    for row in ("ct", "row1", "row2"):
+        assert f"{row} baseline nfe 1" in text
+        assert f"{row} baseline nfe 2" not in text
+
+
 def test_the_page_says_what_was_found(results, shown):
     text = words(shown)
     first = results[0].lines[0].scores["fid"].mean

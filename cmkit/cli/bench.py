@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from cmkit.cli import printing
-from cmkit.cli.compare import lost, show_results
+from cmkit.cli.compare import equation, lost, show_results
 from cmkit.cli.parts import DeviceOption, JsonOption
 from cmkit.errors import RecipeError
 from cmkit.run.folder import make_out
@@ -39,6 +39,14 @@ def bench(
             " Its numbers mean nothing.",
         ),
     ] = False,
+    where: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Do the cells alone that are so, and what they need: row, seed, an axis, or a key"
+            " of the recipe, such as row=ict.",
+        ),
+    ] = [],  # noqa: B006
     yes: Annotated[bool, typer.Option("--yes", help="Take more than 200 cells.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the suite's runs; runs/NAME of the suite.")
@@ -64,25 +72,29 @@ def bench(
     from cmkit.plugins import discover
     from cmkit.recipe import SUITES, find_recipe
     from cmkit.suite.cells import MOST, cells
+    from cmkit.suite.groups import selected
     from cmkit.suite.suite import load_suite
     from cmkit.suite.work import SuiteFolder
 
     loaded, registry = load_suite(find_recipe(suite, homes=SUITES)), discover()
     folder = SuiteFolder(out or Path("runs") / f"{loaded.name}{'-smoke' * smoke}")
-    most = loaded.count() if yes else MOST
+    wanted = dict(map(equation, where))
+    most = loaded.count() if yes or wanted else MOST
     found = cells(loaded, registry, most)
     if smoke:
         found = _smoked(loaded, found, folder, registry)
     elif loaded.measured and (cost := _cost(loaded, folder, registry, device, jobs, check)):
         found = cells(loaded, registry, most, cost)
+    chosen = selected(found, wanted) if wanted else found
     if check:
-        _check(loaded, found, folder, json)
+        _check(loaded, chosen, folder, json)
     elif submit:
         words = [suite, *["--yes"] * yes, *["--smoke"] * smoke, "--out", str(folder.path)]
         words += ["--jobs", str(jobs), "--device", device]
+        words += [word for each in where for word in ("--where", each)]
         _submit(words, folder, submit, cluster, job, json)
     else:
-        _run(loaded, found, folder, jobs, device, json)
+        _run(loaded, found, chosen, folder, jobs, device, json)
 
 
 def _smoked(
@@ -92,6 +104,7 @@ def _smoked(
     fault with the cells as they are."""
     from cmkit.smoke import check_whole, smoke, write_weights
     from cmkit.suite.cells import cells
+    from cmkit.suite.groups import covering
 
     for cell in {cell.row: cell for cell in whole}.values():
         check_whole(cell.recipe)
@@ -107,23 +120,6 @@ def _smoked(
     for cell in found:
         write_weights(cell.recipe)
     return found
-
-
-def covering(cells: Sequence[Cell]) -> list[Cell]:
-    """The fewest first cells that have every row and every value of an axis, and those that these
-    need."""
-    seen: set[object] = set()
-    waiting = []
-    for cell in cells:
-        own = {cell.row, *cell.axis.items()}
-        if not cell.alone and own - seen:
-            seen |= own
-            waiting.append(cell.name)
-    needs, wanted = {cell.name: cell.needs for cell in cells}, set()
-    while waiting:
-        wanted.add(name := waiting.pop())
-        waiting += set(needs[name]) - wanted
-    return [cell for cell in cells if cell.name in wanted]
 
 
 def _cost(
@@ -168,9 +164,15 @@ def _submit(
 
 
 def _run(
-    suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, jobs: int, device: str, json: bool
+    suite: Suite,
+    cells: Sequence[Cell],
+    chosen: Sequence[Cell],
+    folder: SuiteFolder,
+    jobs: int,
+    device: str,
+    json: bool,
 ) -> None:
-    """Carry the cells out, and show each as it ends; then print the results, and keep them."""
+    """Carry the chosen cells out, and show each as it ends; then print and keep the results."""
     from cmkit.cli.display import Display
     from cmkit.run.events import StageStarted
     from cmkit.suite.work import Worker
@@ -179,8 +181,8 @@ def _run(
     stop.listen()
     failed = []
     with Display(None, quiet=json) as display:
-        display.show(StageStarted("cells", 0, len(cells)))
-        for event in Worker(cells, folder, device, stop, jobs).work():
+        display.show(StageStarted("cells", 0, len(chosen)))
+        for event in Worker(chosen, folder, device, stop, jobs).work():
             display.say(f"[{event.done}/{event.total}] {event.text}")
             display.advance(event.done)
             failed += [event.cell] * event.failed

@@ -35,7 +35,12 @@ def compare(
         ),
     ] = [],  # noqa: B006
     baseline: Annotated[
-        str | None, typer.Option(metavar="ROW", help="The row that others are compared with.")
+        str | None,
+        typer.Option(
+            metavar="ROW|AXIS=VALUE",
+            help="The row that others are compared with; or a value of an axis, such as"
+            " rescaling=off: each line is compared with that of its own row there.",
+        ),
     ] = None,
     format: Annotated[
         Literal["table", "csv", "markdown", "latex"],
@@ -51,13 +56,15 @@ def compare(
     from cmkit.plugins import discover
     from cmkit.suite import tables
     from cmkit.suite.collect import gather, results
+    from cmkit.suite.groups import baseline_of
     from cmkit.suite.noise import SameNoise
 
     registry = discover()
     gathered = gather(sources, registry, out)
-    gathered.baseline = baseline or gathered.baseline
+    if baseline:
+        gathered.baseline = baseline_of(baseline, gathered.groups)
     same_noise = SameNoise(registry, tell=printing.aside)
-    found = results(gathered, same_noise, dict(map(_equation, where)))
+    found = results(gathered, same_noise, dict(map(equation, where)))
     found = tables.sort(found, sort) if sort else found
     if json:
         runs = [run.document() for g in gathered.groups for run in g.runs.values()]
@@ -71,7 +78,8 @@ def compare(
             printing.line(line)
 
 
-def _equation(text: str) -> tuple[str, str]:
+def equation(text: str) -> tuple[str, str]:
+    """Key and value of --where KEY=VALUE."""
     key, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(f"--where {text}: expected KEY=VALUE, such as objective=ict")

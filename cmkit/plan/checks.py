@@ -20,7 +20,7 @@ from cmkit.plan.networks import naming_table, noise_of
 from cmkit.plan.record import CONDITIONS, Plan
 from cmkit.plugins import blame, discover
 from cmkit.recipe import Recipe, Teacher, load
-from cmkit.recipe.grid import minimized
+from cmkit.recipe.grid import minimized, numbers
 from cmkit.run.folder import RunFolder
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec
@@ -84,6 +84,16 @@ def check_stages(recipe: Recipe) -> None:
     if recipe.train and recipe.train.compile:
         with naming_table(recipe, "train", "compile"):
             _check_compiler()
+    given: dict[str, int] = {}
+    for index, metric in enumerate(recipe.metric):
+        recipe.compared_with(metric)
+        for number in numbers(metric):
+            if (first := given.setdefault(number, index)) != index:
+                raise recipe.source.error(
+                    ("metric", index),
+                    f"it gives {number!r}, as metric.{first} does: switch it off in one of them, or"
+                    " set heldout = true",
+                )
     if recipe.search and recipe.rescaler:
         minimized(recipe)
         for name in recipe.search.grid:

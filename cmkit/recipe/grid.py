@@ -36,14 +36,19 @@ def with_values(recipe: Recipe, values: Mapping[str, float]) -> Rescaler:
         ) from error
 
 
+def numbers(metric: Metric) -> tuple[str, ...]:
+    """Names of a metric's numbers in the recipe."""
+    return tuple(f"{metric.prefix}{key}" for key in metric.keys())  # noqa: SIM118 - of Metric
+
+
 def minimized(recipe: Recipe) -> Metric:
     """The cheapest metric that returns the number that the search minimizes."""
     assert recipe.search is not None
     key = recipe.search.minimize
     for metric in recipe.metric:
-        if key in metric.keys():  # noqa: SIM118 - a method of Metric, not of a mapping
-            return metric.only(key)
-    known = ", ".join(key for metric in recipe.metric for key in metric.keys())  # noqa: SIM118
+        if key in numbers(metric):
+            return metric.only(key.removeprefix(metric.prefix))
+    known = ", ".join(key for metric in recipe.metric for key in numbers(metric))
     raise recipe.source.error(
         ("search", "minimize"), f"no [[metric]] returns it; known: {known or 'none'}", f" = {key!r}"
     )

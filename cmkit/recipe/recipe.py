@@ -75,6 +75,21 @@ class Recipe:
         """What the objective needs; nothing where there is none."""
         return self.objective.needs if self.objective else frozenset()
 
+    def compared_with(self, metric: Metric) -> Dataset:
+        """The data set with whose images a metric compares; RecipeError where these are to be held
+        out and none are."""
+        found = self.dataset.heldout() if metric.heldout else self.dataset
+        if found is None:
+            use = self.resolved["dataset"]["use"]
+            index = [m.heldout for m in self.metric].index(True)
+            raise self.source.error(
+                ("metric", index, "heldout"),
+                f"dataset {use} has no images beside those of its batches; choose its training"
+                " split if it has one, or drop the key",
+                " = true",
+            )
+        return found
+
     def used(self) -> Iterator[tuple[str, str]]:
         """(kind, name) of each part."""
         said = [(kind, self.resolved[kind]) for kind in PART_TABLES if kind in self.resolved]

@@ -13,7 +13,7 @@ from cmkit import files
 from cmkit.checkpoint import MANIFEST
 from cmkit.device import auto_precision, precision
 from cmkit.errors import CheckpointError, DataError
-from cmkit.kinds import Dataset
+from cmkit.kinds import Dataset, Metric
 from cmkit.plan import Plan
 from cmkit.recipe import Recipe, minimized, stage_tables
 from cmkit.recipe.keys import Inputs, read_by
@@ -34,9 +34,9 @@ def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str,
     shape = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(data).items()}
     shape = {key: value for key, value in shape.items() if value not in (None, [])}
     found["dataset"] = {**shape, **recipe.dataset.identity()}
-    found["metric"] = {key: v for part in recipe.metric for key, v in part.identity().items()}
+    found["metric"] = {k: v for part in recipe.metric for k, v in _identity(recipe, part)}
     if recipe.search and recipe.metric:
-        found["minimized"] = dict(minimized(recipe).identity())
+        found["minimized"] = dict(_identity(recipe, minimized(recipe)))
     if recipe.denoiser.weights:
         found["denoiser"] = identity(recipe.denoiser.weights, recipe.backbone)
     if teacher := recipe.teacher:
@@ -48,6 +48,14 @@ def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str,
         if said := getattr(stage, "precision", None):
             found.setdefault(name, {})["precision"] = precision(said, device)
     return {table: about for table, about in found.items() if about}
+
+
+def _identity(recipe: Recipe, metric: Metric) -> Iterator[tuple[str, Any]]:
+    """What a metric reads from the disk, with the images that no training saw."""
+    yield from metric.identity().items()
+    if metric.heldout:
+        about = recipe.compared_with(metric).identity()
+        yield from ((f"{metric.prefix}{key}", value) for key, value in about.items())
 
 
 def chosen_precision(recipe: Recipe, device: torch.device) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError
-from cmkit.kinds import Rescaler
+from cmkit.kinds import Dataset, Metric, Rescaler
 from cmkit.plan import Plan, for_sampling, naming_table
 from cmkit.recipe import with_values
 from cmkit.run.environment import peak_memory_mib
@@ -50,7 +50,7 @@ class Job:
         if any(name not in self.status for name in {"search", "metric"} & recipe.stages.keys()):
             for index, metric in enumerate(recipe.metric):
                 with naming_table(recipe, "metric", index):
-                    metric.check_reference(self.plan.data, self.reference, self.device)
+                    metric.check_reference(self.plan.data, self.reference(metric), self.device)
         for name, stage in recipe.stages.items():
             if name not in self.status:
                 self.saved = began = time.monotonic()
@@ -97,10 +97,13 @@ class Job:
         """Whether to save images or cells now: every SAVE_SECONDS, and when a signal has come."""
         return bool(self.stop.signum) or time.monotonic() - self.saved >= SAVE_SECONDS
 
+    def reference(self, metric: Metric) -> Reference:
+        """The real images that a metric compares with."""
+        return self._references(self.plan.recipe.compared_with(metric))
+
     @functools.cached_property
-    def reference(self) -> Reference:
-        """The real images of the recipe's data set."""
-        return self.plan.recipe.dataset.reference()
+    def _references(self) -> Callable[[Dataset], Reference]:
+        return functools.cache(lambda dataset: dataset.reference())
 
     def denoiser(self, precision: str) -> Denoiser:
         """The model that the run samples from, not rescaled yet, in this precision."""

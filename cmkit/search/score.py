@@ -132,7 +132,7 @@ def scored(
             if rows.start < table.thumbnails:
                 thumbnails[k].append(images[: table.thumbnails - rows.start].cpu())
             if rows.stop == count and finite[k]:
-                scores[k] = _value(meters[k], table.minimize)
+                scores[k] = _value(meters[k], table.minimize.removeprefix(metric.prefix))
             drawn[k] = rows.stop
     found = (score if math.isfinite(score) else None for score in scores)
     return list(zip(found, map(torch.cat, thumbnails), strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -152,8 +151,10 @@ def cells(
 
 def _drafts(suite: Suite) -> Iterator[_Draft]:
     for row in suite.rows.values():
-        for labels in itertools.product(*row.axes.values()):
-            axis = dict(zip(row.axes, labels, strict=True))
+        places = list(suite.places(row))
+        if not places:
+            raise suite.source.error(("row", row.name), "all of its cells are excluded; drop it")
+        for axis in places:
             tables = copy.deepcopy(dict(suite.base))
             origins: dict[tuple[str, ...], tuple[str, ...]] = {}
             merge(tables, row.change, origins)

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmkit import files
-from cmkit.errors import CheckpointError, PluginError, RecipeError, did_you_mean
+from cmkit.errors import CheckpointError, PluginError, RecipeError
 from cmkit.kinds import Metric
 from cmkit.plugins import Registry
 from cmkit.run.folder import RunFolder
 from cmkit.suite.cells import Cell
-from cmkit.suite.groups import Group, Where, check_where, chosen, of_seed
+from cmkit.suite.groups import Group, Where, check_baseline, check_where, chosen, of_seed
 from cmkit.suite.intervals import Interval, mean_interval
 from cmkit.suite.judge import biased, independent, of_one, verdicts_of
 from cmkit.suite.noise import SameNoise
-from cmkit.suite.results import SCHEMA, Better, Line, Results, Score, Verdict
+from cmkit.suite.results import SCHEMA, Baseline, Better, Line, Results, Score, Verdict
 from cmkit.suite.runs import Run, alike, caveats, cost_of, read_run
 from cmkit.suite.suite import Suite
 from cmkit.suite.work import SuiteFolder
@@ -35,7 +35,7 @@ class Gathered:
 
     name: str
     """Of the suite; empty without one."""
-    baseline: str | None
+    baseline: Baseline | None
     groups: list[Group]
     notes: list[str]
     about: dict[str, Any]
@@ -206,7 +206,7 @@ def gather(paths: Sequence[Path], registry: Registry, out: Path | None = None) -
         others = set().union(*(other for other in rows if other is not own))
         for group in part.groups:
             group.row = f"{part.name}/{group.row}" if group.row in others else group.row
-        if part.baseline in others:
+        if isinstance(part.baseline, str) and part.baseline in others:
             part.baseline = f"{part.name}/{part.baseline}"
     groups = [group for part in parts for group in part.groups]
     if not any(group.runs for group in groups):
@@ -235,9 +235,7 @@ def results(gathered: Gathered, same_noise: SameNoise, where: Where | None = Non
     check_where(groups, where)
     if "seed" in where:
         groups = [of_seed(group, where["seed"]) for group in groups]
-    rows = dict.fromkeys(group.row for group in groups)
-    if baseline is not None and baseline not in rows:
-        raise RecipeError(f"baseline {baseline}: no such row{did_you_mean(baseline, rows)}")
+    check_baseline(groups, baseline)
     runs = [run for group in groups for run in group.runs.values()]
     notes = list(gathered.notes)
     notes += _smoke(runs)
@@ -327,8 +325,9 @@ def _directions(runs: Sequence[Run], registry: Registry, notes: list[str]) -> di
                 notes.append(f"{number}: nobody knows whether lower is better: {error}")
                 continue
             assert issubclass(metric, Metric)
-            found[number] = "neither" if number in metric.neither else "lower"
-            if number in metric.higher:
+            names = {number, number.removeprefix("heldout_")}
+            found[number] = "neither" if names & {*metric.neither} else "lower"
+            if names & {*metric.higher}:
                 found[number] = "higher"
     return found
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cmkit.errors import RecipeError, did_you_mean, inline
-from cmkit.suite.results import title_of
+from cmkit.suite.cells import Cell
+from cmkit.suite.results import Baseline, title_of
 from cmkit.suite.runs import Run
 
 Where = Mapping[str, str]
@@ -47,6 +48,29 @@ def check_where(groups: Sequence[Group], where: Where) -> None:
             )
 
 
+def baseline_of(text: str, groups: Sequence[Group]) -> Baseline:
+    """What --baseline means: a row, or as AXIS=VALUE each line's own row at that value."""
+    axis, equals, value = text.partition("=")
+    if not equals or any(group.row == text for group in groups):
+        return text
+    return {axis.strip().strip('"'): value.strip().strip('"')}
+
+
+def check_baseline(groups: Sequence[Group], baseline: Baseline | None) -> None:
+    """RecipeError for a row, an axis or a value that no group has."""
+    if isinstance(baseline, str):
+        rows = dict.fromkeys(group.row for group in groups)
+        if baseline not in rows:
+            raise RecipeError(f"baseline {baseline}: no such row{did_you_mean(baseline, rows)}")
+    for axis, value in ({} if baseline is None or isinstance(baseline, str) else baseline).items():
+        known = dict.fromkeys(v for group in groups for k, v in group.axis.items() if k == axis)
+        if not known:
+            axes = dict.fromkeys(axis for group in groups for axis in group.axis)
+            raise RecipeError(f"baseline {axis}={value}: no such axis{did_you_mean(axis, axes)}")
+        if value not in known:
+            raise RecipeError(f"baseline {axis}={value}: no such value{did_you_mean(value, known)}")
+
+
 def chosen(group: Group, where: Where) -> bool:
     """Whether a group is so in all of its recipes."""
     for key, wanted in where.items():
@@ -60,6 +84,43 @@ def chosen(group: Group, where: Where) -> bool:
         if not found or not all(wanted in words for words in found):
             return False
     return True
+
+
+def selected(cells: Sequence[Cell], where: Where) -> list[Cell]:
+    """The cells that are so, and those that they need, in order; RecipeError for none."""
+    every = [Group(cell.row, cell.axis, recipes=[cell.recipe.resolved]) for cell in cells]
+    check_where(every, where)
+    seed = where.get("seed")
+    found = [
+        cell
+        for cell, group in zip(cells, every, strict=True)
+        if chosen(group, where) and seed in (None, str(cell.seed))
+    ]
+    if not found:
+        said = " ".join(f"{key}={value}" for key, value in where.items())
+        raise RecipeError(f"--where {said}: no cell is so")
+    return _with_needs(cells, found)
+
+
+def covering(cells: Sequence[Cell]) -> list[Cell]:
+    """The first cells that have every row and every value of an axis, and those that they need."""
+    seen: set[object] = set()
+    found = []
+    for cell in cells:
+        own = {cell.row, *cell.axis.items()}
+        if not cell.alone and own - seen:
+            seen |= own
+            found.append(cell)
+    return _with_needs(cells, found)
+
+
+def _with_needs(cells: Sequence[Cell], wanted: Sequence[Cell]) -> list[Cell]:
+    needs, found = {cell.name: cell.needs for cell in cells}, set()
+    waiting = [cell.name for cell in wanted]
+    while waiting:
+        found.add(name := waiting.pop())
+        waiting += set(needs[name]) - found
+    return [cell for cell in cells if cell.name in found]
 
 
 def of_seed(group: Group, seed: str) -> Group:

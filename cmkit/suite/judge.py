@@ -19,14 +19,14 @@ from cmkit.suite.intervals import (
     welch_difference,
 )
 from cmkit.suite.noise import SameNoise
-from cmkit.suite.results import Better, Score, Verdict
+from cmkit.suite.results import Baseline, Better, Score, Verdict, is_baseline, words_of
 from cmkit.suite.runs import Run, alike
 
 
 def verdicts_of(
     groups: Sequence[Group],
     scores: Sequence[Mapping[str, Score]],
-    baseline: str | None,
+    baseline: Baseline | None,
     better: Mapping[str, Better],
     same_noise: SameNoise,
     notes: list[str],
@@ -38,11 +38,12 @@ def verdicts_of(
     of_group = {id(group): own for group, own in zip(groups, scores, strict=True)}
     pairs = []
     for index, group in enumerate(groups):
-        other = None if group.row == baseline else _beside(group, groups, baseline)
-        if other:
+        if is_baseline(baseline, group.row, group.axis):
+            continue
+        if other := _beside(group, groups, baseline):
             pairs.append((index, group, other))
-        elif group.row != baseline:
-            notes.append(f"{group.title}: {baseline} has no line to compare it with")
+        else:
+            notes.append(f"{group.title}: {words_of(baseline)} has no line to compare it with")
     sentences: dict[str, list[str]] = {}
     for number, direction in better.items():
         if direction == "neither":
@@ -64,9 +65,12 @@ def verdicts_of(
     return found
 
 
-def _beside(group: Group, groups: Sequence[Group], baseline: str) -> Group | None:
-    """The baseline's line that a group is compared with: its only one, or that with the same
-    values on the axes that both have."""
+def _beside(group: Group, groups: Sequence[Group], baseline: Baseline) -> Group | None:
+    """The baseline's line that a group is compared with: of a row its only one, or that with the
+    same values on the axes that both have; of an axis that of the same row and all other values."""
+    if not isinstance(baseline, str):
+        at = {**group.axis, **baseline} if baseline.keys() <= group.axis.keys() else None
+        return next((o for o in groups if (o.row, o.axis) == (group.row, at)), None)
     own = [other for other in groups if other.row == baseline]
     if len(own) > 1:
         own = [
@@ -106,12 +110,13 @@ def _difference(
     return replace(found, of=of)
 
 
-def _said(baseline: str, differences: Iterable[Interval], count: int) -> Iterator[str]:
+def _said(baseline: Baseline, differences: Iterable[Interval], count: int) -> Iterator[str]:
     """What the verdicts in a number mean."""
+    of_row = "" if isinstance(baseline, str) else "the same row at "
     if count:
         yield (
-            f"better or worse than {baseline} where p < {1 - LEVEL:.2g} after Holm's correction for"
-            f" {count} comparison{'s' * (count > 1)}"
+            f"better or worse than {of_row}{words_of(baseline)} where p < {1 - LEVEL:.2g} after"
+            f" Holm's correction for {count} comparison{'s' * (count > 1)}"
         )
     for of in dict.fromkeys(difference.of for difference in differences):
         yield f"differences {of}"

@@ -35,9 +35,10 @@ def merge(
 
 
 def _merges(old: Any, value: Mapping[str, Any]) -> bool:
-    """Whether a table is merged into the `old` value, which may be a list of tables, by index."""
+    """Whether a table is merged into the `old` value, which may be a list of tables, by index; the
+    index behind its end is one more."""
     if isinstance(old, list):
-        return all(key.isdecimal() and int(key) < len(old) for key in value)
+        return all(key.isdecimal() and int(key) <= len(old) for key in value)
     return old is None or isinstance(old, dict)
 
 
@@ -63,7 +64,8 @@ def _put(tables: Any, path: tuple[str, ...], value: Any) -> None:
                 node[part] = {}
             node = node[part]
     if isinstance(node, list):
-        node[int(path[-1])] = value
+        place = int(path[-1])
+        node[place : place + 1] = [value]
     elif value is None:
         node.pop(path[-1], None)
     else:

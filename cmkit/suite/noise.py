@@ -112,13 +112,15 @@ def _computed(run: Run, registry: Registry, on: str) -> dict[str, Influence]:
     from cmkit.sample import SavedImages
 
     recipe, device = load(run.folder.recipe, [], registry), pick_device(on)
-    images, reference = SavedImages(run.folder.sample_files()), recipe.dataset.reference()
+    images, every = SavedImages(run.folder.sample_files()), recipe.metric
+    references = {m.heldout: recipe.compared_with(m).reference() for m in every}
     known = {str(record.get("reference")) for record in run.provenance.values()}
-    if known != {reference.fingerprint}:
+    if known != {reference.fingerprint for reference in references.values()}:
         raise CheckpointError(f"{run.name}: its data set is no longer what it was measured on")
     found = {}
-    for metric in recipe.metric:
-        for number, sets in metric.features(images, reference, device).items():
+    for metric in every:
+        for key, sets in metric.features(images, references[metric.heldout], device).items():
+            number = f"{metric.prefix}{key}"
             if "real" in sets:
                 found[number] = kid_influence(sets["rows"], sets["real"])
             else:

@@ -26,7 +26,8 @@ from cmkit.suite.page_runs import (
     provenance_of,
     styles_of,
 )
-from cmkit.suite.results import Line, Results, Score, Verdict, title_of
+from cmkit.suite.results import Line, Results, Score, Verdict, is_baseline, title_of, words_of
+from cmkit.suite.tables import MANY
 from cmkit.suite.work import SuiteFolder
 
 HERE = Path(__file__).parent
@@ -87,7 +88,8 @@ def page(results: Results, folder: SuiteFolder) -> str:
     }
     text = {
         "name": results.name,
-        "baseline": results.baseline,
+        "baseline": words_of(results.baseline or ""),
+        "own_row": isinstance(results.baseline, Mapping),
         "lede": next(filter(None, (_lede(results, column) for column in columns)), ""),
         "headlines": list(_headlines(results, columns)),
         "columns": [_heading(results, column) for column in columns],
@@ -95,7 +97,7 @@ def page(results: Results, folder: SuiteFolder) -> str:
             {
                 **_line(line, columns, folder),
                 **drawn[line.title],
-                "is_baseline": line.row == results.baseline,
+                "is_baseline": is_baseline(results.baseline, line.row, line.axis),
             }
             for line in results.lines
         ],
@@ -192,7 +194,7 @@ def _words(results: Results, column: _Column) -> Counter[str]:
 def _lede(results: Results, column: _Column) -> str:
     """How many lines are better and worse than the baseline; "" without comparisons."""
     words = _words(results, column)
-    than = f" than {results.baseline}" if results.baseline else ""
+    than = f" than {words_of(results.baseline)}" if results.baseline else ""
     said = [f"{words[word]} {word}{than}" for word in ("better", "worse") if words[word]]
     said += [f"of {words['cannot tell']} nothing can be told"] if words["cannot tell"] else []
     return f"{column.title}: {', '.join(said)}." if said else ""
@@ -235,7 +237,7 @@ def _line(line: Line, columns: Sequence[_Column], folder: SuiteFolder) -> dict[s
         "found": [
             f"{key} {number(value)}"
             for key, value in line.facts.items()
-            if key not in FACTS and isinstance(value, str | int | float)
+            if key not in (*FACTS, *MANY) and isinstance(value, str | int | float)
         ],
     }
 

@@ -13,6 +13,20 @@ from cmkit.suite.runs import NOT_RECORDED, alike
 SCHEMA = 1
 """Of `Results.document`."""
 Better = Literal["lower", "higher", "neither"]
+Baseline = str | Mapping[str, str]
+"""What lines are compared with: a row, or {axis: value}, each line's own row at that value."""
+
+
+def words_of(baseline: Baseline) -> str:
+    """The baseline in words: "ct", or "rescaling off"."""
+    return baseline if isinstance(baseline, str) else ", ".join(map(" ".join, baseline.items()))
+
+
+def is_baseline(baseline: Baseline | None, row: str, axis: Mapping[str, str]) -> bool:
+    """Whether a line is one that others are compared with."""
+    if baseline is None or isinstance(baseline, str):
+        return row == baseline
+    return baseline.items() <= axis.items()
 
 
 def title_of(row: str, axis: Mapping[str, str]) -> str:
@@ -85,7 +99,7 @@ class Results:
     """The table of a suite, or of runs that were named one by one."""
 
     name: str
-    baseline: str | None
+    baseline: Baseline | None
     lines: tuple[Line, ...]
     columns: tuple[tuple[str, Mapping[str, str]], ...]
     """(number, how it is measured) of each column: values that were measured in other ways never

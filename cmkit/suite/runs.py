@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cmkit.errors import CheckpointError
+from cmkit.report import figures
 from cmkit.run.folder import RunFolder
 
 COMPARED = (
@@ -125,7 +126,8 @@ def read_run(folder: Path) -> Run:
         measured = stages.get("metric", {"values": {}, "provenance": []})
         sampled = stages.get("sample", {})
         expected = recipe.get("expected", {"scores": {}})
-        moved = {k: v for k, v in sampled.get("scales", {}).items() if v != 1}
+        scales = {k: _short(v) for k, v in sampled.get("scales", {}).items()}
+        moved = {k: v for k, v in scales.items() if v not in (1, "")}
         classes = (report.get("data") or {}).get("num_classes")
         before = {"labels": "uniform"} if classes and "label_rule" not in sampled else {}
         environment, inputs = report.get("environment") or {}, report.get("inputs") or {}
@@ -189,6 +191,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
     if not known:
         return None
     return known[0] if len(set(known)) == 1 else statistics.fmean(known)
+
+
+def _short(value: Any) -> Any:
+    """A number of a rescaler, or several as text: "0.9/1" of a list, "skip.3 0.9" of sites."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {figures.number(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return "/".join(map(figures.number, value)) if set(value) != {1} else 1
+    return value
 
 
 def _said(fact: object) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,8 @@ from cmkit.recipe.toml import key_path, read
 
 CHANGEABLE = tuple(key for key in KEYS if key not in ("name", "seed"))
 """Tables of a recipe that a row or an axis may change."""
+COUNTED = 10**6
+"""Cells of a seed that are gone through to count those that are left."""
 ROW_KEYS = ("note", "budget", "axis", *CHANGEABLE)
 UNITS = ("steps", "images", "evaluations", "seconds")
 
@@ -73,8 +76,11 @@ class SuiteTable(Part):
     recipe that comes with cmkit."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field((0, 1, 2), min_length=1)
     """Seeds of each row, which are those of its recipes."""
-    baseline: str | None = None
-    """The row that others are compared with."""
+    baseline: str | dict[str, Any] | None = Field(None, min_length=1)
+    """The row that others are compared with; or a value of an axis, such as { rescaling = "off" }:
+    each line is compared with that of its own row there."""
+    exclude: tuple[Annotated[dict[str, Any], Field(min_length=1)], ...] = ()
+    """Cells that are left out: those that have all values of axes, or the `row`, of a table."""
     budget: BudgetTable | None = None
     """What training may cost; needed where a row trains."""
     axis: dict[str, Any] = {}
@@ -142,10 +148,20 @@ class Suite:
         budget = self.table.budget
         return budget is not None and budget.unit in ("evaluations", "seconds")
 
+    def places(self, row: Row) -> Iterator[dict[str, str]]:
+        """The value of each axis in each of a row's cells, the last axis fastest."""
+        for labels in itertools.product(*row.axes.values()):
+            axis = dict(zip(row.axes, labels, strict=True))
+            own = {**axis, "row": row.name}.items()
+            if not any(left_out.items() <= own for left_out in self.table.exclude):
+                yield axis
+
     def count(self) -> int:
-        """How many cells it has."""
-        per_seed = (math.prod(map(len, row.axes.values())) for row in self.rows.values())
-        return sum(per_seed) * len(self.table.seeds)
+        """How many cells it has; of millions those that are excluded are not taken off."""
+        count = sum(math.prod(map(len, row.axes.values())) for row in self.rows.values())
+        if self.table.exclude and count <= COUNTED:
+            count = sum(1 for row in self.rows.values() for _ in self.places(row))
+        return count * len(self.table.seeds)
 
 
 def load_suite(path: str | Path) -> Suite:
@@ -173,11 +189,7 @@ def load_suite(path: str | Path) -> Suite:
             raise source.error(("seeds",), f"{seed} stands twice; drop one", f" = {_list(table)}")
     axes = {name: _values(name, said, ("axis", name), source) for name, said in table.axis.items()}
     rows = {name: _row(name, said, axes, source) for name, said in table.row.items()}
-    if table.baseline is not None and table.baseline not in rows:
-        raise source.error(
-            ("baseline",), f"no such row{did_you_mean(table.baseline, rows)}",
-            f" = {inline(table.baseline)}",
-        )  # fmt: skip
+    table = _placed(table, rows, source)
     recipe = find_recipe(table.base, Path(path).parent)
     if not recipe.exists():
         raise source.error(
@@ -187,6 +199,45 @@ def load_suite(path: str | Path) -> Suite:
         )
     base, base_source = read(recipe, ())
     return Suite(Path(path), table, rows, source, base, base_source)
+
+
+def _placed(table: SuiteTable, rows: Mapping[str, Row], source: Source) -> SuiteTable:
+    """The table with the values of axes in `baseline` and `exclude` by their labels; RecipeError
+    for a row, an axis or a value that is not there."""
+    axes: dict[str, dict[str, Change]] = {}
+    for row in rows.values():
+        for axis, values in row.axes.items():
+            axes.setdefault(axis, {}).update(values)
+    baseline = table.baseline
+    if isinstance(baseline, str) and baseline not in rows:
+        raise source.error(
+            ("baseline",), f"no such row{did_you_mean(baseline, rows)}", f" = {inline(baseline)}"
+        )
+    if isinstance(baseline, dict):
+        baseline = dict(_labels(baseline, axes, ("baseline",), source))
+    known = {"row": rows, **axes}
+    excluded = (
+        dict(_labels(said, known, ("exclude", index), source))
+        for index, said in enumerate(table.exclude)
+    )
+    return table.model_copy(update={"baseline": baseline, "exclude": tuple(excluded)})
+
+
+def _labels(
+    said: Mapping[str, Any],
+    known: Mapping[str, Collection[str]],
+    path: tuple[str | int, ...],
+    source: Source,
+) -> Iterator[tuple[str, str]]:
+    """Each axis of a table with the label of its value; RecipeError where that is not `known`."""
+    for axis, value in said.items():
+        if axis not in known:
+            raise source.error((*path, axis), f"no such axis{did_you_mean(axis, known)}")
+        label = _label(value) or ""
+        if label not in known[axis]:
+            near = did_you_mean(label, known[axis])
+            raise source.error((*path, axis), f"no such value{near}", f" = {shown_value(value)}")
+        yield axis, label
 
 
 def _list(table: SuiteTable) -> str:

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 from cmkit.errors import RecipeError, did_you_mean
 from cmkit.report.figures import count, number, score
-from cmkit.suite.results import Line, Results, Score, Verdict
+from cmkit.suite.results import Line, Results, Score, Verdict, words_of
 
 COSTS = ("images/s", "parameters", "steps", "seen", "evaluations", "train s", "MiB")
 """Headings of what a line took, in the order of the table."""
 COUNTS = ("parameters", "seen", "evaluations")
 ELSEWHERE = ("images_per_second", "parameters", "training", "peak_memory_mib", "gain")
 """Facts of a line that have headings of their own, or none."""
+MANY = ("sigmas", "sites")
+"""Facts that are too long for a table; the page of each run has them."""
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
     "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -58,8 +60,9 @@ def table(found: Results) -> Table:
     first = ["row" if found.name else "run", *axes, *["seeds"] * seeds, *_apart(facts, axes)]
     judged = [any(_told(line, name) for line in found.lines) for name, _ in found.columns]
     heads, rows = list(first), []
+    beside = words_of(found.baseline or "")
     for heading, verdicts in zip(found.headings(), judged, strict=True):
-        heads += [heading, *[f"{heading} beside {found.baseline}"] * verdicts]
+        heads += [heading, *[f"{heading} beside {beside}"] * verdicts]
     for line in found.lines:
         own = [*(line.axis.get(axis, "") for axis in axes), *[line.seeds] * seeds]
         known = facts_of(line)
@@ -93,7 +96,7 @@ def facts_of(line: Line) -> dict[str, Any]:
     keys = ("steps", "images", "evaluations", "seconds")
     told = (line.facts.get(key) for key in ("images_per_second", "parameters"))
     costs = (*told, *(training.get(key) for key in keys), line.facts.get("peak_memory_mib"))
-    own = {key: value for key, value in line.facts.items() if key not in ELSEWHERE}
+    own = {key: value for key, value in line.facts.items() if key not in (*ELSEWHERE, *MANY)}
     found = {**own, **dict(zip(COSTS, costs, strict=True))}
     return {key: value for key, value in found.items() if value is not None}
 
@@ -142,10 +145,11 @@ def _verdict(verdict: Verdict | None) -> str:
 
 def to_csv(found: Results) -> str:
     """Every number in full: a column for the mean, the ends of its interval, the images and seeds,
-    and of each verdict. Empty where a line has none that is comparable with the column's."""
+    and of each verdict, which is beside what "beside" says. Empty where a line has none that is
+    comparable with the column's."""
     axes = list(dict.fromkeys(axis for line in found.lines for axis in line.axis))
     facts = _headings(found.lines)
-    heads = ["row", *axes, "seeds", "seeds_of", *_apart(facts, axes)]
+    heads = ["row", *axes, "seeds", "seeds_of", "beside", *_apart(facts, axes)]
     parts = ("", "low", "high", "images", "seeds", "published")
     judged = ("difference", "difference_low", "difference_high", "p", "verdict")
     for heading in found.headings():
@@ -156,7 +160,8 @@ def to_csv(found: Results) -> str:
     for line in found.lines:
         known = facts_of(line)
         total = len(line.runs) + len(line.failures)
-        row = [line.row, *(line.axis.get(axis, "") for axis in axes), len(line.runs), total]
+        beside = words_of(found.baseline) if found.baseline and line.verdicts else ""
+        row = [line.row, *(line.axis.get(axis, "") for axis in axes), len(line.runs), total, beside]
         row += [known.get(fact) for fact in facts]
         for (name, _), cell in zip(found.columns, found.cells(line), strict=True):
             published = line.expected.get(name)

@@ -28,8 +28,12 @@ class Measure(Stage):
         metrics, images = job.plan.recipe.metric, SavedImages(job.folder.sample_files())
         yield StageStarted("metric", 0, len(metrics))
         values, provenance = measure(metrics, images, job.reference, job.device)
-        for record in provenance if job.plan.label_rule else ():
-            record["labels"] = job.plan.label_rule
+        for metric, record in zip(metrics, provenance, strict=True):
+            counts = job.plan.recipe.compared_with(metric).spec().counts if metric.heldout else ()
+            if counts:
+                record["real_classes"] = f"{min(counts):,} to {max(counts):,} images each"
+            if job.plan.label_rule:
+                record["labels"] = job.plan.label_rule
         result |= {"values": values, "provenance": provenance}
 
     def line(self, result: Mapping[str, Any]) -> str:

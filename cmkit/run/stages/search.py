@@ -29,12 +29,13 @@ class Search(SearchTable, Stage):
         from cmkit import search
         from cmkit.device import precision
         from cmkit.pictures import grid_png
-        from cmkit.recipe import with_values
+        from cmkit.recipe import minimized, with_values
         from cmkit.run.events import Cell, Comparison, StageStarted
 
         folder, recipe = job.folder, job.plan.recipe
         model, begun = job.denoiser(self.precision), _unfinished(job)
-        scoring = search.Scoring(job.plan, self, model, job.reference, job.device, begun)
+        reference = job.reference(minimized(recipe))
+        scoring = search.Scoring(job.plan, self, model, reference, job.device, begun)
         scored, lost = folder.scores("cells")
         yield from _lost("cells", lost)
         yield StageStarted("search", len(scored), search.most_cells(recipe))

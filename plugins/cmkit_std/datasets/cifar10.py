@@ -55,6 +55,11 @@ class CIFAR10(Published):
         """The same without the files, but for the numbers of images."""
         return DataSpec(3, 32, 10, CLASSES) if self.labels else DataSpec(3, 32)
 
+    def heldout(self) -> CIFAR10 | None:
+        """Of "train" the test split."""
+        test = {"split": "test", "reference_npz": None}
+        return self.model_copy(update=test) if self.split == "train" else None
+
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels
 

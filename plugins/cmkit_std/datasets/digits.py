@@ -45,6 +45,10 @@ class Digits(OnDisk):
         """None: they are at hand."""
         return {}
 
+    def heldout(self) -> Digits | None:
+        """Of "train" the test split."""
+        return self.model_copy(update={"split": "test"}) if self.split == "train" else None
+
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels
 

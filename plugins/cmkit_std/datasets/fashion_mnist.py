@@ -56,6 +56,10 @@ class FashionMNIST(OnDisk):
         """The same without the files, but for names and numbers of the classes."""
         return DataSpec(1, self.resolution, 10 if self.labels else None)
 
+    def heldout(self) -> FashionMNIST | None:
+        """Of "train" the test split."""
+        return self.model_copy(update={"split": "test"}) if self.split == "train" else None
+
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels
 

@@ -29,15 +29,22 @@ class Invented(OnDisk):
     images: int = Field(64, ge=2, le=10**4)
     """How many; the first is of class 0, the next of class 1, and so on."""
 
+    other: bool = False
+    """Draw others of the same law."""
+
     def spec(self) -> DataSpec:
         return DataSpec(self.channels, self.resolution, self.classes)
 
     declared = spec
 
+    def heldout(self) -> Invented | None:
+        """Others of the same law."""
+        return None if self.other else self.model_copy(update={"other": True})
+
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels
 
-        draws = np.random.default_rng(0)
+        draws = np.random.default_rng(int(self.other))
         labels = np.arange(self.images) % (self.classes or self.images)
         angle = (np.pi * labels / (self.classes or self.images))[:, None, None]
         y, x = np.mgrid[: self.resolution, : self.resolution] / self.resolution
