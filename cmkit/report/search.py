@@ -62,10 +62,8 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
         for name, values in axes.items()
         if len(values) > 2 and best[name] in (min(values), max(values))
     ]
-    if stage.get("descent"):
-        layout = _steps(stage, cells)
-    else:
-        layout = (_trials if stage.get("method") in TUNERS else _grid)(stage, cells)
+    tuned = stage.get("method") in TUNERS
+    layout = (_steps if stage.get("descent") else _trials if tuned else _grid)(stage, cells)
     shown = [cell for row in layout["rows"] for cell in row["cells"] if cell]
     return {
         **layout,
@@ -76,6 +74,7 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
         "edges": edges,
         "minimize": stage["minimize"],
         "images": stage.get("images"),
+        "trials": tuned,
         "rungs": stage.get("rungs", ()),
         "reranked": len(stage.get("rerank", {}).get("cells", [])),
         "rerank_images": stage.get("rerank", {}).get("images"),
@@ -130,16 +129,12 @@ def _trials(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[s
         kept = _rank(cell) < least
         least = min(least, _rank(cell))
         shown.append({**cell, "name": f"{cell['index'] + 1}, {cell['label']}", "kept": kept})
-    rows = [
-        {
-            "label": f"{first + 1} to {first + len(row)}",
-            "cells": [*row, *[None] * (width - len(row))],
-        }
-        for first in range(0, len(shown), width)
-        if (row := shown[first : first + width])
-    ]
-    plain = {"descent": False, "trials": True, "across": "", "down": ""}
-    return {**plain, "columns": [""] * width, "rows": rows}
+    rows = []
+    for first in range(0, len(shown), width):
+        row = shown[first : first + width]
+        label = f"{first + 1} to {first + len(row)}"
+        rows.append({"label": label, "cells": row + [None] * (width - len(row))})
+    return {"descent": False, "across": "", "down": "", "columns": [""] * width, "rows": rows}
 
 
 def _cut(record: Mapping[str, Any], stage: Mapping[str, Any]) -> int | None:
