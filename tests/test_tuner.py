@@ -23,6 +23,7 @@ from cmkit.search import (
     most_cells,
     most_images,
     search,
+    trace,
     trials,
     tuner,
 )
@@ -72,7 +73,8 @@ METHODS = {
     "tpe": TPE,
     "cmaes": CMAES,
     "grid halved": HALVING,
-    "coordinate halved": ("search.method='coordinate'", "search.halving=2", "search.rounds=2"),
+    "coordinate halved": ("search.method='coordinate'", "search.halving=2", "search.rounds=2")
+    + ("search.grid.emb=[0.8, 0.9, 1.2]",),
     "tpe halved": (*TPE, *HALVING),
     "cmaes halved thrice": (*CMAES, "search.halving=2", "search.rungs=4"),
 }
@@ -93,15 +95,16 @@ def distance(values):
 
 @pytest.fixture
 def toy(recipe, monkeypatch):
-    """search(overrides, stored) whose score is the distance from BEST, worse with fewer images as
-    FID is, and the (values, images) that it has drawn; a third of the box has no score."""
+    """search(overrides, stored) whose score is the distance from BEST, and the (values, images)
+    that it has drawn; a third of the box has no score. Few images flatter, so that each cut cell
+    has a lower score than any whole one."""
     drawn = []
 
     def scored(scoring, rescalers, draws, count, rungs):
         values = [tuple(rescaler.value_of(axis) for axis in BEST) for rescaler in rescalers]
         drawn.extend((cell, count) for cell in values)
         yield CellsDrawn(0, 1)
-        scores = [distance(cell) + 1 / count if cell[0] > 0.9 else None for cell in values]
+        scores = [distance(cell) + count if cell[0] > 0.9 else None for cell in values]
         return [(score, torch.empty(0)) for score in scores]
 
     monkeypatch.setattr("cmkit.search.cells.scored", scored)
@@ -144,6 +147,15 @@ def test_a_search_cut_after_any_event_goes_on_to_the_same_cells(toy, overrides):
         stored = [tuple(record[axis] for axis in BEST) for record in records]
         assert not {cell for cell, _ in drawn} & {*stored}
         assert {*drawn} <= {*first}
+
+
+@pytest.mark.parametrize("name", ["grid halved", "cmaes halved thrice"])
+def test_a_record_that_was_lost_is_made_again(toy, name):
+    start, _ = toy
+    whole = kept(start(METHODS[name])[1])
+    for lost in whole[::4]:
+        records = [record for record in whole if record != lost]
+        assert kept(start(METHODS[name], records)[1]) == [lost]
 
 
 @pytest.mark.parametrize("method", ["tpe", "cmaes"])
@@ -202,6 +214,13 @@ def test_halving_draws_what_its_closed_form_says(toy, overrides):
     most, whole = most_images(recipe)
     if table.method == "coordinate":
         assert spent <= most
+        seen = set()
+        for step in trace(recipe, records_in_order(records)):
+            new = [k for k in step["cells"] if k not in seen]
+            seen |= {*new}
+            assert sum(records_in_order(records)[k]["images"] == 16 for k in new) == -(
+                -len(new) // 2
+            )
     else:
         assert (spent, images[rungs[-1]]) == (most, whole)
     assert sum(record["images"] == table.images for record in records) == images[rungs[-1]]
@@ -213,27 +232,42 @@ def test_halving_draws_what_its_closed_form_says(toy, overrides):
         assert {r["index"] for r in records if r["images"] == 16} == {
             record["index"] for record in ranked[:6]
         }
+    if table.rungs == 4:  # 1, 8, 8 and 7 cells: a generation of 7 is halved to 4, 2 and 1
+        assert spent == 16 + 2 * (8 * 2 + 4 * 2 + 2 * 4 + 8) + (7 * 2 + 4 * 2 + 2 * 4 + 8)
+        assert images[16] == 4
     if table.method == "tpe" and table.halving:
         assert group(recipe) == 4
         assert images == {4: 23, 16: 1 + 5 + 1}  # the first alone, five times four, and three
+
+
+def records_in_order(records):
+    return sorted(records, key=lambda record: record["index"])
 
 
 def distance_of(record):
     return distance([record[axis] for axis in BEST])
 
 
-@pytest.mark.parametrize("method", ["coordinate", "tpe", "cmaes"])
-def test_only_a_whole_cell_wins_and_scores_of_few_images_are_never_beside_it(toy, method):
-    """Here few images flatter, so that each cut cell has a lower score than any whole one."""
+def test_a_search_by_coordinates_goes_on_with_whole_cells_alone(toy):
+    """It takes the same way as without halving, where cells rank the same in few images."""
     start, _ = toy
-    sets = {"coordinate": ("search.method='coordinate'",), "tpe": TPE, "cmaes": CMAES}[method]
-    records = kept(start((*sets, *HALVING))[1])
-    whole = [r for r in records if r["images"] == 16]
-    assert best(whole, 1)[0]["score"] == min(r["score"] for r in whole if r["score"] is not None)
-    assert {r["images"] for r in records} == {4, 16}
-    if method == "coordinate":
-        winner = best(whole, 1)[0]
-        assert {axis: winner[axis] for axis in BEST}["skip"] > 0.9
+    sets = ("search.method='coordinate'", "search.grid.skip=[0.7, 1.1, 1.2, 1.3]")
+    ends = []
+    for overrides in (sets, (*sets, *HALVING)):
+        found = kept(start(overrides)[1])
+        winner = best([record for record in found if record["images"] == 16], 1)[0]
+        ends.append({axis: winner[axis] for axis in BEST})
+    assert ends[0] == ends[1]
+    assert ends[0]["skip"] == 1.1
+
+
+def test_a_tuner_is_told_the_rung_before_the_score():
+    """So that of cells with different numbers of images no score is compared."""
+    rungs = (4, 16, 64)
+    ordered = [(2, -1e6), (2, 3.0), (2, 3.001), (2, 1e6), (1, -1e6), (1, 0.0), (0, -9.0), (0, None)]
+    told = [tuner._rank(rung, score, rungs) for rung, score in ordered]
+    assert told == sorted(set(told))
+    assert tuner._rank(2, None, rungs) > tuner._rank(0, 1e6, rungs)
 
 
 def test_rungs_by_default_leave_fifty_images_to_the_first(recipe):
@@ -322,6 +356,10 @@ def test_cells_between_rungs_are_kept(recipe, monkeypatch):
         again = records + kept(real(recipe, *sets, stored=records, begun=begun))
         assert again == kept(whole), cut
         assert sum(sizes) == total, cut
+    sizes.clear()
+    few = [record for record in kept(whole) if record["images"] < 12]
+    assert few + kept(real(recipe, *sets, stored=few)) == kept(whole)
+    assert sorted(sizes) == 2 * [1, 1] + 2 * 5 * [2]  # batches end where a rung does
 
 
 def test_a_suite_says_what_a_search_costs(recipe):
