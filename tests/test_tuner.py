@@ -73,8 +73,12 @@ METHODS = {
     "tpe": TPE,
     "cmaes": CMAES,
     "grid halved": HALVING,
-    "coordinate halved": ("search.method='coordinate'", "search.halving=2", "search.rounds=2")
-    + ("search.grid.emb=[0.8, 0.9, 1.2]",),
+    "coordinate halved": (
+        "search.method='coordinate'",
+        "search.halving=2",
+        "search.rounds=2",
+        "search.grid.emb=[0.8, 0.9, 1.2]",
+    ),
     "tpe halved": (*TPE, *HALVING),
     "cmaes halved thrice": (*CMAES, "search.halving=2", "search.rungs=4"),
 }
@@ -214,13 +218,11 @@ def test_halving_draws_what_its_closed_form_says(toy, overrides):
     most, whole = most_images(recipe)
     if table.method == "coordinate":
         assert spent <= most
-        seen = set()
-        for step in trace(recipe, records_in_order(records)):
+        seen, in_order = set(), sorted(records, key=lambda record: record["index"])
+        for step in trace(recipe, in_order):
             new = [k for k in step["cells"] if k not in seen]
             seen |= {*new}
-            assert sum(records_in_order(records)[k]["images"] == 16 for k in new) == -(
-                -len(new) // 2
-            )
+            assert sum(in_order[k]["images"] == 16 for k in new) == -(-len(new) // 2)
     else:
         assert (spent, images[rungs[-1]]) == (most, whole)
     assert sum(record["images"] == table.images for record in records) == images[rungs[-1]]
@@ -238,10 +240,6 @@ def test_halving_draws_what_its_closed_form_says(toy, overrides):
     if table.method == "tpe" and table.halving:
         assert group(recipe) == 4
         assert images == {4: 23, 16: 1 + 5 + 1}  # the first alone, five times four, and three
-
-
-def records_in_order(records):
-    return sorted(records, key=lambda record: record["index"])
 
 
 def distance_of(record):
