@@ -269,7 +269,8 @@ class Meter(Protocol):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state`, before the first `add`: the same numbers, bit for bit. Until the next
-        `add`, `state()` returns it again."""
+        `add`, `state()` returns it again. It may be that of a meter of fewer images, all of which
+        were added; ValueError where that is no beginning of more."""
 
 
 class Metric(Part, ABC):

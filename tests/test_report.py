@@ -424,6 +424,41 @@ def test_a_search_by_coordinates_is_a_line_for_each_number(tmp_path, report):
         assert drawn.width > 200
 
 
+def test_a_search_by_trials_is_a_strip_in_their_order(tmp_path, report):
+    """Those that were the best so far are framed; a cut cell says of how many images its score is,
+    and neither its colour nor its words compare it with another."""
+    stage = report["stages"]["search"]
+    name, stage["method"] = stage["cells"][0]["samples"], "tpe"
+    stage |= {"axes": {f"skip.{k}": [0.5, 1.5] for k in range(20)}, "rungs": [75, 300]}
+    scores = [5.0, *(9.0 - k / 100 for k in range(10)), None, 4.0]
+    stage["cells"] = [
+        {
+            **dict.fromkeys(stage["axes"], 1 + index / 100),
+            "score": score,
+            "samples": name,
+            "images": 75 if index in (3, 4) else 300,
+        }
+        for index, score in enumerate(scores)
+    ]
+    stage["cells"][3]["score"] = 1.0
+    stage["best"] = {**dict.fromkeys(stage["axes"], 1.12), "score": 3.9}
+    store(tmp_path, report)
+    page = render(tmp_path)
+    buttons = [attrs for tag, attrs in page.elements if "data-cell" in attrs]
+    assert [int(b["data-cell"]) for b in buttons] == list(range(13))
+    assert [k for k, b in enumerate(buttons) if " kept" in b["class"]] == [0, 12]
+    assert [k for k, b in enumerate(buttons) if "none" in b["class"]] == [3, 4, 11]
+    assert buttons[3]["aria-label"].endswith("fid 1.00, cut with 75 images")
+    assert "the best cell" in buttons[12]["aria-label"]
+    assert "and 8 more" in buttons[12]["aria-label"]
+    assert "1 to 10" in page.text
+    assert "11 to 13" in page.text
+    assert "order of their" in page.text
+    assert "Cells began with 75" in page.text
+    with Image.open(tmp_path / "heatmap.png") as drawn:
+        assert drawn.width > 200
+
+
 def test_many_numbers_are_told_by_those_that_moved(tmp_path, report):
     stage = report["stages"]["search"]
     name = stage["cells"][0]["samples"]

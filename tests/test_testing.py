@@ -472,7 +472,7 @@ class Mean(cmkit.Metric):
         return found
 
     def meter(self, images, reference, device):
-        return MeanMeter(self.fault)
+        return MeanMeter(self.fault, images)
 
     def features(self, images, reference, device):
         rows = {"rows": torch.zeros(len(images) - (self.fault == "rows"), 2)}
@@ -483,8 +483,8 @@ class Mean(cmkit.Metric):
 
 
 class MeanMeter:
-    def __init__(self, fault):
-        self.fault, self.means, self.counts, self.top = fault, [], [], 0.0
+    def __init__(self, fault, images):
+        self.fault, self.images, self.means, self.counts, self.top = fault, images, [], [], 0.0
 
     def add(self, images):
         self.means.append(images.float().mean().item())
@@ -493,11 +493,14 @@ class MeanMeter:
 
     def state(self):
         found = {"means": torch.tensor(self.means, dtype=torch.float64)}
-        return {**found, "counts": torch.tensor(self.counts), "top": torch.tensor(self.top)}
+        found |= {"counts": torch.tensor(self.counts), "of": torch.tensor(self.images)}
+        return {**found, "top": torch.tensor(self.top)}
 
     def restore(self, state):
         self.means, self.counts = state["means"].tolist(), state["counts"].tolist()
         self.top = state["top"].item() if self.fault != "state" else 256.0
+        if self.fault == "fewer" and state["of"].item() != self.images:
+            self.means, self.counts = [], []
 
     def values(self):
         weighed = (mean * n for mean, n in zip(self.means, self.counts, strict=True))
@@ -513,6 +516,7 @@ class MeanMeter:
         ("global", "`measure` leaves the global generators alone"),
         ("meter", "a meter returns what `measure` does"),
         ("state", "goes on from there, bit for bit"),
+        ("fewer", "goes on from the state of one of fewer images"),
         ("only", "only(key) returns the same number"),
         ("rows", "name numbers of `keys`, with a row an image"),
         ("unknown", "name numbers of `keys`, with a row an image"),

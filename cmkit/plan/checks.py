@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ from cmkit.plan.record import CONDITIONS, Plan
 from cmkit.plugins import blame, discover
 from cmkit.recipe import Recipe, Teacher, load
 from cmkit.recipe.grid import minimized, numbers
+from cmkit.recipe.tables import TUNERS
 from cmkit.run.folder import RunFolder
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec
@@ -96,11 +98,23 @@ def check_stages(recipe: Recipe) -> None:
                 )
     if recipe.search and recipe.rescaler:
         minimized(recipe)
+        if recipe.search.method in TUNERS:
+            with naming_table(recipe, "search", "method"):
+                _check_optuna(recipe.search.method)
         for name in recipe.search.grid:
             try:
                 recipe.rescaler.value_of(name)
             except ValueError as error:
                 raise recipe.source.error(("search", "grid", name), str(error)) from error
+
+
+def _check_optuna(method: str) -> None:
+    """PluginError where a package is not installed that the method of a search needs."""
+    for package in ("optuna", *(["cmaes"] if method == "cmaes" else [])):
+        if importlib.util.find_spec(package) is None:
+            raise PluginError(
+                f"method = \"{method}\" needs the package {package}; pip install 'cmkit[search]'"
+            )
 
 
 def _check_compiler() -> None:

@@ -45,6 +45,8 @@ def check_fit(recipe: Recipe) -> Plan:
     if recipe.search:
         with naming_table(recipe, "search", "images"):
             minimized(recipe).check(data, recipe.search.images)
+        with naming_table(recipe, "search", "halving"):
+            minimized(recipe).check(data, recipe.search.rung_images[0])
     notes: tuple[str, ...] = ()
     if recipe.denoiser.weights:
         with naming_table(recipe, "denoiser", "weights"):

@@ -12,12 +12,12 @@ from cmkit.recipe.recipe import Recipe
 
 
 def cells(recipe: Recipe) -> Iterator[dict[str, float]]:
-    """Values of each cell of the search's grid, the last axis fastest; where it goes by
-    coordinates, of each that differs from the recipe's own rescaler in one number."""
+    """Values of each cell of the search's grid, the last axis fastest; of other methods than the
+    grid, of each that differs from the recipe's own rescaler in one number."""
     if recipe.search is None or recipe.rescaler is None:
         return
     grid = recipe.search.grid
-    if recipe.search.method == "coordinate":
+    if recipe.search.method not in (None, "grid"):
         yield from ({axis: value} for axis, values in grid.items() for value in values)
     else:
         for combined in itertools.product(*grid.values()):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cmkit.recipe.tables import TUNERS
 from cmkit.report.curve import finite_or_none
 from cmkit.report.figures import (
     CELL_PIXELS,
@@ -21,6 +22,8 @@ from cmkit.run.folder import RunFolder
 
 FEW = 4
 """Up to so many numbers of a rescaler are all written out."""
+MANY = 12
+"""So many of them that are not 1."""
 
 
 def axis_label(stage: Mapping[str, Any], name: str) -> str:
@@ -35,26 +38,31 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
     ones = f"({', '.join('1' for _ in axes)})" if len(axes) <= FEW else "all 1"
     plain = next((cell for cell in records if all(cell[name] == 1 for name in axes)), None)
     scores = [finite_or_none(cell["score"]) for cell in records]
-    norm = _norm([value for value in scores if value is not None])
+    cuts = [_cut(record, stage) for record in records]
+    norm = _norm([v for v, cut in zip(scores, cuts, strict=True) if v is not None and not cut])
     pictures = _pictured(scores, records.index(plain) if plain else None)
     most = CELLS_BYTES // (len(pictures) + 2)  # two of them are on the page twice
     cells = []
-    for index, (record, value) in enumerate(zip(records, scores, strict=True)):
+    for index, (record, value, cut) in enumerate(zip(records, scores, cuts, strict=True)):
         label = _label(record, axes)
         winner = all(record[name] == best[name] for name in axes)
+        marks = ["best" if winner else ones if record is plain else "", f"of {cut}" if cut else ""]
+        beside = plain if plain and plain.get("images") == record.get("images") else None
+        level = None if value is None or cut else round(float(norm(value)) * (LEVELS - 1))
         cells.append(
             {
                 "index": index,
                 "label": label,
                 "name": label,
-                "mark": "best" if winner else ones if record is plain else "",
+                "mark": ", ".join(filter(None, marks)),
+                "cut": cut,
                 "score": value,
                 "text": score(value),
-                "level": None if value is None else round(float(norm(value)) * (LEVELS - 1)),
+                "level": level,
                 "winner": winner,
                 "kept": False,
                 "plain": record is plain,
-                "note": _against(value, finite_or_none(plain["score"]) if plain else None),
+                "note": _against(value, finite_or_none(beside["score"]) if beside else None, cut),
                 "picture": picture_of(folder, record["samples"], CELL_PIXELS, most)
                 if winner or index in pictures
                 else {"name": record["samples"], "src": None},
@@ -65,7 +73,8 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
         for name, values in axes.items()
         if len(values) > 2 and best[name] in (min(values), max(values))
     ]
-    layout = _steps(stage, cells) if stage.get("descent") else _grid(stage, cells)
+    tuned = stage.get("method") in TUNERS
+    layout = (_steps if stage.get("descent") else _trials if tuned else _grid)(stage, cells)
     shown = [cell for row in layout["rows"] for cell in row["cells"] if cell]
     return {
         **layout,
@@ -76,6 +85,8 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
         "edges": edges,
         "minimize": stage["minimize"],
         "images": stage.get("images"),
+        "trials": tuned,
+        "rungs": stage.get("rungs", ()),
         "reranked": len(stage.get("rerank", {}).get("cells", [])),
         "rerank_images": stage.get("rerank", {}).get("images"),
         "norm": norm,
@@ -106,12 +117,12 @@ def _steps(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[st
     rows: list[dict[str, Any]] = []
     for step in stage["descent"]:
         axis, places = step["axis"], step["cells"]
-        scores = [math.inf if cells[k]["score"] is None else cells[k]["score"] for k in places]
-        kept = places[scores.index(min(scores))]
+        kept = min(places, key=lambda k: _rank(cells[k]))  # the first of equals
         row = []
         for k in sorted(places, key=lambda k: stage["cells"][k][axis]):
             own = number(stage["cells"][k][axis])
             mark = f"{own}, best" if cells[k]["winner"] else own
+            mark += f", of {cells[k]['cut']}" if cells[k]["cut"] else ""
             row.append({**cells[k], "name": f"{axis} {own}", "mark": mark, "kept": k == kept})
         rows.append({"label": axis_label(stage, axis), "cells": row})
     width = max(len(row["cells"]) for row in rows)
@@ -127,10 +138,41 @@ def _pictured(scores: Sequence[float | None], plain: int | None) -> set[int]:
     return {*best} | ({plain} if plain is not None else set())
 
 
+def _trials(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of a search by trials, ten or more in a row, in their order; `kept` are those that were
+    the best so far."""
+    width = max(10, math.ceil(len(cells) ** 0.5))
+    least, shown = math.inf, []
+    for cell in cells:
+        kept = _rank(cell) < least
+        least = min(least, _rank(cell))
+        shown.append({**cell, "name": f"{cell['index'] + 1}, {cell['label']}", "kept": kept})
+    rows = []
+    for first in range(0, len(shown), width):
+        row = shown[first : first + width]
+        label = f"{first + 1} to {first + len(row)}"
+        rows.append({"label": label, "cells": row + [None] * (width - len(row))})
+    return {"descent": False, "across": "", "down": "", "columns": [""] * width, "rows": rows}
+
+
+def _cut(record: Mapping[str, Any], stage: Mapping[str, Any]) -> int | None:
+    """How many images a cell has that halving cut; None for a whole one."""
+    images = record.get("images")
+    return None if images in (None, stage.get("images")) else images
+
+
+def _rank(cell: Mapping[str, Any]) -> float:
+    """The score of a whole cell; those of fewer images do not compare with it."""
+    return math.inf if cell["score"] is None or cell["cut"] else cell["score"]
+
+
 def _label(cell: Mapping[str, Any], axes: Mapping[str, Any]) -> str:
-    """The values of a cell; of more than FEW only those that are not 1."""
+    """The values of a cell; of more than FEW only those that are not 1, of more than MANY of these
+    the farthest from 1."""
     shown = [name for name in axes if len(axes) <= FEW or cell[name] != 1]
-    return ", ".join(f"{name} {number(cell[name])}" for name in shown) or "all 1"
+    far = sorted(shown, key=lambda name: -abs(cell[name] - 1))[:MANY]
+    text = ", ".join(f"{name} {number(cell[name])}" for name in shown if name in far)
+    return text + f" and {len(shown) - MANY} more" * (len(shown) > MANY) or "all 1"
 
 
 def _norm(scores: Sequence[float]) -> Any:
@@ -141,10 +183,12 @@ def _norm(scores: Sequence[float]) -> Any:
     return LogNorm(low, high) if low > 0 and high >= 4 * low else Normalize(low, high)
 
 
-def _against(value: float | None, plain: float | None) -> str:
-    """How a score compares with that of the unscaled model."""
+def _against(value: float | None, plain: float | None, cut: int | None) -> str:
+    """How a score compares with that of the unscaled model, on as many images."""
     if value is None:
         return "not a number"
+    if cut:
+        return f"cut, with {number(cut)} images"
     if plain is None or value == plain:
         return ""
     return f"{score(abs(value - plain))} {'below' if value < plain else 'above'} the unscaled one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,20 +13,22 @@ from cmkit.errors import NonFiniteError
 from cmkit.kinds import Rescaler
 from cmkit.recipe import with_values
 from cmkit.sample import RepeatedDraws
-from cmkit.search.score import CellsDrawn, Scoring, encoder_rows, scored
-from cmkit.search.strategies import most_cells, place, trials
+from cmkit.search.score import CellsDrawn, Rungs, Scoring, encoder_rows, label_of, scored
+from cmkit.search.strategies import known, most_cells, place, survivors, trials
+from cmkit.search.tuner import Place
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One searched cell: its place in the search, its values, its score (None: not a number), and
-    its first images, uint8 (n, C, H, W)."""
+    """One searched cell: its place in the search, its values, its score (None: not a number), its
+    first pictures, uint8 (n, C, H, W), and how many images the score is of."""
 
     index: int
     total: int
     values: Mapping[str, float]
     score: float | None
     thumbnails: Tensor
+    images: int
 
 
 @dataclass(frozen=True)
@@ -44,25 +47,49 @@ def search(
     """Each cell of the search that `stored` has no record of, scored on the same noise and labels.
 
     Cells that differ in the network's late scales alone are drawn together, since they share the
-    encoder's work.
+    encoder's work. With halving, a cell comes once it is cut, or has all images.
     """
-    recipe, count = scoring.plan.recipe, scoring.table.images
+    recipe, rungs = scoring.plan.recipe, Rungs.of(scoring)
     draws, total = _draws(scoring, "search"), most_cells(recipe)
-    scores = {place(recipe, record): record["score"] for record in stored}
-    indices: dict[tuple[float, ...], int] = {}
-    for _, tried in trials(recipe, scores):
+    scores, cut = known(recipe, stored)
+    indices: dict[Place, int] = {}
+    for _, tried in trials(recipe, scores, cut):
         every = {place(recipe, values): values for values in tried}
+        alive = [key for key in every if key not in indices]  # the others had their turn
         for key in every:
             indices.setdefault(key, len(indices))
         keys, rescalers = list(every), [with_values(recipe, values) for values in every.values()]
-        for row in encoder_rows(scoring.denoiser, rescalers):
-            left = [k for k in row if keys[k] not in scores]
-            if not left:
-                continue
-            found = yield from scored(scoring, [rescalers[k] for k in left], draws, count)
-            for key, (score, thumbnails) in zip((keys[k] for k in left), found, strict=True):
-                scores[key] = score
-                yield Cell(indices[key], total, every[key], score, thumbnails)
+        rows = encoder_rows(scoring.denoiser, rescalers)
+        for count in rungs.images:
+            last = count == rungs.images[-1]
+            found: dict[Place, Cell] = {}
+            going = {key for key in alive if key not in scores and key not in cut}
+            passed = sum(key in scores or (key in cut and cut[key][0] > count) for key in alive)
+            room = survivors(len(alive), scoring.table.halving) - passed
+            for row in rows if last or len(going) > room else ():
+                left = [k for k in row if keys[k] in going]
+                if not left:
+                    continue
+                some = [rescalers[k] for k in left]
+                results = yield from scored(scoring, some, draws, count, rungs)
+                for k, (score, shown) in zip(left, results, strict=True):
+                    key = keys[k]
+                    found[key] = Cell(indices[key], total, every[key], score, shown, count)
+                    if last:
+                        scores[key] = score
+                        yield found[key]
+            if not last and found:
+                for cell in sorted(found.values(), key=_order)[room:]:
+                    key = place(recipe, cell.values)
+                    rungs.kept.pop(label_of(draws, rungs.images[-1], rescalers[keys.index(key)]), 0)
+                    cut[key] = count, cell.score
+                    yield cell
+            alive = [key for key in alive if key not in cut or cut[key][0] > count]
+
+
+def _order(cell: Cell) -> tuple[float, int]:
+    """What the cells of a rung are sorted by; the earlier of equals is the better."""
+    return math.inf if cell.score is None else cell.score, cell.index
 
 
 def rerank(scoring: Scoring, chosen: Sequence[Mapping[str, Any]]) -> Iterator[Cell | CellsDrawn]:
@@ -73,7 +100,7 @@ def rerank(scoring: Scoring, chosen: Sequence[Mapping[str, Any]]) -> Iterator[Ce
     for record in chosen:
         values = {axis: record[axis] for axis in table.grid}
         ((score, shown),) = yield from scored(scoring, [with_values(recipe, values)], draws, count)
-        yield Cell(record["index"], len(chosen), values, score, shown)
+        yield Cell(record["index"], len(chosen), values, score, shown, count)
 
 
 def confirm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -51,6 +52,25 @@ class CellsDrawn:
 
 
 @dataclass(frozen=True)
+class Rungs:
+    """Numbers of images of successive halving, and what is kept of the cells between them."""
+
+    images: tuple[int, ...]
+    """Of a cell, rising; without halving one number."""
+    kept: dict[str, tuple[int, dict[str, Tensor]]]
+    """(images drawn, tensors as in `PartialCells`) by label."""
+
+    @classmethod
+    def of(cls, scoring: Scoring) -> Rungs:
+        """The rungs of a search, with what an earlier start has drawn."""
+        images, begun = scoring.table.rung_images, scoring.begun
+        if begun is None or len(images) == 1:
+            return cls(images, {})
+        pairs = zip(begun.labels, begun.drawn, strict=True)
+        return cls(images, {label: (drawn, begun.of(label)) for label, drawn in pairs})
+
+
+@dataclass(frozen=True)
 class Scoring:
     """What the cells of a search are scored with."""
 
@@ -75,67 +95,115 @@ def encoder_rows(denoiser: Denoiser, every: Sequence[Rescaler]) -> list[list[int
     return list(rows.values())
 
 
+def label_of(draws: Draws, count: int, rescaler: Rescaler | None) -> str:
+    """What tells a cell that is being drawn from others: its noise, images and scales."""
+    return json.dumps([draws.purpose, count, rescaler and rescaler.model_dump(mode="json")])
+
+
 @torch.inference_mode()
 def scored(
-    scoring: Scoring, rescalers: Sequence[Rescaler | None], draws: Draws, count: int
+    scoring: Scoring,
+    rescalers: Sequence[Rescaler | None],
+    draws: Draws,
+    count: int,
+    rungs: Rungs | None = None,
 ) -> Generator[CellsDrawn, None, list[tuple[float | None, Tensor]]]:
     """Score of `count` images of each rescaler, None where it is not finite, and its first images,
-    uint8 (n, C, H, W). Images go to the metric as they are drawn, and only the first are kept."""
+    uint8 (n, C, H, W). Images go to the metric as they are drawn, and only the first are kept.
+
+    Where `count` is one of `rungs`, cells go on from what is kept of them there, and unless it is
+    the last they are kept there again. No batch goes across a rung, so that the bits of a score
+    are the same wherever its cell was interrupted.
+    """
     recipe, table, denoiser = scoring.plan.recipe, scoring.table, scoring.denoiser
     device, begun, sampler = scoring.device, scoring.begun, recipe.sampler
     assert sampler is not None
     cast, metric = autocast(table.precision, device), minimized(recipe)
-    meters = [meter(metric, count, scoring.reference, device) for _ in rescalers]
-    finite = torch.ones(len(rescalers), dtype=torch.bool, device=device)
-    thumbnails: list[list[Tensor]] = [[] for _ in rescalers]
-    labels = tuple(
-        json.dumps([draws.purpose, count, rescaler and rescaler.model_dump(mode="json")])
-        for rescaler in rescalers
-    )
-    drawn, scores = [0] * len(rescalers), [math.nan] * len(rescalers)
-    for k, label in enumerate(labels):
-        if begun and label in begun.labels:
-            state = begun.of(label)
-            finite[k] = state.pop("finite")
-            thumbnails[k].append(state.pop("thumbnails"))
-            drawn[k] = begun.drawn[begun.labels.index(label)]
-            if drawn[k] == count:
-                scores[k] = state["score"].item()
-            else:
-                meters[k].restore(state)
+    rungs = rungs or Rungs((count,), {})
+    cells = []
+    for rescaler in rescalers:
+        label = label_of(draws, rungs.images[-1], rescaler)
+        taken = meter(metric, count, scoring.reference, device)
+        cells.append(cell := _Drawing(label, taken, count, count < rungs.images[-1], device))
+        if label in rungs.kept:
+            cell.go_on(*rungs.kept[label])
+        elif begun and label in begun.labels:
+            cell.go_on(begun.drawn[begun.labels.index(label)], begun.of(label))
 
     def unfinished() -> PartialCells | None:
-        kept = [k for k, images in enumerate(drawn) if images]
-        tensors: dict[str, Tensor] = {}
-        for place, k in enumerate(kept):
-            own = {"finite": finite[k].cpu(), "thumbnails": torch.cat(thumbnails[k])}
-            score = {"score": torch.tensor(scores[k], dtype=torch.float64)}
-            own |= score if drawn[k] == count else meters[k].state()
-            tensors |= {f"{place}/{name}": value for name, value in own.items()}
-        found = (tuple(labels[k] for k in kept), tuple(drawn[k] for k in kept), tensors)
-        return PartialCells(*found) if kept else None
+        drawn = {cell.label: (cell.drawn, cell.state()) for cell in cells if cell.drawn}
+        kept = rungs.kept | drawn
+        if not kept:
+            return None
+        tensors = {
+            f"{place}/{name}": value
+            for place, (_, state) in enumerate(kept.values())
+            for name, value in state.items()
+        }
+        return PartialCells(tuple(kept), tuple(n for n, _ in kept.values()), tensors)
 
-    indices, total = range(min(drawn), count), count * len(rescalers)
-    for start in starts(draws, denoiser.noise.sigma_max, indices, table.batch, device):
-        yield CellsDrawn(sum(drawn), total, unfinished)
+    least = min(cell.drawn for cell in cells)
+    edges = [least, *(images for images in rungs.images if least < images < count), count]
+    spans = itertools.starmap(range, itertools.pairwise(edges))
+    sigma_max, total = denoiser.noise.sigma_max, count * len(cells)
+    for start in itertools.chain.from_iterable(
+        starts(draws, sigma_max, span, table.batch, device) for span in spans
+    ):
+        yield CellsDrawn(sum(cell.drawn for cell in cells), total, unfinished)
         rows, encodings = start.rows, Encodings(start.x)
-        for k, rescaler in enumerate(rescalers):
-            if drawn[k] > rows.start:  # before an error came to another cell
+        for cell, rescaler in zip(cells, rescalers, strict=True):
+            if cell.drawn > rows.start:  # before an error came to another cell
                 continue
             model = denoiser.rescaled(rescaler, encodings) if rescaler else denoiser
             with cast:
                 x0 = sampler.sample(model, start.x, start.cond, start.noise)
-            drawn[k] = 0  # an error from here on leaves the meter half way
-            finite[k] &= x0.isfinite().all()
+            cell.drawn = 0  # an error from here on leaves the meter half way
+            cell.finite &= x0.isfinite().all()
             images = to_uint8(x0)
-            meters[k].add(images)
+            cell.meter.add(images)
             if rows.start < table.thumbnails:
-                thumbnails[k].append(images[: table.thumbnails - rows.start].cpu())
-            if rows.stop == count and finite[k]:
-                scores[k] = _value(meters[k], table.minimize.removeprefix(metric.prefix))
-            drawn[k] = rows.stop
-    found = (score if math.isfinite(score) else None for score in scores)
-    return list(zip(found, map(torch.cat, thumbnails), strict=True))
+                cell.thumbnails.append(images[: table.thumbnails - rows.start].cpu())
+            if rows.stop == count and cell.finite:
+                cell.score = _value(cell.meter, table.minimize.removeprefix(metric.prefix))
+            cell.drawn = rows.stop
+    for cell in cells:
+        rungs.kept.pop(cell.label, None)
+        if cell.goes_on:
+            rungs.kept[cell.label] = count, cell.state()
+    scores = (cell.score if math.isfinite(cell.score) else None for cell in cells)
+    return list(zip(scores, (torch.cat(cell.thumbnails) for cell in cells), strict=True))
+
+
+class _Drawing:
+    """A cell while its first `count` images are drawn, which `goes_on` to more of them or not."""
+
+    def __init__(self, label: str, meter: Meter, count: int, goes_on: bool, device: torch.device):
+        self.label, self.meter, self.count, self.goes_on = label, meter, count, goes_on
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.thumbnails: list[Tensor] = []
+        self.drawn, self.score = 0, math.nan
+
+    def state(self) -> dict[str, Tensor]:
+        """The state of the meter and what else `go_on` needs, of a whole cell its score instead."""
+        own = {"finite": self.finite.cpu(), "thumbnails": torch.cat(self.thumbnails)}
+        if self.drawn == self.count:
+            own["score"] = torch.tensor(self.score, dtype=torch.float64)
+        return own if self.drawn == self.count and not self.goes_on else own | self.meter.state()
+
+    def go_on(self, drawn: int, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave after so many images, unless it is of no use here."""
+        own = {"finite", "thumbnails", "score"}
+        if drawn > self.count:
+            return
+        if drawn < self.count or self.goes_on:
+            try:
+                self.meter.restore({name: state[name] for name in state if name not in own})
+            except ValueError:  # a number that has to know from the start how many there will be
+                return
+        if drawn == self.count:
+            self.score = state["score"].item()
+        self.finite &= state["finite"].to(self.finite.device)
+        self.thumbnails, self.drawn = [state["thumbnails"]], drawn
 
 
 def _value(taken: Meter, key: str) -> float:

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from cmkit.recipe import Recipe, cells
+from cmkit.recipe.tables import TUNERS
+from cmkit.search.tuner import Place, Score, group, tuned
 
 
 def trials(
-    recipe: Recipe, scores: Mapping[tuple[float, ...], float | None]
+    recipe: Recipe,
+    scores: Mapping[Place, Score],
+    cut: Mapping[Place, tuple[int, Score]] = MappingProxyType({}),
 ) -> Iterator[tuple[str | None, list[dict[str, float]]]]:
     """(axis, cells to score before the next are asked for); a cell has a value of every axis.
 
     A grid is one list of cells, and no axis. A search by coordinates has a list for each axis; it
-    begins with the best cell of the list before, the earliest of equals by `scores`.
+    begins with the best cell of the list before, the earliest of equals by `scores`. `tuned` has
+    the lists of Optuna. Of cells that halving has cut, `cut` has (images, score), and `scores`
+    nothing or None.
     """
     table, rescaler = recipe.search, recipe.rescaler
     assert table is not None
     assert rescaler is not None
+    if table.method in TUNERS:
+        yield from ((None, tried) for tried in tuned(recipe, scores, cut))
+        return
     if table.method != "coordinate":
         yield None, list(cells(recipe))
         return
@@ -35,36 +46,80 @@ def trials(
         values = [completed(best)[axis], *table.grid[axis]]
         tried = [completed({**best, axis: value}) for value in values]
         yield axis, tried
-        found = [scores[place(recipe, cell)] for cell in tried]
+        keys = [place(recipe, cell) for cell in tried]
+        found = [None if key in cut else scores[key] for key in keys]
         ranks = [math.inf if score is None else score for score in found]
         best = {**best, axis: values[ranks.index(min(ranks))]}
 
 
 def trace(recipe: Recipe, stored: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The steps of a finished search by coordinates: each axis with the cells tried, by their
-    places in `stored`, first the one that it went on from. Empty for a grid."""
-    scores = {place(recipe, record): record["score"] for record in stored}
+    places in `stored`, first the one that it went on from. Empty for other methods."""
+    assert recipe.search is not None
+    if recipe.search.method != "coordinate":
+        return []
+    scores, cut = known(recipe, stored)
     places = {place(recipe, record): k for k, record in enumerate(stored)}
     steps = []
-    for axis, tried in trials(recipe, scores):
-        if axis is not None:
-            own = list(dict.fromkeys(places[place(recipe, values)] for values in tried))
-            steps.append({"axis": axis, "cells": own})
+    for axis, tried in trials(recipe, scores, cut):
+        own = list(dict.fromkeys(places[place(recipe, values)] for values in tried))
+        steps.append({"axis": axis, "cells": own})
     return steps
+
+
+def known(
+    recipe: Recipe, stored: Iterable[Mapping[str, Any]]
+) -> tuple[dict[Place, Score], dict[Place, tuple[int, Score]]]:
+    """What `trials` takes: scores of the stored cells, and of those that halving has cut (images,
+    score)."""
+    assert recipe.search is not None
+    whole = recipe.search.images
+    pairs = [(place(recipe, r), r.get("images", whole), r["score"]) for r in stored]
+    scores = {key: score for key, images, score in pairs if images == whole}
+    return scores, {key: (images, score) for key, images, score in pairs if images != whole}
+
+
+def survivors(cells: int, halving: int | None) -> int:
+    """How many of as many cells go on to the next rung of successive halving: the best 1 in
+    `halving`, rounded up (Jamieson and Talwalkar 2016, arXiv:1502.07943, round down)."""
+    return -(-cells // (halving or 1))
+
+
+def lists(recipe: Recipe) -> list[int]:
+    """Sizes of the lists of new cells, or at most where that depends on their scores."""
+    table, rescaler = recipe.search, recipe.rescaler
+    assert table is not None
+    assert rescaler is not None
+    if table.method in TUNERS:
+        size, (whole, rest) = group(recipe), divmod((table.trials or 1) - 1, group(recipe))
+        return [1, *[size] * whole, *([rest] if rest else [])]
+    if table.method != "coordinate":
+        return [math.prod(map(len, table.grid.values()))]
+    new = [len({*v} - {rescaler.value_of(axis)}) for axis, v in table.grid.items()]
+    first, *others = new * (table.rounds or 1)
+    return [1 + first, *others]
 
 
 def most_cells(recipe: Recipe) -> int:
     """How many cells a search draws, or at most where that depends on their scores."""
-    table, rescaler = recipe.search, recipe.rescaler
+    return sum(lists(recipe))
+
+
+def most_images(recipe: Recipe) -> tuple[int, int]:
+    """(images that the cells of a search draw, cells that have all of them), or at most: of the
+    images of a rung those of the rung before are drawn already."""
+    table = recipe.search
     assert table is not None
-    assert rescaler is not None
-    if table.method != "coordinate":
-        return math.prod(map(len, table.grid.values()))
-    new = sum(len({*v} - {rescaler.value_of(axis)}) for axis, v in table.grid.items())
-    return 1 + new * (table.rounds or 1)
+    images = whole = 0
+    for size in lists(recipe):
+        for few, many in itertools.pairwise((0, *table.rung_images)):
+            size = size if few == 0 else survivors(size, table.halving)
+            images += size * (many - few)
+        whole += size
+    return images, whole
 
 
-def place(recipe: Recipe, values: Mapping[str, Any]) -> tuple[float, ...]:
+def place(recipe: Recipe, values: Mapping[str, Any]) -> Place:
     """A cell's values in the order of the axes."""
     assert recipe.search is not None
     return tuple(values[axis] for axis in recipe.search.grid)

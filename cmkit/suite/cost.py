@@ -17,8 +17,8 @@ from cmkit.plan.checks import dry_run
 from cmkit.plan.networks import built, conditions_of_teacher, denoiser_of, teacher_of
 from cmkit.plan.record import Plan
 from cmkit.recipe import Recipe
-from cmkit.recipe import cells as cells_of_search
 from cmkit.rng import Rng
+from cmkit.search import most_images
 from cmkit.suite.cells import Cell
 from cmkit.values import DataSpec
 from cmkit.weights import TO_COME
@@ -82,9 +82,8 @@ def _costs(cell: Cell, plan: Plan) -> Costs:
         trained = images * per_image(recipe)
         found = replace(found, steps=recipe.train.steps, images=images, trained=trained)
     if search := recipe.search:
-        rescaled = len(list(cells_of_search(recipe))) * search.images
-        rescaled *= (search.rounds or 1) if search.method == "coordinate" else 1
-        rescaled += search.rerank * (search.rerank_images or 4 * search.images)
+        rescaled, whole = most_images(recipe)
+        rescaled += min(search.rerank, whole) * (search.rerank_images or 4 * search.images)
         rescaled += 2 * search.confirm_seeds * (search.confirm_images or search.images)
         found = replace(found, searched=float(rescaled * nfe))
     sampled = float(recipe.sample.images * nfe) if recipe.sample else 0.0

@@ -78,6 +78,24 @@ def check_metric(
             f"{taken}, then {resumed.values()}",
             "return every tensor that `add` changes, on the CPU",
         )
+        fewer, more = metric.meter(len(ours) // 2, *given), metric.meter(len(ours), *given)
+        assert fewer is not None
+        assert more is not None
+        first, rest = ours.images.split([len(ours) // 2, len(ours) - len(ours) // 2])
+        fewer.add(first)
+        try:
+            more.restore(fewer.state())
+        except ValueError:  # a search draws those images again
+            more = None
+        if more:
+            more.add(rest)
+            taken = more.values()
+            report.require(
+                all(math.isclose(taken[key], found[key], rel_tol=1e-4) for key in found),
+                "a meter goes on from the state of one of fewer images, or `restore` refuses it",
+                f"{found}, then {taken}",
+                "raise ValueError in `restore` where a number depends on how many will come",
+            )
     said = metric.features(ours, *given)
     wrong = [name for name, sets in said.items() if len(sets["rows"]) != len(ours)]
     unknown = {*metric.higher, *metric.neither, *said} - {*names}

@@ -45,10 +45,12 @@ class Search(SearchTable, Stage):
                 name = f"search/cell-{event.index:04d}"
                 picture = folder.keep_picture(name, grid_png(event.thumbnails))
                 record = {"index": event.index, **event.values, "score": event.score}
-                scored[event.index] = {**record, "samples": picture}
+                rung = {"images": event.images} if self.halving else {}
+                scored[event.index] = {**record, **rung, "samples": picture}
                 folder.append_score("cells", scored[event.index])
         records = [scored[index] for index in sorted(scored)]
-        top = search.best(records, self.rerank or 1)
+        whole = [record for record in records if record.get("images", self.images) == self.images]
+        top = search.best(whole, self.rerank or 1)
         reranked, lost = folder.scores("rerank")
         finalists = []
         if self.rerank:
@@ -84,6 +86,7 @@ class Search(SearchTable, Stage):
             "label_rule": job.plan.label_rule,
             "precision": precision(self.precision, job.device),
             "method": self.method or "grid",
+            **({"rungs": list(self.rung_images)} if self.halving else {}),
             "axes": {axis: list(values) for axis, values in self.grid.items()},
             "labels": dict(rescaler.labels),
             "descent": search.trace(recipe, records),

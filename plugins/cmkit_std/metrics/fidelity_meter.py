@@ -105,7 +105,11 @@ class FidelityMeter:
         return self.streams.state() if self.streams else dict(self.restored)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state; at least one image is still to come."""
+        """Go on from a state; at least one image is still to come. ValueError for an Inception
+        score of another number of images, which were split otherwise."""
+        splits = (int(value) for name, value in state.items() if name.endswith("/score/count"))
+        if any(count != self.images for count in splits):
+            raise ValueError(f"an Inception score is of all {self.images} images from the start")
         self.restored = state
 
 

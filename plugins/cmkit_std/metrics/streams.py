@@ -129,7 +129,7 @@ class Score:
         if not self.seen:
             return {}
         sums = {"sums": self.sums, "negentropies": self.negentropies}
-        return {**sums, "seen": torch.tensor(self.seen)}
+        return {**sums, "seen": torch.tensor(self.seen), "count": torch.tensor(len(self.split))}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         if state:
