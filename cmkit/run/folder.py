@@ -28,10 +28,11 @@ SCHEMA = 2
 """Of report.json, with its own digest; a report of schema 1 has none."""
 RUNS: ContextVar[Path | None] = ContextVar("RUNS", default=None)
 """The folder that --out names, where runs are found by their names."""
+POLICY = "rescaling.json"
 _CHOSEN = re.compile(r"(.+?)(?:@(\d{1,18}))?(?::(online|ema-[\d.]+))?")
 STAGE_FILES = {
     "train": ("model.safetensors", "log.jsonl"),
-    "search": ("search/*.jsonl", "search/*.png", "search.json"),
+    "search": ("search/*.jsonl", "search/*.png", "search.json", "rescaling.json"),
     "sample": ("samples/*.npz", "samples.jsonl", "samples_*.png"),
     "metric": (),
 }
@@ -225,8 +226,10 @@ class RunFolder:
         """Write `status()`."""
         files.atomic_write(self._status, files.sealed({"stages": status}))
 
-    def keep_search(self, result: Mapping[str, Any]) -> None:
-        """Write search.json, the results of the search for other programs."""
+    def keep_search(self, result: Mapping[str, Any], policy: str) -> None:
+        """Write search.json, the results of the search for other programs, and rescaling.json, the
+        text `policy`."""
+        files.atomic_write(self.path / POLICY, policy)
         files.atomic_write(self.path / "search.json", json.dumps(result, indent=1) + "\n")
 
     def digests(self, stage: str) -> dict[str, str]:

@@ -132,6 +132,10 @@ RESCALERS = {
     "global_:Global": ("Two numbers: one for all skips, one for all embeddings", RESCALING),
     "per_layer:PerLayer": ("A number for every skip and every embedding", RESCALING),
     "per_timestep:PerTimestep": ("Two numbers that depend on the noise level", RESCALING),
+    "saved:Saved": (
+        "The scales that another run's search found",
+        RESCALING,
+    ),
 }
 DATASETS = {
     "cifar10:CIFAR10": ("60,000 photographs of 10 classes, 32x32, from the binary archive", CIFAR),
@@ -173,6 +177,7 @@ examples = {
     "rescaler.global": {"skip": 0.8, "emb": 1.1},
     "rescaler.per_layer": {"skip": [0.8, 0.9], "emb": 1.1, "sites": {"emb.1": 1.2}},
     "rescaler.per_timestep": {"sigmas": [0.5, 80.0], "skip": [0.9, 0.8], "emb": 1.1},
+    "rescaler.saved": {"path": "rescaling.json"},
     "metric.fidelity": {"isc": True, "kid": True, "precision_recall": True, "kid_subset_size": 20},
 }
 """Small options for `cmkit plugins check`, where defaults are large or need a file."""
