@@ -23,9 +23,9 @@ from cmkit.kinds import Backbone
 from cmkit.plan import conditions_of, noise_of, tensors_digest
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load, with_values
-from cmkit.rescaling import Policy, read_policy
+from cmkit.rescaling import POLICY, Policy, read_policy
 from cmkit.run.events import Event, Note
-from cmkit.run.folder import POLICY, RunFolder
+from cmkit.run.folder import RunFolder
 from cmkit.run.policies import LEVELS
 from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout

@@ -12,8 +12,9 @@ from typing import Any
 
 from cmkit import files
 from cmkit.errors import CheckpointError
-from cmkit.run.folder import POLICY, RunFolder
+from cmkit.run.folder import RunFolder
 
+POLICY = "rescaling.json"
 SCHEMA = 1
 
 

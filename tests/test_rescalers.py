@@ -83,7 +83,7 @@ def test_each_layers_number_reaches_its_site_alone():
     assert numbers(listed) == numbers(PerLayer(sites=own)) == own
     assert numbers(PerLayer(skip=0.5, sites={"skip.1": 2.0})) == {
         **{site: 0.5 for site in SITES if site.startswith("skip")},
-        **{site: 1.0 for site in SITES if site.startswith("emb")},
+        **{site: 1.0 for site in SITES if not site.startswith("skip")},
         "skip.1": 2.0,
     }
 
@@ -150,7 +150,7 @@ def test_every_image_has_the_scale_of_its_own_level():
     found = scales(torch.tensor([0.1, 1.0, 2.0, 9.0]))
     torch.testing.assert_close(found["skip.2"], torch.tensor([0.5, 0.5, 1.0, 1.5]))
     assert found["emb.0"].tolist() == 2.0
-    assert "attn.0" not in found
+    assert found["attn.0"].tolist() == 1.0
 
 
 def test_interpolation_is_one_graph():

@@ -28,7 +28,6 @@ SCHEMA = 2
 """Of report.json, with its own digest; a report of schema 1 has none."""
 RUNS: ContextVar[Path | None] = ContextVar("RUNS", default=None)
 """The folder that --out names, where runs are found by their names."""
-POLICY = "rescaling.json"
 _CHOSEN = re.compile(r"(.+?)(?:@(\d{1,18}))?(?::(online|ema-[\d.]+))?")
 STAGE_FILES = {
     "train": ("model.safetensors", "log.jsonl"),
@@ -36,8 +35,7 @@ STAGE_FILES = {
     "sample": ("samples/*.npz", "samples.jsonl", "samples_*.png"),
     "metric": (),
 }
-"""What a finished stage leaves, of which status.json keeps the digests; another stage has a folder
-of its name."""
+"""What a finished stage leaves, for its digests; another stage has a folder of its name."""
 
 
 class RunFolder:
@@ -227,9 +225,8 @@ class RunFolder:
         files.atomic_write(self._status, files.sealed({"stages": status}))
 
     def keep_search(self, result: Mapping[str, Any], policy: str) -> None:
-        """Write search.json, the results of the search for other programs, and rescaling.json, the
-        text `policy`."""
-        files.atomic_write(self.path / POLICY, policy)
+        """Write search.json, for other programs, and the text `policy` of rescaling.json."""
+        files.atomic_write(self.path / "rescaling.json", policy)
         files.atomic_write(self.path / "search.json", json.dumps(result, indent=1) + "\n")
 
     def digests(self, stage: str) -> dict[str, str]:
