@@ -41,8 +41,8 @@ def drawn_from(
             " recipe with denoiser.weights"
         )
     if rescaler not in (None, "off"):
-        table = inline({"use": "saved", "path": str(rescaler)})
-        overrides = [f"rescaler={table}", *overrides]
+        saved = inline({"use": "saved", "path": str(rescaler)})
+        overrides = [f"rescaler={saved}", *overrides]
     recipe = load(folder.recipe if run else source, overrides, registry)
     if rescaler == "off":
         recipe = replace(recipe, rescaler=None)

@@ -177,7 +177,6 @@ examples = {
     "rescaler.global": {"skip": 0.8, "emb": 1.1},
     "rescaler.per_layer": {"skip": [0.8, 0.9], "emb": 1.1, "sites": {"emb.1": 1.2}},
     "rescaler.per_timestep": {"sigmas": [0.5, 80.0], "skip": [0.9, 0.8], "emb": 1.1},
-    "rescaler.saved": {"path": "rescaling.json"},
     "metric.fidelity": {"isc": True, "kid": True, "precision_recall": True, "kid_subset_size": 20},
 }
 """Small options for `cmkit plugins check`, where defaults are large or need a file."""
