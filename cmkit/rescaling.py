@@ -16,6 +16,8 @@ from cmkit.run.folder import RunFolder
 
 POLICY = "rescaling.json"
 SCHEMA = 1
+LARGEST = 100
+"""Of scales; what is larger is no rescaling."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ def read_policy(place: str) -> Policy:
     content.pop("schema")
     with files.reading(path):
         policy = Policy(**{**content, "sites": tuple(content["sites"])})
-        names = {*policy.sites} >= {*(policy.scales or ())}
-        if not (names and policy.model["weights"] and policy.rescaler["use"]):
+        scales = policy.scales or {}
+        sound = {*policy.sites} >= {*scales} and all(abs(v) <= LARGEST for v in scales.values())
+        if not (sound and policy.model["weights"] and policy.rescaler["use"]):
             raise ValueError("not what cmkit wrote")
     return policy

@@ -191,6 +191,7 @@ def other_weights() -> None:
         ({"rescaler": {"use": "global", "skip": 1e9}}, [], CheckpointError, "global.skip: Input"),
         ({"rescaler": {"use": "global", "skpi": 1}}, [], CheckpointError, "global.skpi: Extra"),
         ({"sites": ["skip.0", "skip.9", "emb.0"]}, [], CheckpointError, "damaged"),
+        ({"scales": {"emb.0": 1e9}}, [], CheckpointError, "damaged"),
         ({"scales": None, "sites": ["skip.9"]}, [], RecipeError, "differ in skip.9"),
         ({"scales": None, "sites": ["skip.0"]}, [], RecipeError, "this one has skip.0 to"),
         (None, ['denoiser.weights="other.safetensors"'], CheckpointError, "found on other weights"),
