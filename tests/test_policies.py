@@ -17,6 +17,7 @@ from cmkit_std.rescalers.global_ import Global
 from cmkit_std.rescalers.per_layer import PerLayer
 from cmkit_std.rescalers.per_timestep import PerTimestep
 from cmkit_std.rescalers.saved import Saved
+from PIL import Image
 
 from cmkit import CheckpointError, Cond, DataSpec, RecipeError, discover
 from cmkit.convert import convert
@@ -264,6 +265,11 @@ def test_commands_draw_with_the_scales_of_a_file_a_run_or_none(cmkit, home, foun
     assert np.array_equal(other, drawn("--set", "rescaler.skip=1.0", "--set", "rescaler.emb=0.5"))
     assert not np.array_equal(other, own)
     refused(cmkit("sample", found, "--rescaler", "none.json"), 4, "none.json: no such file")
+    edit = ("edit", found, "a.png", "--task", "inpaint", "--rescaler", "none.json")
+    Image.fromarray(np.full((8, 8), 128, np.uint8)).save("a.png")
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save("mask.png")
+    edit = (*edit, "--mask", "mask.png", "--label", 1)
+    refused(cmkit(*edit), 4, "none.json: no such file")
 
 
 def test_knots_beyond_the_noise_levels_are_refused(home):
