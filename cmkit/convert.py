@@ -9,14 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmkit.errors import CheckpointError, CmkitError, PluginError, RecipeError, did_you_mean
+from cmkit.denoiser import Network
+from cmkit.errors import (
+    CheckpointError,
+    CmkitError,
+    PluginError,
+    RecipeError,
+    did_you_mean,
+    inline,
+)
 from cmkit.files import atomic_write, new_folder
 from cmkit.kinds import Backbone
-from cmkit.plan import conditions_of
+from cmkit.plan import conditions_of, noise_of, tensors_digest
 from cmkit.plugins import Registry
-from cmkit.recipe import Recipe, load
+from cmkit.recipe import Recipe, load, with_values
+from cmkit.rescaling import POLICY, Policy, read_policy
 from cmkit.run.events import Event, Note
 from cmkit.run.folder import RunFolder
+from cmkit.run.policies import LEVELS
 from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout
 from cmkit.weights import DIFFUSERS, adapt, download, find, notes, read
@@ -33,26 +43,34 @@ def convert(
     registry: Registry,
     recipe: Recipe | None = None,
     drop_scales: bool = False,
+    fold: str | None = None,
+    partial: bool = False,
 ) -> Iterator[Event]:
     """Write the weights `source` to `target` in the layout `to`, after any download.
 
     The network is the recipe's, or that of the run folder `source`, or the published one that the
     tensors fit. RecipeError for an unknown layout or an existing target, and for a run that samples
-    with scales, which no file of weights holds, unless they are to be dropped; CheckpointError when
-    the tensors fit no such network.
+    with scales, which no file of weights holds, unless they are to be dropped or folded;
+    CheckpointError when the tensors fit no such network.
+
+    `fold` names the policy to fold into the weights, as `read_policy` takes it. RecipeError where
+    that is not exact, unless it is to be done in part: then the rest is written beside the target.
     """
+    if partial and not fold:
+        raise RecipeError("--partial: says how to fold; name the scales with --fold-rescaling")
+    policy = read_policy(fold) if fold else None
     if target.exists():
         raise RecipeError(f"{target}: exists already; name a new file, or remove it")
     folder = RunFolder.of_weights(source)
     if folder.recipe.is_file():
         run = load(folder.recipe, [], registry)
         recipe = recipe or run
-        numbers = {**(run.rescaler.numbers() if run.rescaler else {}), **folder.winner()}
-        scales = [f"{name} = {value:g}" for name, value in numbers.items() if value != 1]
-        if scales and not drop_scales:
+        scales = "" if drop_scales or policy else _scales(run, folder)
+        if scales:
             raise RecipeError(
-                f"{source}: it samples with {', '.join(scales)}, which no file of weights holds;"
-                " write the unscaled model with --drop-scales, or draw with `cmkit sample`"
+                f"{source}: it samples with {scales}, which no file of weights holds; write the"
+                " unscaled model with --drop-scales, draw with `cmkit sample`, or see"
+                " --fold-rescaling"
             )
     if recipe:
         data = recipe.dataset.spec()
@@ -76,7 +94,18 @@ def convert(
             continue
         if same_shapes(own, network.state_dict()):
             yield from map(Note, notes(weights, tensors, network, layouts))
+            rest = None
+            if policy:
+                said, own, rest = _folded(own, network, policy, source, partial)
+                yield from map(Note, said)
             _write(own, target, to, layouts)
+            if rest:
+                beside = target.with_name(f"{target.name}.{POLICY}")
+                atomic_write(beside, rest.text())
+                yield Note(
+                    f"{target}: draws as the rescaled model only with {beside}:"
+                    f' rescaler = {{ use = "saved", path = {inline(str(beside))} }}'
+                )
             return
     if recipe:  # name the first differences
         load_weights(network, own, source)
@@ -84,6 +113,61 @@ def convert(
         f"{source}: its {len(tensors)} tensors ({', '.join(list(tensors)[:2])}, ..) fit no"
         " published network; name the recipe with their backbone by --recipe"
     )
+
+
+def _scales(recipe: Recipe, folder: RunFolder) -> str:
+    """The fields of the policy with which a run samples; "" where it changes nothing."""
+    if not recipe.rescaler:
+        return ""
+    found = folder.winner()
+    rescaler = with_values(recipe, found) if found else recipe.rescaler.settled()
+    data = recipe.dataset.spec()
+    with torch.device("meta"):
+        sites = recipe.backbone.build(data, conditions_of(recipe, data)).sites
+    scales = rescaler.bind(sites)(noise_of(recipe).sigmas(LEVELS))
+    if all(bool((scale == 1).all()) for scale in scales.values()):
+        return ""
+    fields = rescaler.model_dump(mode="json", exclude_defaults=True)
+    return ", ".join(f"{name} = {inline(value)}" for name, value in fields.items())
+
+
+def _folded(
+    own: Mapping[str, Tensor], network: Network, policy: Policy, source: str, partial: bool
+) -> tuple[list[str], dict[str, Tensor], Policy | None]:
+    """What was folded, the weights `own` with it, and the policy of what is left, if anything."""
+    if policy.scales is None:
+        raise RecipeError("--fold-rescaling: its scales depend on the noise level; weights do not")
+    if tensors_digest(own, network) != policy.model["weights"] or policy.sites != network.sites:
+        raise CheckpointError(
+            f"--fold-rescaling: its scales were found on other weights than {source}; give those"
+        )
+    factors, left = network.factors(policy.scales)
+    if left and not partial:
+        reasons: dict[str, list[str]] = {}
+        for site, why in left.items():
+            reasons.setdefault(why, []).append(site)
+        named = "; ".join(f"{', '.join(sites)} ({why})" for why, sites in reasons.items())
+        raise RecipeError(
+            f"--fold-rescaling: no weights hold exactly the scales of {named}; draw with"
+            " `cmkit sample --rescaler`, or fold the rest alone with --partial"
+        )
+    rest = {site: policy.scales[site] for site in left}
+    done = {s: v for s, v in policy.scales.items() if v != 1 and s not in left}
+    shown = (", ".join(f"{s} = {v:g}" for s, v in some.items()) for some in (done, rest))
+    said = [
+        f"{what}: {sites or 'none'}"
+        for what, sites in zip(("folded", "not folded"), shown, strict=True)
+    ]
+    folded = {
+        name: (tensor.double() * factors[name]).to(tensor.dtype) if name in factors else tensor
+        for name, tensor in own.items()
+    }
+    if not left:
+        return said, folded, None
+    model = {"weights": tensors_digest(folded, network), "backbone": policy.model["backbone"]}
+    table = {"use": "per_layer", "sites": rest}
+    found = {**policy.found, "folded": done}
+    return said, folded, Policy(table, policy.sites, rest, model, found)
 
 
 def _published(registry: Registry) -> Iterator[Known]:

@@ -81,6 +81,12 @@ class Network(nn.Module):
         `forward` must not change weights. Averages are of the weights after a step.
         """
 
+    def factors(self, scales: Mapping[str, float]) -> tuple[dict[str, float], dict[str, str]]:
+        """What puts numbers of sites into the weights, exactly: the factor of each tensor of the
+        state dict that changes, and of each site that weights cannot hold why."""
+        why = "this network does not say which weights hold it"
+        return {}, {site: why for site, value in scales.items() if value != 1}
+
     def lower(self, dtype: torch.dtype) -> None:
         """Cast for inference the weights that autocast to `dtype` would cast at every call.
 

@@ -180,6 +180,19 @@ class Rescaler(Part, ABC):
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
         """The map sigma (B,) -> scales; RecipeError when a site that it names is not in `sites`."""
 
+    def check_noise(self, noise: Noise) -> None:
+        """Raise now what does not fit a model with these noise levels."""
+
+    def settled(self) -> Rescaler:
+        """The policy whose fields are the numbers: itself, or the one that it has read."""
+        return self
+
+    def found_on(self) -> Mapping[str, str]:
+        """Of a policy that serves one model alone, which: "weights", their digest as
+        `rescaling.json` has it, and "training", the key of a run's training. Nothing where it
+        serves any."""
+        return {}
+
     labels: ClassVar[Mapping[str, str]] = {}
     """Names of numbers on the report's page, where the key alone says too little."""
 

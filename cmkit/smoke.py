@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cmkit.errors import printable
+from cmkit.errors import CheckpointError, printable
 from cmkit.files import atomic_write, digest_of
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
@@ -87,6 +88,11 @@ def check_whole(recipe: Recipe) -> None:
     from cmkit.plan.fit import check_network
 
     check_stages(recipe)
+    if recipe.rescaler:
+        try:
+            recipe.rescaler.settled()
+        except CheckpointError:  # a file that is not here, in whose place another part is put
+            recipe = replace(recipe, rescaler=None)
     if known := recipe.dataset.declared():
         check_network(recipe, known)
 

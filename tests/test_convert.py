@@ -113,6 +113,24 @@ def test_scales_are_never_dropped_without_a_word(home):
     assert Path("theirs").exists()
 
 
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ('{ use = "per_layer", sites = { "emb.0" = 1.2 } }', "sites = "),
+        ('{ use = "per_timestep", sigmas = [1.0, 80.0], emb = [1.0, 1.2] }', r"emb = \[1"),
+    ],
+)
+def test_scales_in_lists_are_not_dropped_either(home, table, said):
+    Path("runs/x").mkdir(parents=True)
+    shutil.copy("own.safetensors", "runs/x/model.safetensors")
+    Path("runs/x/recipe.toml").write_text(f"rescaler = {table}\n{RECIPE}")
+    with pytest.raises(RecipeError, match=f"it samples with .*{said}.* --drop-scales"):
+        list(convert("runs/x", Path("theirs"), "openai", discover()))
+    text = table.replace("1.2", "1.0")
+    Path("runs/x/recipe.toml").write_text(f"rescaler = {text}\n{RECIPE}")
+    list(convert("runs/x", Path("theirs"), "openai", discover()))
+
+
 def test_published_networks_are_recognized_by_their_tensors(home, monkeypatch):
     """Without a recipe; small networks stand for the published ones here."""
     small = load("small.toml", [], discover()).backbone

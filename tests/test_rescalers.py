@@ -11,7 +11,7 @@ from cmkit_std.rescalers.per_timestep import PerTimestep, interpolated
 from cmkit_std.samplers.multistep import Multistep
 from pydantic import ValidationError
 
-from cmkit import RecipeError
+from cmkit import DataSpec, Denoiser, RecipeError
 from cmkit.denoiser import Encodings
 from cmkit.search.score import encoder_rows
 from cmkit.testing import check_rescaler
@@ -83,7 +83,7 @@ def test_each_layers_number_reaches_its_site_alone():
     assert numbers(listed) == numbers(PerLayer(sites=own)) == own
     assert numbers(PerLayer(skip=0.5, sites={"skip.1": 2.0})) == {
         **{site: 0.5 for site in SITES if site.startswith("skip")},
-        **{site: 1.0 for site in SITES if site.startswith("emb")},
+        **{site: 1.0 for site in SITES if not site.startswith("skip")},
         "skip.1": 2.0,
     }
 
@@ -150,7 +150,7 @@ def test_every_image_has_the_scale_of_its_own_level():
     found = scales(torch.tensor([0.1, 1.0, 2.0, 9.0]))
     torch.testing.assert_close(found["skip.2"], torch.tensor([0.5, 0.5, 1.0, 1.5]))
     assert found["emb.0"].tolist() == 2.0
-    assert "attn.0" not in found
+    assert found["attn.0"].tolist() == 1.0
 
 
 def test_interpolation_is_one_graph():
@@ -238,3 +238,33 @@ def test_numbers_that_there_are_not_are_refused():
             rescaler.value_of(name)
     with pytest.raises(ValueError, match="less than or equal to 100"):
         PerTimestep(sigmas=LEVELS).with_values({"skip.1": 1e9})
+
+
+@torch.inference_mode()
+def test_a_transformers_branches_have_numbers_as_its_embeddings_have():
+    from cmkit_std.backbones.dit import DiT
+
+    torch.manual_seed(0)
+    network = DiT(patch_size=4, width=16, depth=2, num_heads=2).build(DataSpec(3, 16), frozenset())
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model = Denoiser(network).eval()
+    x, cond = x_and_cond(model)
+    sigma = x.new_full((3,), 80.0)
+    plain = model(x, sigma, cond)
+    for rescaler in (Global(), PerLayer(), PerTimestep(sigmas=LEVELS)):
+        assert torch.equal(model.rescaled(rescaler)(x, sigma, cond), plain)
+    for family in ("emb", "attn", "mlp"):
+        one = model.rescaled(Global(**{family: 0.5}))(x, sigma, cond)
+        assert rms(one - plain) > 1e-3 * rms(plain)
+        count = sum(site.startswith(family) for site in network.sites)
+        each = model.rescaled(PerLayer(**{family: (0.5,) * count}))(x, sigma, cond)
+        levels = PerTimestep(sigmas=LEVELS, **{family: (1.0, 1.0, 0.5)})
+        assert torch.equal(each, one)
+        torch.testing.assert_close(model.rescaled(levels)(x, sigma, cond), one)
+    for rescaler in (Global(skip=0.9), PerLayer(skip=(0.9,)), PerTimestep(sigmas=(1.0,), skip=0.9)):
+        with pytest.raises(RecipeError, match="no 'skip' sites; it has attn, emb, mlp"):
+            model.rescaled(rescaler)
+    for rescaler in (Global(attn=0.9), PerLayer(mlp=0.9), PerTimestep(sigmas=(1.0,), attn=0.9)):
+        with pytest.raises(RecipeError, match=r"no '(attn|mlp)' sites; it has emb, skip"):
+            rescaler.bind(("skip.0", "emb.0"))

@@ -15,6 +15,8 @@ from torch import nn
 
 import cmkit
 from cmkit import Cond, DataSpec, Network, Phase, Plugin, PluginError, Reference, discover, testing
+from cmkit.rescaling import Policy
+from cmkit.testing.rescaler import SITES
 from cmkit.testing.subjects import Small
 from tests.test_datasets import idx, picture
 from tests.test_imagenet64 import batch
@@ -75,12 +77,19 @@ def folder_of_arrays(path: Path) -> Path:
     return path
 
 
+def policy(path: Path) -> Path:
+    table, scales = {"use": "global", "emb": 0.9}, dict.fromkeys(SITES, 0.9)
+    path.write_text(Policy(table, SITES, scales, {"weights": "0" * 64}).text())
+    return path
+
+
 FILES = {
     "dataset.image_folder": (folder_of_pictures, {"resolution": 8, "labels": True, "flip": True}),
     "dataset.lsun": (folder_of_pictures, {"resolution": 8, "flip": True}),
     "dataset.imagenet64": (folder_of_arrays, {"flip": True}),
     "dataset.fashion_mnist": (folder_of_idx, {}),
     "dataset.cifar10": (folder_of_records, {}),
+    "rescaler.saved": (policy, {}),
 }
 """What the parts that need files are made from, beside `path`."""
 INVENTED = {"dataset.invented": {"channels": 3, "resolution": 8, "classes": 4}}

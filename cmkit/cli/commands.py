@@ -58,6 +58,14 @@ LabelOption = Annotated[
         " are taken in turns.",
     ),
 ]
+RescalerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|off",
+        help="Scales of a rescaling.json, or of the run with it, instead of the source's own;"
+        " off = none.",
+    ),
+]
 OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
 SmokeOption = Annotated[
     bool,
@@ -137,6 +145,7 @@ def check(
     from cmkit.recipe import stage_keys
     from cmkit.run import as_begun, changes, inputs_of, outlook, run_folder
     from cmkit.run.inputs import chosen_precision
+    from cmkit.run.policies import check_training
 
     if data:
         _check_images(loaded.dataset, json)
@@ -144,7 +153,9 @@ def check(
     with _runs_below(out):
         plan = as_begun(_plan(loaded), folder)
         inputs = inputs_of(plan.recipe, plan.data, chosen)
-        stages = list(outlook(loaded, folder, stage_keys(loaded, inputs), inputs, registry))
+        keys = stage_keys(loaded, inputs)
+        check_training(loaded, keys)
+        stages = list(outlook(loaded, folder, keys, inputs, registry))
     check_disk(plan, out)
     bad = loaded.dataset.left_out()
     facts = {
@@ -193,6 +204,7 @@ def sample(
     out: Annotated[
         Path, typer.Option(help="A grid FILE.png, arrays FILE.npz, or a FOLDER of PNG files.")
     ] = Path("samples.png"),
+    rescaler: RescalerOption = None,
     set: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -202,7 +214,7 @@ def sample(
     from cmkit.device import pick_device
     from cmkit.run import draw
 
-    recipe, chosen = _drawn_from(source, set, count), pick_device(device)
+    recipe, chosen = _drawn_from(source, set, count, rescaler), pick_device(device)
     events = draw(recipe, recipe.seed if seed is None else seed, label, out, chosen)
     _show_until_written(events, chosen, json)
 
@@ -232,6 +244,7 @@ def edit(
     out: Annotated[
         Path, typer.Option(help="A grid FILE.png of pairs, before and after, or a FOLDER.")
     ] = Path("edited.png"),
+    rescaler: RescalerOption = None,
     set: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
     json: JsonOption = False,
@@ -242,7 +255,7 @@ def edit(
     from cmkit.edit import Task
     from cmkit.run import redraw
 
-    recipe, chosen = _drawn_from(source, set, len(pictures)), pick_device(device)
+    recipe, chosen = _drawn_from(source, set, len(pictures), rescaler), pick_device(device)
     edited = Task(task, mask, patch, steps, tuple(sigma))
     seed = recipe.seed if seed is None else seed
     events = redraw(recipe, pictures, edited, seed, label, out, chosen)
@@ -290,6 +303,23 @@ def convert(
     drop_scales: Annotated[
         bool, typer.Option("--drop-scales", help="Write the unscaled model of a rescaled run.")
     ] = False,
+    fold_rescaling: Annotated[
+        str | None,
+        typer.Option(
+            "--fold-rescaling",
+            metavar="PATH",
+            help="Multiply the scales of a rescaling.json, or of the run with it, into the weights;"
+            " refused where one cannot be exactly.",
+        ),
+    ] = None,
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial",
+            help="Fold what can be, and write the rest beside the target as"
+            " TARGET.rescaling.json, without which the new weights draw other pictures.",
+        ),
+    ] = False,
 ) -> None:
     """Rewrite weights in another project's names and order, bit for bit, as safetensors."""
     from cmkit.plugins import discover
@@ -299,7 +329,8 @@ def convert(
     loaded = load(find_recipe(recipe), set, registry) if recipe else None
     from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
 
-    _shown(convert(source, target, to, registry, loaded, drop_scales), None)
+    events = convert(source, target, to, registry, loaded, drop_scales, fold_rescaling, partial)
+    _shown(events, None)
     printing.line(f"{target}: written in the layout {to}")
 
 
@@ -355,12 +386,14 @@ def _runs_below(out: Path) -> Iterator[None]:
         RUNS.reset(token)
 
 
-def _drawn_from(source: str, overrides: list[str], images: int) -> Recipe:
+def _drawn_from(
+    source: str, overrides: list[str], images: int, rescaler: str | None = None
+) -> Recipe:
     from cmkit.plugins import discover
     from cmkit.recipe import find_recipe
     from cmkit.run.finished import drawn_from
 
-    return drawn_from(str(find_recipe(source)), overrides, discover(), images)
+    return drawn_from(str(find_recipe(source)), overrides, discover(), images, rescaler)
 
 
 def _shown(events: Iterable[Event], device: torch.device | None, quiet: bool = False) -> Any:

@@ -8,7 +8,9 @@ from cmkit.plan.networks import (
     build_companions,
     build_teacher,
     for_sampling,
+    model_digest,
     naming_table,
     noise_of,
+    tensors_digest,
 )
 from cmkit.plan.record import Plan

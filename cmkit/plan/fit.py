@@ -52,6 +52,8 @@ def check_fit(recipe: Recipe) -> Plan:
         with naming_table(recipe, "denoiser", "weights"):
             checks.check_weights(recipe.denoiser.weights, recipe.backbone, recipe.precond)
             notes += networks.load_start(recipe, denoiser.network, data, conditions)
+        if not recipe.train:
+            networks.check_policy(recipe, data, conditions)
     if recipe.teacher:
         notes += checks.check_teacher(recipe, recipe.teacher, denoiser, data, conditions)
     elif recipe.train and recipe.objective:
@@ -90,7 +92,12 @@ def check_network(recipe: Recipe, data: DataSpec) -> tuple[frozenset[str], Denoi
     checks.check_sampler(recipe)
     if recipe.rescaler:
         with naming_table(recipe, "rescaler"):
+            recipe.rescaler.check_noise(denoiser.noise)
             denoiser.rescaled(recipe.rescaler)
+    if recipe.search and not network.sites:
+        raise recipe.source.error(
+            ("search",), "the backbone has no sites to rescale; choose another, or drop [search]"
+        )
     for values in cells(recipe):
         cell = with_values(recipe, values)
         with naming_table(recipe, "search", "grid"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -10,15 +11,16 @@ import torch
 
 from cmkit.denoiser import Denoiser, Guided, Network
 from cmkit.device import precision
-from cmkit.errors import PluginError, RecipeError
+from cmkit.errors import CheckpointError, PluginError, RecipeError
+from cmkit.files import cached_digest
 from cmkit.kinds import Backbone, Precond
 from cmkit.noise import Noise
 from cmkit.plan.record import Plan
 from cmkit.recipe import DenoiserTable, Recipe, Teacher
 from cmkit.recipe.parts import naming
-from cmkit.tensors import load_weights
+from cmkit.tensors import digest, load_weights
 from cmkit.values import Companion, DataSpec
-from cmkit.weights import adapt, find, notes, read, shapes
+from cmkit.weights import adapt, find, identity, notes, read, shapes
 
 
 def build(plan: Plan, device: torch.device) -> Denoiser:
@@ -34,6 +36,7 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
 def for_sampling(plan: Plan, device: torch.device, name: str) -> Denoiser:
     """The recipe's denoiser as samples are drawn from it, but for rescaling: its weights rounded to
     the `precision` key `name`, and guided where the recipe says so."""
+    check_policy(plan.recipe, plan.data, plan.conditions)
     denoiser = build(plan, device)
     if precision(name, device) == "bf16":
         denoiser.network.lower(torch.bfloat16)
@@ -165,6 +168,49 @@ def load_into(
     given, layouts = shapes(found) if dry else read(found), backbone.layouts(data)
     load_weights(network, {**kept, **adapt(given, network, layouts)}, weights)
     return tuple(notes(found, given, network, layouts))
+
+
+def model_digest(recipe: Recipe, data: DataSpec, conditions: frozenset[str]) -> str:
+    """SHA-256 of the weights that a recipe gives its network: of their names there, shapes and
+    values in its types, whatever the file and its layout; "" before they are downloaded.
+
+    It is computed once for each file.
+    """
+    assert recipe.denoiser.weights
+    backbone, found = recipe.backbone, find(recipe.denoiser.weights, recipe.backbone)
+    if found.missing:
+        return ""
+
+    def compute() -> str:
+        with torch.device("meta"):
+            network = built(backbone, data, conditions)
+        return tensors_digest(adapt(read(found), network, backbone.layouts(data)), network)
+
+    file = identity(recipe.denoiser.weights, backbone)["weights"]
+    shape = (data.channels, data.resolution, data.num_classes, *sorted(conditions))
+    table = {"use": recipe.resolved["backbone"]["use"], **backbone.model_dump(mode="json")}
+    return cached_digest(json.dumps([file, shape, table], sort_keys=True), compute)
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor], network: Network) -> str:
+    """The `model_digest` of tensors under the names of `network`, which may be without memory."""
+    own = network.state_dict()
+    return digest({name: tensor.to(own[name].dtype) for name, tensor in tensors.items()})
+
+
+def check_policy(recipe: Recipe, data: DataSpec, conditions: frozenset[str]) -> None:
+    """CheckpointError where the recipe's rescaler was found on other weights than the recipe's."""
+    expected = recipe.rescaler.found_on().get("weights") if recipe.rescaler else None
+    if expected is None:
+        return
+    with naming_table(recipe, "rescaler"):
+        given = model_digest(recipe, data, conditions)
+        if given not in ("", expected):
+            raise CheckpointError(
+                f"its scales were found on other weights, {expected[:12]}.., than"
+                f" {recipe.denoiser.weights}, {given[:12]}..; draw from those, or say"
+                " any_model = true where this is meant"
+            )
 
 
 def naming_table(recipe: Recipe, *path: str | int) -> AbstractContextManager[None]:

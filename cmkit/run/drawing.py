@@ -112,7 +112,7 @@ def redraw(
 def _finished(
     stage: str, out: Path, recipe: Recipe, facts: dict[str, Any], began: float
 ) -> StageFinished:
-    scales = recipe.rescaler.model_dump(mode="json") if recipe.rescaler else {}
+    scales = recipe.rescaler.settled().model_dump(mode="json") if recipe.rescaler else {}
     seconds = time.perf_counter() - began
     return StageFinished(stage, {"out": str(out), **facts, "scales": scales, "seconds": seconds})
 

@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cmkit.errors import CheckpointError
+from cmkit.errors import CheckpointError, inline
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, SampleTable, load, run_name, with_values
 from cmkit.run.folder import RunFolder, chosen
 
 
 def drawn_from(
-    source: Path | str, overrides: Sequence[str], registry: Registry, images: int
+    source: Path | str,
+    overrides: Sequence[str],
+    registry: Registry,
+    images: int,
+    rescaler: str | None = None,
 ) -> Recipe:
     """The recipe that only draws `images`, with the weights and the winning scales that the run
-    `source` holds, or those of the recipe file `source`. What `overrides` say goes first.
+    `source` holds, or those of the recipe file `source`. What `overrides` say goes first, and the
+    scales of the file or run `rescaler`; "off" means none.
 
     A run is its folder, or "run:NAME-KEY"; "RUN@STEP" and "RUN:ema-0.9999" draw from its other
     weights. CheckpointError for a folder without them, RecipeError for a recipe that has yet to be
@@ -35,7 +40,12 @@ def drawn_from(
             f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-KEY, or a"
             " recipe with denoiser.weights"
         )
+    if rescaler not in (None, "off"):
+        saved = inline({"use": "saved", "path": str(rescaler)})
+        overrides = [f"rescaler={saved}", *overrides]
     recipe = load(folder.recipe if run else source, overrides, registry)
+    if rescaler == "off":
+        recipe = replace(recipe, rescaler=None)
     if run:
         at = ("" if step is None else f"@{step}") + (f":{average}" if average else "")
         recipe = _finished(recipe, folder, at)

@@ -31,12 +31,11 @@ RUNS: ContextVar[Path | None] = ContextVar("RUNS", default=None)
 _CHOSEN = re.compile(r"(.+?)(?:@(\d{1,18}))?(?::(online|ema-[\d.]+))?")
 STAGE_FILES = {
     "train": ("model.safetensors", "log.jsonl"),
-    "search": ("search/*.jsonl", "search/*.png", "search.json"),
+    "search": ("search/*.jsonl", "search/*.png", "search.json", "rescaling.json"),
     "sample": ("samples/*.npz", "samples.jsonl", "samples_*.png"),
     "metric": (),
 }
-"""What a finished stage leaves, of which status.json keeps the digests; another stage has a folder
-of its name."""
+"""What a finished stage leaves, for its digests; another stage has a folder of its name."""
 
 
 class RunFolder:
@@ -225,8 +224,9 @@ class RunFolder:
         """Write `status()`."""
         files.atomic_write(self._status, files.sealed({"stages": status}))
 
-    def keep_search(self, result: Mapping[str, Any]) -> None:
-        """Write search.json, the results of the search for other programs."""
+    def keep_search(self, result: Mapping[str, Any], policy: str) -> None:
+        """Write search.json, for other programs, and the text `policy` of rescaling.json."""
+        files.atomic_write(self.path / "rescaling.json", policy)
         files.atomic_write(self.path / "search.json", json.dumps(result, indent=1) + "\n")
 
     def digests(self, stage: str) -> dict[str, str]:

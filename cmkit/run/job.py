@@ -113,4 +113,5 @@ class Job:
     def rescaler(self) -> Rescaler | None:
         """The winner of the search, or the recipe's own."""
         found = self.folder.winner()
-        return with_values(self.plan.recipe, found) if found else self.plan.recipe.rescaler
+        said = self.plan.recipe.rescaler
+        return with_values(self.plan.recipe, found) if found else said and said.settled()

@@ -28,6 +28,7 @@ from cmkit.run.inputs import (
 )
 from cmkit.run.integrity import verify
 from cmkit.run.job import Job
+from cmkit.run.policies import check_training
 from cmkit.run.reuse import outlook, run_folder
 from cmkit.stop import StopSignal
 from cmkit.weights import download
@@ -64,6 +65,7 @@ def run(
         status = folder.status()
         yield from map(Note, check_inputs(plan, folder, inputs, list(status)))
         keys, begun_with = folder.inputs()["keys"], folder.inputs()["inputs"]
+        check_training(recipe, keys)
         environment = describe_environment(plan, registry, device)
         if sentence := changed_environment(folder.starts(), environment):
             yield Note(sentence)

@@ -53,6 +53,7 @@ def check_backbone(backbone: Backbone, data: DataSpec = DIGITS, compile: bool = 
     _check_gradient(report, network.train(), given)
     _check_scales(report, network.eval(), given)
     _check_late(report, network, given)
+    _check_factors(report, network, given)
     _check_memory_format(report, network, given)
     _check_copies(report, network, twin, given)
     if compile:
@@ -290,6 +291,36 @@ def _check_late(report: Report, network: Network, given: _Input) -> None:
             "decode(encode(..), scales) is forward, up to 1e-5 of its root mean square",
             "it is not, for other scales of the late sites than those that `encode` was given",
             "let `encode` read no late scale, and `decode` change nothing that it is given",
+        )
+
+
+@torch.no_grad()
+def _check_factors(report: Report, network: Network, given: _Input) -> None:
+    """Check that what `factors` folds is exact, for one number a family and for one a site."""
+    families = dict.fromkeys(site.partition(".")[0] for site in network.sites)
+    ratio = dict(zip(families, (0.75, 1.25, 0.875, 1.5), strict=False))
+    by_family = {site: ratio.get(site.partition(".")[0], 1.125) for site in network.sites}
+    by_site = {site: 0.75 + k / 64 for k, site in enumerate(network.sites)}
+    for scales in (by_family, by_site):
+        with report.trying("`factors` takes the numbers of sites", "compare Network.factors"):
+            factors, left = network.factors(scales)
+        state = network.state_dict()
+        report.require(
+            factors.keys() <= state.keys() and left.keys() <= scales.keys(),
+            "`factors` names tensors of the state dict, and sites",
+            f"it names {sorted({*factors} - {*state} | {*left} - {*scales})}",
+            "return (factor of each tensor, why each other site cannot be folded)",
+        )
+        folded = copy.deepcopy(network)
+        for name, factor in factors.items():
+            folded.state_dict()[name].mul_(factor)
+        tensors = {site: torch.tensor(value) for site, value in scales.items()}
+        rest = {site: tensor for site, tensor in tensors.items() if site in left}
+        report.require(
+            close(folded(*given, rest), network(*given, tensors), 1e-5),
+            "weights times `factors` compute what the scales did, up to rounding",
+            f"with {', '.join(sorted({*scales} - {*left}))} folded they do not",
+            "fold a scale only where all that follows up to the next weights is linear",
         )
 
 

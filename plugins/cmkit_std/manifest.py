@@ -132,6 +132,10 @@ RESCALERS = {
     "global_:Global": ("Two numbers: one for all skips, one for all embeddings", RESCALING),
     "per_layer:PerLayer": ("A number for every skip and every embedding", RESCALING),
     "per_timestep:PerTimestep": ("Two numbers that depend on the noise level", RESCALING),
+    "saved:Saved": (
+        "The scales that another run's search found",
+        RESCALING,
+    ),
 }
 DATASETS = {
     "cifar10:CIFAR10": ("60,000 photographs of 10 classes, 32x32, from the binary archive", CIFAR),

@@ -31,6 +31,7 @@ class Search(SearchTable, Stage):
         from cmkit.pictures import grid_png
         from cmkit.recipe import minimized, with_values
         from cmkit.run.events import Cell, Comparison, StageStarted
+        from cmkit.run.policies import found_policy
 
         folder, recipe = job.folder, job.plan.recipe
         model, begun = job.denoiser(self.precision), _unfinished(job)
@@ -105,7 +106,7 @@ class Search(SearchTable, Stage):
                 "verdict": search.verdict(self.minimize, plain, rescaled),
             },
         }
-        folder.keep_search(result)
+        folder.keep_search(result, found_policy(job, rescaler, result).text())
         folder.drop_unfinished()
 
     def line(self, result: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ each block: the same for all backbones."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +24,8 @@ class Conditioned(Network):
     """A network of `Filmed` blocks that read one embedding.
 
     Embeddings keep float32 under autocast. A subclass has the modules `label` and `guidance`, each
-    None where the network was not built for it, and overrides `_label` and `_embed` where its
-    embedding is another than ADM's.
+    None where the network was not built for it, and overrides `_label`, `_embed` and `_holding`
+    where its embedding is another than ADM's.
     """
 
     paths: ClassVar[tuple[str, str]] = ("time", "time_s")
@@ -64,6 +64,36 @@ class Conditioned(Network):
                     last, active = scale, self.act(own)
                 made.append(block.project(active, active_s))
             return made
+
+    def factors(self, scales: Mapping[str, float]) -> tuple[dict[str, float], dict[str, str]]:
+        """See `Network.factors`. An activation follows each "emb.j", so that an embedding is scaled
+        where it is made, for all blocks at once, or not at all."""
+        every = {scales.get(f"emb.{j}", 1.0) for j in range(len(self._blocks))}
+        found: dict[str, float] = {}
+        left: dict[str, str] = {}
+        for site, value in scales.items():
+            if value == 1:
+                continue
+            held = self._holding(site)
+            if site.startswith("emb.") and len(every) > 1 and not isinstance(held, str):
+                held = "its block's activation follows it, and blocks differ in it"
+            if isinstance(held, str):
+                left[site] = held
+            else:
+                found |= dict.fromkeys(held, value)
+        return found, left
+
+    def _holding(self, site: str) -> tuple[str, ...] | str:
+        """Names of the tensors in which the feature at `site` is linear, of "emb.j" that of all
+        blocks; or why there are none."""
+        if not site.startswith("emb."):
+            return "a norm follows it, over groups of both halves or with an eps, and an activation"
+        names = both_of(f"{self.paths[0]}.2")
+        if self.label is None:
+            return names
+        if self.label_sigma_to and getattr(self, self.paths[1]) is not None:
+            return "the target level's embedding has the same label, and is not scaled"
+        return (*names, "label.weight")
 
     def _embeddings(
         self, c_noise: Tensor, cond: Cond, **given: Any
@@ -120,6 +150,11 @@ class Filmed(nn.Module):
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(self.compute, *given, use_reentrant=False)
         return self.compute(*given)
+
+
+def both_of(layer: str) -> tuple[str, str]:
+    """Names of a layer's tensors."""
+    return f"{layer}.weight", f"{layer}.bias"
 
 
 def class_vectors(table: Tensor, label: Tensor | None, null_label: int | None) -> Tensor:

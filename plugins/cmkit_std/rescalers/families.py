@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Scale = Annotated[float, Field(ge=-100, le=100)]
 """What a feature is multiplied by."""
+FAMILIES = ("skip", "emb", "attn", "mlp")
+"""The families of sites, each a field of every policy; a network has some of them."""
 LABELS = {"skip": "skip (s0)", "emb": "emb (s1)"}
 """The families with the names of the paper's listing."""
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from cmkit import Rescaler
-from cmkit_std.rescalers.families import LABELS, Scale, constant, members
+from cmkit_std.rescalers.families import FAMILIES, LABELS, Scale, constant, members
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +19,7 @@ class Global(Rescaler):
     """Two numbers: `skip` multiplies every encoder-decoder connection, `emb` every embedding.
 
     `skip` is s0 and `emb` is s1 of the paper's listing and of its Table 2; its prose swaps them.
+    A transformer has no skips: there `attn` and `mlp` multiply its residual branches.
     """
 
     labels: ClassVar[Mapping[str, str]] = LABELS
@@ -27,14 +28,17 @@ class Global(Rescaler):
     """Scale of the copies that travel from encoder to decoder (s0)."""
     emb: Scale = 1.0
     """Scale of the embedding, label included, before each block reads it (s1)."""
+    attn: Scale = 1.0
+    """Scale of the attention branch of every transformer block."""
+    mlp: Scale = 1.0
+    """Scale of the perceptron branch of every transformer block."""
 
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
         """Each family's number at its sites; RecipeError when one other than 1 has no site."""
-        families = {"skip": self.skip, "emb": self.emb}
         return constant(
             {
-                site: value
-                for family, value in families.items()
-                for site in members(family, value, sites)
+                site: getattr(self, family)
+                for family in FAMILIES
+                for site in members(family, getattr(self, family), sites)
             }
         )

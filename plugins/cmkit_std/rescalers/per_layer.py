@@ -14,7 +14,15 @@ from pydantic import Field
 
 from cmkit import DataSpec, Rescaler
 from cmkit.errors import RecipeError
-from cmkit_std.rescalers.families import LABELS, Scale, constant, decided, members, spans
+from cmkit_std.rescalers.families import (
+    FAMILIES,
+    LABELS,
+    Scale,
+    constant,
+    decided,
+    members,
+    spans,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class PerLayer(Rescaler):
-    """A number for every layer: `skip` and `emb` as of `global`, or a list with one for each.
+    """A number for every layer: the fields of `global`, or for any of them a list with one each.
 
     Lists run from the input on. With one number for each family it is `global`, bit for bit. A
     search calls the numbers `skip`, `emb`, and by site `"skip.3"`.
@@ -35,13 +43,18 @@ class PerLayer(Rescaler):
     """Scale of the copies that travel from encoder to decoder: one for all, or a list."""
     emb: Scale | tuple[Scale, ...] = 1.0
     """Scale of the embedding before each block reads it: one for all blocks, or a list."""
+    attn: Scale | tuple[Scale, ...] = 1.0
+    """Scale of the attention branch of a transformer's blocks: one for all, or a list."""
+    mlp: Scale | tuple[Scale, ...] = 1.0
+    """Scale of the perceptron branch of a transformer's blocks: one for all, or a list."""
     sites: dict[str, Scale] = Field({}, max_length=10_000)
     """Scales of single sites, such as { "skip.3" = 0.9 }; they win over the family's."""
 
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
         """A number at each site; RecipeError for a list of another length and an unknown site."""
         numbers: dict[str, float] = {}
-        for family, value in (("skip", self.skip), ("emb", self.emb)):
+        for family in FAMILIES:
+            value: float | tuple[float, ...] = getattr(self, family)
             own = members(family, value, sites)
             if isinstance(value, tuple) and len(value) != len(own):
                 raise RecipeError(
@@ -59,7 +72,7 @@ class PerLayer(Rescaler):
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
         """Of lists the first number, of a family's sites the first: small networks have few."""
-        lists = {key: v[0] for key in ("skip", "emb") if isinstance(v := getattr(self, key), tuple)}
+        lists = {key: v[0] for key in FAMILIES if isinstance(v := getattr(self, key), tuple)}
         return {**lists, "sites": {f"{name.split('.')[0]}.0": v for name, v in self.sites.items()}}
 
     def value_of(self, name: str) -> float:
@@ -67,7 +80,7 @@ class PerLayer(Rescaler):
         family, dot, member = name.partition(".")
         if not dot:
             return super().value_of(name)
-        value = self.sites.get(name, {"skip": self.skip, "emb": self.emb}.get(family, 1.0))
+        value = self.sites.get(name, getattr(self, family) if family in FAMILIES else 1.0)
         if not isinstance(value, tuple):
             return value
         if not member.isdecimal() or int(member) >= len(value):

@@ -14,18 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from cmkit import Rescaler
-from cmkit_std.rescalers.families import LABELS, Scale, decided, members
+from cmkit import RecipeError, Rescaler
+from cmkit_std.rescalers.families import FAMILIES, LABELS, Scale, decided, members
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cmkit import Scales
+    from cmkit import Noise, Scales
+
+ROUNDED = 1e-3
+"""By how much the ends of the noise levels may be rounded, such as 14.615 for 14.61464."""
 
 
 class PerTimestep(Rescaler):
-    """`skip` and `emb` as of `global`, each with a value at every noise level of `sigmas`.
+    """The fields of `global`, each with a value at every noise level of `sigmas`.
 
     Between levels they are linear in ln(sigma), and constant beyond the ends. With one value each
     it is `global`, bit for bit. A search calls the value at the first level `"skip.0"`.
@@ -36,17 +39,22 @@ class PerTimestep(Rescaler):
     sigmas: tuple[Annotated[float, Field(gt=0, le=10_000)], ...] = Field(
         min_length=1, max_length=1000
     )
-    """Rising noise levels."""
+    """Rising noise levels, none beyond denoiser.sigma_min and sigma_max."""
     skip: Scale | tuple[Scale, ...] = 1.0
     """Scale of the copies from encoder to decoder: one for all levels, or one for each."""
     emb: Scale | tuple[Scale, ...] = 1.0
     """Scale of the embedding, label included: one for all levels, or one for each."""
+    attn: Scale | tuple[Scale, ...] = 1.0
+    """Scale of a transformer's attention branches: one for all levels, or one for each."""
+    mlp: Scale | tuple[Scale, ...] = 1.0
+    """Scale of a transformer's perceptron branches: one for all levels, or one for each."""
 
     @model_validator(mode="after")
     def _levels_rise_and_have_values(self) -> PerTimestep:
         if any(a >= b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False)):
             raise ValueError(f"sigmas {list(self.sigmas)} must rise")
-        for family, value in (("skip", self.skip), ("emb", self.emb)):
+        for family in FAMILIES:
+            value = getattr(self, family)
             if isinstance(value, tuple) and len(value) != len(self.sigmas):
                 raise ValueError(
                     f"{family} has {len(value)} values for {len(self.sigmas)} sigmas; give one for"
@@ -56,7 +64,7 @@ class PerTimestep(Rescaler):
 
     def bind(self, sites: tuple[str, ...]) -> Callable[[Tensor], Scales]:
         """One tensor a family for every site; RecipeError when a scale other than 1 has no site."""
-        families = {"skip": self.skip, "emb": self.emb}
+        families = {family: getattr(self, family) for family in FAMILIES}
         used = {
             family: own
             for family, value in families.items()
@@ -86,6 +94,16 @@ class PerTimestep(Rescaler):
 
         return scales
 
+    def check_noise(self, noise: Noise) -> None:
+        """RecipeError for a level that no image has."""
+        low, high = noise.sigma_min * (1 - ROUNDED), noise.sigma_max * (1 + ROUNDED)
+        for sigma in self.sigmas:
+            if not low <= sigma <= high:
+                raise RecipeError(
+                    f"rescaler.sigmas: {sigma:g} is no noise level of the model's, which has"
+                    f" {noise.sigma_min:g} to {noise.sigma_max:g}; give levels within"
+                )
+
     def value_of(self, name: str) -> float:
         """The number of a field, or at a level: "skip.1" is the value at the second one."""
         if "." not in name:
@@ -112,11 +130,10 @@ class PerTimestep(Rescaler):
     def _level(self, name: str) -> tuple[str, int]:
         """("skip", 1) of "skip.1"; ValueError where there is no such level."""
         family, _, level = name.partition(".")
-        if family not in ("skip", "emb") or not level.isdecimal() or int(level) >= len(self.sigmas):
+        if family not in FAMILIES or not level.isdecimal() or int(level) >= len(self.sigmas):
             last = len(self.sigmas) - 1
-            raise ValueError(
-                f"no level {name!r}; known: skip.0 to skip.{last}, emb.0 to emb.{last}"
-            )
+            known = ", ".join(f"{family}.0 to {family}.{last}" for family in FAMILIES)
+            raise ValueError(f"no level {name!r}; known: {known}")
         return family, int(level)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cmkit import Cond, DataSpec, Scales
 from cmkit_std.backbones.dit.options import DiTOptions
-from cmkit_std.backbones.embedding import GUIDANCE_WAVES, Conditioned, Filmed, mlp
+from cmkit_std.backbones.embedding import GUIDANCE_WAVES, Conditioned, Filmed, both_of, mlp
 from cmkit_std.backbones.layers import MAX_PERIOD, full_precision
 
 WAVES = 256
@@ -76,6 +76,15 @@ class Transformer(Conditioned):
         """One embedding (B, width), the sum of both."""
         emb, emb_s = super()._embeddings(c_noise, cond)
         return emb if emb_s is None else emb + emb_s, None
+
+    def _holding(self, site: str) -> tuple[str, ...] | str:
+        """The last layer of a branch; of the embedding, all its terms."""
+        kind, _, i = site.partition(".")
+        if kind == "attn":
+            return both_of(f"blocks.{i}.attn.proj")
+        if kind == "mlp":
+            return both_of(f"blocks.{i}.mlp.fc2")
+        return (*super()._holding(site), *(both_of("time_s.2") if self.time_s is not None else ()))
 
     def _picture(self, patches: Tensor) -> Tensor:
         """(B, C, H, W) of patches (B, N, p p C), row by row, and so each of them."""

@@ -166,6 +166,9 @@ class EDM2UNet(Conditioned):
         table = self.label.acting().T * math.sqrt(self.label.weight.shape[1])  # (classes, E)
         return class_vectors(table, cond.label, self.null_label)
 
+    def _holding(self, site: str) -> str:
+        return "its filters act at length 1, whatever is stored of them, and an activation follows"
+
     def _embed(
         self, path: nn.Module, c_noise: Tensor, label: Tensor | None, guidance: Tensor | None = None
     ) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cmkit import Cond, DataSpec, Scales
 from cmkit_std.backbones.cpu import silu
-from cmkit_std.backbones.embedding import class_vectors, mlp, silent_guidance
+from cmkit_std.backbones.embedding import both_of, class_vectors, mlp, silent_guidance
 from cmkit_std.backbones.layers import Norm, Resampling, attend, full_precision, widened
 from cmkit_std.backbones.shared_encoder import Join, SharedEncoder, SkipBlock
 from cmkit_std.backbones.songunet.layers import Conv, Fourier, Positional, Resample, xavier
@@ -148,6 +148,10 @@ class SongUNet(SharedEncoder):
         if self.augment is None or augment is None:
             return label
         return self.augment(augment) if label is None else label + self.augment(augment)
+
+    def _holding(self, site: str) -> tuple[str, ...] | str:
+        """Labels go into the embedding before its last layer."""
+        return both_of("time.2") if site.startswith("emb.") else super()._holding(site)
 
     def _embed(
         self, path: nn.Module, c_noise: Tensor, label: Tensor | None, guidance: Tensor | None = None
