@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -91,6 +92,25 @@ def check_stages(recipe: Recipe) -> None:
                 recipe.rescaler.value_of(name)
             except ValueError as error:
                 raise recipe.source.error(("search", "grid", name), str(error)) from error
+
+
+def check_standard_error(recipe: Recipe, data: DataSpec) -> None:
+    """RecipeError where images are too few for the standard error of a cell's score, for which a
+    tenth of them is left out."""
+    assert recipe.search is not None
+    images = recipe.search.images
+    left = images - math.ceil(images / 10)
+    try:
+        minimized(recipe).check(data, left)
+        if left < 2:
+            raise DataError(f"{left} images")
+    except CmkitError as error:
+        raise recipe.source.error(
+            ("search", "images"),
+            f"the standard error of a score takes those of {left} images ({error}); draw more, or"
+            " say search.tolerance",
+            f" = {images}",
+        ) from error
 
 
 def _check_compiler() -> None:

@@ -45,6 +45,8 @@ def check_fit(recipe: Recipe) -> Plan:
     if recipe.search:
         with naming_table(recipe, "search", "images"):
             minimized(recipe).check(data, recipe.search.images)
+        if recipe.search.method == "surrogate" and recipe.search.tolerance is None:
+            checks.check_standard_error(recipe, data)
     notes: tuple[str, ...] = ()
     if recipe.denoiser.weights:
         with naming_table(recipe, "denoiser", "weights"):

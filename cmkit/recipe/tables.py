@@ -19,6 +19,8 @@ Count = Annotated[int, Field(ge=1, le=10**9)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
 MAX_CELLS = 10_000
 """Of a search; the paper's have 121."""
+MAX_NODES = 1024
+"""Of a search by interpolation."""
 
 
 class DenoiserTable(Part):
@@ -152,8 +154,20 @@ class TrainTable(StageTable):
         return {**sizes, **few, "save_every": 2, "log_every": 1, "compile": False, "start": None}
 
 
+def _fitted(axes: int, degree: int) -> int:
+    """Nodes that fit a polynomial of a total degree: half as many again as it has terms."""
+    return math.ceil(1.5 * math.comb(axes + degree, degree))
+
+
+OF_METHOD = {"rounds": "coordinate", "tolerance": "surrogate", "candidates": "surrogate"}
+"""Keys of [search] that only one method reads."""
+
+
 class SearchTable(StageTable):
     """The keys of [search]."""
+
+    PRODUCT: ClassVar[int] = 3
+    """Up to so many numbers, "surrogate" interpolates on a grid of nodes."""
 
     images: int = Field(ge=2, le=10**7)
     """Images a cell."""
@@ -162,11 +176,18 @@ class SearchTable(StageTable):
     )
     """Values of each of the rescaler's numbers: of a field such as skip, or, in
     quotation marks, of a part of it such as "skip.3", where the rescaler has parts."""
-    method: Literal["grid", "coordinate"] | None = None
+    method: Literal["grid", "coordinate", "surrogate"] | None = None
     """Which cells are tried: "grid", the default, every combination; "coordinate" one number after
-    the other, the others at their best so far and at first the rescaler's own."""
+    the other, the others at their best so far and at first the rescaler's own; "surrogate" every
+    combination as well, most of them with images that are interpolated from those of few."""
     rounds: int | None = Field(None, ge=1, le=100)
     """How often "coordinate" goes through the numbers; absent = once."""
+    tolerance: float | None = Field(None, gt=0)
+    """How far an interpolated score of "surrogate" may be from the exact one, in cells that are
+    drawn to see it; absent = the standard error of the winner's own score."""
+    candidates: int | None = Field(None, ge=2, le=MAX_CELLS)
+    """Most cells that "surrogate" scores, absent = 1000. Of a grid with more it takes half as many
+    by lot, and goes on from the best of them one number after the other."""
     minimize: str = "fid"
     """The metric's number that decides."""
     batch: Batch = 64
@@ -186,17 +207,53 @@ class SearchTable(StageTable):
 
     @model_validator(mode="after")
     def _cells_can_be_counted(self) -> SearchTable:
+        for key, method in OF_METHOD.items():
+            if getattr(self, key) is not None and self.method != method:
+                raise ValueError(
+                    f'{key} = {getattr(self, key):g} is of method = "{method}"; add it, or drop'
+                    f" {key}"
+                )
         values = sum(map(len, self.grid.values()))
+        if self.method == "surrogate":
+            self._nodes_can_be_drawn()
+            return self
         if self.method == "coordinate":
             count, cure = float(values * (self.rounds or 1)), "name fewer values"
         else:
             count = math.prod(map(len, self.grid.values()), start=1.0)
             cure = f'name fewer values, or set method = "coordinate", which tries {values:,}'
-            if self.rounds:
-                raise ValueError(f'rounds = {self.rounds} is of method = "coordinate"; add it')
         if count > MAX_CELLS:
             raise ValueError(f"{count:.3g} cells, of which {MAX_CELLS:,} are the most: {cure}")
         return self
+
+    def _nodes_can_be_drawn(self) -> None:
+        axes = self._moving()
+        if axes > self.PRODUCT and (nodes := _fitted(axes, 2)) > MAX_NODES:
+            most = max(n for n in range(axes) if _fitted(n, 2) <= MAX_NODES)
+            raise ValueError(
+                f"{axes} numbers take {nodes:,} nodes to interpolate, of which {MAX_NODES:,} are"
+                f' the most: name at most {most} of them, or set method = "coordinate"'
+            )
+
+    def _moving(self) -> int:
+        return sum(len(set(values)) > 1 for values in self.grid.values())
+
+    def node_sizes(self) -> tuple[int, ...]:
+        """What "surrogate" interpolates with, coarse to fine: up to so many nodes an axis, or of
+        more than `PRODUCT` axes the total degree."""
+        axes, sizes = self._moving(), (3, 5, 9)
+        if axes > self.PRODUCT:
+            return tuple(d for d in range(2, 9) if _fitted(axes, d) <= MAX_NODES)
+        longest = max(len(set(values)) for values in self.grid.values())
+        return tuple(n for k, n in enumerate(sizes) if k == 0 or sizes[k - 1] < longest)
+
+    def node_counts(self) -> tuple[int, ...]:
+        """Nodes that each of `node_sizes` has."""
+        axes = self._moving()
+        if axes > self.PRODUCT:
+            return tuple(_fitted(axes, degree) for degree in self.node_sizes())
+        lengths = [len(set(values)) for values in self.grid.values()]
+        return tuple(math.prod(min(n, length) for length in lengths) for n in self.node_sizes())
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
         """The ends of every axis, of parts such as "skip.3" the first, on a dozen images."""

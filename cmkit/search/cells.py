@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,8 @@ class Cell:
     values: Mapping[str, float]
     score: float | None
     thumbnails: Tensor
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What else its record says."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from cmkit.kinds import Meter, Rescaler
 from cmkit.measure import meter
 from cmkit.plan import Plan
 from cmkit.recipe import SearchTable, minimized
-from cmkit.sample import Draws, starts, to_uint8
+from cmkit.sample import Draws, Start, starts, to_uint8
 from cmkit.values import Reference
 
 
@@ -75,67 +75,105 @@ def encoder_rows(denoiser: Denoiser, every: Sequence[Rescaler]) -> list[list[int
     return list(rows.values())
 
 
+Drawing = Callable[[Start, Sequence[int]], Iterator[tuple[int, Tensor] | float]]
+"""x0 of a batch for those of the cells that are due, each with its cell, and between them how much
+of the batch's work is done."""
+
+
 @torch.inference_mode()
 def scored(
     scoring: Scoring, rescalers: Sequence[Rescaler | None], draws: Draws, count: int
 ) -> Generator[CellsDrawn, None, list[tuple[float | None, Tensor]]]:
     """Score of `count` images of each rescaler, None where it is not finite, and its first images,
     uint8 (n, C, H, W). Images go to the metric as they are drawn, and only the first are kept."""
-    recipe, table, denoiser = scoring.plan.recipe, scoring.table, scoring.denoiser
-    device, begun, sampler = scoring.device, scoring.begun, recipe.sampler
-    assert sampler is not None
-    cast, metric = autocast(table.precision, device), minimized(recipe)
-    meters = [meter(metric, count, scoring.reference, device) for _ in rescalers]
-    finite = torch.ones(len(rescalers), dtype=torch.bool, device=device)
-    thumbnails: list[list[Tensor]] = [[] for _ in rescalers]
-    labels = tuple(
+
+    def drawing(start: Start, due: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        encodings = Encodings(start.x)
+        for k in due:
+            yield k, drawn(scoring, rescalers[k], start, encodings)
+
+    labels = [
         json.dumps([draws.purpose, count, rescaler and rescaler.model_dump(mode="json")])
         for rescaler in rescalers
-    )
-    drawn, scores = [0] * len(rescalers), [math.nan] * len(rescalers)
+    ]
+    sizes = [count] * len(rescalers)
+    return (yield from metered(scoring, labels, sizes, drawing, draws, count))
+
+
+def drawn(
+    scoring: Scoring, rescaler: Rescaler | None, start: Start, encodings: Encodings
+) -> Tensor:
+    """x0 (B, C, H, W) of one batch."""
+    sampler, denoiser = scoring.plan.recipe.sampler, scoring.denoiser
+    assert sampler is not None
+    model = denoiser.rescaled(rescaler, encodings) if rescaler else denoiser
+    with autocast(scoring.table.precision, scoring.device):
+        return sampler.sample(model, start.x, start.cond, start.noise)
+
+
+@torch.inference_mode()
+def metered(
+    scoring: Scoring,
+    labels: Sequence[str],
+    sizes: Sequence[int],
+    drawing: Drawing,
+    draws: Draws,
+    count: int,
+) -> Generator[CellsDrawn, None, list[tuple[float | None, Tensor]]]:
+    """What `scored` returns, of cells with these labels, whose meters get `sizes` images of those
+    that `drawing` gives for `count` starts."""
+    recipe, table, device, begun = scoring.plan.recipe, scoring.table, scoring.device, scoring.begun
+    metric = minimized(recipe)
+    meters = [meter(metric, size, scoring.reference, device) for size in sizes]
+    finite = torch.ones(len(labels), dtype=torch.bool, device=device)
+    thumbnails: list[list[Tensor]] = [[] for _ in labels]
+    done, scores = [0] * len(labels), [math.nan] * len(labels)
     for k, label in enumerate(labels):
         if begun and label in begun.labels:
             state = begun.of(label)
             finite[k] = state.pop("finite")
             thumbnails[k].append(state.pop("thumbnails"))
-            drawn[k] = begun.drawn[begun.labels.index(label)]
-            if drawn[k] == count:
+            done[k] = begun.drawn[begun.labels.index(label)]
+            if done[k] == count:
                 scores[k] = state["score"].item()
             else:
                 meters[k].restore(state)
 
     def unfinished() -> PartialCells | None:
-        kept = [k for k, images in enumerate(drawn) if images]
+        kept = [k for k, images in enumerate(done) if images]
         tensors: dict[str, Tensor] = {}
         for place, k in enumerate(kept):
             own = {"finite": finite[k].cpu(), "thumbnails": torch.cat(thumbnails[k])}
             score = {"score": torch.tensor(scores[k], dtype=torch.float64)}
-            own |= score if drawn[k] == count else meters[k].state()
+            own |= score if done[k] == count else meters[k].state()
             tensors |= {f"{place}/{name}": value for name, value in own.items()}
-        found = (tuple(labels[k] for k in kept), tuple(drawn[k] for k in kept), tensors)
+        found = (tuple(labels[k] for k in kept), tuple(done[k] for k in kept), tensors)
         return PartialCells(*found) if kept else None
 
-    indices, total = range(min(drawn), count), count * len(rescalers)
-    for start in starts(draws, denoiser.noise.sigma_max, indices, table.batch, device):
-        yield CellsDrawn(sum(drawn), total, unfinished)
-        rows, encodings = start.rows, Encodings(start.x)
-        for k, rescaler in enumerate(rescalers):
-            if drawn[k] > rows.start:  # before an error came to another cell
+    indices, total = range(min(done), count), count * len(labels)
+    for start in starts(draws, scoring.denoiser.noise.sigma_max, indices, table.batch, device):
+        yield CellsDrawn(sum(done), total, unfinished)
+        rows = start.rows
+        # Others were drawn before an error came to one.
+        due = [k for k, images in enumerate(done) if images <= rows.start]
+        for found in drawing(start, due):
+            if isinstance(found, float):
+                ahead = int(found * len(due) * len(rows))
+                yield CellsDrawn(sum(done) + ahead, total, unfinished)
                 continue
-            model = denoiser.rescaled(rescaler, encodings) if rescaler else denoiser
-            with cast:
-                x0 = sampler.sample(model, start.x, start.cond, start.noise)
-            drawn[k] = 0  # an error from here on leaves the meter half way
+            k, x0 = found
+            done[k] = 0  # an error from here on leaves the meter half way
             finite[k] &= x0.isfinite().all()
             images = to_uint8(x0)
-            meters[k].add(images)
+            if len(images):
+                meters[k].add(images)
             if rows.start < table.thumbnails:
                 thumbnails[k].append(images[: table.thumbnails - rows.start].cpu())
             if rows.stop == count and finite[k]:
                 scores[k] = _value(meters[k], table.minimize)
-            drawn[k] = rows.stop
-    found = (score if math.isfinite(score) else None for score in scores)
-    return list(zip(found, map(torch.cat, thumbnails), strict=True))
+            done[k] = rows.stop
+    result = (score if math.isfinite(score) else None for score in scores)
+    return list(zip(result, map(torch.cat, thumbnails), strict=True))
 
 
 def _value(taken: Meter, key: str) -> float:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from cmkit.recipe import Recipe, cells
+
+CANDIDATES = 1000
+"""Cells that a search by interpolation scores, unless the recipe says how many."""
 
 
 def trials(
@@ -15,11 +21,15 @@ def trials(
     """(axis, cells to score before the next are asked for); a cell has a value of every axis.
 
     A grid is one list of cells, and no axis. A search by coordinates has a list for each axis; it
-    begins with the best cell of the list before, the earliest of equals by `scores`.
+    begins with the best cell of the list before, the earliest of equals by `scores`. A search by
+    interpolation is a grid, or `_by_lot` where that has too many cells.
     """
     table, rescaler = recipe.search, recipe.rescaler
     assert table is not None
     assert rescaler is not None
+    if table.method == "surrogate":
+        yield from _by_lot(recipe, scores)
+        return
     if table.method != "coordinate":
         yield None, list(cells(recipe))
         return
@@ -40,6 +50,45 @@ def trials(
         best = {**best, axis: values[ranks.index(min(ranks))]}
 
 
+def _by_lot(
+    recipe: Recipe, scores: Mapping[tuple[float, ...], float | None]
+) -> Iterator[tuple[str | None, list[dict[str, float]]]]:
+    """Every cell of the grid; of a grid with more than `candidates` half as many, the nearest to
+    the rescaler's own numbers and others by lot, and from the best of them on one axis after the
+    other until none moves, or there are as many as that."""
+    table, rescaler = recipe.search, recipe.rescaler
+    assert table is not None
+    assert rescaler is not None
+    grid = {axis: list(dict.fromkeys(values)) for axis, values in table.grid.items()}
+    most = table.candidates or CANDIDATES
+    if math.prod(map(len, grid.values())) <= most:
+        yield (
+            None,
+            [dict(zip(grid, each, strict=True)) for each in itertools.product(*grid.values())],
+        )
+        return
+    lot = np.random.default_rng(recipe.seed)
+    own = [min(values, key=lambda v: abs(v - rescaler.value_of(a))) for a, values in grid.items()]
+    known = {tuple(own): None}
+    while len(known) < max(most // 2, 1):
+        known[tuple(v[lot.integers(len(v))] for v in grid.values())] = None
+    axis, tried = None, [dict(zip(grid, each, strict=True)) for each in known]
+    turns, moved = itertools.cycle(grid), 0
+    while tried:
+        yield axis, tried
+        found = [scores[place(recipe, cell)] for cell in tried]
+        ranks = [math.inf if score is None else score for score in found]
+        best = tried[ranks.index(min(ranks))]
+        moved = 0 if axis is None or best != tried[0] else moved + 1
+        if moved == len(grid):
+            return
+        axis = next(turns)
+        tried = [best, *({**best, axis: v} for v in grid[axis] if v != best[axis])]
+        known |= {place(recipe, cell): None for cell in tried}
+        if len(known) > most:
+            return
+
+
 def trace(recipe: Recipe, stored: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The steps of a finished search by coordinates: each axis with the cells tried, by their
     places in `stored`, first the one that it went on from. Empty for a grid."""
@@ -58,6 +107,9 @@ def most_cells(recipe: Recipe) -> int:
     table, rescaler = recipe.search, recipe.rescaler
     assert table is not None
     assert rescaler is not None
+    if table.method == "surrogate":
+        count = math.prod(len(set(values)) for values in table.grid.values())
+        return min(count, table.candidates or CANDIDATES)
     if table.method != "coordinate":
         return math.prod(map(len, table.grid.values()))
     new = sum(len({*v} - {rescaler.value_of(axis)}) for axis, v in table.grid.items())

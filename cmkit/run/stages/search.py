@@ -13,8 +13,9 @@ from cmkit.run.stages.sample import Sample
 
 if TYPE_CHECKING:
     from cmkit.run.events import Event
+    from cmkit.run.folder import RunFolder
     from cmkit.run.job import Job
-    from cmkit.search import PartialCells
+    from cmkit.search import Interpolated, PartialCells
 
 
 class Search(SearchTable, Stage):
@@ -30,23 +31,36 @@ class Search(SearchTable, Stage):
         from cmkit.device import precision
         from cmkit.pictures import grid_png
         from cmkit.recipe import with_values
-        from cmkit.run.events import Cell, Comparison, StageStarted
+        from cmkit.run.events import Cell, Comparison, Note, StageStarted
 
         folder, recipe = job.folder, job.plan.recipe
         model, begun = job.denoiser(self.precision), _unfinished(job)
         scoring = search.Scoring(job.plan, self, model, job.reference, job.device, begun)
         scored, lost = folder.scores("cells")
         yield from _lost("cells", lost)
+        found, before = search.search(scoring, tuple(scored.values())), ()
+        if self.method == "surrogate":
+            known, lost = folder.scores("surrogate")
+            yield from _lost("surrogate", lost)
+            before = [known[index] for index in sorted(known)]
+            found = search.interpolate(scoring, tuple(scored.values()), before)
         yield StageStarted("search", len(scored), search.most_cells(recipe))
-        for event in _keeping(job, search.search(scoring, tuple(scored.values()))):
+        for event in _keeping(job, found):
+            if isinstance(event, search.Interpolated):
+                before = [*before, _with_pictures(folder, event)]
+                folder.append_score("surrogate", before[-1])
+                yield Note(_of_interpolation(before[-1], self.minimize))
+                continue
             yield event
             if isinstance(event, Cell):
                 name = f"search/cell-{event.index:04d}"
                 picture = folder.keep_picture(name, grid_png(event.thumbnails))
                 record = {"index": event.index, **event.values, "score": event.score}
-                scored[event.index] = {**record, "samples": picture}
+                scored[event.index] = {**record, **event.about, "samples": picture}
                 folder.append_score("cells", scored[event.index])
         records = [scored[index] for index in sorted(scored)]
+        if before:
+            records = _of_last_nodes(records, len(before[-1]["nodes"]))
         top = search.best(records, self.rerank or 1)
         reranked, lost = folder.scores("rerank")
         finalists = []
@@ -85,7 +99,7 @@ class Search(SearchTable, Stage):
             "method": self.method or "grid",
             "axes": {axis: list(values) for axis, values in self.grid.items()},
             "labels": dict(rescaler.labels),
-            "descent": search.trace(recipe, records),
+            "descent": search.trace(recipe, [_as_predicted(record) for record in records]),
             "cells": _without_index(records),
             "rerank": {
                 "images": self.rerank_images or 4 * self.images,
@@ -101,13 +115,18 @@ class Search(SearchTable, Stage):
                 "verdict": search.verdict(self.minimize, plain, rescaled),
             },
         }
+        if before:
+            result["surrogate"] = {k: v for k, v in before[-1].items() if k != "index"}
         folder.keep_search(result)
         folder.drop_unfinished()
 
     def line(self, result: Mapping[str, Any]) -> str:
         from cmkit.report.figures import number
 
-        return f"{len(result['cells'])} cells of {number(result['images'])} images"
+        said = f"{len(result['cells'])} cells of {number(result['images'])} images"
+        if by := result.get("surrogate"):
+            said += f"; {_of_interpolation(by, result['minimize'])}"
+        return said
 
 
 def _lost(name: str, lines: int) -> Iterator[Any]:
@@ -116,6 +135,46 @@ def _lost(name: str, lines: int) -> Iterator[Any]:
 
     if lines:
         yield Note(f"search/{name}.jsonl: {lines} damaged lines; what they held is drawn again")
+
+
+def _with_pictures(folder: RunFolder, event: Interpolated) -> dict[str, Any]:
+    """The record of an interpolation, with a picture of each node's first images."""
+    from cmkit.pictures import grid_png
+
+    nodes = [
+        {**values, "samples": folder.keep_picture(f"search/node-{k:04d}", grid_png(images))}
+        for k, (values, images) in enumerate(zip(event.record["nodes"], event.nodes, strict=True))
+    ]
+    return {"index": event.index, **event.record, "nodes": nodes}
+
+
+def _of_interpolation(by: Mapping[str, Any], number: str) -> str:
+    """What a person is told of an interpolation, and of whether its bound holds."""
+    said = f"{len(by['nodes'])} nodes, {by['passes']:.3g} network passes an image"
+    if not by["checks"]:
+        return f"{said}: every cell is a node" if by["held"] else f"{said}: no cell has a score"
+    off = [abs(c["predicted"] - c["exact"]) for c in by["checks"] if _numbers(c)]
+    cells = f"{len(by['checks'])} drawn cells"
+    worst = f"{max(off):.2g}" if len(off) == len(by["checks"]) else "not a number"
+    bound = "none" if by["tolerance"] is None else f"{by['tolerance']:.2g}"
+    if by["held"]:
+        return f"{said}: interpolated {number} of {cells} is within {worst}, bound {bound}"
+    cure = "more nodes follow" if by["refines"] else "read the interpolated scores with care"
+    return f"{said}: the bound {bound} on {number} DOES NOT HOLD, {worst} in {cells}; {cure}"
+
+
+def _numbers(check: Mapping[str, Any]) -> bool:
+    return check["predicted"] is not None and check["exact"] is not None
+
+
+def _of_last_nodes(records: list[dict[str, Any]], nodes: int) -> list[dict[str, Any]]:
+    """The records of the grid's cells that belong to the last nodes of an interpolation."""
+    return [r for r in records if r["nodes"] == nodes and r.get("candidate", True)]
+
+
+def _as_predicted(record: dict[str, Any]) -> dict[str, Any]:
+    """A cell with the score by which the search went on."""
+    return {**record, "score": record.get("predicted", record["score"])}
 
 
 def _without_index(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
