@@ -21,6 +21,9 @@ MAX_CELLS = 10_000
 """Of a search; the paper's have 121."""
 MAX_NODES = 1024
 """Of a search by interpolation."""
+DRAWN_CELLS = 5
+"""Cells beside the nodes that such a search draws to see how good it is: (1, 1), three by lot, and
+the winner."""
 
 
 class DenoiserTable(Part):
@@ -254,6 +257,12 @@ class SearchTable(StageTable):
             return tuple(_fitted(axes, degree) for degree in self.node_sizes())
         lengths = [len(set(values)) for values in self.grid.values()]
         return tuple(math.prod(min(n, length) for length in lengths) for n in self.node_sizes())
+
+    def passes(self) -> tuple[int, ...]:
+        """How often "surrogate" draws an image with each of `node_sizes`, at most: in the nodes, in
+        (1, 1), three cells by lot and the winner. First images, of which a few are drawn once
+        more, are left out."""
+        return tuple(count + DRAWN_CELLS for count in self.node_counts())
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
         """The ends of every axis, of parts such as "skip.3" the first, on a dozen images."""

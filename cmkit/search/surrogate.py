@@ -363,7 +363,7 @@ def _judge(state: _State, by: Interpolation) -> Generator[Cell | CellsDrawn, Non
         "low": by.low.tolist(),
         "high": by.high.tolist(),
         "exponents": by.exponents.tolist(),
-        "matrix": np.round(by.matrix, 10).tolist(),
+        "matrix": (np.round(by.matrix, 10) + 0.0).tolist(),
         "nodes": [state.values(at) for at in nodes_of(by)],
         "rms_images": state.first_images,
         "checks": checks,

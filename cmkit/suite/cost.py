@@ -44,7 +44,7 @@ class Costs:
     trained: float = 0.0
     """Evaluations of training."""
     searched: float = 0.0
-    """Evaluations of a search."""
+    """Evaluations of a search; of one by interpolation the least, when its first nodes will do."""
     sampled: float = 0.0
     """Evaluations of sampling."""
 
@@ -82,8 +82,11 @@ def _costs(cell: Cell, plan: Plan) -> Costs:
         trained = images * per_image(recipe)
         found = replace(found, steps=recipe.train.steps, images=images, trained=trained)
     if search := recipe.search:
-        rescaled = len(list(cells_of_search(recipe))) * search.images
-        rescaled *= (search.rounds or 1) if search.method == "coordinate" else 1
+        if search.method == "surrogate":
+            rescaled = search.passes()[0] * search.images
+        else:
+            rescaled = len(list(cells_of_search(recipe))) * search.images
+            rescaled *= (search.rounds or 1) if search.method == "coordinate" else 1
         rescaled += search.rerank * (search.rerank_images or 4 * search.images)
         rescaled += 2 * search.confirm_seeds * (search.confirm_images or search.images)
         found = replace(found, searched=float(rescaled * nfe))

@@ -31,6 +31,7 @@ class Search(SearchTable, Stage):
         from cmkit.device import precision
         from cmkit.pictures import grid_png
         from cmkit.recipe import with_values
+        from cmkit.report.search import interpolation_text
         from cmkit.run.events import Cell, Comparison, Note, StageStarted
 
         folder, recipe = job.folder, job.plan.recipe
@@ -49,7 +50,7 @@ class Search(SearchTable, Stage):
             if isinstance(event, search.Interpolated):
                 before = [*before, _with_pictures(folder, event)]
                 folder.append_score("surrogate", before[-1])
-                yield Note(_of_interpolation(before[-1], self.minimize))
+                yield Note(interpolation_text(before[-1], self.minimize))
                 continue
             yield event
             if isinstance(event, Cell):
@@ -122,10 +123,11 @@ class Search(SearchTable, Stage):
 
     def line(self, result: Mapping[str, Any]) -> str:
         from cmkit.report.figures import number
+        from cmkit.report.search import interpolation_text
 
         said = f"{len(result['cells'])} cells of {number(result['images'])} images"
         if by := result.get("surrogate"):
-            said += f"; {_of_interpolation(by, result['minimize'])}"
+            said += f"; {interpolation_text(by, result['minimize'])}"
         return said
 
 
@@ -146,25 +148,6 @@ def _with_pictures(folder: RunFolder, event: Interpolated) -> dict[str, Any]:
         for k, (values, images) in enumerate(zip(event.record["nodes"], event.nodes, strict=True))
     ]
     return {"index": event.index, **event.record, "nodes": nodes}
-
-
-def _of_interpolation(by: Mapping[str, Any], number: str) -> str:
-    """What a person is told of an interpolation, and of whether its bound holds."""
-    said = f"{len(by['nodes'])} nodes, {by['passes']:.3g} network passes an image"
-    if not by["checks"]:
-        return f"{said}: every cell is a node" if by["held"] else f"{said}: no cell has a score"
-    off = [abs(c["predicted"] - c["exact"]) for c in by["checks"] if _numbers(c)]
-    cells = f"{len(by['checks'])} drawn cells"
-    worst = f"{max(off):.2g}" if len(off) == len(by["checks"]) else "not a number"
-    bound = "none" if by["tolerance"] is None else f"{by['tolerance']:.2g}"
-    if by["held"]:
-        return f"{said}: interpolated {number} of {cells} is within {worst}, bound {bound}"
-    cure = "more nodes follow" if by["refines"] else "read the interpolated scores with care"
-    return f"{said}: the bound {bound} on {number} DOES NOT HOLD, {worst} in {cells}; {cure}"
-
-
-def _numbers(check: Mapping[str, Any]) -> bool:
-    return check["predicted"] is not None and check["exact"] is not None
 
 
 def _of_last_nodes(records: list[dict[str, Any]], nodes: int) -> list[dict[str, Any]]:
