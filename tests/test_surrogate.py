@@ -65,7 +65,7 @@ precision = "fp32"
 grid = { skip = [0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3], emb = [0.7, 0.85, 1.0, 1.15, 1.3] }
 """
 CPU = torch.device("cpu")
-WIDE = "search.grid={skip=[-1.0, -0.6, -0.2, 0.1, 0.4, 0.8, 1.2, 1.7, 2.2, 3.0], emb=[0.9, 1.1]}"
+WIDE = "search.grid={skip=[-1.0, -0.6, -0.2, 0.1, 0.4, 0.8, 1.2, 1.7, 2.2, 3.0], emb=[1.1]}"
 
 
 class Smooth(Network):
@@ -221,7 +221,7 @@ def test_the_winner_is_that_of_the_full_grid(scoring, backbone):
     for cell in cells:
         exact = of[cell["skip"], cell["emb"]]
         assert abs(cell["score"] - exact) <= (1e-6 * exact if cell["exact"] else spread / 20)
-    assert sum(cell["exact"] for cell in cells) < 35 / 2
+    assert sum(cell["exact"] for cell in cells) < 20
 
 
 def test_checks_are_drawn_cells_that_are_no_nodes(scoring):
@@ -302,7 +302,7 @@ def test_a_search_cut_after_any_event_ends_in_the_same_bits(scoring, monkeypatch
     whole = records(interpolate(given))
     assert len(whole[1]) == 3  # every set of nodes, and then not held
     count = len(list(interpolate(given)))
-    for cut in range(0, count, count // 9):
+    for cut in range(0, count, count // 8):
         events, begun = [], None
         running = interpolate(given)
         for event in itertools.islice(running, cut):
@@ -318,14 +318,25 @@ def test_a_search_cut_after_any_event_ends_in_the_same_bits(scoring, monkeypatch
         assert [*found, *more[1]] == whole[1], cut
 
 
+def test_a_lost_record_is_made_again(scoring):
+    given = scoring()
+    whole, found = records(interpolate(given))
+    for lost in (0, 20, len(whole) - 1):
+        stored = [cell for cell in whole if cell["index"] != lost]
+        more, again = records(interpolate(given, tuple(stored)))
+        ended = {cell["index"]: cell for cell in [*stored, *more]}
+        assert [ended[k] for k in sorted(ended)] == whole
+        assert again == found
+
+
 def test_a_bound_that_cannot_be_held_is_said_and_more_nodes_are_tried_first(scoring, monkeypatch):
     monkeypatch.setattr(surrogate, "PILOT_RMS", 1.0)
     _, found = records(interpolate(scoring("search.tolerance=1e-9", WIDE)))
     assert [record["refines"] for record in found] == [True, True, False]
     assert not any(record["held"] for record in found)
     assert [record["index"] for record in found] == [0, 1, 2]
-    assert [len(record["nodes"]) for record in found] == [2 * 3, 2 * 5, 2 * 9]
-    assert [record["passes_of"]["nodes"] for record in found] == [6, 16, 34]
+    assert [len(record["nodes"]) for record in found] == [3, 5, 9]
+    assert [record["passes_of"]["nodes"] for record in found] == [3, 8, 17]
     said = [interpolation_text(record, "fid") for record in found]
     assert "the bound 1e-09 on fid does not hold" in said[0]
     assert said[0].endswith("more nodes follow")
@@ -335,9 +346,9 @@ def test_a_bound_that_cannot_be_held_is_said_and_more_nodes_are_tried_first(scor
 def test_the_pilot_takes_more_nodes_where_the_first_images_are_off(scoring):
     _, found = records(interpolate(scoring("search.tolerance=1000", WIDE)))
     first, *_, last = found[0]["pilot"]
-    assert first["nodes"] == 2 * 3
+    assert first["nodes"] == 3
     assert first["rms"] > 1 / 255
-    assert last["nodes"] == len(found[0]["nodes"]) > 6
+    assert last["nodes"] == len(found[0]["nodes"]) > 3
     assert last["rms"] < first["rms"]
     assert found[0]["held"]
 

@@ -80,8 +80,9 @@ class _State:
 
     def cell(self, at: Place, score: float | None, shown: Tensor, about: dict[str, Any]) -> Cell:
         """The event of a cell, which is remembered."""
-        known = self.records.get(at)
-        index = known["index"] if known else len(self.records)
+        known, used = self.records.get(at), {r["index"] for r in self.records.values()}
+        # The first that is free: that of a lost record, if there is one.
+        index = known["index"] if known else next(k for k in itertools.count() if k not in used)
         self.records[at] = {"index": index, **self.values(at), "score": score, **about}
         return Cell(
             index, most_cells(self.scoring.plan.recipe), self.values(at), score, shown, about

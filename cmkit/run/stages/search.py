@@ -39,14 +39,19 @@ class Search(SearchTable, Stage):
         scoring = search.Scoring(job.plan, self, model, job.reference, job.device, begun)
         scored, lost = folder.scores("cells")
         yield from _lost("cells", lost)
-        found, before = search.search(scoring, tuple(scored.values())), ()
+        before: list[dict[str, Any]] = []
         if self.method == "surrogate":
             known, lost = folder.scores("surrogate")
             yield from _lost("surrogate", lost)
             before = [known[index] for index in sorted(known)]
-            found = search.interpolate(scoring, tuple(scored.values()), before)
+        cells = tuple(scored.values())
         yield StageStarted("search", len(scored), search.most_cells(recipe))
-        for event in _keeping(job, found):
+        for event in _keeping(
+            job,
+            search.interpolate(scoring, cells, before)
+            if self.method == "surrogate"
+            else search.search(scoring, cells),
+        ):
             if isinstance(event, search.Interpolated):
                 before = [*before, _with_pictures(folder, event)]
                 folder.append_score("surrogate", before[-1])
