@@ -241,7 +241,10 @@ def test_checks_are_drawn_cells_that_are_no_nodes(scoring):
     assert record["passes"] == sum(record["passes_of"].values())
 
 
-def test_images_are_drawn_as_often_as_it_says(scoring, monkeypatch):
+@pytest.mark.parametrize(
+    ("cells", "kept"), [(99, 0), (9, 2**30), (9, 60_000)], ids=["at once", "all kept", "some kept"]
+)
+def test_images_are_drawn_as_often_as_it_says(scoring, monkeypatch, cells, kept):
     given, counted = scoring(), []
     original = surrogate.drawn
 
@@ -251,8 +254,12 @@ def test_images_are_drawn_as_often_as_it_says(scoring, monkeypatch):
 
     monkeypatch.setattr("cmkit.search.surrogate.drawn", drawn)
     monkeypatch.setattr("cmkit.search.score.drawn", drawn)
-    _, found = records(interpolate(given))
-    assert sum(counted) / given.table.images == pytest.approx(found[-1]["passes"])
+    monkeypatch.setattr(surrogate, "_cells_at_a_time", lambda *_: cells)
+    monkeypatch.setattr(surrogate, "KEPT_BYTES", kept)
+    _, (record,) = records(interpolate(given))
+    assert sum(counted) / given.table.images == pytest.approx(record["passes"])
+    sweeps = {0: 1, 2**30: 1, 60_000: 1 + 3 * 2 / 3}[kept]  # of three batches of 25 nodes one fits
+    assert record["passes_of"]["nodes"] == pytest.approx(25 * sweeps)
 
 
 def test_memory_does_not_grow_with_cells_beyond_their_meters(scoring, monkeypatch):
@@ -372,6 +379,7 @@ def test_the_standard_error_is_that_of_a_mean(images):
     assert surrogate.jackknife([]) is None
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_near_the_spread_over_other_noise(scoring):
     given = scoring("search.images=200", "search.batch=100")
     errors, scores = [], []
