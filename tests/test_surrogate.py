@@ -241,11 +241,7 @@ def test_checks_are_drawn_cells_that_are_no_nodes(scoring):
     assert record["passes"] == sum(record["passes_of"].values())
 
 
-@pytest.mark.parametrize(
-    ("cells", "kept"), [(99, 0), (9, 2**30), (9, 60_000)], ids=["at once", "all kept", "some kept"]
-)
-def test_images_are_drawn_as_often_as_it_says(scoring, monkeypatch, cells, kept):
-    given, counted = scoring(), []
+def count_draws(monkeypatch, counted):
     original = surrogate.drawn
 
     def drawn(scoring, rescaler, start, encodings):
@@ -254,6 +250,23 @@ def test_images_are_drawn_as_often_as_it_says(scoring, monkeypatch, cells, kept)
 
     monkeypatch.setattr("cmkit.search.surrogate.drawn", drawn)
     monkeypatch.setattr("cmkit.search.score.drawn", drawn)
+
+
+def test_images_are_drawn_as_often_as_it_says_with_every_set_of_nodes(scoring, monkeypatch):
+    monkeypatch.setattr(surrogate, "PILOT_RMS", 1.0)
+    given, counted = scoring("search.tolerance=1e-9", WIDE), []
+    count_draws(monkeypatch, counted)
+    _, found = records(interpolate(given))
+    assert len(found) == 3
+    assert sum(counted) / given.table.images == pytest.approx(found[-1]["passes"])
+
+
+@pytest.mark.parametrize(
+    ("cells", "kept"), [(99, 0), (9, 2**30), (9, 60_000)], ids=["at once", "all kept", "some kept"]
+)
+def test_images_are_drawn_as_often_as_it_says(scoring, monkeypatch, cells, kept):
+    given, counted = scoring(), []
+    count_draws(monkeypatch, counted)
     monkeypatch.setattr(surrogate, "_cells_at_a_time", lambda *_: cells)
     monkeypatch.setattr(surrogate, "KEPT_BYTES", kept)
     _, (record,) = records(interpolate(given))
@@ -368,6 +381,13 @@ def test_all_cells_are_nodes_where_an_axis_has_few_values(scoring):
     assert len(record["nodes"]) == 2
 
 
+def test_a_check_that_is_drawn_again_for_its_error_stays_a_check():
+    record = {"nodes": 9, "exact": False, "score": 2.0}
+    once = surrogate._exact(record)
+    assert once == {"nodes": 9, "exact": True, "predicted": 2.0, "draws": 1}
+    assert surrogate._exact({**once, "score": 2.1}) == {**once, "draws": 2}
+
+
 @pytest.mark.parametrize("images", [40, 41])
 def test_the_standard_error_is_that_of_a_mean(images):
     """The jackknife of a mean is s / sqrt(n), where each group is one image."""
@@ -429,6 +449,9 @@ def test_a_descent_ends_where_no_axis_moves(recipe):
     *_, (_, tried) = trials(made, Far())
     assert tried[0] == dict(zip(grid, target, strict=True))
     assert len(list(trials(made, Far()))) <= 1 + 2 * len(grid)
+    few = load(recipe, [SITES, "search.candidates=26"], discover())
+    tried = [tuple(cell.values()) for _, cells in trials(few, Far()) for cell in cells]
+    assert 13 + 4 < len(set(tried)) <= 26
 
 
 def test_multistep_samplers_and_other_metrics_are_interpolated_too(scoring):
