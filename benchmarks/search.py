@@ -2,6 +2,9 @@
 
 python benchmarks/search.py --config m64 --cells 11
 Both draw the same grid in turns, cell by cell the same images; times are medians of the rounds.
+
+python benchmarks/search.py --run runs/NAME-KEY [--run ANOTHER ..] --images 500
+Every method of search on trained models instead: see benchmarks/methods.py.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import argparse
 import statistics
 import time
 
+import methods
 import torch
 from cmkit_std.rescalers.global_ import Global
 from cmkit_std.samplers.multistep import Multistep
@@ -22,17 +26,23 @@ from cmkit.device import autocast, pick_device
 
 
 def main() -> None:
-    """Print both times, their ratio, and the largest difference of a cell's images."""
+    """Print both times, their ratio, and the largest difference of a cell's images; the table of
+    all methods for a trained run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", choices=CONFIGS, default="m64")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, help="4, or 250 of a trained run's")
     parser.add_argument("--cells", type=int, default=11, help="values of skip, and of emb")
     parser.add_argument("--rows", type=int, default=1, help="values of emb that are drawn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for busy machines")
+    methods.add_options(parser)
     options = parser.parse_args()
+    options.batch = options.batch or (250 if options.run else 4)
+    if options.run:
+        methods.tables(options)
+        return
     device = pick_device(options.device)
     side, backbone = CONFIGS[options.config]
     network = filled(backbone.build(DataSpec(3, side), frozenset())).requires_grad_(False)

@@ -174,6 +174,8 @@ def check(
         "weights": plan.recipe.denoiser.weights,
         "to_download": [weights.url for weights in plan.downloads],
     }
+    if (search := plan.recipe.search) and search.method == "surrogate":
+        facts["search_passes"] = list(search.passes())
     if precision := chosen_precision(plan.recipe, chosen):
         facts["precision"] = precision
     notes = [*said, *plan.notes, *filter(None, [sigma_data_note(plan.recipe)])]

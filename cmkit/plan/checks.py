@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -22,7 +23,7 @@ from cmkit.plan.record import CONDITIONS, Plan
 from cmkit.plugins import blame, discover
 from cmkit.recipe import Recipe, Teacher, load
 from cmkit.recipe.grid import minimized, numbers
-from cmkit.recipe.tables import TUNERS
+from cmkit.recipe.search_table import TUNERS
 from cmkit.run.folder import RunFolder
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec
@@ -115,6 +116,25 @@ def _check_optuna(method: str) -> None:
             raise PluginError(
                 f"method = \"{method}\" needs the package {package}; pip install 'cmkit[search]'"
             )
+
+
+def check_standard_error(recipe: Recipe, data: DataSpec) -> None:
+    """RecipeError where images are too few for the standard error of a cell's score, for which a
+    tenth of them is left out."""
+    assert recipe.search is not None
+    images = recipe.search.images
+    left = images - math.ceil(images / 10)
+    try:
+        minimized(recipe).check(data, left)
+        if left < 2:
+            raise DataError(f"{left} images")
+    except CmkitError as error:
+        raise recipe.source.error(
+            ("search", "images"),
+            f"the standard error of a score takes those of {left} images ({error}); draw more, or"
+            " say search.tolerance",
+            f" = {images}",
+        ) from error
 
 
 def _check_compiler() -> None:

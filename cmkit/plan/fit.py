@@ -47,6 +47,8 @@ def check_fit(recipe: Recipe) -> Plan:
             minimized(recipe).check(data, recipe.search.images)
         with naming_table(recipe, "search", "halving"):
             minimized(recipe).check(data, recipe.search.rung_images[0])
+        if recipe.search.method == "surrogate" and recipe.search.tolerance is None:
+            checks.check_standard_error(recipe, data)
     notes: tuple[str, ...] = ()
     if recipe.denoiser.weights:
         with naming_table(recipe, "denoiser", "weights"):

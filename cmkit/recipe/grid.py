@@ -13,12 +13,15 @@ from cmkit.recipe.recipe import Recipe
 
 def cells(recipe: Recipe) -> Iterator[dict[str, float]]:
     """Values of each cell of the search's grid, the last axis fastest; of other methods than the
-    grid, of each that differs from the recipe's own rescaler in one number."""
+    grid, of each that differs from the recipe's own rescaler in one number, and of the middle of
+    the box that is interpolated in."""
     if recipe.search is None or recipe.rescaler is None:
         return
     grid = recipe.search.grid
     if recipe.search.method not in (None, "grid"):
         yield from ({axis: value} for axis, values in grid.items() for value in values)
+        if recipe.search.method == "surrogate":
+            yield {axis: (min(values) + max(values)) / 2 for axis, values in grid.items()}
     else:
         for combined in itertools.product(*grid.values()):
             yield dict(zip(grid, combined, strict=True))

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cmkit.recipe.search_table import SearchTable
 from cmkit.recipe.tables import (
     PART_TABLES,
     DenoiserTable,
     ExpectedTable,
     SampleTable,
-    SearchTable,
     TeacherTable,
     TrainTable,
     kinds_inside,

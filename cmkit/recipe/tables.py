@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -17,12 +16,6 @@ Precision = Literal["auto", "fp32", "bf16"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
-MAX_CELLS = 10_000
-"""Of a search; the paper's have 121."""
-TUNERS = ("tpe", "cmaes")
-"""Methods of a search that are Optuna's."""
-FEW_IMAGES = 50
-"""Of the first rung of successive halving, unless the recipe says how many rungs there are."""
 
 
 class DenoiserTable(Part):
@@ -154,130 +147,6 @@ class TrainTable(StageTable):
         few = {key: getattr(self, key) and 2 for key in ("warmup", "sqrt_decay")}
         sizes = {"steps": min(self.steps, 3), "batch": 4, "accumulate": min(self.accumulate, 2)}
         return {**sizes, **few, "save_every": 2, "log_every": 1, "compile": False, "start": None}
-
-
-class SearchTable(StageTable):
-    """The keys of [search]."""
-
-    images: int = Field(ge=2, le=10**7)
-    """Images a cell."""
-    grid: dict[str, Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)]] = Field(
-        min_length=1, max_length=256
-    )
-    """Values of each of the rescaler's numbers: of a field such as skip, or, in
-    quotation marks, of a part of it such as "skip.3", where the rescaler has parts."""
-    method: Literal["grid", "coordinate", "tpe", "cmaes"] | None = None
-    """Which cells are tried: "grid", the default, every combination; "coordinate" one number after
-    the other, the others at their best so far and at first the rescaler's own; "tpe" and "cmaes"
-    as many `trials`, for many numbers at once, anywhere between the lowest and the highest value
-    of each axis (extra `search`: Optuna's tree of Parzen estimators, or CMA-ES). They begin with
-    the rescaler's own numbers, brought into these ranges; an axis of one value keeps it."""
-    rounds: int | None = Field(None, ge=1, le=100)
-    """How often "coordinate" goes through the numbers; absent = once."""
-    trials: int | None = Field(None, ge=1, le=MAX_CELLS)
-    """Cells of "tpe" and "cmaes"."""
-    halving: int | None = Field(None, ge=2, le=100)
-    """Successive halving: cells that are tried together are scored on few images, of which the
-    best 1 in `halving` go on to `halving` times as many, the first of them the same, and so on up
-    to `images`. Only cells with all `images` may win. Absent = every cell has all."""
-    rungs: int | None = Field(None, ge=2, le=20)
-    """Numbers of images in `halving`, `images` the last; absent = as many as leave 50 or more to
-    the first, and at least 2."""
-    minimize: str = "fid"
-    """The metric's number that decides."""
-    batch: Batch = 64
-    """Images at a time."""
-    precision: Precision = "auto"
-    """Autocast while sampling."""
-    rerank: int = Field(5, ge=0, le=1000)
-    """Best cells that are scored again on more images, before the winner is chosen; 0 = none."""
-    rerank_images: int = Field(0, ge=0, le=10**7)
-    """Images a cell then; 0 = four times `images`."""
-    confirm_images: int = Field(0, ge=0, le=10**7)
-    """Images a seed when the winner meets the unscaled model on fresh noise; 0 = as `images`."""
-    confirm_seeds: int = Field(5, ge=2, le=1000)
-    """Noise seeds of that comparison."""
-    thumbnails: int = Field(25, ge=1, le=400)
-    """Pictures kept of every cell."""
-
-    @model_validator(mode="after")
-    def _cells_can_be_counted(self) -> SearchTable:
-        values = sum(map(len, self.grid.values()))
-        if self.method in TUNERS:
-            count, cure = float(self.trials or 0), ""
-        elif self.method == "coordinate":
-            count, cure = float(values * (self.rounds or 1)), "name fewer values"
-        else:
-            count = math.prod(map(len, self.grid.values()), start=1.0)
-            cure = f'name fewer values, or set method = "coordinate", which tries {values:,}'
-        if self.rounds and self.method != "coordinate":
-            raise ValueError(f'rounds = {self.rounds} is of method = "coordinate"; add it')
-        if count > MAX_CELLS:
-            raise ValueError(f"{count:.3g} cells, of which {MAX_CELLS:,} are the most: {cure}")
-        return self
-
-    @model_validator(mode="after")
-    def _tuner_has_its_keys(self) -> SearchTable:
-        if self.method not in TUNERS:
-            if self.trials:
-                raise ValueError(
-                    f'trials = {self.trials} is of method = "tpe" and "cmaes"; set one of them'
-                )
-            return self
-        if not self.trials:
-            raise ValueError(f'method = "{self.method}" needs trials, the number of its cells')
-        ranges = sum(min(values) < max(values) for values in self.grid.values())
-        if not ranges:
-            raise ValueError(
-                f'method = "{self.method}" needs a range: give an axis of the grid two values'
-            )
-        if self.method == "cmaes" and ranges < 2:
-            raise ValueError('method = "cmaes" needs two axes with a range; set method = "tpe"')
-        return self
-
-    @model_validator(mode="after")
-    def _rungs_have_images(self) -> SearchTable:
-        if self.halving is None:
-            if self.rungs:
-                raise ValueError(f"rungs = {self.rungs} are of halving; add halving = 4")
-        elif (first := self.rung_images[0]) < 2:
-            raise ValueError(
-                f"{len(self.rung_images)} rungs of halving = {self.halving} up to {self.images}"
-                f" images begin with {first}, and 2 are the least; set fewer rungs, a smaller"
-                " halving, or more images"
-            )
-        return self
-
-    @property
-    def rung_images(self) -> tuple[int, ...]:
-        """Images of a cell in the rungs of successive halving, rising to `images`; without halving
-        only these."""
-        if self.halving is None:
-            return (self.images,)
-        rungs = self.rungs
-        if rungs is None:
-            rungs = 2
-            while self.images // self.halving**rungs >= FEW_IMAGES:
-                rungs += 1
-        return tuple(self.images // self.halving**k for k in reversed(range(rungs)))
-
-    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
-        """The ends of every axis, of parts such as "skip.3" the first, on a dozen images, with
-        halving on two."""
-        images = min(self.images, 24 if self.halving else 12)
-        firsts = {re.sub(r"\.\d+$", ".0", key): values for key, values in self.grid.items()}
-        ranges = sum(min(values) < max(values) for values in firsts.values())
-        return {
-            **({"method": "tpe"} if self.method == "cmaes" and ranges < 2 else {}),
-            "trials": self.trials and min(self.trials, 4),
-            **dict.fromkeys(("halving", "rungs"), self.halving and 2),
-            **dict.fromkeys(("images", "batch", "rerank_images", "confirm_images"), images),
-            "grid": {key: sorted({min(values), max(values)}) for key, values in firsts.items()},
-            "rounds": self.rounds and 1,
-            "rerank": min(self.rerank, 1),
-            "confirm_seeds": 2,
-            "thumbnails": 4,
-        }
 
 
 class SampleTable(StageTable):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cmkit.recipe.tables import TUNERS
+from cmkit.recipe.search_table import TUNERS
 from cmkit.report.curve import finite_or_none
 from cmkit.report.figures import (
     CELL_PIXELS,
@@ -62,7 +62,8 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
                 "winner": winner,
                 "kept": False,
                 "plain": record is plain,
-                "note": _against(value, finite_or_none(beside["score"]) if beside else None, cut),
+                "note": ("" if record.get("exact", True) else "interpolated; ")
+                + _against(value, finite_or_none(beside["score"]) if beside else None, cut),
                 "picture": picture_of(folder, record["samples"], CELL_PIXELS, most)
                 if winner or index in pictures
                 else {"name": record["samples"], "src": None},
@@ -89,6 +90,9 @@ def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
         "rungs": stage.get("rungs", ()),
         "reranked": len(stage.get("rerank", {}).get("cells", [])),
         "rerank_images": stage.get("rerank", {}).get("images"),
+        "interpolation": interpolation_text(by, stage["minimize"])
+        if (by := stage.get("surrogate"))
+        else "",
         "norm": norm,
         "log": type(norm).__name__ == "LogNorm",
     }
@@ -192,6 +196,27 @@ def _against(value: float | None, plain: float | None, cut: int | None) -> str:
     if plain is None or value == plain:
         return ""
     return f"{score(abs(value - plain))} {'below' if value < plain else 'above'} the unscaled one"
+
+
+def interpolation_text(by: Mapping[str, Any], name: str) -> str:
+    """What a person is told of the entry "surrogate" of a search that minimizes `name`: what it
+    cost, how far interpolated scores are from exact ones, and whether that is within the bound."""
+    said = f"{len(by['nodes'])} nodes, {number(round(by['passes'], 1))} network passes an image"
+    checks = by["checks"]
+    if not checks:
+        return f"{said}: every cell is a node" if by["held"] else f"{said}: no cell has a score"
+    off = [
+        abs(check["predicted"] - check["exact"])
+        for check in checks
+        if None not in (check["predicted"], check["exact"])
+    ]
+    worst = number(float(f"{max(off):.2g}")) if len(off) == len(checks) else "not a number"
+    bound = "unknown" if by["tolerance"] is None else number(float(f"{by['tolerance']:.2g}"))
+    where = f"{len(checks)} cells that were drawn to see it"
+    if by["held"]:
+        return f"{said}: interpolated {name} is at most {worst} off in {where}, bound {bound}"
+    cure = "more nodes follow" if by["refines"] else "read the interpolated scores with care"
+    return f"{said}: the bound {bound} on {name} does not hold, {worst} off in {where}; {cure}"
 
 
 def confirm_page(stage: Mapping[str, Any]) -> dict[str, Any]:

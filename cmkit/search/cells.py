@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,8 @@ class Cell:
     score: float | None
     thumbnails: Tensor
     images: int
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What else its record says."""
 
 
 @dataclass(frozen=True)

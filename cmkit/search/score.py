@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from cmkit.kinds import Meter, Rescaler
 from cmkit.measure import meter
 from cmkit.plan import Plan
 from cmkit.recipe import SearchTable, minimized
-from cmkit.sample import Draws, starts, to_uint8
+from cmkit.sample import Draws, Start, starts, to_uint8
 from cmkit.values import Reference
 
 
@@ -95,12 +95,16 @@ def encoder_rows(denoiser: Denoiser, every: Sequence[Rescaler]) -> list[list[int
     return list(rows.values())
 
 
+Drawing = Callable[[Start, Sequence[int]], Iterator[tuple[int, Tensor] | float]]
+"""x0 of a batch for those of the cells that are due, each with its cell, and between them how much
+of the batch's work is done."""
+
+
 def label_of(draws: Draws, count: int, rescaler: Rescaler | None) -> str:
     """What tells a cell that is being drawn from others: its noise, images and scales."""
     return json.dumps([draws.purpose, count, rescaler and rescaler.model_dump(mode="json")])
 
 
-@torch.inference_mode()
 def scored(
     scoring: Scoring,
     rescalers: Sequence[Rescaler | None],
@@ -109,21 +113,52 @@ def scored(
     rungs: Rungs | None = None,
 ) -> Generator[CellsDrawn, None, list[tuple[float | None, Tensor]]]:
     """Score of `count` images of each rescaler, None where it is not finite, and its first images,
-    uint8 (n, C, H, W). Images go to the metric as they are drawn, and only the first are kept.
+    uint8 (n, C, H, W). `rungs` are as of `metered`."""
+
+    def drawing(start: Start, due: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        encodings = Encodings(start.x)
+        for k in due:
+            yield k, drawn(scoring, rescalers[k], start, encodings)
+
+    rungs = rungs or Rungs((count,), {})
+    labels = [label_of(draws, rungs.images[-1], rescaler) for rescaler in rescalers]
+    sizes = [count] * len(rescalers)
+    return (yield from metered(scoring, labels, sizes, drawing, draws, count, rungs))
+
+
+def drawn(
+    scoring: Scoring, rescaler: Rescaler | None, start: Start, encodings: Encodings
+) -> Tensor:
+    """x0 (B, C, H, W) of one batch."""
+    sampler, denoiser = scoring.plan.recipe.sampler, scoring.denoiser
+    assert sampler is not None
+    model = denoiser.rescaled(rescaler, encodings) if rescaler else denoiser
+    with autocast(scoring.table.precision, scoring.device):
+        return sampler.sample(model, start.x, start.cond, start.noise)
+
+
+@torch.inference_mode()
+def metered(
+    scoring: Scoring,
+    labels: Sequence[str],
+    sizes: Sequence[int],
+    drawing: Drawing,
+    draws: Draws,
+    count: int,
+    rungs: Rungs | None = None,
+) -> Generator[CellsDrawn, None, list[tuple[float | None, Tensor]]]:
+    """What `scored` returns, of cells with these labels, whose meters get `sizes` images of those
+    that `drawing` gives for `count` starts: as they are drawn, and only the first are kept.
 
     Where `count` is one of `rungs`, cells go on from what is kept of them there, and unless it is
     the last they are kept there again. No batch goes across a rung, so that the bits of a score
     are the same wherever its cell was interrupted.
     """
-    recipe, table, denoiser = scoring.plan.recipe, scoring.table, scoring.denoiser
-    device, begun, sampler = scoring.device, scoring.begun, recipe.sampler
-    assert sampler is not None
-    cast, metric = autocast(table.precision, device), minimized(recipe)
-    rungs = rungs or Rungs((count,), {})
+    table, device, begun = scoring.table, scoring.device, scoring.begun
+    metric, rungs = minimized(scoring.plan.recipe), rungs or Rungs((count,), {})
     cells = []
-    for rescaler in rescalers:
-        label = label_of(draws, rungs.images[-1], rescaler)
-        taken = meter(metric, count, scoring.reference, device)
+    for label, size in zip(labels, sizes, strict=True):
+        taken = meter(metric, size, scoring.reference, device)
         cells.append(cell := _Drawing(label, taken, count, count < rungs.images[-1], device))
         if label in rungs.kept:
             cell.go_on(*rungs.kept[label])
@@ -131,8 +166,7 @@ def scored(
             cell.go_on(begun.drawn[begun.labels.index(label)], begun.of(label))
 
     def unfinished() -> PartialCells | None:
-        drawn = {cell.label: (cell.drawn, cell.state()) for cell in cells if cell.drawn}
-        kept = rungs.kept | drawn
+        kept = rungs.kept | {cell.label: (cell.drawn, cell.state()) for cell in cells if cell.drawn}
         if not kept:
             return None
         tensors = {
@@ -142,25 +176,31 @@ def scored(
         }
         return PartialCells(tuple(kept), tuple(n for n, _ in kept.values()), tensors)
 
+    def so_far(ahead: int = 0) -> CellsDrawn:
+        return CellsDrawn(sum(cell.drawn for cell in cells) + ahead, total, unfinished)
+
     least = min(cell.drawn for cell in cells)
     edges = [least, *(images for images in rungs.images if least < images < count), count]
     spans = itertools.starmap(range, itertools.pairwise(edges))
-    sigma_max, total = denoiser.noise.sigma_max, count * len(cells)
+    sigma_max, total = scoring.denoiser.noise.sigma_max, count * len(cells)
     for start in itertools.chain.from_iterable(
         starts(draws, sigma_max, span, table.batch, device) for span in spans
     ):
-        yield CellsDrawn(sum(cell.drawn for cell in cells), total, unfinished)
-        rows, encodings = start.rows, Encodings(start.x)
-        for cell, rescaler in zip(cells, rescalers, strict=True):
-            if cell.drawn > rows.start:  # before an error came to another cell
+        yield so_far()
+        rows = start.rows
+        # Others were drawn before an error came to one.
+        due = [k for k, cell in enumerate(cells) if cell.drawn <= rows.start]
+        for found in drawing(start, due):
+            if isinstance(found, float):
+                yield so_far(int(found * len(due) * len(rows)))
                 continue
-            model = denoiser.rescaled(rescaler, encodings) if rescaler else denoiser
-            with cast:
-                x0 = sampler.sample(model, start.x, start.cond, start.noise)
+            k, x0 = found
+            cell = cells[k]
             cell.drawn = 0  # an error from here on leaves the meter half way
             cell.finite &= x0.isfinite().all()
             images = to_uint8(x0)
-            cell.meter.add(images)
+            if len(images):
+                cell.meter.add(images)
             if rows.start < table.thumbnails:
                 cell.thumbnails.append(images[: table.thumbnails - rows.start].cpu())
             if rows.stop == count and cell.finite:

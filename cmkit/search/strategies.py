@@ -8,9 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from cmkit.recipe import Recipe, cells
-from cmkit.recipe.tables import TUNERS
+from cmkit.recipe.search_table import TUNERS
 from cmkit.search.tuner import Place, Score, group, tuned
+
+CANDIDATES = 1000
+"""Cells that a search by interpolation scores, unless the recipe says how many."""
 
 
 def trials(
@@ -22,14 +27,17 @@ def trials(
 
     A grid is one list of cells, and no axis. A search by coordinates has a list for each axis; it
     begins with the best cell of the list before, the earliest of equals by `scores`. `tuned` has
-    the lists of Optuna. Of cells that halving has cut, `cut` has (images, score), and `scores`
-    nothing or None.
+    the lists of Optuna. A search by interpolation is a grid, or `_by_lot` where that has too many
+    cells. Of cells that halving has cut, `cut` has (images, score), and `scores` nothing or None.
     """
     table, rescaler = recipe.search, recipe.rescaler
     assert table is not None
     assert rescaler is not None
     if table.method in TUNERS:
         yield from ((None, tried) for tried in tuned(recipe, scores, cut))
+        return
+    if table.method == "surrogate":
+        yield from _by_lot(recipe, scores)
         return
     if table.method != "coordinate":
         yield None, list(cells(recipe))
@@ -52,18 +60,58 @@ def trials(
         best = {**best, axis: values[ranks.index(min(ranks))]}
 
 
+def _by_lot(
+    recipe: Recipe, scores: Mapping[tuple[float, ...], float | None]
+) -> Iterator[tuple[str | None, list[dict[str, float]]]]:
+    """Every cell of the grid; of a grid with more than `candidates` half as many, the nearest to
+    the rescaler's own numbers and others by lot, and from the best of them on one axis after the
+    other until none moves, or there are as many as that."""
+    table, rescaler = recipe.search, recipe.rescaler
+    assert table is not None
+    assert rescaler is not None
+    grid = {axis: list(dict.fromkeys(values)) for axis, values in table.grid.items()}
+    most = table.candidates or CANDIDATES
+    if math.prod(map(len, grid.values())) <= most:
+        yield (
+            None,
+            [dict(zip(grid, each, strict=True)) for each in itertools.product(*grid.values())],
+        )
+        return
+    lot = np.random.default_rng(recipe.seed)
+    own = [min(values, key=lambda v: abs(v - rescaler.value_of(a))) for a, values in grid.items()]
+    known = {tuple(own): None}
+    while len(known) < max(most // 2, 1):
+        known[tuple(v[lot.integers(len(v))] for v in grid.values())] = None
+    axis, tried = None, [dict(zip(grid, each, strict=True)) for each in known]
+    turns, moved = itertools.cycle(grid), 0
+    while tried:
+        yield axis, tried
+        found = [scores[place(recipe, cell)] for cell in tried]
+        ranks = [math.inf if score is None else score for score in found]
+        best = tried[ranks.index(min(ranks))]
+        moved = 0 if axis is None or best != tried[0] else moved + 1
+        if moved == len(grid):
+            return
+        axis = next(turns)
+        tried = [best, *({**best, axis: v} for v in grid[axis] if v != best[axis])]
+        known |= {place(recipe, cell): None for cell in tried}
+        if len(known) > most:
+            return
+
+
 def trace(recipe: Recipe, stored: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The steps of a finished search by coordinates: each axis with the cells tried, by their
-    places in `stored`, first the one that it went on from. Empty for other methods."""
+    """The steps of a finished search that went on by coordinates: each axis with the cells tried,
+    by their places in `stored`, first the one that it went on from."""
     assert recipe.search is not None
-    if recipe.search.method != "coordinate":
+    if recipe.search.method in TUNERS:
         return []
     scores, cut = known(recipe, stored)
     places = {place(recipe, record): k for k, record in enumerate(stored)}
     steps = []
     for axis, tried in trials(recipe, scores, cut):
-        own = list(dict.fromkeys(places[place(recipe, values)] for values in tried))
-        steps.append({"axis": axis, "cells": own})
+        if axis is not None:
+            own = list(dict.fromkeys(places[place(recipe, values)] for values in tried))
+            steps.append({"axis": axis, "cells": own})
     return steps
 
 
@@ -93,6 +141,9 @@ def lists(recipe: Recipe) -> list[int]:
     if table.method in TUNERS:
         size, (whole, rest) = group(recipe), divmod((table.trials or 1) - 1, group(recipe))
         return [1, *[size] * whole, *([rest] if rest else [])]
+    if table.method == "surrogate":
+        count = math.prod(len(set(values)) for values in table.grid.values())
+        return [min(count, table.candidates or CANDIDATES)]
     if table.method != "coordinate":
         return [math.prod(map(len, table.grid.values()))]
     new = [len({*v} - {rescaler.value_of(axis)}) for axis, v in table.grid.items()]
@@ -110,6 +161,8 @@ def most_images(recipe: Recipe) -> tuple[int, int]:
     images of a rung those of the rung before are drawn already."""
     table = recipe.search
     assert table is not None
+    if table.method == "surrogate":
+        return table.passes()[0] * table.images, most_cells(recipe)
     images = whole = 0
     for size in lists(recipe):
         for few, many in itertools.pairwise((0, *table.rung_images)):

@@ -44,7 +44,7 @@ class Costs:
     trained: float = 0.0
     """Evaluations of training."""
     searched: float = 0.0
-    """Evaluations of a search."""
+    """Evaluations of a search; of one by interpolation the least, when its first nodes will do."""
     sampled: float = 0.0
     """Evaluations of sampling."""
 

@@ -13,8 +13,9 @@ from cmkit.run.stages.sample import Sample
 
 if TYPE_CHECKING:
     from cmkit.run.events import Event
+    from cmkit.run.folder import RunFolder
     from cmkit.run.job import Job
-    from cmkit.search import PartialCells
+    from cmkit.search import Interpolated, PartialCells
 
 
 class Search(SearchTable, Stage):
@@ -30,7 +31,8 @@ class Search(SearchTable, Stage):
         from cmkit.device import precision
         from cmkit.pictures import grid_png
         from cmkit.recipe import minimized, with_values
-        from cmkit.run.events import Cell, Comparison, StageStarted
+        from cmkit.report.search import interpolation_text
+        from cmkit.run.events import Cell, Comparison, Note, StageStarted
         from cmkit.run.policies import found_policy
 
         folder, recipe = job.folder, job.plan.recipe
@@ -39,17 +41,35 @@ class Search(SearchTable, Stage):
         scoring = search.Scoring(job.plan, self, model, reference, job.device, begun)
         scored, lost = folder.scores("cells")
         yield from _lost("cells", lost)
+        before: list[dict[str, Any]] = []
+        if self.method == "surrogate":
+            known, lost = folder.scores("surrogate")
+            yield from _lost("surrogate", lost)
+            before = [known[index] for index in sorted(known)]
+        cells = tuple(scored.values())
         yield StageStarted("search", len(scored), search.most_cells(recipe))
-        for event in _keeping(job, search.search(scoring, tuple(scored.values()))):
+        for event in _keeping(
+            job,
+            search.interpolate(scoring, cells, before)
+            if self.method == "surrogate"
+            else search.search(scoring, cells),
+        ):
+            if isinstance(event, search.Interpolated):
+                before = [*before, _with_pictures(folder, event)]
+                folder.append_score("surrogate", before[-1])
+                yield Note(interpolation_text(before[-1], self.minimize))
+                continue
             yield event
             if isinstance(event, Cell):
                 name = f"search/cell-{event.index:04d}"
                 picture = folder.keep_picture(name, grid_png(event.thumbnails))
                 record = {"index": event.index, **event.values, "score": event.score}
                 rung = {"images": event.images} if self.halving else {}
-                scored[event.index] = {**record, **rung, "samples": picture}
+                scored[event.index] = {**record, **rung, **event.about, "samples": picture}
                 folder.append_score("cells", scored[event.index])
         records = [scored[index] for index in sorted(scored)]
+        if before:
+            records = _of_last_nodes(records, len(before[-1]["nodes"]))
         whole = [record for record in records if record.get("images", self.images) == self.images]
         top = search.best(whole, self.rerank or 1)
         reranked, lost = folder.scores("rerank")
@@ -90,7 +110,7 @@ class Search(SearchTable, Stage):
             **({"rungs": list(self.rung_images)} if self.halving else {}),
             "axes": {axis: list(values) for axis, values in self.grid.items()},
             "labels": dict(rescaler.labels),
-            "descent": search.trace(recipe, records),
+            "descent": search.trace(recipe, [_as_predicted(record) for record in records]),
             "cells": _without_index(records),
             "rerank": {
                 "images": self.rerank_images or 4 * self.images,
@@ -106,13 +126,19 @@ class Search(SearchTable, Stage):
                 "verdict": search.verdict(self.minimize, plain, rescaled),
             },
         }
+        if before:
+            result["surrogate"] = {k: v for k, v in before[-1].items() if k != "index"}
         folder.keep_search(result, found_policy(job, rescaler, result).text())
         folder.drop_unfinished()
 
     def line(self, result: Mapping[str, Any]) -> str:
         from cmkit.report.figures import number
+        from cmkit.report.search import interpolation_text
 
-        return f"{len(result['cells'])} cells of {number(result['images'])} images"
+        said = f"{len(result['cells'])} cells of {number(result['images'])} images"
+        if by := result.get("surrogate"):
+            said += f"; {interpolation_text(by, result['minimize'])}"
+        return said
 
 
 def _lost(name: str, lines: int) -> Iterator[Any]:
@@ -121,6 +147,27 @@ def _lost(name: str, lines: int) -> Iterator[Any]:
 
     if lines:
         yield Note(f"search/{name}.jsonl: {lines} damaged lines; what they held is drawn again")
+
+
+def _with_pictures(folder: RunFolder, event: Interpolated) -> dict[str, Any]:
+    """The record of an interpolation, with a picture of each node's first images."""
+    from cmkit.pictures import grid_png
+
+    nodes = [
+        {**values, "samples": folder.keep_picture(f"search/node-{k:04d}", grid_png(images))}
+        for k, (values, images) in enumerate(zip(event.record["nodes"], event.nodes, strict=True))
+    ]
+    return {"index": event.index, **event.record, "nodes": nodes}
+
+
+def _of_last_nodes(records: list[dict[str, Any]], nodes: int) -> list[dict[str, Any]]:
+    """The records of the grid's cells that belong to the last nodes of an interpolation."""
+    return [r for r in records if r["nodes"] == nodes and r.get("candidate", True)]
+
+
+def _as_predicted(record: dict[str, Any]) -> dict[str, Any]:
+    """A cell with the score by which the search went on."""
+    return {**record, "score": record.get("predicted", record["score"])}
 
 
 def _without_index(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
