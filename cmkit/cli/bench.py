@@ -181,10 +181,12 @@ def _run(
     stop.listen()
     failed = []
     with Display(None, quiet=json) as display:
-        display.show(StageStarted("cells", 0, len(chosen)))
+        before = sum(map(folder.finished, chosen))
+        display.show(StageStarted("cells", before, len(chosen)))
         for event in Worker(chosen, folder, device, stop, jobs).work():
             display.say(f"[{event.done}/{event.total}] {event.text}")
-            display.advance(event.done)
+            if event.done > before:
+                display.advance(event.done)
             failed += [event.cell] * event.failed
     show_results(suite, cells, folder, device, json)
     if failed:
