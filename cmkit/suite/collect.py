@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -182,33 +183,41 @@ def gather(paths: Sequence[Path], registry: Registry, out: Path | None = None) -
     from cmkit.suite.cells import cells
     from cmkit.suite.suite import load_suite
 
-    parts, runs = [], []
+    parts: dict[Path, Gathered] = {}
+    runs: dict[Path, Path] = {}
     for path in paths:
         if path.suffix == ".toml":
             suite = load_suite(path)
             folder = SuiteFolder(out or Path("runs") / suite.name)
             if suite.table.budget and suite.table.budget.unit == "seconds":
-                parts.append(of_results(folder.path))  # only bench knows the names of its cells
+                # only bench knows the names of its cells
+                parts[folder.path.resolve()] = of_results(folder.path)
                 continue
             found = cells(suite, registry, suite.count())
             if suite.table.budget and suite.table.budget.unit == "evaluations":
                 from cmkit.suite.cost import per_step
 
                 found = cells(suite, registry, suite.count(), per_step)
-            parts.append(of_suite(suite, found, folder, None))
-        elif SuiteFolder(path).results.exists():
-            parts.append(of_results(path))
+            parts[folder.path.resolve()] = of_suite(suite, found, folder, None)
+        elif SuiteFolder(path).results.exists() or (path / "recipes").is_dir():
+            parts.setdefault(path.resolve(), of_results(path))
         else:
-            runs.append(path)
-    parts += [of_runs(runs)] if runs else []
-    rows = [{group.row for group in part.groups} for part in parts]
-    for part, own in zip(parts, rows, strict=True):
+            runs.setdefault(path.resolve(), path)
+    names = [part.name for part in parts.values()]
+    named = [
+        (part.name if names.count(part.name) == 1 else os.path.relpath(home), part)
+        for home, part in parts.items()
+    ]
+    named += [("runs", of_runs([*runs.values()]))] if runs else []
+    rows = [{group.row for group in part.groups} for _, part in named]
+    for (name, part), own in zip(named, rows, strict=True):
         others = set().union(*(other for other in rows if other is not own))
         for group in part.groups:
-            group.row = f"{part.name}/{group.row}" if group.row in others else group.row
+            group.row = f"{name}/{group.row}" if group.row in others else group.row
         if isinstance(part.baseline, str) and part.baseline in others:
-            part.baseline = f"{part.name}/{part.baseline}"
-    groups = [group for part in parts for group in part.groups]
+            part.baseline = f"{name}/{part.baseline}"
+    every = [part for _, part in named]
+    groups = [group for part in every for group in part.groups]
     if not any(group.runs for group in groups):
         first = paths[0]
         cure = f"cmkit bench {first}" if first.suffix == ".toml" else (
@@ -216,11 +225,11 @@ def gather(paths: Sequence[Path], registry: Registry, out: Path | None = None) -
         )  # fmt: skip
         raise CheckpointError(f"{first}: not finished; {cure}")
     return Gathered(
-        ", ".join(dict.fromkeys(part.name for part in parts if part.name)),
-        next((part.baseline for part in parts if part.baseline), None),
+        ", ".join(dict.fromkeys(part.name for part in every if part.name)),
+        next((part.baseline for part in every if part.baseline), None),
         groups,
-        [note for part in parts for note in part.notes],
-        {key: value for part in parts for key, value in part.about.items()},
+        [note for part in every for note in part.notes],
+        {key: value for part in every for key, value in part.about.items()},
     )
 
 
@@ -235,6 +244,9 @@ def results(gathered: Gathered, same_noise: SameNoise, where: Where | None = Non
     check_where(groups, where)
     if "seed" in where:
         groups = [of_seed(group, where["seed"]) for group in groups]
+        groups = [group for group in groups if group.runs or group.failures]
+        if not groups:
+            raise RecipeError(f"--where seed={where['seed']}: no run has that seed")
     check_baseline(groups, baseline)
     runs = [run for group in groups for run in group.runs.values()]
     notes = list(gathered.notes)
