@@ -181,7 +181,7 @@ def _run(
     stop.listen()
     failed = []
     with Display(None, quiet=json) as display:
-        display.show(StageStarted("cells", 0, len(chosen)))
+        display.show(StageStarted("cells", sum(map(folder.finished, chosen)), len(chosen)))
         for event in Worker(chosen, folder, device, stop, jobs).work():
             display.say(f"[{event.done}/{event.total}] {event.text}")
             display.advance(event.done)
