@@ -147,6 +147,7 @@ def test_a_cell_whose_report_is_damaged_is_a_line_and_the_rest_goes_on(suite):
     worker = suite(jobs=2)
     damaged = next(cell for cell in worker.cells.values() if cell.recipe.name == "ct-1-s0")
     folder = worker.folder.run(damaged)
+    folder.path.mkdir(parents=True)
     folder.keep_status({"train": {"result": {}}})
     (folder.path / "report.json").write_text("{")
     (failed,) = [event for event in worker.work() if event.failed]

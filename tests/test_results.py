@@ -22,6 +22,7 @@ from cmkit.suite import collect as collecting
 from cmkit.suite import noise, tables, work
 from cmkit.suite.cells import cells
 from cmkit.suite.collect import collect, gather, keep, of_runs, results
+from cmkit.suite.cost import costs
 from cmkit.suite.intervals import holm, mean_interval, paired_difference, welch_difference
 from cmkit.suite.noise import SameNoise
 from cmkit.suite.suite import load_suite
@@ -691,6 +692,26 @@ def test_two_suites_and_a_run_stand_in_one_table(home, cmkit):
     rows = list(dict.fromkeys(line.row for line in found.lines))
     names = [f"{suite}/{row}" for suite in ("small", "other") for row in ("ct", "ict", "batch")]
     assert rows == [*names, "x-1"]
+
+
+def test_evaluations_of_another_budget_or_a_damaged_file_are_not_shown(home, cmkit):
+    suite, every, folder = made()
+    keep(collect(suite, every, folder, same_noise(), costs(every)), folder)
+
+    def known():
+        gathered = gather([Path("small.toml")], discover())
+        lines = results(gathered, same_noise()).lines
+        return [line.facts["training"].get("evaluations") for line in lines], gathered.notes
+
+    assert known()[0] == [6 * 8 * 4] * 4 + [6 * 16 * 4] * 2
+    (home / "small.toml").write_text(SUITE.replace("steps = 6", "steps = 7"))
+    made()
+    assert known() == ([None] * 6, [])
+    folder.results.write_text("{")
+    (note,) = known()[1]
+    assert "results.json: damaged; name the suite's file, or run cmkit bench again" in note
+    code, _, err = cmkit("compare", "runs/small")
+    assert (code, "results.json: damaged; name the suite's file" in err) == (4, True)
 
 
 def test_a_suite_that_is_named_twice_is_one_and_two_of_one_name_go_by_their_folders(home, cmkit):
