@@ -731,6 +731,15 @@ def test_a_suite_that_is_named_twice_is_one_and_two_of_one_name_go_by_their_fold
     assert (code, err) == (2, "error: --where seed=7: no run has that seed\n")
 
 
+def test_bench_refuses_a_row_that_cannot_be_built_before_any_cell_is_begun(home, cmkit):
+    text = SUITE + "[row.odd]\nbackbone = { use = 'adm', channels = 8 }\n"
+    (home / "small.toml").write_text(text)
+    code, _, err = cmkit("bench", "small.toml", "--device", "cpu")
+    assert code == 2
+    assert "does not divide into norm_groups" in err.splitlines()[-1]
+    assert not Path("runs/small/recipes").exists()
+
+
 def test_bench_ends_with_the_table_and_the_code_of_the_first_failure(home, cmkit, monkeypatch):
     text = SUITE.partition("[row.ict]")[0].replace("[0, 1, 2]", "[0]")
     (home / "small.toml").write_text(re.sub(r"(?m)^(\[axis.nfe\]|[12] = .*)\n", "", text))
