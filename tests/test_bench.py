@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cmkit import BusyError, RecipeError, ResourceError, discover, files
-from cmkit.errors import Interrupted
+from cmkit.errors import CheckpointError, Interrupted
 from cmkit.stop import StopSignal
 from cmkit.suite import work
 from cmkit.suite.cells import cells
@@ -141,6 +141,20 @@ def test_a_cell_that_fails_is_a_line_and_the_rest_goes_on(suite, monkeypatch):
     assert not any(event.failed for event in again.work())
     assert Counter(begun(worker))[failed.cell.name] == 2
     assert again.folder.failure(failed.cell) is None
+
+
+def test_a_cell_whose_report_is_damaged_is_a_line_and_the_rest_goes_on(suite):
+    worker = suite(jobs=2)
+    damaged = next(cell for cell in worker.cells.values() if cell.recipe.name == "ct-1-s0")
+    folder = worker.folder.run(damaged)
+    folder.path.mkdir(parents=True)
+    folder.keep_status({"train": {"result": {}}})
+    (folder.path / "report.json").write_text("{")
+    (failed,) = [event for event in worker.work() if event.failed]
+    assert "ct-1-s0: failed: " in failed.text
+    assert "report.json: damaged" in failed.text
+    assert worker.folder.failure(damaged)["code"] == CheckpointError.exit_code
+    assert [name for name, why in worker.ended.items() if why] == [damaged.name]
 
 
 @pytest.mark.slow

@@ -104,6 +104,15 @@ def test_a_folder_without_a_report_is_one_line(tmp_path, content):
         entries([tmp_path])
 
 
+def test_a_suite_that_bench_has_not_ended_in_wants_its_file(tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.setattr(sys, "argv", ["cmkit", "compare", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 4
+    assert "name the suite's file" in capsys.readouterr().err
+
+
 def cells(line: str) -> list[str]:
     """The cells of a printed line, of which the first may hold blanks."""
     return re.split(r" {2,}", line.strip())

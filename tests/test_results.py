@@ -16,11 +16,13 @@ import torch
 
 from cmkit import discover, files
 from cmkit.errors import CheckpointError, RecipeError
+from cmkit.report import figures
 from cmkit.run.folder import RunFolder
 from cmkit.suite import collect as collecting
 from cmkit.suite import noise, tables, work
 from cmkit.suite.cells import cells
 from cmkit.suite.collect import collect, gather, keep, of_runs, results
+from cmkit.suite.cost import costs
 from cmkit.suite.intervals import holm, mean_interval, paired_difference, welch_difference
 from cmkit.suite.noise import SameNoise
 from cmkit.suite.suite import load_suite
@@ -358,6 +360,18 @@ def test_scales_of_layers_and_steps_are_told_in_a_line(tmp_path):
     assert not {"sites", "sigmas"} & {*heads}
 
 
+def test_scales_of_a_line_without_runs_are_not_known(home):
+    suite, every, folder = made(but={("batch", "2", seed) for seed in range(3)})
+    for cell in every:
+        if cell.row == "ict":
+            report = files.unsealed(folder.run(cell).path / "report.json")
+            report["stages"]["sample"]["scales"] = {"skip": 0.9}
+            folder.run(cell).keep_report(report)
+    heads, *rows = printed(collect(suite, every, folder, same_noise()))
+    skip = heads.index("skip")
+    assert [row[skip] for row in rows] == ["1", "1", "0.9", "0.9", "1", figures.number(None)]
+
+
 def test_seeds_of_one_checkpoint_are_seeds_of_sampling(tmp_path):
     recipe = {"denoiser": {"weights": "published.pt"}}
     for seed, fid in enumerate((5.0, 5.1, 5.3)):
@@ -678,6 +692,52 @@ def test_two_suites_and_a_run_stand_in_one_table(home, cmkit):
     rows = list(dict.fromkeys(line.row for line in found.lines))
     names = [f"{suite}/{row}" for suite in ("small", "other") for row in ("ct", "ict", "batch")]
     assert rows == [*names, "x-1"]
+
+
+def test_evaluations_of_another_budget_or_a_damaged_file_are_not_shown(home, cmkit):
+    suite, every, folder = made()
+    keep(collect(suite, every, folder, same_noise(), costs(every)), folder)
+
+    def known():
+        gathered = gather([Path("small.toml")], discover())
+        lines = results(gathered, same_noise()).lines
+        return [line.facts["training"].get("evaluations") for line in lines], gathered.notes
+
+    assert known()[0] == [6 * 8 * 4] * 4 + [6 * 16 * 4] * 2
+    (home / "small.toml").write_text(SUITE.replace("steps = 6", "steps = 7"))
+    made()
+    assert known() == ([None] * 6, [])
+    folder.results.write_text("{")
+    (note,) = known()[1]
+    assert "results.json: damaged; name the suite's file, or run cmkit bench again" in note
+    code, _, err = cmkit("compare", "runs/small")
+    assert (code, "results.json: damaged; name the suite's file" in err) == (4, True)
+
+
+def test_a_suite_that_is_named_twice_is_one_and_two_of_one_name_go_by_their_folders(home, cmkit):
+    keep(collect(*made(), same_noise()), SuiteFolder(Path("runs/small")))
+    (run,) = Path("runs/small").glob("ct-1-s0-*")
+    twice = gather([Path("small.toml"), Path("runs/small"), run, run.resolve()], discover())
+    assert [group.row for group in twice.groups].count("ct") == 2
+    assert len(twice.groups) == 7
+    shutil.copytree("runs", "old")
+    found = results(gather([Path("runs/small"), Path("old/small")], discover()), same_noise())
+    assert found.baseline == "runs/small/ct"
+    assert {line.row for line in found.lines} == {
+        f"{folder}/small/{row}" for folder in ("runs", "old") for row in ("ct", "ict", "batch")
+    }
+    assert "fid" in by_title(found)["runs/small/ict, nfe 1"].verdicts
+    code, _, err = cmkit("compare", "runs/small", "--where", "seed=7")
+    assert (code, err) == (2, "error: --where seed=7: no run has that seed\n")
+
+
+def test_bench_refuses_a_row_that_cannot_be_built_before_any_cell_is_begun(home, cmkit):
+    text = SUITE + "[row.odd]\nbackbone = { use = 'adm', channels = 8 }\n"
+    (home / "small.toml").write_text(text)
+    code, _, err = cmkit("bench", "small.toml", "--device", "cpu")
+    assert code == 2
+    assert "does not divide into norm_groups" in err.splitlines()[-1]
+    assert not Path("runs/small/recipes").exists()
 
 
 def test_bench_ends_with_the_table_and_the_code_of_the_first_failure(home, cmkit, monkeypatch):

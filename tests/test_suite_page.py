@@ -233,6 +233,17 @@ def test_rows_of_samples_are_the_same_images_of_one_seed(results, shown):
     assert words(shown).count("No samples of seed 0.") == 2
 
 
+def test_damaged_samples_are_said_in_the_row_of_their_line(results):
+    made, folder = results
+    paths = [folder.path / line.runs[0] / "samples" / "0000000.npz" for line in made.lines[:3]]
+    kept = paths[1].read_bytes()
+    paths[1].write_bytes(kept[:50])
+    shown = Page(page(made, folder))
+    paths[1].write_bytes(kept)
+    assert len(sample_rows(shown)) == 3
+    assert f"{paths[1]}: damaged" in words(shown)
+
+
 def test_a_training_is_drawn_once_however_many_lines_share_it(results, shown, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "quality_png", lambda *_: b"")

@@ -175,8 +175,10 @@ def _run(
     """Carry the chosen cells out, and show each as it ends; then print and keep the results."""
     from cmkit.cli.display import Display
     from cmkit.run.events import StageStarted
+    from cmkit.suite.cost import costs
     from cmkit.suite.work import Worker
 
+    trainings = costs(cell for cell in cells if cell.name == cell.group)  # refuses bad rows first
     stop = StopSignal()
     stop.listen()
     failed = []
@@ -188,7 +190,7 @@ def _run(
             if event.done > before:
                 display.advance(event.done)
             failed += [event.cell] * event.failed
-    show_results(suite, cells, folder, device, json)
+    show_results(suite, cells, trainings, folder, device, json)
     if failed:
         raise lost(failed, folder)
 

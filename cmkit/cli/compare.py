@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,6 +14,7 @@ from cmkit.errors import CmkitError, RecipeError
 
 if TYPE_CHECKING:
     from cmkit.suite.cells import Cell
+    from cmkit.suite.cost import Costs
     from cmkit.suite.suite import Suite
     from cmkit.suite.work import SuiteFolder
 
@@ -87,17 +88,20 @@ def equation(text: str) -> tuple[str, str]:
 
 
 def show_results(
-    suite: Suite, cells: Sequence[Cell], folder: SuiteFolder, device: str, json: bool
+    suite: Suite,
+    cells: Sequence[Cell],
+    trainings: Mapping[str, Costs],
+    folder: SuiteFolder,
+    device: str,
+    json: bool,
 ) -> None:
     """Print the results of a suite, and write results.json and the page."""
     from cmkit.plugins import discover
     from cmkit.suite.collect import collect, keep
-    from cmkit.suite.cost import costs
     from cmkit.suite.noise import SameNoise
     from cmkit.suite.page import write_page
     from cmkit.suite.tables import to_text
 
-    trainings = costs(cell for cell in cells if cell.name == cell.group)
     found = collect(suite, cells, folder, SameNoise(discover(), device), trainings)
     keep(found, folder)
     page = write_page(found, folder)

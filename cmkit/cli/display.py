@@ -144,9 +144,9 @@ class Display:
             return
         self.printed = now
         speed = (done - self.first) / max(now - self.began, 1e-9)
-        left = (self.total - done) / speed if speed > 0 else 0.0
+        eta = f"  eta {(self.total - done) / speed:.0f} s" if speed > 0 else ""
         numbers = "".join(f"  {name} {value}" for name, value in self.numbers.items())
-        self.say(f"{self.stage} {done}/{self.total}{numbers}  eta {left:.0f} s")
+        self.say(f"{self.stage} {done}/{self.total}{numbers}{eta}")
 
     def say(self, text: str) -> None:
         """Print one line; nothing more once stderr is gone, such as with its terminal."""

@@ -65,7 +65,9 @@ def _first_error(
     path: tuple[str | int, ...],
     source: Source,
 ) -> RecipeError:
-    faults = error.errors(include_url=False)
+    found = error.errors(include_url=False)
+    short = [f for f in found if f["type"] == "too_short"]  # a faulty item is not counted as one
+    faults = [f for f in found if f not in short] or short
     fault = min(faults, key=lambda f: f["type"] != "extra_forbidden")
     where = (*path, *_real(fault["loc"], table))
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -76,6 +78,8 @@ def _first_error(
     if fault["type"] == "missing":
         return source.error(where, f"missing key{more}")
     message = fault["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if fault["type"] == "too_short":
+        message = f"name at least {fault['ctx']['min_length']}"
     shown = f" = {shown_value(fault['input'])}" if fault["loc"] else ""
     if isinstance(fault["input"], dict) and fault["input"] and "array" in message:
         name = f"{where[-1]}.{next(iter(fault['input']))}"

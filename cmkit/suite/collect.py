@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -58,15 +59,21 @@ def of_suite(
 ) -> Gathered:
     """The groups of a suite's cells; `costs` by the names of those that share no training."""
     groups: dict[tuple[str, ...], Group] = {}
-    known = of_results(folder.path).groups if folder.results.exists() and not costs else []
-    kept = {group.title: group.cost for group in known}
+    kept, notes = dict[str, Any](), list[str]()
+    if folder.results.exists() and not costs:
+        try:
+            known = of_results(folder.path).groups
+            kept = {run.folder.path.name: g.cost for g in known for run in g.runs.values()}
+        except CheckpointError as error:
+            notes.append(f"{error}; until then evaluations of training are not shown")
     for cell in (cell for cell in cells if not cell.alone):
         key = (cell.row, *cell.axis.values())
         if key not in groups:
             groups[key] = Group(cell.row, cell.axis, suite.rows[cell.row].note)
         group = groups[key]
         group.recipes.append(cell.recipe.resolved)
-        group.cost = kept.get(group.title, {})
+        if cell.name in kept:
+            group.cost = kept[cell.name]
         if costs:
             cost = costs[cell.group]
             group.cost = {"evaluations": cost.trained, "parameters": cost.parameters}
@@ -83,7 +90,7 @@ def of_suite(
         "suite_sha256": files.sha256_of(suite.path),
         "suite_file": suite.path.read_text("utf-8"),
     }
-    return Gathered(suite.name, suite.table.baseline, [*groups.values()], [], about)
+    return Gathered(suite.name, suite.table.baseline, [*groups.values()], notes, about)
 
 
 def _why(cell: Cell, cells: Mapping[str, Cell], folder: SuiteFolder) -> str:
@@ -105,7 +112,12 @@ def of_results(folder: Path) -> Gathered:
             f"{folder}: no run folder, and no suite's that cmkit bench has ended in; name the"
             " suite's file"
         )
-    found = files.unsealed(path)
+    try:
+        found = files.unsealed(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path}: damaged; name the suite's file, or run cmkit bench again"
+        ) from error
     if found.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{path}: schema {found.get('schema')!r}, but this cmkit reads {SCHEMA}; run cmkit"
@@ -182,45 +194,50 @@ def gather(paths: Sequence[Path], registry: Registry, out: Path | None = None) -
     from cmkit.suite.cells import cells
     from cmkit.suite.suite import load_suite
 
-    parts, runs = [], []
+    parts: dict[Path, Gathered] = {}
+    runs: dict[Path, Path] = {}
     for path in paths:
         if path.suffix == ".toml":
             suite = load_suite(path)
             folder = SuiteFolder(out or Path("runs") / suite.name)
-            if suite.table.budget and suite.table.budget.unit == "seconds":
-                parts.append(of_results(folder.path))  # only bench knows the names of its cells
+            unit = suite.table.budget.unit if suite.table.budget else ""
+            if unit == "seconds":  # only bench knows the names of its cells
+                parts[folder.path.resolve()] = of_results(folder.path)
                 continue
             found = cells(suite, registry, suite.count())
-            if suite.table.budget and suite.table.budget.unit == "evaluations":
+            if unit == "evaluations":
                 from cmkit.suite.cost import per_step
 
                 found = cells(suite, registry, suite.count(), per_step)
-            parts.append(of_suite(suite, found, folder, None))
-        elif SuiteFolder(path).results.exists():
-            parts.append(of_results(path))
+            parts[folder.path.resolve()] = of_suite(suite, found, folder, None)
+        elif SuiteFolder(path).results.exists() or (path / "recipes").is_dir():
+            parts.setdefault(path.resolve(), of_results(path))
         else:
-            runs.append(path)
-    parts += [of_runs(runs)] if runs else []
-    rows = [{group.row for group in part.groups} for part in parts]
-    for part, own in zip(parts, rows, strict=True):
+            runs.setdefault(path.resolve(), path)
+    names = [part.name for part in parts.values()]
+    for home, part in parts.items():
+        part.name = part.name if names.count(part.name) == 1 else os.path.relpath(home)
+    every = [*parts.values(), *([of_runs([*runs.values()])] if runs else [])]
+    rows = [{group.row for group in part.groups} for part in every]
+    for part, own in zip(every, rows, strict=True):
         others = set().union(*(other for other in rows if other is not own))
+        name = part.name or "runs"
         for group in part.groups:
-            group.row = f"{part.name}/{group.row}" if group.row in others else group.row
+            group.row = f"{name}/{group.row}" if group.row in others else group.row
         if isinstance(part.baseline, str) and part.baseline in others:
-            part.baseline = f"{part.name}/{part.baseline}"
-    groups = [group for part in parts for group in part.groups]
+            part.baseline = f"{name}/{part.baseline}"
+    groups = [group for part in every for group in part.groups]
     if not any(group.runs for group in groups):
         first = paths[0]
-        cure = f"cmkit bench {first}" if first.suffix == ".toml" else (
-            f"cmkit run {first}/recipe.toml --out {first.parent}"
-        )  # fmt: skip
+        run = f"cmkit run {first}/recipe.toml --out {first.parent}"
+        cure = f"cmkit bench {first}" if first.suffix == ".toml" else run
         raise CheckpointError(f"{first}: not finished; {cure}")
     return Gathered(
-        ", ".join(dict.fromkeys(part.name for part in parts if part.name)),
-        next((part.baseline for part in parts if part.baseline), None),
+        ", ".join(dict.fromkeys(part.name for part in every if part.name)),
+        next((part.baseline for part in every if part.baseline), None),
         groups,
-        [note for part in parts for note in part.notes],
-        {key: value for part in parts for key, value in part.about.items()},
+        [note for part in every for note in part.notes],
+        {key: value for part in every for key, value in part.about.items()},
     )
 
 
@@ -234,17 +251,17 @@ def results(gathered: Gathered, same_noise: SameNoise, where: Where | None = Non
     where = where or {}
     check_where(groups, where)
     if "seed" in where:
-        groups = [of_seed(group, where["seed"]) for group in groups]
+        own = (of_seed(group, where["seed"]) for group in groups)
+        groups = [group for group in own if group.runs or group.failures]
+        if not groups:
+            raise RecipeError(f"--where seed={where['seed']}: no run has that seed")
     check_baseline(groups, baseline)
     runs = [run for group in groups for run in group.runs.values()]
     notes = list(gathered.notes)
     notes += _smoke(runs)
     better = _directions(runs, same_noise.registry, notes)
     scores = [dict(_scores(group, notes)) for group in groups]
-    notes += caveats(runs)
-    notes += _damaged(runs)
-    notes += _missing(groups)
-    notes += _biased(runs)
+    notes += [*caveats(runs), *_damaged(runs), *_missing(groups), *_biased(runs)]
     verdicts = verdicts_of(groups, scores, baseline, better, same_noise, notes)
     lines = [
         _line(group, own, said)

@@ -26,6 +26,8 @@ def suite_schema(recipe: Mapping[str, Any]) -> dict[str, Any]:
                 body["properties"]["row"] = {"type": "string"}
         definitions[key] = body
     some = {"type": "object", "not": {"required": ["use"]}}
+    by_number = {"type": "object", "patternProperties": {"^[0-9]+$": {"type": "object"}}}
+    by_number["additionalProperties"] = False
     definitions["changes"] = {
         "type": "object",
         "properties": {
@@ -35,6 +37,7 @@ def suite_schema(recipe: Mapping[str, Any]) -> dict[str, Any]:
             for key in CHANGEABLE
         },
     }
+    definitions["changes"]["properties"]["metric"]["anyOf"].append(by_number)
     changes = {"$ref": "#/$defs/changes", "unevaluatedProperties": False}
     values = {"type": "array", "minItems": 1}
     named = {"type": "object", "minProperties": 1, "additionalProperties": changes}

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cmkit import files
+from cmkit.errors import CheckpointError
 from cmkit.report.figures import number
 from cmkit.report.page import render, scrub
 from cmkit.run.folder import RunFolder
@@ -74,8 +75,8 @@ def write_page(results: Results, folder: SuiteFolder) -> Path:
 def page(results: Results, folder: SuiteFolder) -> str:
     """The page of a suite's results as HTML; its links lead from the suite's folder.
 
-    A run whose folder is gone is said to be so. CheckpointError where report or samples of one are
-    damaged.
+    A run whose folder is gone, and damaged samples, are said to be so. CheckpointError where the
+    report of one is damaged.
     """
     runs = list(_runs(results, folder))
     columns = _columns(results)
@@ -353,8 +354,14 @@ def _samples(
     for line in results.lines:
         row = {"title": line.title, "picture": None, "labels": None, **drawn[line.title]}
         row["first"], above = line.row != above, line.row
+        row["gone"] = f"No samples of seed {seed}."
         if (run := own.get(line.title)) and (paths := run.folder.sample_files()):
-            images = figures.first_samples(paths)
+            try:
+                images = figures.first_samples(paths)
+            except CheckpointError as error:
+                row["gone"] = str(error)
+                rows.append(row)
+                continue
             count = max(count, len(images))
             row["picture"] = figures.sample_row(images, most)
             labels = run.stages.get("sample", {}).get("labels")
@@ -363,7 +370,7 @@ def _samples(
             row["labels"] = [str(names[k]) if names else str(k) for k in shown]
         rows.append(row)
     kinds = Counter(tuple(row["labels"]) for row in rows if row["picture"])
-    classes = kinds.most_common(1)[0][0]
+    classes = kinds.most_common(1)[0][0] if kinds else ()
     for row in rows:
         row["unlike"] = row["picture"] and tuple(row["labels"]) != classes
     return {"seed": seed, "rows": rows, "count": count, "classes": list(classes)}

@@ -66,7 +66,7 @@ def table(found: Results) -> Table:
     for line in found.lines:
         own = [*(line.axis.get(axis, "") for axis in axes), *[line.seeds] * seeds]
         known = facts_of(line)
-        own += [_fact(fact, known) for fact in facts]
+        own += [_fact(fact, known, bool(line.runs)) for fact in facts]
         cells = found.cells(line)
         ours, theirs, less = [], [], []
         for (name, _), cell, verdicts in zip(found.columns, cells, judged, strict=True):
@@ -118,9 +118,9 @@ def _apart(facts: Sequence[str], axes: Sequence[str]) -> list[str]:
     return [fact.upper() if fact in axes else fact for fact in facts]
 
 
-def _fact(heading: str, known: Mapping[str, Any]) -> str:
-    unscaled = None if heading in (*COSTS, "images", "nfe") else 1  # a rescaler's number
-    value = known.get(heading, unscaled)
+def _fact(heading: str, known: Mapping[str, Any], sampled: bool) -> str:
+    scale = heading not in (*COSTS, "images", "nfe")  # a rescaler's number, 1 where it has none
+    value = known.get(heading, 1 if scale and sampled else None)
     return count(value) if heading in COUNTS and value is not None else number(value)
 
 

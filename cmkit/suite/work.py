@@ -167,7 +167,11 @@ class Worker:
             if name in self.ended or name in own:
                 continue
             if self.folder.finished(cell):
-                yield self._finished(cell, "is finished")
+                try:
+                    yield self._finished(cell, "is finished")
+                except CheckpointError as error:  # a damaged report
+                    self.folder.keep_failure(cell, error.exit_code, str(error))
+                    yield self._failed(cell, str(error))
             elif (failure := self.folder.failure(cell)) and failure["time"] >= self.began:
                 yield self._failed(cell, str(failure["reason"]))
 
