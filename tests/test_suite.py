@@ -10,7 +10,7 @@ import pytest
 from cmkit import PluginError, RecipeError, discover
 from cmkit.recipe import load, run_name, stage_keys
 from cmkit.suite.cells import cells
-from cmkit.suite.groups import selected
+from cmkit.suite.groups import selected, unpaid
 from cmkit.suite.merge import merge
 from cmkit.suite.suite import ROW_KEYS, Change, SuiteTable, load_suite
 
@@ -312,6 +312,12 @@ def test_cells_that_are_chosen_bring_what_they_need(suite):
         selected(found, {"row": "dc"})
     with pytest.raises(RecipeError, match="--where nef: no such key; did you mean 'nfe'"):
         selected(found, {"nef": "1"})
+
+
+def test_costs_that_others_bore_are_said(suite):
+    found = cells(suite(HEAD, NFE, CT, EDM, CD), REGISTRY)
+    assert list(unpaid(found)) == ["cd: the costs leave out the training of edm that is used"]
+    assert not list(unpaid([cell for cell in found if cell.row == "ct"]))
 
 
 def test_the_baseline_of_an_axis_is_a_label_of_it(suite):

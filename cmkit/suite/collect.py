@@ -17,7 +17,7 @@ from cmkit.kinds import Metric
 from cmkit.plugins import Registry
 from cmkit.run.folder import RunFolder
 from cmkit.suite.cells import Cell
-from cmkit.suite.groups import Group, Where, check_baseline, check_where, chosen, of_seed
+from cmkit.suite.groups import Group, Where, check_baseline, check_where, chosen, of_seed, unpaid
 from cmkit.suite.intervals import Interval, mean_interval
 from cmkit.suite.judge import biased, independent, of_one, verdicts_of
 from cmkit.suite.noise import SameNoise
@@ -89,7 +89,9 @@ def of_suite(
         "suite": str(suite.path),
         "suite_sha256": files.sha256_of(suite.path),
         "suite_file": suite.path.read_text("utf-8"),
+        "base_file": Path(suite.base_source.file).read_text("utf-8"),
     }
+    notes += unpaid(cells)
     return Gathered(suite.name, suite.table.baseline, [*groups.values()], notes, about)
 
 

@@ -26,8 +26,11 @@ def suite_schema(recipe: Mapping[str, Any]) -> dict[str, Any]:
                 body["properties"]["row"] = {"type": "string"}
         definitions[key] = body
     some = {"type": "object", "not": {"required": ["use"]}}
-    by_number = {"type": "object", "patternProperties": {"^[0-9]+$": {"type": "object"}}}
-    by_number["additionalProperties"] = False
+    by_number = {
+        "type": "object",
+        "patternProperties": {"^[0-9]+$": {"type": "object"}},
+        "additionalProperties": False,
+    }
     definitions["changes"] = {
         "type": "object",
         "properties": {

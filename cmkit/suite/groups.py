@@ -114,6 +114,18 @@ def covering(cells: Sequence[Cell]) -> list[Cell]:
     return _with_needs(cells, found)
 
 
+def unpaid(cells: Sequence[Cell]) -> Iterator[str]:
+    """Notes of the rows whose trainings start from those of others, which their costs leave out."""
+    rows = {cell.name: cell.row for cell in cells}
+    starts: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        for name in cell.needs:
+            if rows[name] != cell.row and cell.name == cell.group:
+                starts.setdefault(rows[name], {})[cell.row] = None
+    for start, own in starts.items():
+        yield f"{', '.join(own)}: the costs leave out the training of {start} that is used"
+
+
 def _with_needs(cells: Sequence[Cell], wanted: Sequence[Cell]) -> list[Cell]:
     needs, found = {cell.name: cell.needs for cell in cells}, set()
     waiting = [cell.name for cell in wanted]
