@@ -97,7 +97,8 @@ class Display:
                 moved = {k: v for k, v in values.items() if v != 1} if len(values) > 3 else values
                 shown = " ".join(f"{name} {value:g}" for name, value in moved.items())
                 self.numbers = {"cell": shown or "all 1", "score": _number(score)}
-                self.advance(self.done + 1)  # cells that share an encoding come together
+                # Cells that share an encoding come together; interpolated ones may be drawn later.
+                self.advance(min(self.done + 1, self.total))
             case events.Comparison(index, _, plain, rescaled):
                 self.numbers = {"unscaled": _number(plain), "rescaled": _number(rescaled)}
                 self.advance(index + 1)
