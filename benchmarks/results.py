@@ -49,20 +49,21 @@ def store(folder: Path) -> str:
     for line in document["lines"]:
         line["runs"] = {str(seed): Path(run).name for seed, run in line["runs"].items()}
     path = stored(found.name)
-    path.parent.mkdir(exist_ok=True)
+    for place in (path, picture(found.name, PICTURES[0])):
+        place.parent.mkdir(exist_ok=True)
     atomic_write(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
     plain = [line for line in found.lines if line.axis.get("rescaling", "off") == "off"]
-    rows = {line.row: (line.row, line.row) for line in plain}
-    styles = styles_of(found, list(rows.values()))
+    rows = list(dict.fromkeys(line.row for line in plain))
+    styles = styles_of(found, [(row, row) for row in rows])
     curves = []
-    for row, name in rows.items():
+    for row in rows:
         own = [line for line in plain if line.row == row]
         means = [(line.facts["nfe"], line.scores[SCORES[0]]) for line in own]
         points = [
             Point(nfe, s.mean.value, s.mean.low, s.mean.high, tuple(s.values.values()))
             for nfe, s in means
         ]
-        curves.append(Curve(row, styles[name], tuple(points)))
+        curves.append(Curve(row, styles[row], tuple(points)))
     label = f"{HEADS[SCORES[0]]}, not rescaled"
     pictures = (quality_png(curves, "network evaluations a sample", label, True), grid(plain))
     for kind, png in zip(PICTURES, pictures, strict=True):

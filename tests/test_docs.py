@@ -48,6 +48,10 @@ def test_the_page_on_rescaling_is_what_the_stored_results_say(verdict):
     assert (ROOT / "docs" / "rescaling.md").read_text("utf-8") == verdict.page()
 
 
+def test_the_results_and_their_pictures_are_those_that_are_stored():
+    assert module(ROOT / "benchmarks" / "results.py").stale() == []
+
+
 def test_a_verdict_is_told_as_it_was_found(verdict):
     def line(row, value, word=None, less=0.0):
         difference = {"value": less, "low": less - 0.1, "high": less + 0.1}
