@@ -91,7 +91,7 @@ def test_the_images_of_a_rung_are_the_first_of_all_and_are_drawn_once(recipe, mo
 def test_a_number_that_must_know_all_its_images_is_drawn_again(recipe, monkeypatch):
     """An Inception score is of ten parts of all images, so that no rung is its beginning."""
     sets = (*FOUR, 'metric=[{use="fidelity", fid=false, isc=true}]', 'search.minimize="is_std"')
-    sets = (*sets, "search.images=24")
+    sets = (*sets, "search.images=24", "search.confirm_images=12")
     full = {e.index: e.score for e in real(recipe, *sets) if isinstance(e, Cell)}
     found = [e for e in real(recipe, *sets, "search.halving=2") if isinstance(e, Cell)]
     whole = [cell for cell in found if cell.images == 24]
@@ -125,6 +125,7 @@ def test_cells_between_rungs_are_kept(recipe, monkeypatch):
 
 def test_too_few_images_in_the_first_rung_are_refused_by_the_metric(recipe):
     sets = ['metric=[{use="fidelity", kid=true, kid_subset_size=10}]', 'search.minimize="kid_mean"']
+    sets.append("search.confirm_images=12")
     plan(load(recipe, sets, discover()))
     with pytest.raises(DataError, match=r"search\.halving.* 4 samples; it needs at least 10"):
         plan(load(recipe, [*sets, *HALVING], discover()))

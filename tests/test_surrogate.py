@@ -302,6 +302,9 @@ def test_all_cells_are_nodes_where_an_axis_has_few_values(scoring):
     assert [cell.get("candidate", True) for cell in cells] == [True, True, False]  # (1, 1)
     assert record["held"]
     assert len(record["nodes"]) == 2
+    said = interpolation_text({**record, "nodes": [{}]}, "fid")
+    assert said.startswith("1 node, ")
+    assert " in 1 cell that was drawn to see it, bound " in said
 
 
 def test_a_check_that_is_drawn_again_for_its_error_stays_a_check():
@@ -394,5 +397,5 @@ def test_a_node_that_is_not_finite_stops_the_search_with_its_place(scoring, monk
         return x0 * (math.nan if rescaler.skip == 1.3 else 1)
 
     monkeypatch.setattr("cmkit.search.surrogate.drawn", drawn)
-    with pytest.raises(NonFiniteError, match=r"images at \{'skip': 1.3, 'emb': 0.7\} hold NaN"):
+    with pytest.raises(NonFiniteError, match=r"images at skip = 1.3, emb = 0.7 hold NaN"):
         list(interpolate(given))

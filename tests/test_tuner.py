@@ -365,3 +365,10 @@ def test_a_shrunk_search_keeps_its_method_and_is_valid(recipe, tmp_path, overrid
         shrunk = smoke(made, tmp_path, registry)["search"]
         assert bool(shrunk.get("halving")) == bool(made.search.halving)
         assert shrunk.get("trials") == (4 if made.search.trials else None)
+
+
+def test_a_shrunk_search_keeps_the_ends_of_the_first_of_a_family(recipe):
+    grid = 'search.grid={"skip.0"=[0.9, 1.0, 1.1], "skip.1"=[0.5, 3.0], emb=[1.0]}'
+    made = load(recipe, [grid], discover())
+    shrunk = made.search.smallest(made.dataset.spec())
+    assert shrunk["grid"] == {"skip.0": [0.9, 1.1], "emb": [1.0]}
