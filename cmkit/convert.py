@@ -59,8 +59,10 @@ def convert(
     if partial and not fold:
         raise RecipeError("--partial: says how to fold; name the scales with --fold-rescaling")
     policy = read_policy(fold) if fold else None
-    if target.exists():
-        raise RecipeError(f"{target}: exists already; name a new file, or remove it")
+    beside = target.with_name(f"{target.name}.{POLICY}")
+    for path in (target, *([beside] if partial else [])):
+        if path.exists():
+            raise RecipeError(f"{path}: exists already; name a new file, or remove it")
     folder = RunFolder.of_weights(source)
     if folder.recipe.is_file():
         run = load(folder.recipe, [], registry)
@@ -100,7 +102,6 @@ def convert(
                 yield from map(Note, said)
             _write(own, target, to, layouts)
             if rest:
-                beside = target.with_name(f"{target.name}.{POLICY}")
                 atomic_write(beside, rest.text())
                 yield Note(
                     f"{target}: draws as the rescaled model only with {beside}:"

@@ -43,6 +43,7 @@ def refused(result, code, *words):
         ("backbone.num_head_channels=7", "does not divide"),
         ("search.grid={skpi=[1.0]}", "the rescaler has no such number; known: skip, emb"),
         ("search.minimize=fdi", "no [[metric]] returns it; known: fid"),
+        ("search.minimize=confident", "= 'confident': more of it is better"),
         ("search.grid.skip=[1e9]", "the rescaler refuses"),
         ("sampler.sigmas=[90.0]", "between sigma_min"),
         ("denoiser.sigma_min=0.9\ndenoiser.sigma_max=0.5", "not a TOML value"),
@@ -92,6 +93,13 @@ def test_too_few_images_for_a_metric_are_refused_before_training(cmkit, recipe, 
     metric = 'metric=[{use="fidelity", kid=true}]'
     refused(cmkit("run", recipe, "--set", metric), 3, "metric.0", "70 samples", "kid_subset_size")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["rerank_images", "confirm_images"])
+def test_too_few_images_to_judge_the_winner_are_refused_before_the_search(cmkit, recipe, key):
+    sets = ['metric.0={use="fidelity", kid=true, kid_subset_size=20}', "search.minimize=kid_mean"]
+    change = [word for each in (*sets, f"search.{key}=19") for word in ("--set", each)]
+    refused(cmkit("check", recipe, *change), 3, f"search.{key}", "19 samples", "at least 20")
 
 
 def test_inception_weights_that_are_missing_stop_the_run_at_once(
@@ -184,8 +192,14 @@ def test_check_says_what_a_run_would_cost(cmkit, recipe):
     assert facts["parameters"] > 10_000
     assert facts["gflop_per_image"] > 0
     assert facts["images"] == [1, 8, 8]
+    assert facts["search_cells"] == 4
+    assert facts["search_images"] == 4 * 70 + 2 * 80 + 2 * 2 * 70
+    assert facts["sites"] == len(facts["site_names"])
     code, out, _ = cmkit("check", recipe)
     assert "parameters" in out
+    assert f"{facts['site_names'][0]} to skip." in out
+    two = ("--set", "search.method=surrogate", "--set", "sampler.sigmas=[0.8]")
+    assert json.loads(cmkit("check", recipe, *two, "--json")[1])["search_passes"] == [2 * (4 + 5)]
 
 
 def test_plugins_and_schema_are_one_json_document(cmkit):

@@ -101,6 +101,13 @@ def test_a_run_folder_knows_its_own_network(home):
     assert "input_blocks.0.0.weight" in load_file("theirs")
 
 
+def test_a_run_that_draws_from_the_weights_of_another_file_says_so(home):
+    Path("runs/x").mkdir(parents=True)
+    shutil.copy("small.toml", "runs/x/recipe.toml")
+    with pytest.raises(CheckpointError, match=r"no weights of its own; .* denoiser\.weights"):
+        converted("runs/x", "theirs", "openai", known=False)
+
+
 def test_scales_are_never_dropped_without_a_word(home):
     Path("runs/x").mkdir(parents=True)
     shutil.copy("own.safetensors", "runs/x/model.safetensors")

@@ -259,6 +259,8 @@ def test_commands_draw_with_the_scales_of_a_file_a_run_or_none(cmkit, home, foun
     own = drawn()
     assert not np.array_equal(own, plain)
     assert np.array_equal(drawn("--rescaler", "off"), plain)
+    both = ("--rescaler", "off", "--set", "rescaler.skip=1.0")
+    refused(cmkit("sample", found, *both), 2, "--set rescaler changes what is off")
     assert np.array_equal(drawn("--rescaler", found), own)
     rewritten(rescaler={"use": "global", "skip": 1.0, "emb": 0.5})
     other = drawn("--rescaler", "rescaling.json")
@@ -447,6 +449,9 @@ def test_what_does_not_fold_is_refused_by_name_or_goes_into_a_policy_of_the_new_
     )  # fmt: skip
     refused(cmkit(*command), 2, "no weights hold exactly the scales of skip.1 (a norm follows it")
     assert not (home / "folded").exists()
+    (home / "folded.rescaling.json").write_text("another's")
+    refused(cmkit(*command, "--partial"), 2, "folded.rescaling.json: exists already")
+    (home / "folded.rescaling.json").unlink()
     code, _, err = cmkit(*command, "--partial")
     assert code == 0, err
     assert "not folded: skip.1 = 1.2" in err

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -157,6 +158,18 @@ def test_a_finished_run_does_nothing_again(whole):
     assert not any(isinstance(event, Step | Saved) for event in seen)
     assert seen[-1].folder == folder
     assert {p: p.stat().st_mtime_ns for p in (folder / "samples").iterdir()} == before
+
+
+def test_a_run_that_was_killed_before_its_page_was_written_gets_it(whole, tmp_path):
+    folder = tmp_path / whole[0].name
+    shutil.copytree(whole[0], folder)
+    (folder / "heatmap.png").unlink()
+    (folder / "report.html").unlink()
+    *_, note, last = events(folder / "recipe.toml", tmp_path)
+    assert note.text == f"{folder / 'report.html'}: was missing, written now"
+    assert last.folder == folder
+    for name in ("heatmap.png", "report.html"):
+        assert (folder / name).read_bytes() == (whole[0] / name).read_bytes()
 
 
 CUTS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -146,6 +146,7 @@ def check(
     from cmkit.run import as_begun, changes, inputs_of, outlook, run_folder
     from cmkit.run.inputs import chosen_precision
     from cmkit.run.policies import check_training
+    from cmkit.search import all_images, most_cells
 
     if data:
         _check_images(loaded.dataset, json)
@@ -174,8 +175,10 @@ def check(
         "weights": plan.recipe.denoiser.weights,
         "to_download": [weights.url for weights in plan.downloads],
     }
-    if (search := plan.recipe.search) and search.method == "surrogate":
-        facts["search_passes"] = list(search.passes())
+    if search := plan.recipe.search:
+        facts["search_cells"], facts["search_images"] = most_cells(loaded), all_images(loaded)
+        if search.method == "surrogate":
+            facts["search_passes"] = [draws * (plan.nfe or 1) for draws in search.passes()]
     if precision := chosen_precision(plan.recipe, chosen):
         facts["precision"] = precision
     notes = [*said, *plan.notes, *filter(None, [sigma_data_note(plan.recipe)])]
@@ -184,10 +187,12 @@ def check(
         notes += [f"since the run was begun: {said}" for _, _, said in changed]
     if json:
         known = {"class_names": list(plan.data.classes), "class_counts": list(plan.data.counts)}
-        told = {"notes": notes, "left_out": list(bad)}
+        told = {"site_names": list(plan.sites), "notes": notes, "left_out": list(bad)}
         printing.document({**facts, **known, **told, "stages": [stage.facts() for stage in stages]})
         return
     facts |= {"left_out": len(bad)} if bad else {}
+    families = [list(own) for _, own in groupby(plan.sites, lambda site: site.split(".")[0])]
+    facts["sites"] = ", ".join(f"{own[0]} to {own[-1]}" for own in families) or "none"
     facts |= dict(str(stage).split(": ", 1) for stage in stages)
     for name, value in facts.items():
         printing.line(f"{name.replace('_', ' '):<20} {printing.human(value)}")

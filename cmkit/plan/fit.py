@@ -47,6 +47,10 @@ def check_fit(recipe: Recipe) -> Plan:
             minimized(recipe).check(data, recipe.search.images)
         with naming_table(recipe, "search", "halving"):
             minimized(recipe).check(data, recipe.search.rung_images[0])
+        for key in ("rerank_images", "confirm_images"):
+            if images := getattr(recipe.search, key):
+                with naming_table(recipe, "search", key):
+                    minimized(recipe).check(data, images)
         if recipe.search.method == "surrogate" and recipe.search.tolerance is None:
             checks.check_standard_error(recipe, data)
     notes: tuple[str, ...] = ()

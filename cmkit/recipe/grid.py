@@ -50,7 +50,14 @@ def minimized(recipe: Recipe) -> Metric:
     key = recipe.search.minimize
     for metric in recipe.metric:
         if key in numbers(metric):
-            return metric.only(key.removeprefix(metric.prefix))
+            name = key.removeprefix(metric.prefix)
+            if name in metric.higher:
+                raise recipe.source.error(
+                    ("search", "minimize"),
+                    "more of it is better, and a search takes the least; name another number",
+                    f" = {key!r}",
+                )
+            return metric.only(name)
     known = ", ".join(key for metric in recipe.metric for key in numbers(metric))
     raise recipe.source.error(
         ("search", "minimize"), f"no [[metric]] returns it; known: {known or 'none'}", f" = {key!r}"

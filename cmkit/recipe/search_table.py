@@ -200,7 +200,9 @@ class SearchTable(StageTable):
         """The ends of every axis, of parts such as "skip.3" the first, on a dozen images, with
         halving on two."""
         images = min(self.images, 24 if self.halving else 12)
-        firsts = {re.sub(r"\.\d+$", ".0", key): values for key, values in self.grid.items()}
+        firsts: dict[str, tuple[float, ...]] = {}
+        for key, values in self.grid.items():
+            firsts.setdefault(re.sub(r"\.\d+$", ".0", key), values)
         ranges = sum(min(values) < max(values) for values in firsts.values())
         return {
             **({"method": "tpe"} if self.method == "cmaes" and ranges < 2 else {}),

@@ -201,8 +201,9 @@ def _against(value: float | None, plain: float | None, cut: int | None) -> str:
 def interpolation_text(by: Mapping[str, Any], name: str) -> str:
     """What a person is told of the entry "surrogate" of a search that minimizes `name`: what it
     cost, how far interpolated scores are from exact ones, and whether that is within the bound."""
-    said = f"{len(by['nodes'])} nodes, {number(round(by['passes'], 1))} network passes an image"
-    checks = by["checks"]
+    nodes, checks = by["nodes"], by["checks"]
+    said = f"{len(nodes)} node{'s' * (len(nodes) != 1)}"
+    said += f", {number(round(by['passes'], 1))} network passes an image"
     if not checks:
         return f"{said}: every cell is a node" if by["held"] else f"{said}: no cell has a score"
     off = [
@@ -212,7 +213,8 @@ def interpolation_text(by: Mapping[str, Any], name: str) -> str:
     ]
     worst = number(float(f"{max(off):.2g}")) if len(off) == len(checks) else "not a number"
     bound = "unknown" if by["tolerance"] is None else number(float(f"{by['tolerance']:.2g}"))
-    where = f"{len(checks)} cells that were drawn to see it"
+    where = "1 cell that was" if len(checks) == 1 else f"{len(checks)} cells that were"
+    where += " drawn to see it"
     if by["held"]:
         return f"{said}: interpolated {name} is at most {worst} off in {where}, bound {bound}"
     cure = "more nodes follow" if by["refines"] else "read the interpolated scores with care"

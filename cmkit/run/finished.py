@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cmkit.errors import CheckpointError, inline
+from cmkit.errors import CheckpointError, RecipeError, inline
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, SampleTable, load, run_name, with_values
 from cmkit.run.folder import RunFolder, chosen
@@ -45,6 +45,8 @@ def drawn_from(
         overrides = [f"rescaler={saved}", *overrides]
     recipe = load(folder.recipe if run else source, overrides, registry)
     if rescaler == "off":
+        if any(path[0] == "rescaler" for path in recipe.source.overrides):
+            raise RecipeError("--rescaler off: --set rescaler changes what is off; drop one")
         recipe = replace(recipe, rescaler=None)
     if run:
         at = ("" if step is None else f"@{step}") + (f":{average}" if average else "")

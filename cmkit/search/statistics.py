@@ -14,7 +14,10 @@ def best(scored: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, A
     """The `count` records with the lowest scores; NonFiniteError when no cell has one."""
     finite = [record for record in scored if record["score"] is not None]
     if not finite:
-        raise NonFiniteError("search: no cell has a finite score; look at the samples in search/")
+        raise NonFiniteError(
+            "search: no cell has a finite score; try values nearer to the rescaler's own, or"
+            ' search.precision = "fp32" if it is not'
+        )
     return sorted(finite, key=lambda record: record["score"])[:count]
 
 

@@ -172,6 +172,16 @@ def most_images(recipe: Recipe) -> tuple[int, int]:
     return images, whole
 
 
+def all_images(recipe: Recipe) -> int:
+    """Images that a whole search draws, or at most: of the cells, of the best again, and of the
+    comparison on fresh noise."""
+    table = recipe.search
+    assert table is not None
+    images, whole = most_images(recipe)
+    images += min(table.rerank, whole) * (table.rerank_images or 4 * table.images)
+    return images + 2 * table.confirm_seeds * (table.confirm_images or table.images)
+
+
 def place(recipe: Recipe, values: Mapping[str, Any]) -> Place:
     """A cell's values in the order of the axes."""
     assert recipe.search is not None

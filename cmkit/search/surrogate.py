@@ -206,9 +206,10 @@ def _require_finite(state: _State, by: Interpolation) -> None:
 
 def _check_node(state: _State, at: Place, x0: Tensor) -> None:
     if not x0.isfinite().all():
+        values = ", ".join(f"{axis} = {value:g}" for axis, value in state.values(at).items())
         raise NonFiniteError(
-            f"search: images at {state.values(at)} hold NaN or infinity, and all others are"
-            ' interpolated from them; try search.precision = "fp32", values nearer to 1, or'
+            f"search: images at {values} hold NaN or infinity, and all others are interpolated"
+            ' from them; try values nearer to 1, search.precision = "fp32" if it is not, or'
             ' method = "coordinate"'
         )
 

@@ -18,7 +18,7 @@ from cmkit.plan.networks import built, conditions_of_teacher, denoiser_of, teach
 from cmkit.plan.record import Plan
 from cmkit.recipe import Recipe
 from cmkit.rng import Rng
-from cmkit.search import most_images
+from cmkit.search import all_images
 from cmkit.suite.cells import Cell
 from cmkit.values import DataSpec
 from cmkit.weights import TO_COME
@@ -81,11 +81,8 @@ def _costs(cell: Cell, plan: Plan) -> Costs:
         images = recipe.train.steps * recipe.train.batch
         trained = images * per_image(recipe)
         found = replace(found, steps=recipe.train.steps, images=images, trained=trained)
-    if search := recipe.search:
-        rescaled, whole = most_images(recipe)
-        rescaled += min(search.rerank, whole) * (search.rerank_images or 4 * search.images)
-        rescaled += 2 * search.confirm_seeds * (search.confirm_images or search.images)
-        found = replace(found, searched=float(rescaled * nfe))
+    if recipe.search:
+        found = replace(found, searched=float(all_images(recipe) * nfe))
     sampled = float(recipe.sample.images * nfe) if recipe.sample else 0.0
     return replace(found, sampled=sampled)
 

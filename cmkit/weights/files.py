@@ -73,6 +73,11 @@ def find(name: str, backbone: Backbone) -> Weights:
         path = folder.checkpoint(step)
     elif average and folder.checkpoints.is_dir():
         path = folder.checkpoints
+    if path == folder.path and folder.recipe.is_file() and folder.newest_weights() == path:
+        raise CheckpointError(
+            f"{name}: the run has no weights of its own; finish its training, or give what its"
+            " recipe has as denoiser.weights"
+        )
     if path.exists():
         return Weights(name, path, average=average)
     if step is not None:
