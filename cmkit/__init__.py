@@ -13,8 +13,11 @@ _HOMES = {
         " PluginError RecipeError ResourceError"
     ),
     "cmkit.plugins": "Plugin Registry api_version discover hookimpl hookspec",
-    "cmkit.values": "Companion DataSpec Layout Phase Reference",
-    "cmkit.kinds": "Backbone Dataset Meter Metric Objective Part Precond Rescaler Sampler",
+    "cmkit.values": "Companion DataSpec Layout Phase Reference TextSpec",
+    "cmkit.kinds": (
+        "Backbone Codec Coder Dataset Meter Metric Objective Part Pictures Precond Prompts Rescaler"
+        " Sampler TextEncoder"
+    ),
     "cmkit.noise": "Noise",
     "cmkit.rng": "Rng image_labels image_noise permutation shared_dropout",
     "cmkit.denoiser": (

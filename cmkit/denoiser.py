@@ -34,7 +34,15 @@ class Cond:
     sigma_to: Tensor | None = None
     """Target noise level s of CTM, (B,); a network gets c_noise of it."""
     text: Tensor | None = None
-    """Text features, (B, L, D)."""
+    """Features of the prompt's tokens, (B, L, D)."""
+    pooled: Tensor | None = None
+    """Features of the whole prompt, (B, P)."""
+    size: Tensor | None = None
+    """Height and width of the picture before it was cropped, the top and left of the crop, and
+    height and width after it, (B, 6), in pixels (SDXL)."""
+    caption: Tensor | None = None
+    """Number of the picture's caption in `Dataset.captions`, (B,) int64, -1 for the unconditional
+    prompt. Data sets say it; networks get `text` in its place."""
 
     def to(self, device: torch.device) -> Cond:
         """The same conditions on `device`."""
@@ -162,10 +170,14 @@ class Denoiser(nn.Module):
     """x0_hat = c_skip x + c_out F(c_in x, c_noise), with the coefficients of `scalings`.
 
     With `consistency_scalings`, the default, it is x itself, bit for bit, at sigma_min. `passes` is
-    what a call costs in network evaluations.
+    what a call costs in network evaluations. `null` is what "no condition" means: absent fields, or
+    rows of one image such as the features of the unconditional prompt. `bounds` are those of clean
+    images, which samplers may clamp estimates to; None in latent space, which has none.
     """
 
     passes: int = 1
+    null: Cond = NO_COND
+    bounds: tuple[float, float] | None = (-1.0, 1.0)
 
     def __init__(
         self,
@@ -196,6 +208,19 @@ class Denoiser(nn.Module):
             f = self.network(*given)
         return per_image(c_skip, x) * x + per_image(c_out, x) * f.to(x.dtype)
 
+    def unconditional(self, cond: Cond) -> Cond:
+        """`cond` with `null` in the place of labels and prompts, and without a guidance weight."""
+        rows = {
+            name: None if own is None or given is None else own.expand(len(given), *own.shape[1:])
+            for name in ("label", "text", "pooled")
+            for own, given in [(getattr(self.null, name), getattr(cond, name))]
+        }
+        return replace(cond, guidance=None, **rows)
+
+    def clamp(self, x0_hat: Tensor) -> Tensor:
+        """x0_hat within `bounds`."""
+        return x0_hat if self.bounds is None else x0_hat.clamp(*self.bounds)
+
     def rescaled(self, rescaler: Rescaling, encodings: Encodings | None = None) -> Denoiser:
         """The same weights with the scales of `rescaler`; training never sees it.
 
@@ -209,7 +234,7 @@ class Denoiser(nn.Module):
 
 class Guided(Denoiser):
     """A denoiser under classifier-free guidance (Ho, Salimans, 2022, eq. 6):
-    x0_hat + w (x0_hat - x0_hat without a label), which takes two evaluations, in the network's
+    x0_hat + w (x0_hat - x0_hat of `inner.null`), which takes two evaluations, in the network's
     `guided_channels`.
 
     w is `cond.guidance` unless given. A network that embeds w is told it instead: one evaluation.
@@ -218,6 +243,7 @@ class Guided(Denoiser):
     def __init__(self, inner: Denoiser, w: float | None = None, embedded: bool = False):
         super().__init__(inner.network, inner.noise, inner.scalings, inner.sigma_data)
         self.inner, self.w, self.embedded = inner, w, embedded
+        self.null, self.bounds = inner.null, inner.bounds
         self.passes = inner.passes * (1 if embedded else 2)
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond = NO_COND) -> Tensor:
@@ -228,12 +254,12 @@ class Guided(Denoiser):
         if self.embedded:
             x0_hat: Tensor = self.inner(x, sigma, replace(cond, guidance=w))
             return x0_hat
-        with_label: Tensor = self.inner(x, sigma, replace(cond, guidance=None))
-        without: Tensor = self.inner(x, sigma, replace(cond, guidance=None, label=None))
-        change = per_image(w, x) * (with_label - without)
+        conditional: Tensor = self.inner(x, sigma, replace(cond, guidance=None))
+        without: Tensor = self.inner(x, sigma, self.inner.unconditional(cond))
+        change = per_image(w, x) * (conditional - without)
         if (guided := self.network.guided_channels) is not None:
             change[:, guided:] = 0
-        return with_label + change
+        return conditional + change
 
     def rescaled(self, rescaler: Rescaling, encodings: Encodings | None = None) -> Denoiser:
         return Guided(self.inner.rescaled(rescaler, encodings), self.w, self.embedded)

@@ -1,4 +1,4 @@
-"""The seven kinds of part: what a plugin subclasses. A part's fields are its table in a recipe.
+"""The kinds of part: what a plugin subclasses. A part's fields are its table in a recipe.
 
 A module that a manifest names should import torch inside its functions (or in a sibling module):
 `cmkit schema`, `cmkit plugins show` and the checks of a recipe then stay instant.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from cmkit.values import Companion, DataSpec, Layout, Phase, Reference
+from cmkit.values import Companion, DataSpec, Layout, Phase, Reference, TextSpec
 
 if TYPE_CHECKING:
     import torch
@@ -169,7 +169,7 @@ class Sampler(Part, ABC):
     def sample(
         self, denoiser: Denoiser, x: Tensor, cond: Cond, noise: Callable[[int], Tensor]
     ) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] from x = sigma_max * z; noise(k), k >= 1, is the k-th
+        """Images (B, C, H, W) in [-1, 1] from x = noise.start * z; noise(k), k >= 1, is the k-th
         standard normal draw (B, C, H, W) of these very images."""
 
 
@@ -220,6 +220,79 @@ class Rescaler(Part, ABC):
         return type(self).model_validate({**self.model_dump(), **values})
 
 
+class Coder(Protocol):
+    """A codec with its weights on a device."""
+
+    def encode(self, x0: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean (B, c, h, w) of the latents of images (B, C, H, W) in [-1, 1], and their standard
+        deviation, of the same shape, where they are drawn; both float32."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, C, H, W), about [-1, 1], float32, of latents (B, c, h, w)."""
+
+
+class Codec(Part, ABC):
+    """Pictures as latents, in which networks are trained and drawn from.
+
+    Latents are scaled so that their standard deviation is about 1, unless published networks want
+    them otherwise.
+    """
+
+    @abstractmethod
+    def spec(self, data: DataSpec) -> DataSpec:
+        """Shape of the latents of images like `data`, whose classes and text they keep; reads no
+        weights. RecipeError for images that it cannot take, CheckpointError for missing files."""
+
+    @abstractmethod
+    def load(self, device: torch.device) -> Coder:
+        """The codec on `device`, whose parameters require no gradient."""
+
+
+class Prompts(Protocol):
+    """A prompt encoder with its weights on a device."""
+
+    null: Cond
+    """The unconditional prompt: `text`, and `pooled` if any, of one row."""
+
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        """`text` (B, L, D), and `pooled` (B, P) if any, of these prompts: float32, on the device."""
+
+
+class TextEncoder(Part, ABC):
+    """Prompts as features, which networks are conditioned on."""
+
+    @abstractmethod
+    def spec(self) -> TextSpec:
+        """Shape of the features; reads no weights. CheckpointError for missing files."""
+
+    def cut(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens of each prompt are cut off because it is too long; reads no weights."""
+        return [0] * len(prompts)
+
+    @abstractmethod
+    def load(self, device: torch.device) -> Prompts:
+        """The encoder on `device`, whose parameters require no gradient."""
+
+
+class Pictures(Protocol):
+    """The images of training by number."""
+
+    labels: Sequence[int] | None
+    """Their classes."""
+    captions: Sequence[int] | None
+    """The numbers of their captions in `Dataset.captions`."""
+    flip: bool
+    """Whether half of the images of batches are mirrored."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image `index`, uint8 (C, H, W)."""
+
+    def fingerprint(self) -> str:
+        """What changes whenever an image does."""
+
+
 class Dataset(Part, ABC):
     """Images and labels."""
 
@@ -249,6 +322,16 @@ class Dataset(Part, ABC):
         self, size: int, seed: int, device: torch.device, start: int = 0
     ) -> Iterator[tuple[Tensor, Cond]]:
         """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
+
+    def captions(self) -> Sequence[str] | None:
+        """What is said of the pictures: distinct texts, to which `Cond.caption` refers; None
+        without any."""
+        return None
+
+    def pictures(self) -> Pictures | None:
+        """The images of `batches` by number, whose latents are encoded once and kept; None where
+        they have no numbers."""
+        return None
 
     @abstractmethod
     def reference(self) -> Reference:
@@ -359,4 +442,6 @@ CLASSES: dict[str, type[Part]] = {
     "rescaler": Rescaler,
     "dataset": Dataset,
     "metric": Metric,
+    "codec": Codec,
+    "text": TextEncoder,
 }

@@ -17,6 +17,11 @@ class Noise:
     sigma_max: float = 80.0
     rho: float = 7.0
 
+    @property
+    def start(self) -> float:
+        """Standard deviation of what sampling starts from."""
+        return self.sigma_max
+
     def sigmas(
         self, n: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:

@@ -100,7 +100,7 @@ def sample(
     Raises NonFiniteError when a pixel is not finite.
     """
     cast = autocast(precision, device)
-    for start in starts(draws, denoiser.noise.sigma_max, indices, batch, device):
+    for start in starts(draws, denoiser.noise.start, indices, batch, device):
         with cast:
             x0 = sampler.sample(denoiser, start.x, start.cond, start.noise)
         yield Batch(start.rows.start, finite_uint8(x0, start.rows), start.labels)
@@ -118,9 +118,9 @@ class Start:
 
 
 def starts(
-    draws: Draws, sigma_max: float, indices: range, batch: int, device: torch.device
+    draws: Draws, std: float, indices: range, batch: int, device: torch.device
 ) -> Iterator[Start]:
-    """Inputs of a sampler for each batch of `indices`, on `device`."""
+    """Inputs of a sampler for each batch of `indices`, on `device`: noise of deviation `std`."""
     for first in range(indices.start, indices.stop, batch):
         rows = range(first, min(first + batch, indices.stop))
         labels = draws.labels(rows)
@@ -129,7 +129,7 @@ def starts(
             drawn = draws.noise(rows, k)
             return drawn.to(device, memory_format=torch.channels_last, non_blocking=True)
 
-        yield Start(rows, sigma_max * noise(0), Cond(label=labels).to(device), noise, labels)
+        yield Start(rows, std * noise(0), Cond(label=labels).to(device), noise, labels)
 
 
 def finite_uint8(x0: Tensor, rows: range) -> Tensor:

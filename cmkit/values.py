@@ -4,7 +4,7 @@ Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DataSpec:
-    """Shape of the images and number of classes; `num_classes` is None when there are no labels.
+class TextSpec:
+    """Shape of what a prompt encoder tells a network: features of `length` tokens, `width` numbers
+    each; `pooled` numbers of the whole prompt, if any; and with `size` the sizes of the picture."""
 
-    `classes` are their names and `counts` the images of each, both by number, empty where they are
-    not known. Samples have the proportions of `counts`, or without them of classes alike.
+    length: int
+    width: int
+    pooled: int | None = None
+    size: bool = False
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """The fields of `Cond` that hold it."""
+        said = {"text": True, "pooled": self.pooled is not None, "size": self.size}
+        return frozenset(name for name, given in said.items() if given)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Shape of the images, or of the latents that stand for them, and what is known beside them.
+
+    `num_classes` is None when there are no labels. `classes` are the names of the classes and
+    `counts` the images of each, both by number, empty where they are not known. Samples have the
+    proportions of `counts`, or without them of classes alike. `text` is the shape of the prompts'
+    features, None without a prompt encoder.
     """
 
     channels: int
@@ -26,6 +45,7 @@ class DataSpec:
     num_classes: int | None = None
     classes: tuple[str, ...] = ()
     counts: tuple[int, ...] = ()
+    text: TextSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -35,12 +55,13 @@ class Reference:
     `images[i]` is (C, H, W) uint8; `fingerprint` changes whenever a pixel does. `statistics` are
     published Inception features, {"mu": (d,), "sigma": (d, d)} float64, of a larger set than
     `images`, and "mu_s", "sigma_s" those of ADM's spatial features: where they are, Frechet
-    distances use them.
+    distances use them. `captions[i]` is what is said of image i: sample i is drawn from it.
     """
 
     images: Images[Tensor]
     fingerprint: str
     statistics: Mapping[str, Any] | None = None
+    captions: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -182,9 +182,9 @@ def metered(
     least = min(cell.drawn for cell in cells)
     edges = [least, *(images for images in rungs.images if least < images < count), count]
     spans = itertools.starmap(range, itertools.pairwise(edges))
-    sigma_max, total = scoring.denoiser.noise.sigma_max, count * len(cells)
+    std, total = scoring.denoiser.noise.start, count * len(cells)
     for start in itertools.chain.from_iterable(
-        starts(draws, sigma_max, span, table.batch, device) for span in spans
+        starts(draws, std, span, table.batch, device) for span in spans
     ):
         yield so_far()
         rows = start.rows

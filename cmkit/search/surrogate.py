@@ -99,8 +99,8 @@ class _State:
         scoring, new = self.scoring, [at for at in dict.fromkeys(places) if at not in self.firsts]
         rescalers, parts = [self.rescaler(at) for at in new], [list[Tensor]() for _ in new]
         order = list(itertools.chain(*encoder_rows(scoring.denoiser, rescalers)))
-        sigma, count = scoring.denoiser.noise.sigma_max, self.first_images
-        for start in starts(self.draws, sigma, range(count), scoring.table.batch, scoring.device):
+        std, count = scoring.denoiser.noise.start, self.first_images
+        for start in starts(self.draws, std, range(count), scoring.table.batch, scoring.device):
             encodings = Encodings(start.x)
             for done, k in enumerate(order):
                 yield CellsDrawn(start.rows.start * len(new) + done, count * len(new))

@@ -4,6 +4,7 @@ Models, 2023; huggingface/diffusers)."""
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -72,12 +73,19 @@ class DiscreteNoise(Noise):
     """The noise levels of a schedule: a grid of its own steps instead of Karras's."""
 
     schedule: Schedule = field(default_factory=Schedule)
+    unit_start: bool = False
+    """Whether sampling starts from x_vp = z, as diffusers does, instead of x = sigma_max z."""
 
     @classmethod
-    def of(cls, schedule: Schedule) -> DiscreteNoise:
+    def of(cls, schedule: Schedule, unit_start: bool = False) -> DiscreteNoise:
         """The axis from the first of its steps to the last."""
         levels = schedule.sigmas()
-        return cls(levels[0], levels[-1], schedule=schedule)
+        return cls(levels[0], levels[-1], schedule=schedule, unit_start=unit_start)
+
+    @property
+    def start(self) -> float:
+        """1 / alpha of the last step, sqrt(1 + sigma_max^2), where x_vp has deviation 1."""
+        return math.hypot(1, self.sigma_max) if self.unit_start else self.sigma_max
 
     def steps(self, n: int) -> Tensor:
         """Steps of a grid of n points, (n,) int64, rising: all of them; or, where they divide, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cmkit.plugins import KINDS, Plugin, hookimpl
+from cmkit.plugins import Plugin, hookimpl
 
 ADM = "Dhariwal, Nichol. Diffusion Models Beat GANs on Image Synthesis. 2021. arXiv:2105.05233"
 CM = "Song, Dhariwal, Chen, Sutskever. Consistency Models. 2023. arXiv:2303.01469"
@@ -186,9 +186,17 @@ examples = {
 def cmkit_register() -> list[Plugin]:
     """A plugin for each line above, "module:Class": (summary, citation); a part has the name of its
     module, whose folder is that of its kind."""
-    tables = (BACKBONES, PRECONDS, OBJECTIVES, SAMPLERS, RESCALERS, DATASETS, METRICS)
+    tables = {
+        "backbone": BACKBONES,
+        "precond": PRECONDS,
+        "objective": OBJECTIVES,
+        "sampler": SAMPLERS,
+        "rescaler": RESCALERS,
+        "dataset": DATASETS,
+        "metric": METRICS,
+    }
     return [
         Plugin(kind, target.partition(":")[0].rstrip("_"), f"cmkit_std.{kind}s.{target}", *about)
-        for kind, parts in zip(KINDS, tables, strict=True)
+        for kind, parts in tables.items()
         for target, about in parts.items()
     ]

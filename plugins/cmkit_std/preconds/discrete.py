@@ -28,6 +28,8 @@ class Discrete(Precond):
     nothing to say. The backbone is told t as it is: give it time_scale = 1.
     """
 
+    read_by = {"unit_start": ("search", "sample")}
+
     beta_start: float = Field(0.00085, gt=0, lt=1)
     """Variance of the noise that the first step adds."""
     beta_end: float = Field(0.012, gt=0, lt=1)
@@ -43,6 +45,9 @@ class Discrete(Precond):
     """For a consistency model, 10 in latent ones: with s = timestep_scaling t, x_vp and the
     estimate count 0.25 / (s^2 + 0.25) and s / sqrt(s^2 + 0.25), so that it returns x_vp at t = 0.
     Absent = a diffusion model."""
+    unit_start: bool = False
+    """Start sampling from x_vp = z, as diffusers does, instead of x = sigma_max z: with the same
+    noise its pictures then come out."""
 
     @model_validator(mode="after")
     def _betas_rise(self) -> Discrete:
@@ -76,7 +81,7 @@ class Discrete(Precond):
                 f"sigma_min {sigma_min:g}, sigma_max {sigma_max:g}: the steps of precond discrete"
                 f" have noise levels {low:g} to {high:g}; drop both keys"
             )
-        return DiscreteNoise.of(self.schedule)
+        return DiscreteNoise.of(self.schedule, self.unit_start)
 
     def scalings(self, sigma: Tensor, sigma_data: float, sigma_min: float) -> Scalings:
         """Of the nearest step t, alpha = 1 / sqrt(1 + sigma^2): c_in = alpha, c_noise = t, and

@@ -84,7 +84,7 @@ class Ablation(Sampler):
 
         times = [*curve.time(sigmas), torch.zeros((), dtype=torch.float64)]
         _, _, s, _ = curve.at(times[0])
-        x = x.double() / denoiser.noise.sigma_max * sigmas[0] * s
+        x = x.double() / denoiser.noise.start * sigmas[0] * s
         for k, t_next in enumerate(times[1:], 1):
             x, t = self._churned(x, times[k - 1], curve, k, noise)
             step = t_next - t

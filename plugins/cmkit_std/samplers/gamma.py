@@ -54,7 +54,7 @@ class Gamma(Sampler):
             s = math.sqrt(1 - self.gamma**2) * (sigma_next - low) + low
             x = jump(denoiser, x, x.new_full((len(x),), sigma), x.new_full((len(x),), s), cond)
             if self.clamp and s == low:
-                x = x.clamp(-1, 1)
+                x = denoiser.clamp(x)
             if self.gamma and k < self.nfe:
                 x = x + math.sqrt(sigma_next**2 - s**2) * noise(k)
         return x

@@ -33,7 +33,7 @@ class Multistep(Sampler):
 
         def estimate(x: Tensor, sigma: float) -> Tensor:
             x0 = denoiser(x, x.new_full((len(x),), sigma), cond)
-            return x0.clamp(-1, 1) if self.clamp else x0
+            return denoiser.clamp(x0) if self.clamp else x0
 
         sigmas, low = between(self.sigmas, denoiser.noise), denoiser.noise.sigma_min
         x0 = estimate(x, denoiser.noise.sigma_max)

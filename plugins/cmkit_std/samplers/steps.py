@@ -28,7 +28,9 @@ Steps = Annotated[
 ]
 Draws = Callable[[int], "Tensor"]
 """noise(k), k >= 1: the k-th draw of fresh noise z, of the images' shape."""
-Clamp = Annotated[bool, Field(description="Clamp each estimate to [-1, 1]; false for latents.")]
+Clamp = Annotated[
+    bool, Field(description="Clamp each estimate to [-1, 1]; latents, which have no bounds, never are.")
+]
 
 
 def _must_fall(sigmas: tuple[float, ...]) -> tuple[float, ...]:
@@ -72,7 +74,7 @@ def estimator(denoiser: Denoiser, clamp: bool) -> Denoise:
 
     def estimate(x: Tensor, sigma: float, cond: Cond) -> Tensor:
         x0 = denoised(denoiser, x, x.new_full((len(x),), sigma), cond)
-        return x0.clamp(-1, 1) if clamp else x0
+        return denoiser.clamp(x0) if clamp else x0
 
     return estimate
 

@@ -1,0 +1,1 @@
+"""Latents and prompts for cmkit. Importing it imports no torch."""
