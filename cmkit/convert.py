@@ -20,7 +20,7 @@ from cmkit.errors import (
 )
 from cmkit.files import atomic_write, new_folder
 from cmkit.kinds import Backbone
-from cmkit.plan import conditions_of, noise_of, tensors_digest
+from cmkit.plan import conditions_of, noise_of, space_of, tensors_digest
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load, with_values
 from cmkit.rescaling import POLICY, Policy, read_policy
@@ -75,7 +75,7 @@ def convert(
                 " --fold-rescaling"
             )
     if recipe:
-        data = recipe.dataset.spec()
+        data = space_of(recipe, recipe.data or recipe.dataset.spec())
         candidates = [(recipe.backbone, data, conditions_of(recipe, data))]
     else:
         candidates = list(_published(registry))
@@ -122,7 +122,7 @@ def _scales(recipe: Recipe, folder: RunFolder) -> str:
         return ""
     found = folder.winner()
     rescaler = with_values(recipe, found) if found else recipe.rescaler.settled()
-    data = recipe.dataset.spec()
+    data = space_of(recipe, recipe.data or recipe.dataset.spec())
     with torch.device("meta"):
         sites = recipe.backbone.build(data, conditions_of(recipe, data)).sites
     scales = rescaler.bind(sites)(noise_of(recipe).sigmas(LEVELS))

@@ -172,12 +172,14 @@ class Denoiser(nn.Module):
     With `consistency_scalings`, the default, it is x itself, bit for bit, at sigma_min. `passes` is
     what a call costs in network evaluations. `null` is what "no condition" means: absent fields, or
     rows of one image such as the features of the unconditional prompt. `bounds` are those of clean
-    images, which samplers may clamp estimates to; None in latent space, which has none.
+    images, which samplers may clamp estimates to; None in latent space, which has none. With a
+    `dtype` the network runs under autocast to it.
     """
 
     passes: int = 1
     null: Cond = NO_COND
     bounds: tuple[float, float] | None = (-1.0, 1.0)
+    dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -202,7 +204,10 @@ class Denoiser(nn.Module):
             target = self.scalings(cond.sigma_to, self.sigma_data, self.noise.sigma_min)
             cond = replace(cond, sigma_to=target.c_noise)
         given = (per_image(c_in, x) * x, c_noise, cond, scales)
-        if self._encodings and self._encodings.x is x and self.network.late:
+        if self.dtype:
+            with torch.autocast(x.device.type, self.dtype):
+                f = self.network(*given)
+        elif self._encodings and self._encodings.x is x and self.network.late:
             f = self._encodings.network(self.network, *given)
         else:
             f = self.network(*given)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cmkit.denoiser import Denoiser
+from cmkit.errors import PluginError
 
 if TYPE_CHECKING:
     from cmkit.values import Phase
@@ -33,6 +34,12 @@ class Models:
     companions: Mapping[str, nn.Module] = field(default_factory=dict)
     terms: dict[str, Tensor] = field(default_factory=dict, init=False)
 
+    @property
+    def has_target(self) -> bool:
+        """Whether the target has weights of its own: it is neither the online network nor one of
+        the averages."""
+        return all(self.target is not each for each in (self.online, *self.ema.values()))
+
     def total(self, **terms: Tensor) -> Tensor:
         """The sum, (B,), of an objective's terms (B,), whose means the training log shows by name.
 
@@ -54,14 +61,20 @@ class Models:
         """Move the target and every EMA towards the online weights, one fused call a copy.
 
         The target takes decay `phase.target_ema`; where the objective keeps no target of its own,
-        it is the online network itself and is left alone.
+        it is the online network itself and is left alone. PluginError where the target is one of
+        the averages, and the objective asks for another decay after all.
         """
         if not phase.update:
             return
-        if self.target is not self.online:
+        if self.has_target:
             self._move(self.target, 1 - phase.target_ema)
         cap = (1 + phase.step) / (10 + phase.step) if self.ema_warmup else 1.0
         for decay, copied in self.ema.items():
+            if copied is self.target and phase.target_ema != min(decay, cap):
+                raise PluginError(
+                    f"objective: target_ema is {phase.target_ema} at step {phase.step}, and was"
+                    f" train.ema = {decay} at others; set train.ema to another number"
+                )
             self._move(copied, 1 - min(decay, cap))
 
     def _move(self, copied: Denoiser, weight: float) -> None:

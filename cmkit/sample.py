@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from cmkit.coding import Coding
 from cmkit.denoiser import Cond, Denoiser
 from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
@@ -37,19 +38,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Draws:
-    """Noise and labels of samples: functions of (seed, purpose, image index)."""
+    """Noise, labels and prompts of samples: functions of (seed, purpose, image index)."""
 
     data: DataSpec
+    """Shape of what the network sees."""
     seed: int
     purpose: str = "sample"
     classes: tuple[int, ...] = ()
     """Labels instead of drawn ones: image k gets the one at k modulo their number."""
     rule: str | None = "data"
     """How labels are drawn, as `Plan.label_rule` says."""
+    prompts: Sequence[str] = ()
+    """Image k gets the one at k modulo their number."""
+    coding: Coding | None = None
+    """What makes conditions of prompts, and pictures of samples."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """(C, H, W) of the noise of an image."""
         return self.data.channels, self.data.resolution, self.data.resolution
 
     def noise(self, indices: Sequence[int], k: int) -> Tensor:
@@ -65,6 +71,14 @@ class Draws:
             return None
         counts = self.data.counts if self.rule == "data" else ()
         return image_labels(self.seed, self.purpose, indices, self.data.num_classes, counts)
+
+    def prompts_of(self, indices: Sequence[int]) -> list[str]:
+        """The prompts of these images; none without any."""
+        return [self.prompts[k % len(self.prompts)] for k in indices] if self.prompts else []
+
+    def pictures(self, x0: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), about [-1, 1], of samples x0 (B, c, h, w)."""
+        return x0 if self.coding is None else self.coding.pictures(x0)
 
 
 @dataclass(frozen=True)
@@ -103,7 +117,8 @@ def sample(
     for start in starts(draws, denoiser.noise.start, indices, batch, device):
         with cast:
             x0 = sampler.sample(denoiser, start.x, start.cond, start.noise)
-        yield Batch(start.rows.start, finite_uint8(x0, start.rows), start.labels)
+        images = finite_uint8(draws.pictures(x0), start.rows)
+        yield Batch(start.rows.start, images, start.labels)
 
 
 @dataclass(frozen=True)
@@ -129,7 +144,10 @@ def starts(
             drawn = draws.noise(rows, k)
             return drawn.to(device, memory_format=torch.channels_last, non_blocking=True)
 
-        yield Start(rows, std * noise(0), Cond(label=labels).to(device), noise, labels)
+        cond = Cond(label=labels).to(device)
+        if draws.coding and draws.prompts:
+            cond = draws.coding.conditions(draws.prompts_of(rows), cond.label)
+        yield Start(rows, std * noise(0), cond, noise, labels)
 
 
 def finite_uint8(x0: Tensor, rows: range) -> Tensor:

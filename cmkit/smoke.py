@@ -105,7 +105,7 @@ def write_weights(recipe: Recipe) -> None:
     from cmkit.plan import conditions_of, naming_table, networks
     from cmkit.tensors import save_weights
 
-    data = recipe.dataset.spec()
+    data = networks.space_of(recipe, recipe.dataset.spec())
     with torch.random.fork_rng(devices=[]), naming_table(recipe, "backbone"):
         torch.manual_seed(recipe.seed)
         made = {}

@@ -7,10 +7,14 @@ from cmkit.plan.networks import (
     build,
     build_companions,
     build_teacher,
+    coding_of,
     for_sampling,
     model_digest,
     naming_table,
     noise_of,
+    prompts_of,
+    space_of,
+    target_is_average,
     tensors_digest,
 )
 from cmkit.plan.record import Plan

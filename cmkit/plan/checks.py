@@ -30,10 +30,9 @@ from cmkit.values import Companion, DataSpec
 from cmkit.weights import TO_COME, start_checkpoint
 
 
-def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
+def conditions_of(recipe: Recipe, space: DataSpec) -> frozenset[str]:
     """What the network of a recipe must embed; RecipeError when its backbone cannot."""
-    wanted = {"label"} if data.num_classes else set()
-    wanted |= recipe.needs & CONDITIONS
+    wanted = {*networks.told(space, recipe.backbone), *(recipe.needs & CONDITIONS)}
     if recipe.denoiser.embeds_guidance:
         wanted.add("guidance")
     missing = wanted - recipe.backbone.accepts
@@ -42,7 +41,7 @@ def conditions_of(recipe: Recipe, data: DataSpec) -> frozenset[str]:
         raise recipe.source.error(
             ("backbone",),
             f"cannot embed {', '.join(sorted(missing))}; it accepts {accepts}; choose another"
-            " backbone or objective, or leave the labels out",
+            f" backbone or objective, or leave {'[text]' if 'text' in missing else 'the labels'} out",
         )
     return frozenset(wanted)
 
@@ -298,6 +297,7 @@ def check_teacher(
 def dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:
     """FLOPs of a forward pass of one image; the sampler, if any, is run through on the way."""
     x, cond = _dry_input(data, conditions)
+    denoiser.null = Cond(text=cond.text, pooled=cond.pooled)
     with (
         naming_table(recipe, "backbone"),
         _trying("backbone"),
@@ -320,7 +320,15 @@ def _dry_input(data: DataSpec, conditions: frozenset[str]) -> tuple[torch.Tensor
     x = torch.empty(1, data.channels, data.resolution, data.resolution, device="meta")
     label = torch.empty(1, dtype=torch.int64, device="meta") if "label" in conditions else None
     levels = conditions & {"guidance", "sigma_to"}
-    return x, Cond(label=label, **{name: x.new_empty(1) for name in levels})
+    return x, Cond(label, **{name: x.new_empty(1) for name in levels}, **_dry_text(data, x))
+
+
+def _dry_text(data: DataSpec, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a prompt encoder tells of one prompt, without data."""
+    if (text := data.text) is None:
+        return {}
+    shapes = {"text": (1, text.length, text.width), "pooled": (1, text.pooled or 0), "size": (1, 6)}
+    return {name: x.new_empty(shapes[name]) for name in text.conditions}
 
 
 @contextlib.contextmanager
@@ -348,7 +356,8 @@ def memory_of(recipe: Recipe, denoiser: Denoiser, data: DataSpec) -> int:
     if recipe.train is None or recipe.objective is None:
         return 4 * every
     trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
-    copies = 3 + len(recipe.train.ema) + len(recipe.needs & {"target"})
+    target = "target" in recipe.needs and not networks.target_is_average(recipe)
+    copies = 3 + len(recipe.train.ema) + target
     with naming_table(recipe, "objective"), torch.device("meta"):
         companions = recipe.objective.companions(data)
         for name, companion in companions.items():
@@ -359,4 +368,7 @@ def memory_of(recipe: Recipe, denoiser: Denoiser, data: DataSpec) -> int:
                 )
     parameters = [p for c in companions.values() for p in c.network.parameters()]
     beside = sum(p.numel() * (4 if p.requires_grad else 1) for p in parameters)
-    return 4 * (every + trained * copies + every * len(recipe.needs & {"teacher"}) + beside)
+    teacher = 0.0
+    if "teacher" in recipe.needs and recipe.teacher:
+        teacher = every / (2 if recipe.teacher.table.dtype == "bf16" else 1)
+    return int(4 * (every + trained * copies + teacher + beside))

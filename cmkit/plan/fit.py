@@ -29,11 +29,11 @@ def check_fit(recipe: Recipe) -> Plan:
     runs the sampler once on it, so that shapes, sites and conditions are tried, not assumed.
     """
     data = recipe.data or recipe.dataset.spec()
-    conditions, denoiser = check_network(recipe, data)
+    space, conditions, denoiser = check_network(recipe, data)
     checks.check_training_start(recipe)
     if recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
-            recipe.objective.check(data)
+            recipe.objective.check(space)
             for step in (0, recipe.train.steps - 1):
                 if n := recipe.objective.phase(step, recipe.train.steps).num_sigmas:
                     denoiser.noise.sigmas(n)  # raises where the noise axis has no such grid
@@ -57,22 +57,23 @@ def check_fit(recipe: Recipe) -> Plan:
     if recipe.denoiser.weights:
         with naming_table(recipe, "denoiser", "weights"):
             checks.check_weights(recipe.denoiser.weights, recipe.backbone, recipe.precond)
-            notes += networks.load_start(recipe, denoiser.network, data, conditions)
+            notes += networks.load_start(recipe, denoiser.network, space, conditions)
         if not recipe.train:
-            networks.check_policy(recipe, data, conditions)
+            networks.check_policy(recipe, space, conditions)
     if recipe.teacher:
-        notes += checks.check_teacher(recipe, recipe.teacher, denoiser, data, conditions)
+        notes += checks.check_teacher(recipe, recipe.teacher, denoiser, space, conditions)
     elif recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check_networks(denoiser.network, None)
-    flops = checks.dry_run(recipe, denoiser, data, conditions)
-    memory = checks.memory_of(recipe, denoiser, data)
+    flops = checks.dry_run(recipe, denoiser, space, conditions)
+    memory = checks.memory_of(recipe, denoiser, space)
     disk = (recipe.train.keep + 1) * memory if recipe.train else 0
     if recipe.sample:
         disk += recipe.sample.images * data.channels * data.resolution**2
     return Plan(
         recipe=recipe,
         data=data,
+        space=space,
         conditions=conditions,
         sites=denoiser.network.sites,
         parameters=sum(p.numel() for p in denoiser.parameters()),
@@ -87,13 +88,15 @@ def check_fit(recipe: Recipe) -> Plan:
     )
 
 
-def check_network(recipe: Recipe, data: DataSpec) -> tuple[frozenset[str], Denoiser]:
-    """Conditions and denoiser, without memory, of a recipe for images of `data`, once its backbone,
-    sampler, rescaler and the cells of its search fit each other."""
+def check_network(recipe: Recipe, data: DataSpec) -> tuple[DataSpec, frozenset[str], Denoiser]:
+    """What the network sees, conditions and denoiser, without memory, of a recipe for images of
+    `data`, once its codec, prompt encoder, backbone, sampler, rescaler and the cells of its search
+    fit each other."""
     checks.check_classes(data)
-    conditions = checks.conditions_of(recipe, data)
+    space = networks.space_of(recipe, data)
+    conditions = checks.conditions_of(recipe, space)
     with naming_table(recipe, "backbone"), torch.device("meta"):
-        network = networks.built(recipe.backbone, data, conditions)
+        network = networks.built(recipe.backbone, space, conditions)
     denoiser = networks.denoiser_of(recipe, network)
     checks.check_sampler(recipe)
     if recipe.rescaler:
@@ -108,7 +111,7 @@ def check_network(recipe: Recipe, data: DataSpec) -> tuple[frozenset[str], Denoi
         cell = with_values(recipe, values)
         with naming_table(recipe, "search", "grid"):
             cell.bind(network.sites)
-    return conditions, denoiser
+    return space, conditions, denoiser
 
 
 def _downloads(recipe: Recipe) -> Iterator[Weights]:

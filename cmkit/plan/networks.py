@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
-from cmkit.denoiser import Denoiser, Guided, Network
+from cmkit.coding import Coding
+from cmkit.denoiser import NO_COND, Cond, Denoiser, Guided, Network
 from cmkit.device import precision
 from cmkit.errors import CheckpointError, PluginError, RecipeError
 from cmkit.files import cached_digest
@@ -27,17 +29,37 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
     """The recipe's denoiser on `device`, with its given weights or fresh ones drawn by its seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.recipe.seed)
-        network = built(plan.recipe.backbone, plan.data, plan.conditions)
-    load_start(plan.recipe, network, plan.data, plan.conditions)
+        network = built(plan.recipe.backbone, plan.space, plan.conditions)
+    load_start(plan.recipe, network, plan.space, plan.conditions)
     network = network.to(device).to(memory_format=torch.channels_last)
     return denoiser_of(plan.recipe, network)
 
 
-def for_sampling(plan: Plan, device: torch.device, name: str) -> Denoiser:
+def coding_of(plan: Plan, device: torch.device, negative: str | None = None) -> Coding:
+    """The recipe's codec and prompt encoder, to be loaded on `device`."""
+    return Coding(plan.data, plan.recipe.codec, plan.recipe.text, device, negative)
+
+
+def prompts_of(recipe: Recipe) -> Sequence[str]:
+    """What samples are drawn from, in turns: the recipe's prompts, or the captions of the real
+    images; none without a prompt encoder. RecipeError where there are neither."""
+    if recipe.text is None:
+        return ()
+    if recipe.sample and recipe.sample.prompts:
+        return recipe.sample.prompts
+    if captions := recipe.dataset.reference().captions:
+        return captions
+    raise recipe.source.error(
+        ("text",), "nothing to draw from: the data set has no captions; say sample.prompts"
+    )
+
+
+def for_sampling(plan: Plan, device: torch.device, name: str, null: Cond = NO_COND) -> Denoiser:
     """The recipe's denoiser as samples are drawn from it, but for rescaling: its weights rounded to
-    the `precision` key `name`, and guided where the recipe says so."""
-    check_policy(plan.recipe, plan.data, plan.conditions)
+    the `precision` key `name`, and guided where the recipe says so, away from `null`."""
+    check_policy(plan.recipe, plan.space, plan.conditions)
     denoiser = build(plan, device)
+    denoiser.null = null
     if precision(name, device) == "bf16":
         denoiser.network.lower(torch.bfloat16)
     return guided_as_said(plan.recipe, denoiser.eval())
@@ -48,8 +70,11 @@ def build_teacher(plan: Plan, device: torch.device) -> Denoiser:
     given = plan.recipe.teacher
     assert given is not None
     with torch.random.fork_rng(devices=[]):
-        teacher = teacher_of(given, plan.recipe.denoiser, plan.data)
-    load_into(teacher.network, given.table.weights, given.backbone, plan.data)
+        teacher = teacher_of(given, plan.recipe.denoiser, plan.space)
+    load_into(teacher.network, given.table.weights, given.backbone, plan.space)
+    if given.table.dtype == "bf16":
+        teacher.network.lower(torch.bfloat16)
+        teacher.dtype = torch.bfloat16
     teacher.network.to(device).to(memory_format=torch.channels_last)
     return teacher.eval().requires_grad_(False)
 
@@ -60,10 +85,32 @@ def build_companions(plan: Plan, device: torch.device) -> dict[str, Companion]:
     assert objective is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.recipe.seed)
-        companions = dict(objective.companions(plan.data))
+        companions = dict(objective.companions(plan.space))
     for companion in companions.values():
         companion.network.to(device)
     return companions
+
+
+def space_of(recipe: Recipe, data: DataSpec) -> DataSpec:
+    """Shape of what the recipe's network sees of pictures like `data`, as `Plan.space`."""
+    space = data
+    if recipe.codec:
+        with naming_table(recipe, "codec"):
+            space = recipe.codec.spec(data)
+    if recipe.text:
+        with naming_table(recipe, "text"):
+            space = replace(space, text=recipe.text.spec())
+    return space
+
+
+def target_is_average(recipe: Recipe) -> bool:
+    """Whether the target network of the objective is the average that samples come from, of the
+    same decay at every step: then one copy is both."""
+    table, objective = recipe.train, recipe.objective
+    if not table or not objective or table.ema_warmup or "target" not in objective.needs:
+        return False
+    steps = (0, table.steps // 3, table.steps - 1)
+    return all(objective.phase(k, table.steps).target_ema == table.ema[0] for k in steps)
 
 
 def noise_of(recipe: Recipe) -> Noise:
@@ -93,7 +140,10 @@ def built(backbone: Backbone, data: DataSpec, conditions: frozenset[str]) -> Net
 
 def denoiser_of(recipe: Recipe, network: Network) -> Denoiser:
     """The recipe's denoiser around `network`."""
-    return Denoiser(network, noise_of(recipe), recipe.precond.scalings, recipe.denoiser.sigma_data)
+    scalings, sigma_data = recipe.precond.scalings, recipe.denoiser.sigma_data
+    denoiser = Denoiser(network, noise_of(recipe), scalings, sigma_data)
+    denoiser.bounds = None if recipe.codec else denoiser.bounds
+    return denoiser
 
 
 def guided_as_said(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
@@ -107,10 +157,10 @@ def guided_as_said(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
                 " sample, such as guidance = 1.0"
             )  # fmt: skip
         return denoiser
-    if not embedded and denoiser.network.null_label is None:
+    if not embedded and denoiser.network.null_label is None and not recipe.text:
         raise recipe.source.error(
             ("denoiser", "guidance"),
-            "guidance compares with no label, and the backbone has no null class; set its"
+            "guidance compares with no condition, and the backbone has no null class; set its"
             " null_class = true, with weights that were trained so, or drop guidance",
             f" = {w}",
         )
@@ -130,8 +180,18 @@ def teacher_of(teacher: Teacher, student: DenoiserTable, data: DataSpec) -> Deno
 
 def conditions_of_teacher(teacher: Teacher, data: DataSpec) -> frozenset[str]:
     """What the teacher's network embeds."""
-    said = teacher.table.conditions
-    return frozenset((("label",) if data.num_classes else ()) if said is None else said)
+    said, known = teacher.table.conditions, told(data, teacher.backbone)
+    if said is None:
+        return known
+    return frozenset(name for name in known if ("label" if name == "label" else "text") in said)
+
+
+def told(space: DataSpec, backbone: Backbone) -> frozenset[str]:
+    """What the data and the prompts tell a network: labels beside prompts only where it can embed
+    them."""
+    text = space.text.conditions if space.text else frozenset[str]()
+    label = space.num_classes and (not text or "label" in backbone.accepts)
+    return text | ({"label"} if label else set())
 
 
 def load_start(

@@ -8,7 +8,7 @@ from cmkit.recipe import Recipe
 from cmkit.values import DataSpec
 from cmkit.weights import Weights
 
-CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text"})
+CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text", "pooled", "size"})
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,10 @@ class Plan:
 
     recipe: Recipe
     data: DataSpec
+    """Shape of the pictures."""
+    space: DataSpec
+    """Shape of what the network sees: of the codec's latents, or else of the pictures; with that of
+    the prompts' features."""
     conditions: frozenset[str]
     sites: tuple[str, ...]
     parameters: int

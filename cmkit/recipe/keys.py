@@ -44,8 +44,10 @@ def stage_tables(recipe: Recipe, stage: str) -> dict[str, Any]:
     for table in dict.fromkeys((*recipe.stages[stage].reads, stage)):
         if table in recipe.resolved or (table == "minimized" and recipe.metric):
             found[table] = _said(recipe, table, stage)
-    if stage == "search" and recipe.sample and recipe.sample.labels != "data":
-        found["labels"] = recipe.sample.labels
+    if stage == "search" and recipe.sample:
+        drawn = recipe.sample
+        found |= {"labels": drawn.labels} if drawn.labels != "data" else {}
+        found |= {"prompts": list(drawn.prompts)} if drawn.prompts else {}
     return found
 
 

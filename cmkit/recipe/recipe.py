@@ -20,7 +20,17 @@ from cmkit.recipe.tables import (
 from cmkit.recipe.toml import Source
 
 if TYPE_CHECKING:
-    from cmkit.kinds import Backbone, Dataset, Metric, Objective, Precond, Rescaler, Sampler
+    from cmkit.kinds import (
+        Backbone,
+        Codec,
+        Dataset,
+        Metric,
+        Objective,
+        Precond,
+        Rescaler,
+        Sampler,
+        TextEncoder,
+    )
     from cmkit.values import DataSpec
 
 
@@ -40,6 +50,8 @@ class Recipe:
     name: str
     seed: int
     dataset: Dataset
+    codec: Codec | None
+    text: TextEncoder | None
     backbone: Backbone
     denoiser: DenoiserTable
     precond: Precond

@@ -71,7 +71,10 @@ class TeacherTable(Part):
     """Highest noise level that it was trained on; absent = what its precond knows, or the
     student's."""
     conditions: tuple[Literal["label", "text"], ...] | None = Field(None, max_length=2)
-    """What it embeds; absent = what the data have."""
+    """What it embeds; absent = what the data and the prompts have."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of its weights in memory: "bf16" takes half of it, rounds them, and computes under
+    autocast to bf16."""
     backbone: str | dict[str, Any] | None = None
     """Its network, a table with `use` and options; absent = the student's."""
 
@@ -161,6 +164,9 @@ class SampleTable(StageTable):
     labels: Literal["data", "uniform"] = "data"
     """Classes of the images, those of a search as well: in the proportions of the data, where
     these are known, or each as often as any other."""
+    prompts: tuple[Annotated[str, Field(max_length=10_000)], ...] = ()
+    """What images are drawn from, those of a search as well, in turns; absent = the captions of the
+    pictures that metrics compare with, image k from that of picture k."""
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
         return {"images": min(self.images, 16), "batch": 16}
@@ -175,7 +181,7 @@ class ExpectedTable(Part):
     """Published values by the metric's name: fid, precision, ..."""
 
 
-PART_TABLES = ("dataset", "backbone", "objective", "rescaler", "sampler")
+PART_TABLES = ("dataset", "codec", "text", "backbone", "objective", "rescaler", "sampler")
 STAGES = {
     "train": "cmkit.run.stages.train:Train",
     "search": "cmkit.run.stages.search:Search",

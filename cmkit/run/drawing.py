@@ -13,13 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmkit.coding import Coding
 from cmkit.denoiser import Denoiser
 from cmkit.device import autocast
 from cmkit.edit import Task, edit
 from cmkit.errors import RecipeError, did_you_mean
 from cmkit.files import atomic_write, new_file, new_folder
 from cmkit.pictures import grid_png, png
-from cmkit.plan import Plan, check_disk, check_fit, for_sampling, noise_of, traits_of
+from cmkit.plan import (
+    Plan,
+    check_disk,
+    check_fit,
+    coding_of,
+    for_sampling,
+    noise_of,
+    prompts_of,
+    traits_of,
+)
 from cmkit.recipe import Recipe, SampleTable
 from cmkit.run.events import Event, Note, Sampled, StageFinished, StageStarted
 from cmkit.run.folder import make_out
@@ -28,12 +38,18 @@ from cmkit.weights import download
 
 
 def draw(
-    recipe: Recipe, seed: int, classes: Sequence[str | int], out: Path, device: torch.device
+    recipe: Recipe,
+    seed: int,
+    classes: Sequence[str | int],
+    out: Path,
+    device: torch.device,
+    negative: str | None = None,
 ) -> Iterator[Event]:
     """Events of drawing a recipe's images into `out`; the last is StageFinished.
 
     `out` becomes a grid (.png), arrays in ADM's format (.npz) or a folder of PNG files. Image k
-    follows from `seed` and k alone. RecipeError where `out` exists or has another ending.
+    follows from `seed` and k alone. Guidance leads away from the prompt `negative`, if any.
+    RecipeError where `out` exists or has another ending.
     """
     began = time.perf_counter()
     _check_out(out, ("", ".png", ".npz"))
@@ -42,13 +58,18 @@ def draw(
             ("sampler",), 'say how to draw, such as --set sampler={use="multistep"}'
         )
     plan, table, numbers = _fitted(recipe, classes, out)
-    model = yield from _model(plan, table, device)
-    count, draws = table.images, Draws(plan.data, seed, "sample", numbers, plan.label_rule)
+    _check_negative(plan, negative)
+    prompts, coding = prompts_of(recipe), coding_of(plan, device, negative)
+    yield from map(Note, _cut(plan, prompts, table.images))
+    model = yield from _model(plan, table, device, coding)
+    count, rule = table.images, plan.label_rule
+    draws = Draws(plan.space, seed, "sample", numbers, rule, prompts, coding)
     yield StageStarted("sample", 0, count)
     batches = sample(
         model, recipe.sampler, draws, range(count), table.batch, device, table.precision
     )
-    for batch in _written(out, batches, (count, *draws.shape)):
+    shape = (count, plan.data.channels, plan.data.resolution, plan.data.resolution)
+    for batch in _written(out, batches, shape):
         yield Sampled(batch.first + len(batch.images), count)
     drawn = draws.labels(range(count)) if "label" in plan.conditions else None
     labels = None if drawn is None else drawn.tolist()
@@ -56,6 +77,8 @@ def draw(
     if labels is not None:
         names = [plan.data.classes[label] for label in labels] if plan.data.classes else None
         facts |= {"classes": names, "label_rule": "given" if numbers else plan.label_rule}
+    if prompts:
+        facts |= {"prompts": draws.prompts_of(range(count)), "negative": negative}
     yield _finished("sample", out, recipe, facts, began)
 
 
@@ -77,13 +100,14 @@ def redraw(
     _check_out(out, ("", ".png"))
     plan, table, numbers = _fitted(replace(recipe, sampler=None), classes, out)
     _check_editable(plan, numbers)
+    coding = coding_of(plan, device)
     count, side = len(pictures), plan.data.resolution
     known, kept = task.known(pictures, plan.data.channels, side), task.kept(side)
     given = task.given(known, kept)
     levels = task.levels(noise_of(recipe))
-    model = yield from _model(plan, table, device)
+    model = yield from _model(plan, table, device, coding)
     cast = autocast(table.precision, device)
-    draws = Draws(plan.data, seed, "edit", numbers)
+    draws = Draws(plan.space, seed, "edit", numbers, None, prompts_of(recipe), coding)
     yield StageStarted("edit", 0, count)
     edited = []
     for start in starts(draws, model.noise.sigma_max, range(count), table.batch, device):
@@ -143,8 +167,14 @@ def _number(label: str | int, plan: Plan) -> int:
 
 
 def _check_editable(plan: Plan, classes: Sequence[int]) -> None:
-    """RecipeError where the model is no consistency model, or needs classes that are not given."""
+    """RecipeError where the model is no consistency model of pictures, or needs classes that are not
+    given."""
     recipe = plan.recipe
+    if recipe.codec:
+        raise recipe.source.error(
+            ("codec",),
+            "edits keep pixels, and the model draws latents; edit with a model of pixels",
+        )
     if "boundary" not in traits_of(recipe):
         raise recipe.source.error(
             ("denoiser", "precond"),
@@ -163,14 +193,38 @@ def _check_editable(plan: Plan, classes: Sequence[int]) -> None:
         )
 
 
+def _check_negative(plan: Plan, negative: str | None) -> None:
+    """RecipeError where nothing leads away from a negative prompt."""
+    if negative is None:
+        return
+    if plan.recipe.text is None:
+        raise RecipeError("--negative: the model knows no prompts; leave it out")
+    if plan.recipe.denoiser.guidance is None:
+        raise RecipeError("--negative: guidance leads away from it; say --guidance as well")
+    if "guidance" in plan.conditions:
+        raise RecipeError(
+            "--negative: the network embeds its guidance weight and never sees another prompt;"
+            " leave it out"
+        )
+
+
+def _cut(plan: Plan, prompts: Sequence[str], images: int) -> Iterator[str]:
+    """A sentence of each prompt that is too long for the prompt encoder."""
+    if plan.recipe.text:
+        used = list(dict.fromkeys(prompts[:images]))
+        for prompt, cut in zip(used, plan.recipe.text.cut(used), strict=True):
+            if cut:
+                yield f"the last {cut} tokens of a prompt are cut off: {prompt[:60]!r}.."
+
+
 def _model(
-    plan: Plan, table: SampleTable, device: torch.device
+    plan: Plan, table: SampleTable, device: torch.device, coding: Coding
 ) -> Generator[Event, None, Denoiser]:
     """The rescaled denoiser on `device`, after any download of its weights."""
     yield from map(Note, plan.notes)
     for weights in plan.downloads:
         yield from download(weights)
-    denoiser = for_sampling(plan, device, table.precision)
+    denoiser = for_sampling(plan, device, table.precision, coding.null)
     return denoiser.rescaled(plan.recipe.rescaler) if plan.recipe.rescaler else denoiser
 
 

@@ -28,7 +28,7 @@ SHOWN = 5
 def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str, dict[str, Any]]:
     """The identity of what each table of a recipe reads, and the precisions that its keys mean."""
     found: dict[str, dict[str, Any]] = {}
-    for table in ("backbone", "objective", "rescaler", "sampler"):
+    for table in ("codec", "text", "backbone", "objective", "rescaler", "sampler"):
         if part := getattr(recipe, table):
             found[table] = dict(part.identity())
     shape = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(data).items()}
@@ -75,13 +75,15 @@ def as_begun(plan: Plan, folder: RunFolder) -> Plan:
     then = folder.inputs().get("inputs", {})
     known, data = then.get("dataset", {}), plan.data
     classes = data.classes if "classes" in known else ()
-    data = replace(data, classes=classes, counts=data.counts if "counts" in known else ())
+    named = {"classes": classes, "counts": data.counts if "counts" in known else ()}
+    data, space = replace(data, **named), replace(plan.space, **named)
     stages = {}
     for name, stage in plan.recipe.stages.items():
         was = then.get(name, {}).get("precision")
         auto = getattr(stage, "precision", None) == "auto" and was
         stages[name] = stage.model_copy(update={"precision": was}) if auto else stage
-    return replace(plan, data=data, recipe=replace(plan.recipe, stages=stages))
+    recipe = replace(plan.recipe, stages=stages)
+    return replace(plan, data=data, space=space, recipe=recipe)
 
 
 def left_out(dataset: Dataset) -> Iterator[str]:

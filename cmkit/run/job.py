@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from cmkit.coding import Coding
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError
 from cmkit.kinds import Dataset, Metric, Rescaler
-from cmkit.plan import Plan, for_sampling, naming_table
+from cmkit.plan import Plan, coding_of, for_sampling, naming_table, prompts_of
 from cmkit.recipe import with_values
 from cmkit.run.environment import peak_memory_mib
 from cmkit.run.events import Event, Note, StageFinished
 from cmkit.run.finished import trained
 from cmkit.run.folder import RunFolder
 from cmkit.run.reuse import reuse, reuse_checkpoint
+from cmkit.sample import Draws
 from cmkit.stop import StopSignal
 from cmkit.values import Reference
 
@@ -103,12 +105,33 @@ class Job:
 
     @functools.cached_property
     def _references(self) -> Callable[[Dataset], Reference]:
-        return functools.cache(lambda dataset: dataset.reference())
+        return functools.cache(self._reference)
+
+    def _reference(self, dataset: Dataset) -> Reference:
+        """The real images of a data set, with the prompts of the samples as their captions."""
+        found = dataset.reference()
+        return replace(found, captions=self.prompts) if self.prompts else found
 
     def denoiser(self, precision: str) -> Denoiser:
         """The model that the run samples from, not rescaled yet, in this precision."""
         plan = replace(self.plan, recipe=trained(self.plan.recipe, self.folder))
-        return for_sampling(plan, self.device, precision)
+        return for_sampling(plan, self.device, precision, self.coding.null)
+
+    @functools.cached_property
+    def coding(self) -> Coding:
+        """The recipe's codec and prompt encoder."""
+        return coding_of(self.plan, self.device)
+
+    @functools.cached_property
+    def prompts(self) -> Sequence[str]:
+        """What samples are drawn from, in turns: the recipe's prompts, or the captions of the real
+        images; none without a prompt encoder."""
+        return prompts_of(self.plan.recipe)
+
+    def draws(self, purpose: str = "sample") -> Draws:
+        """Noise, labels and prompts of the run's samples."""
+        plan, rule = self.plan, self.plan.label_rule
+        return Draws(plan.space, plan.recipe.seed, purpose, (), rule, self.prompts, self.coding)
 
     def rescaler(self) -> Rescaler | None:
         """The winner of the search, or the recipe's own."""

@@ -21,7 +21,7 @@ def found_policy(job: Job, rescaler: Rescaler, result: Mapping[str, Any]) -> Pol
     """The winner `rescaler` of the search with this `result`, to be kept."""
     recipe, plan = trained(job.plan.recipe, job.folder), job.plan
     model = {
-        "weights": model_digest(recipe, plan.data, plan.conditions),
+        "weights": model_digest(recipe, plan.space, plan.conditions),
         "backbone": recipe.resolved["backbone"]["use"],
     }
     if recipe.train:

@@ -12,7 +12,6 @@ from torch import Tensor
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Rescaler
 from cmkit.recipe import with_values
-from cmkit.sample import RepeatedDraws
 from cmkit.search.score import CellsDrawn, Rungs, Scoring, encoder_rows, label_of, scored
 from cmkit.search.strategies import known, most_cells, place, survivors, trials
 from cmkit.search.tuner import Place
@@ -52,7 +51,7 @@ def search(
     encoder's work. With halving, a cell comes once it is cut, or has all images.
     """
     recipe, rungs = scoring.plan.recipe, Rungs.of(scoring)
-    draws, total = _draws(scoring, "search"), most_cells(recipe)
+    draws, total = scoring.draws("search"), most_cells(recipe)
     scores, cut = known(recipe, stored)
     indices: dict[Place, int] = {}
     for _, tried in trials(recipe, scores, cut):
@@ -98,7 +97,7 @@ def rerank(scoring: Scoring, chosen: Sequence[Mapping[str, Any]]) -> Iterator[Ce
     """The cells of the records `chosen` again, scored on more images of other noise."""
     recipe, table = scoring.plan.recipe, scoring.table
     count = table.rerank_images or 4 * table.images
-    draws = _draws(scoring, "rerank")
+    draws = scoring.draws("rerank")
     for record in chosen:
         values = {axis: record[axis] for axis in table.grid}
         ((score, shown),) = yield from scored(scoring, [with_values(recipe, values)], draws, count)
@@ -112,7 +111,7 @@ def confirm(
     table = scoring.table
     count = table.confirm_images or table.images
     for k in seeds:
-        draws = _draws(scoring, f"confirm-{k}")
+        draws = scoring.draws(f"confirm-{k}")
         ((plain, _), (rescaled, _)) = yield from scored(scoring, (None, winner), draws, count)
         if plain is None or rescaled is None:
             raise NonFiniteError(
@@ -120,8 +119,3 @@ def confirm(
                 ' "fp32" and scales nearer to 1'
             )
         yield Comparison(k, table.confirm_seeds, plain, rescaled)
-
-
-def _draws(scoring: Scoring, purpose: str) -> RepeatedDraws:
-    plan = scoring.plan
-    return RepeatedDraws(plan.data, plan.recipe.seed, purpose, rule=plan.label_rule)

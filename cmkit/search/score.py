@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmkit.coding import Coding
 from cmkit.denoiser import Denoiser, Encodings
 from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
@@ -19,7 +20,7 @@ from cmkit.kinds import Meter, Rescaler
 from cmkit.measure import meter
 from cmkit.plan import Plan
 from cmkit.recipe import SearchTable, minimized
-from cmkit.sample import Draws, Start, starts, to_uint8
+from cmkit.sample import Draws, RepeatedDraws, Start, starts, to_uint8
 from cmkit.values import Reference
 
 
@@ -81,6 +82,16 @@ class Scoring:
     device: torch.device
     begun: PartialCells | None = None
     """Cells that an earlier start was drawing, to go on with."""
+    prompts: Sequence[str] = ()
+    """What images are drawn from, in turns."""
+    coding: Coding | None = None
+
+    def draws(self, purpose: str) -> RepeatedDraws:
+        """Noise, labels and prompts of the images of cells."""
+        plan, rule = self.plan, self.plan.label_rule
+        return RepeatedDraws(
+            plan.space, plan.recipe.seed, purpose, (), rule, self.prompts, self.coding
+        )
 
 
 def encoder_rows(denoiser: Denoiser, every: Sequence[Rescaler]) -> list[list[int]]:
@@ -198,7 +209,7 @@ def metered(
             cell = cells[k]
             cell.drawn = 0  # an error from here on leaves the meter half way
             cell.finite &= x0.isfinite().all()
-            images = to_uint8(x0)
+            images = to_uint8(draws.pictures(x0))
             if len(images):
                 cell.meter.add(images)
             if rows.start < table.thumbnails:

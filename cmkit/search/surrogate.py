@@ -111,11 +111,16 @@ class _State:
         """How far the interpolated first images of these places are from the drawn ones."""
         if not places:
             return []
-        images = torch.stack([self.firsts[at] for at in nodes_of(by)]).flatten(1)
-        exact = torch.stack([self.firsts[at] for at in places]).flatten(1)
-        found = (_weights(by, places, images.device) @ images).clamp(-1, 1)
-        errors = (found - exact.clamp(-1, 1)).square().mean(1).sqrt().tolist()
-        return [error if math.isfinite(error) else math.inf for error in errors]
+        nodes = torch.stack([self.firsts[at] for at in nodes_of(by)])
+        mixed = (_weights(by, places, nodes.device) @ nodes.flatten(1)).unflatten(
+            1, nodes.shape[1:]
+        )
+        errors = []
+        for at, x0 in zip(places, mixed, strict=True):
+            found, exact = (self.draws.pictures(x).clamp(-1, 1) for x in (x0, self.firsts[at]))
+            error = float((found - exact).square().mean().sqrt())
+            errors.append(error if math.isfinite(error) else math.inf)
+        return errors
 
 
 @torch.inference_mode()
@@ -133,7 +138,7 @@ def interpolate(
     more nodes, if there are more. Raises NonFiniteError where a node's images are not finite.
     """
     recipe, levels = scoring.plan.recipe, tuple(interpolations(scoring.table))
-    draws = RepeatedDraws(scoring.plan.data, recipe.seed, "search", rule=scoring.plan.label_rule)
+    draws = scoring.draws("search")
     state = _State(scoring, draws, {place(recipe, r): dict(r) for r in stored})
     level, pilot, last = 0, list[dict[str, Any]](), len(levels) - 1
     if before:
@@ -163,7 +168,8 @@ def interpolate(
         passes = {"nodes": drawn_nodes * nfe, "checks": exact * nfe, "pilot": firsts * nfe}
         record |= {"pilot": pilot, "passes": sum(passes.values()), "passes_of": passes}
         record["refines"] = not record["held"] and level < last
-        shown = [state.firsts[at][: scoring.table.thumbnails] for at in nodes_of(by)]
+        most = scoring.table.thumbnails
+        shown = [draws.pictures(state.firsts[at][:most]) for at in nodes_of(by)]
         found = Interpolated(level, record, to_uint8(torch.stack(shown)).cpu())
         yield found
         if not record["refines"]:
@@ -266,7 +272,8 @@ def _cells(state: _State, by: Interpolation) -> Generator[Cell | CellsDrawn, Non
 
 def _cells_at_a_time(state: _State, by: Interpolation) -> int:
     """How many cells fit METER_BYTES, by the size of one meter that has seen all its images."""
-    scoring, images = state.scoring, to_uint8(state.firsts[nodes_of(by)[0]])
+    scoring, firsts = state.scoring, state.firsts[nodes_of(by)[0]]
+    images = to_uint8(state.draws.pictures(firsts))
     count = scoring.table.images
     filled = meter(minimized(scoring.plan.recipe), count, scoring.reference, scoring.device)
     for first in range(0, count, len(images)):

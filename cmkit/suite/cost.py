@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit.denoiser import Cond, Denoiser, Network
 from cmkit.models import Models
-from cmkit.plan import conditions_of, noise_of, plan
+from cmkit.plan import conditions_of, noise_of, plan, space_of
 from cmkit.plan.checks import dry_run
 from cmkit.plan.networks import built, conditions_of_teacher, denoiser_of, teacher_of
 from cmkit.plan.record import Plan
@@ -106,7 +106,7 @@ def per_image(recipe: Recipe) -> float:
     objective, table = recipe.objective, recipe.train
     assert objective is not None
     assert table is not None
-    data = recipe.data or recipe.dataset.spec()
+    data = space_of(recipe, recipe.data or recipe.dataset.spec())
     models = _counting(recipe, data)
     share = _teacher_share(recipe, data)
     with FlopCounterMode(display=False) as counter:

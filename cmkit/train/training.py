@@ -14,7 +14,7 @@ from cmkit.checkpoint import Checkpoint
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError
 from cmkit.models import Models
-from cmkit.plan import Plan, build, build_companions, build_teacher
+from cmkit.plan import Plan, build, build_companions, build_teacher, target_is_average
 from cmkit.recipe import TrainTable
 from cmkit.tensors import load_weights
 from cmkit.train.optimizer import optimizer_of
@@ -61,7 +61,7 @@ class Training:
         own: dict[str, nn.Module] = {"online": online}
         own |= {f"companion-{name}": made.network for name, made in self.companions.items()}
         copies = {f"ema-{decay}": copied.network for decay, copied in models.ema.items()}
-        if models.target is not models.online:
+        if models.has_target:
             copies["target"] = models.target.network
         found = {name: (network, frozen_names(network)) for name, network in own.items()}
         found |= {name: (network, frozen_names(online)) for name, network in copies.items()}
@@ -156,7 +156,9 @@ def start(plan: Plan, device: torch.device) -> Training:
     assert recipe.objective is not None
     online = build(plan, device)
     averages = [_average(online) for _ in recipe.train.ema]
-    target = _average(online) if "target" in recipe.objective.needs else online
+    target = online
+    if "target" in recipe.objective.needs:
+        target = averages[0] if target_is_average(recipe) else _average(online)
     teacher = build_teacher(plan, device) if "teacher" in recipe.objective.needs else None
     companions = build_companions(plan, device)
     models = Models(

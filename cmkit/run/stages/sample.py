@@ -25,7 +25,15 @@ class Sample(SampleTable, Stage):
 
     title: ClassVar[str] = "samples"
     needs: ClassVar[tuple[str, ...]] = ("sampler",)
-    reads: ClassVar[tuple[str, ...]] = ("dataset", "backbone", "denoiser", "rescaler", "sampler")
+    reads: ClassVar[tuple[str, ...]] = (
+        "dataset",
+        "codec",
+        "text",
+        "backbone",
+        "denoiser",
+        "rescaler",
+        "sampler",
+    )
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Draw the images that are not kept yet, and pictures of the first, unscaled and not."""
@@ -33,12 +41,12 @@ class Sample(SampleTable, Stage):
 
         from cmkit.pictures import grid_png
         from cmkit.run.events import Note, Sampled, StageStarted
-        from cmkit.sample import Draws, npz, sample
+        from cmkit.sample import npz, sample
 
         folder, sampler = job.folder, job.plan.recipe.sampler
         assert sampler is not None
         denoiser, rescaler = job.denoiser(self.precision), job.rescaler()
-        draws = Draws(job.plan.data, job.plan.recipe.seed, rule=job.plan.label_rule)
+        draws = job.draws()
         scaled = denoiser.rescaled(rescaler) if rescaler else denoiser
 
         def batches(model: Denoiser, indices: range) -> Iterator[Any]:
@@ -78,6 +86,8 @@ class Sample(SampleTable, Stage):
             result[name] = folder.keep_picture(f"samples_{name}", grid_png(images))
         if job.plan.label_rule and (labels := draws.labels(shown)) is not None:
             result["labels"] = labels.tolist()
+        if prompts := draws.prompts_of(shown):
+            result["prompts"] = prompts
 
     def line(self, result: Mapping[str, Any]) -> str:
         from cmkit.report.figures import number

@@ -38,7 +38,8 @@ class Search(SearchTable, Stage):
         folder, recipe = job.folder, job.plan.recipe
         model, begun = job.denoiser(self.precision), _unfinished(job)
         reference = job.reference(minimized(recipe))
-        scoring = search.Scoring(job.plan, self, model, reference, job.device, begun)
+        drawing = (job.device, begun, job.prompts, job.coding)
+        scoring = search.Scoring(job.plan, self, model, reference, *drawing)
         scored, lost = folder.scores("cells")
         yield from _lost("cells", lost)
         before: list[dict[str, Any]] = []

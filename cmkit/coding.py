@@ -1,0 +1,97 @@
+"""A recipe's codec and prompt encoder on a device: latents as pictures, prompts as conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from cmkit.denoiser import NO_COND, Cond
+from cmkit.errors import PluginError
+from cmkit.kinds import Codec, Coder, Prompts, TextEncoder
+from cmkit.values import DataSpec
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What turns prompts into conditions and latents into pictures; loaded when first used.
+
+    Without a codec latents are pictures, without a prompt encoder there are no conditions of it.
+    """
+
+    data: DataSpec
+    """Shape of the pictures."""
+    codec: Codec | None = None
+    text: TextEncoder | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    negative: str | None = None
+    """What guidance leads away from, in place of the unconditional prompt."""
+
+    @cached_property
+    def coder(self) -> Coder | None:
+        """The codec on the device."""
+        return self.codec.load(self.device) if self.codec else None
+
+    @cached_property
+    def prompts(self) -> Prompts | None:
+        """The prompt encoder on the device."""
+        return self.text.load(self.device) if self.text else None
+
+    @cached_property
+    def null(self) -> Cond:
+        """The unconditional prompt, or the negative one, as `Denoiser.null`."""
+        if self.prompts is None:
+            return NO_COND
+        return self.prompts.null if self.negative is None else self.prompts([self.negative])
+
+    @torch.no_grad()
+    def pictures(self, x0: Tensor) -> Tensor:
+        """Pictures (B, C, H, W), about [-1, 1], of samples x0 (B, c, h, w)."""
+        if self.coder is None:
+            return x0
+        with torch.autocast(x0.device.type, enabled=False):
+            pictures = self.coder.decode(x0.float())
+        shape = (len(x0), self.data.channels, self.data.resolution, self.data.resolution)
+        if pictures.shape != shape:
+            raise PluginError(f"codec: decode returned {tuple(pictures.shape)}, not {shape}")
+        return pictures
+
+    @torch.no_grad()
+    def conditions(self, prompts: Sequence[str], label: Tensor | None = None) -> Cond:
+        """Conditions of these prompts, on the device, beside `label`; each prompt is encoded once."""
+        if self.prompts is None:
+            return Cond(label=label)
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if new:
+            with torch.autocast(self.device.type, enabled=False):
+                cond = self.prompts(new)
+            for row, prompt in enumerate(new):
+                own = (None if rows is None else rows[row] for rows in (cond.text, cond.pooled))
+                self._known[prompt] = tuple(own)
+        rows = [self._known[prompt] for prompt in prompts]
+        while len(self._known) > KEPT:
+            del self._known[next(iter(self._known))]
+        text, pooled = (
+            None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
+        )
+        return Cond(label=label, text=text, pooled=pooled, size=self.sizes(len(prompts)))
+
+    def sizes(self, count: int) -> Tensor | None:
+        """`Cond.size` of whole pictures, where the prompt encoder belongs to networks that are told
+        it."""
+        if self.text is None or not self.text.spec().size:
+            return None
+        side = float(self.data.resolution)
+        return torch.tensor([side, side, 0.0, 0.0, side, side], device=self.device).repeat(count, 1)
+
+    @cached_property
+    def _known(self) -> dict[str, tuple[Tensor | None, ...]]:
+        """Features of the last prompts."""
+        return {}
+
+
+KEPT = 256
+"""Prompts whose features are kept."""
