@@ -61,7 +61,7 @@ class Coding:
 
     @torch.no_grad()
     def conditions(self, prompts: Sequence[str], label: Tensor | None = None) -> Cond:
-        """Conditions of these prompts, on the device, beside `label`; each prompt is encoded once."""
+        """Conditions of these prompts, on the device, beside `label`."""
         if self.prompts is None:
             return Cond(label=label)
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]

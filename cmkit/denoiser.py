@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -204,13 +205,11 @@ class Denoiser(nn.Module):
             target = self.scalings(cond.sigma_to, self.sigma_data, self.noise.sigma_min)
             cond = replace(cond, sigma_to=target.c_noise)
         given = (per_image(c_in, x) * x, c_noise, cond, scales)
-        if self.dtype:
-            with torch.autocast(x.device.type, self.dtype):
+        with torch.autocast(x.device.type, self.dtype) if self.dtype else nullcontext():
+            if self._encodings and self._encodings.x is x and self.network.late:
+                f = self._encodings.network(self.network, *given)
+            else:
                 f = self.network(*given)
-        elif self._encodings and self._encodings.x is x and self.network.late:
-            f = self._encodings.network(self.network, *given)
-        else:
-            f = self.network(*given)
         return per_image(c_skip, x) * x + per_image(c_out, x) * f.to(x.dtype)
 
     def unconditional(self, cond: Cond) -> Cond:

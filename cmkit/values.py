@@ -55,8 +55,8 @@ class Reference:
     `images[i]` is (C, H, W) uint8; `fingerprint` changes whenever a pixel does. `statistics` are
     published Inception features, {"mu": (d,), "sigma": (d, d)} float64, of a larger set than
     `images`, and "mu_s", "sigma_s" those of ADM's spatial features: where they are, Frechet
-    distances use them. `captions` are prompts: sample k is drawn from the one at k modulo their number, and in a data
-    set captions[i] is what is said of image i.
+    distances use them. `captions` are prompts, of which sample k is drawn from the one at k modulo
+    their number; in a data set captions[i] is what is said of image i.
     """
 
     images: Images[Tensor]

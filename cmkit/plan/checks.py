@@ -38,10 +38,11 @@ def conditions_of(recipe: Recipe, space: DataSpec) -> frozenset[str]:
     missing = wanted - recipe.backbone.accepts
     if missing:
         accepts = ", ".join(sorted(recipe.backbone.accepts)) or "nothing"
+        spare = "[text]" if "text" in missing else "the labels"
         raise recipe.source.error(
             ("backbone",),
             f"cannot embed {', '.join(sorted(missing))}; it accepts {accepts}; choose another"
-            f" backbone or objective, or leave {'[text]' if 'text' in missing else 'the labels'} out",
+            f" backbone or objective, or leave {spare} out",
         )
     return frozenset(wanted)
 

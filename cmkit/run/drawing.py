@@ -167,13 +167,13 @@ def _number(label: str | int, plan: Plan) -> int:
 
 
 def _check_editable(plan: Plan, classes: Sequence[int]) -> None:
-    """RecipeError where the model is no consistency model of pictures, or needs classes that are not
+    """RecipeError where the model is no consistency model of pixels, or needs classes that are not
     given."""
     recipe = plan.recipe
     if recipe.codec:
         raise recipe.source.error(
             ("codec",),
-            "edits keep pixels, and the model draws latents; edit with a model of pixels",
+            "edits keep pixels, and the model draws latents; take a model of pixels",
         )
     if "boundary" not in traits_of(recipe):
         raise recipe.source.error(

@@ -75,8 +75,8 @@ def as_begun(plan: Plan, folder: RunFolder) -> Plan:
     then = folder.inputs().get("inputs", {})
     known, data = then.get("dataset", {}), plan.data
     classes = data.classes if "classes" in known else ()
-    named = {"classes": classes, "counts": data.counts if "counts" in known else ()}
-    data, space = replace(data, **named), replace(plan.space, **named)
+    counts = data.counts if "counts" in known else ()
+    data, space = (replace(x, classes=classes, counts=counts) for x in (data, plan.space))
     stages = {}
     for name, stage in plan.recipe.stages.items():
         was = then.get(name, {}).get("precision")

@@ -30,7 +30,7 @@ Draws = Callable[[int], "Tensor"]
 """noise(k), k >= 1: the k-th draw of fresh noise z, of the images' shape."""
 Clamp = Annotated[
     bool,
-    Field(description="Clamp each estimate to [-1, 1]; latents, which have no bounds, never are."),
+    Field(description="Clamp each estimate of a picture to [-1, 1]; latents have no bounds."),
 ]
 
 
