@@ -168,6 +168,8 @@ def check(
         "weights_memory_mib": plan.memory / 2**20,
         "disk_mib": plan.disk / 2**20,
         "images": [plan.data.channels, plan.data.resolution, plan.data.resolution],
+        "latents": [plan.space.channels, *[plan.space.resolution] * 2] if loaded.codec else None,
+        "text": [plan.space.text.length, plan.space.text.width] if plan.space.text else None,
         "classes": plan.data.num_classes,
         "labels": plan.label_rule,
         "nfe": plan.nfe,
@@ -205,9 +207,27 @@ def check(
 @app.command()
 def sample(
     source: SourceArgument,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images to draw.")] = 16,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            "--count", "-n", min=1, help="Images to draw; absent = one a prompt, or 16 without any."
+        ),
+    ] = None,
     seed: SeedOption = None,
     label: LabelOption = [],  # noqa: B006
+    prompt: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="What to draw; several are taken in turns.")
+    ] = [],  # noqa: B006
+    negative: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(metavar="W", help="denoiser.guidance, the usual guidance scale less 1."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="sampler.steps, of samplers that have it.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="A grid FILE.png, arrays FILE.npz, or a FOLDER of PNG files.")
     ] = Path("samples.png"),
@@ -221,8 +241,12 @@ def sample(
     from cmkit.device import pick_device
     from cmkit.run import draw
 
-    recipe, chosen = _drawn_from(source, set, count, rescaler), pick_device(device)
-    events = draw(recipe, recipe.seed if seed is None else seed, label, out, chosen)
+    said = {"denoiser.guidance": guidance, "sampler.steps": steps}
+    flags = [f"{key}={value}" for key, value in said.items() if value is not None]
+    count = count or len(prompt) or 16
+    recipe = _drawn_from(source, [*set, *flags], count, rescaler, prompt)
+    seed, chosen = recipe.seed if seed is None else seed, pick_device(device)
+    events = draw(recipe, seed, label, out, chosen, negative)
     _show_until_written(events, chosen, json)
 
 
@@ -394,13 +418,18 @@ def _runs_below(out: Path) -> Iterator[None]:
 
 
 def _drawn_from(
-    source: str, overrides: list[str], images: int, rescaler: str | None = None
+    source: str,
+    overrides: list[str],
+    images: int,
+    rescaler: str | None = None,
+    prompts: list[str] = [],  # noqa: B006
 ) -> Recipe:
     from cmkit.plugins import discover
     from cmkit.recipe import find_recipe
     from cmkit.run.finished import drawn_from
 
-    return drawn_from(str(find_recipe(source)), overrides, discover(), images, rescaler)
+    source = str(find_recipe(source))
+    return drawn_from(source, overrides, discover(), images, rescaler, prompts)
 
 
 def _shown(events: Iterable[Event], device: torch.device | None, quiet: bool = False) -> Any:

@@ -18,10 +18,12 @@ def drawn_from(
     registry: Registry,
     images: int,
     rescaler: str | None = None,
+    prompts: Sequence[str] = (),
 ) -> Recipe:
     """The recipe that only draws `images`, with the weights and the winning scales that the run
     `source` holds, or those of the recipe file `source`. What `overrides` say goes first, and the
-    scales of the file or run `rescaler`; "off" means none.
+    scales of the file or run `rescaler`; "off" means none. `prompts` are what images are drawn from
+    in turns, instead of the recipe's.
 
     A run is its folder, or "run:NAME-KEY"; "RUN@STEP" and "RUN:ema-0.9999" draw from its other
     weights. CheckpointError for a folder without them, RecipeError for a recipe that has yet to be
@@ -59,7 +61,10 @@ def drawn_from(
         )
     if not recipe.denoiser.weights:
         raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
-    table = (recipe.sample or SampleTable(images=images)).model_copy(update={"images": images})
+    if prompts and recipe.text is None:
+        raise RecipeError(f"--prompt {prompts[0]!r}: the model knows no prompts; leave it out")
+    said = {"images": images, **({"prompts": tuple(prompts)} if prompts else {})}
+    table = (recipe.sample or SampleTable(images=images)).model_copy(update=said)
     data = recipe.data or recipe.dataset.declared()
     return replace(recipe, teacher=None, metric=(), stages={"sample": table}, data=data)
 

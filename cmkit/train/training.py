@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cmkit.checkpoint import Checkpoint
-from cmkit.denoiser import Denoiser
+from cmkit.denoiser import NO_COND, Cond, Denoiser
 from cmkit.errors import CheckpointError
 from cmkit.models import Models
 from cmkit.plan import Plan, build, build_companions, build_teacher, target_is_average
@@ -149,17 +149,20 @@ class Training:
         self.renewed = True
 
 
-def start(plan: Plan, device: torch.device) -> Training:
-    """A training at step 0."""
+def start(plan: Plan, device: torch.device, null: Cond = NO_COND) -> Training:
+    """A training at step 0; `null` is the unconditional prompt, if there is one."""
     recipe = plan.recipe
     assert recipe.train is not None
     assert recipe.objective is not None
     online = build(plan, device)
+    online.null = null
     averages = [_average(online) for _ in recipe.train.ema]
     target = online
     if "target" in recipe.objective.needs:
         target = averages[0] if target_is_average(recipe) else _average(online)
     teacher = build_teacher(plan, device) if "teacher" in recipe.objective.needs else None
+    if teacher:
+        teacher.null = null
     companions = build_companions(plan, device)
     models = Models(
         online=online,

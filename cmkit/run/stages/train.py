@@ -33,12 +33,14 @@ class Train(TrainTable, Stage):
         """Train from the newest intact checkpoint on, and leave the first average as weights."""
         from cmkit.checkpoint import latest_checkpoint, open_checkpoint, save_checkpoint
         from cmkit.errors import DataError, NonFiniteError
+        from cmkit.plan import coding_of
         from cmkit.run.events import Note, Saved, StageStarted
         from cmkit.tensors import save_weights
         from cmkit.train import start, train
         from cmkit.weights import start_checkpoint
 
-        folder, training = job.folder, start(job.plan, job.device)
+        null = coding_of(job.plan, job.device).null  # the encoder is let go with it
+        folder, training = job.folder, start(job.plan, job.device, null)
         warnings: list[str] = []
         found = latest_checkpoint(folder.checkpoints, warnings.append)
         yield from map(Note, warnings)
