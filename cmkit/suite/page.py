@@ -103,6 +103,7 @@ def page(results: Results, folder: SuiteFolder) -> str:
             for line in results.lines
         ],
         "notes": [*results.notes, *_scopes(results)],
+        "left_out": [key for key, better in results.better.items() if better == "neither"],
         "found": any(set(line.facts) - set(FACTS) for line in results.lines),
         "gains": gains(runs),
         **provenance_of(results, runs),
@@ -144,12 +145,15 @@ def _href(path: Path, folder: SuiteFolder) -> str:
 
 
 def _columns(results: Results) -> list[_Column]:
+    """The numbers of which more or less is better: the others, such as spreads, stand in
+    results.json and in the tables of `cmkit compare`."""
     seen: Counter[str] = Counter()
     found = []
     for key, measured in results.columns:
         seen[key] += 1
         title = f"{key} ({seen[key]})" if seen[key] > 1 else key
-        found.append(_Column(key, title, measured))
+        if results.better.get(key) != "neither":
+            found.append(_Column(key, title, measured))
     return found
 
 
