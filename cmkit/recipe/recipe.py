@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cmkit.recipe.search_table import SearchTable
 from cmkit.recipe.tables import (
     PART_TABLES,
+    CacheTable,
     DenoiserTable,
     ExpectedTable,
     SampleTable,
@@ -20,7 +21,17 @@ from cmkit.recipe.tables import (
 from cmkit.recipe.toml import Source
 
 if TYPE_CHECKING:
-    from cmkit.kinds import Backbone, Dataset, Metric, Objective, Precond, Rescaler, Sampler
+    from cmkit.kinds import (
+        Backbone,
+        Codec,
+        Dataset,
+        Metric,
+        Objective,
+        Precond,
+        Rescaler,
+        Sampler,
+        TextEncoder,
+    )
     from cmkit.values import DataSpec
 
 
@@ -55,8 +66,14 @@ class Recipe:
     source: Source
     data: DataSpec | None = None
     """Shape of the data where it is known without reading them: of a finished run."""
+    codec: Codec | None = None
+    text: TextEncoder | None = None
     smoke: bool = False
     """Whether its numbers mean nothing: see `cmkit.smoke`."""
+
+    @property
+    def cache(self) -> CacheTable | None:
+        return self.stages.get("cache")
 
     @property
     def train(self) -> TrainTable | None:

@@ -19,7 +19,9 @@ class Train(TrainTable, Stage):
 
     title: ClassVar[str] = "training"
     needs: ClassVar[tuple[str, ...]] = ("objective",)
-    reads: ClassVar[tuple[str, ...]] = ("dataset", "backbone", "denoiser", "teacher", "objective")
+    reads: ClassVar[tuple[str, ...]] = (
+        "dataset", "codec", "text", "backbone", "denoiser", "teacher", "objective"
+    )  # fmt: skip
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Train from the newest intact checkpoint on, and leave the first average as weights."""
