@@ -51,6 +51,8 @@ class Recipe:
     name: str
     seed: int
     dataset: Dataset
+    codec: Codec | None
+    text: TextEncoder | None
     backbone: Backbone
     denoiser: DenoiserTable
     precond: Precond
@@ -66,8 +68,6 @@ class Recipe:
     source: Source
     data: DataSpec | None = None
     """Shape of the data where it is known without reading them: of a finished run."""
-    codec: Codec | None = None
-    text: TextEncoder | None = None
     smoke: bool = False
     """Whether its numbers mean nothing: see `cmkit.smoke`."""
 

@@ -20,8 +20,14 @@ class Train(TrainTable, Stage):
     title: ClassVar[str] = "training"
     needs: ClassVar[tuple[str, ...]] = ("objective",)
     reads: ClassVar[tuple[str, ...]] = (
-        "dataset", "codec", "text", "backbone", "denoiser", "teacher", "objective"
-    )  # fmt: skip
+        "dataset",
+        "codec",
+        "text",
+        "backbone",
+        "denoiser",
+        "teacher",
+        "objective",
+    )
 
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Train from the newest intact checkpoint on, and leave the first average as weights."""
