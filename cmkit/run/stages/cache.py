@@ -55,10 +55,11 @@ class Cache(CacheTable, Stage):
                 )
                 shards = iter(faults)
                 for rows, tensors in steps:
-                    if tensors is not None:
+                    if tensors is None:
+                        done += rows
+                        yield Encoded(done, total)
+                    else:
                         store.keep(next(shards), tensors)
-                    done += rows
-                    yield Encoded(done, total)
                     job.stop.check(f"what is encoded is kept in {store.path}")
         if any(missing.values()) and stores.latents and (said := sigma_data_note(job.plan)):
             yield Note(said)
