@@ -314,12 +314,13 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def cached_sha256(path: Path) -> str:
-    """The file's SHA-256, kept by its path, inode, size and time, so that it is computed once."""
+def cached_sha256(path: Path, known: str | None = None) -> str:
+    """The file's SHA-256, kept by its path, inode, size and time, so that it is computed once, or
+    not where it is `known`."""
     with reading(path):
         at = path.stat()
     identity = f"{path.resolve()} {at.st_ino} {at.st_size} {at.st_mtime_ns}"
-    return cached_digest(identity, lambda: sha256_of(path))
+    return cached_digest(identity, lambda: known or sha256_of(path))
 
 
 def cached_digest(identity: str, compute: Callable[[], str]) -> str:

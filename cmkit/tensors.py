@@ -33,8 +33,8 @@ _TYPES = {
 """Types of weights, by their name in a safetensors file."""
 
 
-def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Replace the safetensors file `path`, whole or not at all.
+def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the safetensors file `path`, which is replaced, whole or not at all.
 
     NonFiniteError names a tensor with NaN or infinity; ResourceError when the disk refuses.
     """
@@ -43,9 +43,10 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with files.writing(path, size):
         with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=path.parent) as folder:
             whole = Path(folder) / path.name
-            write_tensors(whole, tensors)
+            sha256 = write_tensors(whole, tensors)
             os.replace(whole, path)
         files.sync_folder(path.parent)
+    return sha256
 
 
 def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+import zlib
+from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
 
-from cmkit import Cond, Denoiser, Network, Noise
+import torch
+from cmkit_std.datasets.invented import Invented
+
+from cmkit import Cond, DataSpec, Denoiser, Network, Noise, Plugin, hookimpl
+from cmkit.kinds import Codec, TextEncoder
+from cmkit.plugins import Registry, register
+from cmkit.values import TextSpec
 
 
 class TinyNetwork(Network):
@@ -60,3 +68,91 @@ class Counting(Denoiser):
     def forward(self, x, sigma, cond: Cond = None):
         self.seen.append(float(sigma[0]))
         return self.inner(x, sigma, cond)
+
+
+class Blocks(Codec):
+    """Pixels of blocks as channels, drawn with a standard deviation that grows with them."""
+
+    side: int = 2
+    spread: float = 0.1
+    factor: float = 2.0
+    tiles: int = 1
+
+    read_by = {"tiles": ("sample",)}
+
+    def spec(self, data: DataSpec) -> DataSpec:
+        channels, side = data.channels * self.side**2, data.resolution // self.side
+        return replace(data, channels=channels, resolution=side)
+
+    def load(self, device):
+        return BlocksCoder(self)
+
+
+class BlocksCoder:
+    def __init__(self, codec: Blocks):
+        self.codec = codec
+
+    def encode(self, x0):
+        mean = torch.nn.functional.pixel_unshuffle(x0, self.codec.side) * self.codec.factor
+        return mean, self.codec.spread * (1 + mean.abs()) if self.codec.spread else None
+
+    def decode(self, latents):
+        return torch.nn.functional.pixel_shuffle(latents / self.codec.factor, self.codec.side)
+
+
+class Words(TextEncoder):
+    """A vector of each word, drawn by its hash; their mean as the feature of the whole prompt."""
+
+    length: int = 4
+    width: int = 6
+
+    def spec(self) -> TextSpec:
+        return TextSpec(self.length, self.width, self.width, size=True)
+
+    def load(self, device):
+        return WordsPrompts(self, device)
+
+
+class WordsPrompts:
+    def __init__(self, words: Words, device):
+        self.words, self.device = words, device
+        self.null = self([""])
+
+    def __call__(self, prompts):
+        text = torch.stack([self._features(prompt.split()) for prompt in prompts]).to(self.device)
+        return Cond(text=text, pooled=text.mean(1))
+
+    def _features(self, words):
+        padded = (words + ["<pad>"] * self.words.length)[: self.words.length]
+        seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in padded]
+        return torch.stack([torch.randn(self.words.width, generator=seed) for seed in seeds])
+
+
+class Captioned(Invented):
+    """Invented pictures of which half are mirrored, with captions, some of which are left out."""
+
+    flip: bool = True
+    empty: float = 0.2
+    numbered: bool = True
+
+    def pictures(self):
+        return self._images() if self.numbered else None
+
+    def _images(self):
+        made = super()._images()
+        made.flip, made.empty = self.flip, self.empty if self.texts else 0.0
+        return made
+
+
+@hookimpl
+def cmkit_register():
+    return [
+        Plugin("codec", "blocks", "tests.toys:Blocks", "toy"),
+        Plugin("text", "words", "tests.toys:Words", "toy"),
+        Plugin("dataset", "captioned", "tests.toys:Captioned", "toy"),
+    ]
+
+
+def toy_registry() -> Registry:
+    """The installed parts and those of this file."""
+    return register([*entry_points(group="cmkit"), EntryPoint("toys", "tests.toys", "cmkit")])

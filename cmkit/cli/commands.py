@@ -141,7 +141,7 @@ def check(
     """Check all that `run` would check, and say what it would cost, without running."""
     loaded, registry, said = _loaded(recipe, set, out if smoke else None)
     from cmkit.device import pick_device
-    from cmkit.plan import check_disk, sigma_data_note
+    from cmkit.plan import cache_bytes, check_disk, sigma_data_note
     from cmkit.recipe import stage_keys
     from cmkit.run import as_begun, changes, inputs_of, outlook, run_folder
     from cmkit.run.inputs import chosen_precision
@@ -177,13 +177,15 @@ def check(
         "weights": plan.recipe.denoiser.weights,
         "to_download": [weights.url for weights in plan.downloads],
     }
+    if plan.recipe.cache:
+        facts["cache_mib"], facts["cache_to_write_mib"] = (n / 2**20 for n in cache_bytes(plan))
     if search := plan.recipe.search:
         facts["search_cells"], facts["search_images"] = most_cells(loaded), all_images(loaded)
         if search.method == "surrogate":
             facts["search_passes"] = [draws * (plan.nfe or 1) for draws in search.passes()]
     if precision := chosen_precision(plan.recipe, chosen):
         facts["precision"] = precision
-    notes = [*said, *plan.notes, *filter(None, [sigma_data_note(plan.recipe)])]
+    notes = [*said, *plan.notes, *filter(None, [sigma_data_note(plan)])]
     if folder.checked:
         changed = changes(folder.inputs()["inputs"], inputs)
         notes += [f"since the run was begun: {said}" for _, _, said in changed]

@@ -105,7 +105,7 @@ class Display:
             case events.CellsDrawn(done, total):
                 self.numbers["images"] = f"{done:,} of {total:,}"
                 self.advance(self.done)
-            case events.Sampled(done, _):
+            case events.Sampled(done, _) | events.Encoded(done, _):
                 self.advance(done)
             case events.Saved(step):
                 self.say(f"saved step {step}")

@@ -2,6 +2,7 @@
 from it. Every check happens here, before any heavy work."""
 
 from cmkit.plan.checks import CURES, check_disk, conditions_of, sigma_data_note, traits_of
+from cmkit.plan.data import batches, cache_bytes, kept
 from cmkit.plan.fit import check_fit, plan
 from cmkit.plan.networks import (
     build,

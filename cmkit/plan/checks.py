@@ -9,15 +9,18 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cmkit import files
 from cmkit.denoiser import Cond, Denoiser
 from cmkit.errors import CmkitError, DataError, PluginError, RecipeError, ResourceError, inline
 from cmkit.kinds import Backbone, Precond
 from cmkit.plan import networks
+from cmkit.plan.data import batches, cache_bytes, kept
 from cmkit.plan.networks import naming_table, noise_of
 from cmkit.plan.record import CONDITIONS, Plan
 from cmkit.plugins import blame, discover
@@ -68,6 +71,14 @@ def check_disk(plan: Plan, out: Path) -> None:
             f"{existing}: the run needs about {plan.disk / 2**20:,.0f} MiB and"
             f" {free / 2**20:,.0f} MiB are free; name another disk with --out, or lower train.keep"
             " or the number of images"
+        )
+    _, needed = cache_bytes(plan)
+    home = files.cache_folder("latents")
+    existing = next(p for p in (home, *home.parents) if p.exists())
+    if needed > (free := shutil.disk_usage(existing).free):
+        raise ResourceError(
+            f"{existing}: the cache needs about {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f}"
+            " MiB are free; set XDG_CACHE_HOME to a folder on a larger disk, or say cache = false"
         )
 
 
@@ -224,13 +235,17 @@ def check_sampler(recipe: Recipe) -> None:
         )
 
 
-def sigma_data_note(recipe: Recipe, images: int = 256) -> str:
+def sigma_data_note(plan: Plan, images: int = 256) -> str:
     """A sentence where the standard deviation of the first `images` of training is not the
-    recipe's sigma_data, by more than a quarter of it; "" elsewhere."""
+    recipe's sigma_data, by more than a quarter of it; "" elsewhere, and before latents are kept."""
+    recipe = plan.recipe
     if not recipe.train:
         return ""
+    if recipe.codec and ((store := kept(plan).latents) is None or store.missing()):
+        return ""
+    only = replace(plan, recipe=replace(recipe, text=None))
     with contextlib.suppress(DataError):  # training names a bad picture when it comes to it
-        x0, _ = next(iter(recipe.dataset.batches(images, recipe.seed, torch.device("cpu"))))
+        x0, _ = next(iter(batches(only, images, torch.device("cpu"))))
         found, said = float(x0.float().std()), recipe.denoiser.sigma_data
         if abs(found - said) > said / 4:
             return (

@@ -63,6 +63,14 @@ def from_tables(tables: Mapping[str, Any], source: Source, registry: Registry) -
         if kind in tables:
             parts[kind], resolved[kind] = part_of(kind, tables[kind], (kind,), source, registry)
     records: dict[str, Any] = {}
+    encodes, train = parts["codec"] or parts["text"], "train" in tables
+    if tables.get("cache") is False:
+        resolved["cache"] = False
+        tables = {key: table for key, table in tables.items() if key != "cache"}
+    elif "cache" in tables and not encodes:
+        raise source.error(("cache",), "nothing to encode; add [codec] or [text], or drop it")
+    elif encodes and train:
+        tables = {"cache": {}, **tables}
     for key, model in known.core_tables().items():
         if key not in tables and key != "denoiser":
             continue

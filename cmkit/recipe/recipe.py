@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cmkit.recipe.search_table import SearchTable
 from cmkit.recipe.tables import (
     PART_TABLES,
+    CacheTable,
     DenoiserTable,
     ExpectedTable,
     SampleTable,
@@ -69,6 +70,10 @@ class Recipe:
     """Shape of the data where it is known without reading them: of a finished run."""
     smoke: bool = False
     """Whether its numbers mean nothing: see `cmkit.smoke`."""
+
+    @property
+    def cache(self) -> CacheTable | None:
+        return self.stages.get("cache")
 
     @property
     def train(self) -> TrainTable | None:

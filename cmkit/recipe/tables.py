@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -88,6 +88,23 @@ class StageTable(Part):
     """What a person calls it."""
     reads: ClassVar[tuple[str, ...]] = ()
     """Tables that decide its result, beside its own and the stages before it."""
+
+
+class CacheTable(StageTable):
+    """The keys of [cache]; `cache = false` encodes at every step of the training."""
+
+    read_by = {"batch": ()}
+
+    latents: bool = True
+    """Keep the latents of all pictures, and of their mirror images where the data set has them:
+    mean and standard deviation, so that they are still drawn anew at every step."""
+    text: bool = True
+    """Keep the features of all captions. They may take more room than the latents: with many
+    captions, false encodes them at every step."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Type of the numbers that are kept."""
+    batch: Batch = 8
+    """Pictures encoded at a time."""
 
 
 class TrainTable(StageTable):
@@ -183,6 +200,7 @@ class ExpectedTable(Part):
 
 PART_TABLES = ("dataset", "codec", "text", "backbone", "objective", "rescaler", "sampler")
 STAGES = {
+    "cache": "cmkit.run.stages.cache:Cache",
     "train": "cmkit.run.stages.train:Train",
     "search": "cmkit.run.stages.search:Search",
     "sample": "cmkit.run.stages.sample:Sample",
@@ -194,9 +212,11 @@ REQUIRED = ("name", "dataset", "backbone")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
-def kinds_inside(keys: Iterable[str]) -> list[str]:
-    """Those keys of a table that hold a part: they are named after its kind."""
-    return [key for key in keys if key in CLASSES]
+def kinds_inside(fields: Mapping[str, Any]) -> list[str]:
+    """Those keys of a table, or fields of its class, that hold a part: they are named after its
+    kind, and are no switch."""
+    switches = [key for key, field in fields.items() if getattr(field, "annotation", None) is bool]
+    return [key for key in fields if key in CLASSES and key not in switches]
 
 
 def stage_class(name: str) -> type[StageTable]:

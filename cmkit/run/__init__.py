@@ -12,8 +12,8 @@ from typing import Any
 _HOMES = {
     "cmkit.run.drawing": "draw redraw",
     "cmkit.run.events": (
-        "Cell CellsDrawn Comparison Downloaded Event Note RunFinished Sampled Saved StageFinished"
-        " StageStarted Step"
+        "Cell CellsDrawn Comparison Downloaded Encoded Event Note RunFinished Sampled Saved"
+        " StageFinished StageStarted Step"
     ),
     "cmkit.run.finished": "drawn_from",
     "cmkit.run.folder": "RunFolder",

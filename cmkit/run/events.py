@@ -36,6 +36,14 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """Pictures and prompts encoded so far."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Note:
     """A message for the user."""
 
@@ -67,6 +75,7 @@ Event = (
     | CellsDrawn
     | Comparison
     | Sampled
+    | Encoded
     | Note
     | StageFinished
     | RunFinished

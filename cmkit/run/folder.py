@@ -30,6 +30,7 @@ RUNS: ContextVar[Path | None] = ContextVar("RUNS", default=None)
 """The folder that --out names, where runs are found by their names."""
 _CHOSEN = re.compile(r"(.+?)(?:@(\d{1,18}))?(?::(online|ema-[\d.]+))?")
 STAGE_FILES = {
+    "cache": (),
     "train": ("model.safetensors", "log.jsonl"),
     "search": ("search/*.jsonl", "search/*.png", "search.json", "rescaling.json"),
     "sample": ("samples/*.npz", "samples.jsonl", "samples_*.png"),

@@ -54,6 +54,9 @@ class Job:
                 with naming_table(recipe, "metric", index):
                     metric.check_reference(self.plan.data, self.reference(metric), self.device)
         for name, stage in recipe.stages.items():
+            if name in self.status and (fault := stage.lost(self)):
+                yield Note(f"{name}: {fault}; the stage is done again")
+                del self.status[name]
             if name not in self.status:
                 self.saved = began = time.monotonic()
                 result: dict[str, Any] = {}

@@ -72,7 +72,7 @@ def run(
         folder.append_start(environment)
         if chosen := chosen_precision(plan.recipe, device):
             yield Note(f"precision auto is {chosen}")
-        if "train" not in status and (said := sigma_data_note(recipe)):
+        if "train" not in status and (said := sigma_data_note(plan)):
             yield Note(said)
         stages = list(outlook(recipe, folder, keys, begun_with, registry))
         if stages[0].why or any(stage.origin for stage in stages):

@@ -290,11 +290,11 @@ class _Loading:
 
     def _training(self, first: _Draft) -> str:
         """The run of a training: that of a cell of its own where `first` does more than train."""
-        if len(first.keys) == 1:
+        if list(first.keys)[-1] == "train":
             return first.run
         key = first.keys["train"]
         if key not in self.trainings:
-            alone = ("train", *stage_class("train").reads)
+            alone = ("cache", "train", *stage_class("train").reads)
             tables = {table: said for table, said in first.tables.items() if table in alone}
             recipe = self._recipe(first, tables, f"{first.row.name[:48]}-train-s{first.seed}")
             name = run_name(recipe)

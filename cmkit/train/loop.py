@@ -13,6 +13,7 @@ from torch import nn
 from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
 from cmkit.models import Models
+from cmkit.plan import batches
 from cmkit.rng import Rng, shared_dropout
 from cmkit.train.optimizer import learning_rate
 from cmkit.train.training import Training
@@ -38,9 +39,7 @@ def train(training: Training) -> Iterator[Step]:
     objective = recipe.objective
     assert objective is not None
     parts = table.accumulate
-    batches = recipe.dataset.batches(
-        table.batch // parts, recipe.seed, device, start=training.step * parts
-    )
+    stream = batches(training.plan, table.batch // parts, device, start=training.step * parts)
     clock, clocked = time.perf_counter(), training.step
     cast = autocast(table.precision, device)
     for network in (models.online, models.target, *models.companions.values()):
@@ -51,7 +50,7 @@ def train(training: Training) -> Iterator[Step]:
         models.online.network.settle()
         added = torch.zeros_like(training.window)
         for part in range(parts):
-            x0, cond = next(batches)
+            x0, cond = next(stream)
             rng = Rng(recipe.seed, "train", step * parts + part, device)
             with shared_dropout(rng), cast:
                 loss = objective.loss(models, x0, cond, phase, rng).mean() / parts

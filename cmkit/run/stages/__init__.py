@@ -26,6 +26,11 @@ class Stage(StageTable):
         """The work as events, from where an earlier start stopped; fills `result`, the stage's
         entry in report.json. What is on the disk is consistent at every event."""
 
+    def lost(self, job: Job) -> str:
+        """What is wrong with what the finished stage left outside the run's folder, so that it is
+        done again; "" where nothing is."""
+        return ""
+
     @abstractmethod
     def line(self, result: Mapping[str, Any]) -> str:
         """What was done, in a few words for the page."""

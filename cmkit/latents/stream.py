@@ -1,0 +1,173 @@
+"""Batches of latents with the features of their prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmkit.batches import drawn
+from cmkit.denoiser import Cond
+from cmkit.errors import DataError
+from cmkit.kinds import Codec, Dataset, TextEncoder
+from cmkit.latents import encode
+from cmkit.latents.encode import Kept
+from cmkit.latents.store import Rows, Store, ahead
+from cmkit.rng import Rng
+from cmkit.values import DataSpec
+
+BATCHES_AHEAD = 4
+REMEMBERED = 2**28
+"""Bytes of features that are remembered where none are kept."""
+
+
+def batches(
+    dataset: Dataset,
+    data: DataSpec,
+    codec: Codec | None,
+    text: TextEncoder | None,
+    kept: Kept,
+    size: int,
+    seed: int,
+    device: torch.device,
+    start: int = 0,
+) -> Iterator[tuple[Tensor, Cond]]:
+    """The batches of `dataset` with latents mean + std z in the place of pictures, and features in
+    the place of the captions' numbers; endless, from batch `start` on, a function of (seed, batch).
+
+    What is `kept` is read, the rest is encoded. Pictures, mirroring, classes and captions are the
+    same, and so is z. `Cond.size` is that of the pictures, not cropped, where the network wants it
+    and the data set does not say it.
+    """
+    said = text and _Said(dataset, data, text, kept.text, device)
+    stream = dataset.batches(size, seed, device, start)
+    if codec and kept.latents:
+        stream = _read(dataset, kept.latents, size, seed, device, start)
+    elif codec:
+        stream = _coded(stream, codec, seed, device, start)
+    for x0, cond in stream:
+        yield x0, said(cond) if said else dataclasses.replace(cond, caption=None)
+
+
+def _coded(
+    stream: Iterator[tuple[Tensor, Cond]],
+    codec: Codec,
+    seed: int,
+    device: torch.device,
+    start: int,
+) -> Iterator[tuple[Tensor, Cond]]:
+    """Latents of the pictures of batches."""
+    coder = codec.load(device)
+    for batch, (x0, cond) in enumerate(stream, start):
+        mean, std = encode.encode(coder, x0, encode.CODED)
+        yield _posterior(mean, std, seed, batch), cond
+
+
+def _read(
+    dataset: Dataset, store: Store, size: int, seed: int, device: torch.device, start: int
+) -> Iterator[tuple[Tensor, Cond]]:
+    """Latents that are kept, read ahead in a thread."""
+    pictures, rows = dataset.pictures(), store.read()
+    assert pictures is not None
+
+    def read() -> Iterator[tuple[dict[str, Tensor], Cond]]:
+        for batch in drawn(pictures, size, seed, start):
+            mirrored = np.zeros(size, bool) if batch.mirrored is None else batch.mirrored
+            numbers = {"label": batch.label, "caption": batch.caption}
+            told = {k: torch.from_numpy(v) for k, v in numbers.items() if v is not None}
+            yield rows(batch.index, mirrored.astype(np.int64)), Cond(**told)
+
+    for batch, (values, cond) in enumerate(ahead(read(), BATCHES_AHEAD), start):
+        moved = {name: _moved(value, device).float() for name, value in values.items()}
+        if cond.label is not None:
+            cond = dataclasses.replace(cond, label=_moved(cond.label, device))
+        yield _posterior(moved["mean"], moved.get("std"), seed, batch), cond
+
+
+def _posterior(mean: Tensor, std: Tensor | None, seed: int, batch: int) -> Tensor:
+    """Latents mean + std z, z drawn by (seed, batch)."""
+    if std is not None:
+        mean = mean + std * Rng(seed, "latents", batch, mean.device).normal_like(mean)
+    return mean.contiguous(memory_format=torch.channels_last)
+
+
+class _Said:
+    """A batch's conditions with the features of its captions, kept or encoded."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        data: DataSpec,
+        text: TextEncoder,
+        store: Store | None,
+        device: torch.device,
+    ):
+        self.device, self.side = device, data.resolution if text.spec().size else None
+        captions = encode.captions_of(dataset)
+        self.count = len(captions)
+        self.rows: Rows | Memo = store.read() if store else Memo(captions, text, device)
+
+    def __call__(self, cond: Cond) -> Cond:
+        if cond.caption is None:
+            raise DataError("dataset: a batch says no captions, though the data set has some")
+        index = cond.caption.cpu().numpy()
+        rows = self.rows(np.where(index < 0, self.count, index))
+        told = {name: _moved(row, self.device).float() for name, row in rows.items()}
+        size = cond.size
+        if self.side is not None and size is None:
+            whole = [self.side, self.side, 0, 0, self.side, self.side]
+            size = torch.tensor([whole], dtype=torch.float32, device=self.device)
+            size = size.expand(len(index), 6)
+        return dataclasses.replace(cond, caption=None, size=size, **told)
+
+
+class Memo:
+    """Features of prompts by the numbers of their captions; the latest are remembered."""
+
+    def __init__(
+        self,
+        captions: Sequence[str],
+        text: TextEncoder,
+        device: torch.device,
+        limit: int = REMEMBERED,
+    ):
+        self.captions, self.limit, self.bytes = captions, limit, 0
+        self.prompts = text.load(device)
+        self.known: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
+
+    def __call__(self, index: np.ndarray) -> dict[str, Tensor]:
+        """Features (B, ..) of captions `index` (B,), and of the unconditional prompt behind the
+        last caption."""
+        wanted = index.tolist()
+        here = {one: self.known[one] for one in wanted if one in self.known}
+        new = [one for one in dict.fromkeys(wanted) if one not in here]
+        said = [one for one in new if one < len(self.captions)]
+        if said:
+            found = encode.features(self.prompts, [self.captions[one] for one in said])
+            for k, one in enumerate(said):
+                here[one] = {name: rows[k].clone() for name, rows in found.items()}
+        if len(said) < len(new):
+            null = encode.rows_of(self.prompts.null)
+            here[len(self.captions)] = {name: rows[0] for name, rows in null.items()}
+        for one in here:
+            if one not in self.known:
+                self.known[one] = here[one]
+                self.bytes += _bytes(here[one])
+            self.known.move_to_end(one)
+        while self.bytes > self.limit:
+            self.bytes -= _bytes(self.known.popitem(last=False)[1])
+        return {name: torch.stack([here[one][name] for one in wanted]) for name in here[wanted[0]]}
+
+
+def _bytes(rows: Mapping[str, Tensor]) -> int:
+    return sum(row.nbytes for row in rows.values())
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """`value` on `device`, without waiting for it."""
+    pinned = value.pin_memory() if device.type == "cuda" and not value.is_cuda else value
+    return pinned.to(device, non_blocking=True)
