@@ -283,6 +283,8 @@ class Pictures(Protocol):
     """The numbers of their captions in `Dataset.captions`."""
     flip: bool
     """Whether half of the images of batches are mirrored."""
+    empty: float
+    """Probability with which a batch has the unconditional prompt in the place of a caption."""
 
     def __len__(self) -> int: ...
 

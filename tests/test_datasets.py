@@ -21,10 +21,10 @@ from cmkit_std.datasets.fashion_mnist import CLASSES, DEBIAN, FashionMNIST
 from cmkit_std.datasets.image_folder import ImageFolder
 from cmkit_std.datasets.imagenet64 import ImageNet64
 from cmkit_std.datasets.lsun import LSUN
-from cmkit_std.datasets.pixels import batch_indices
 from PIL import Image
 
 from cmkit import DataError, Dataset, DataSpec
+from cmkit.batches import batch_indices
 
 CPU = torch.device("cpu")
 

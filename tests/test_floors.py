@@ -12,7 +12,7 @@ from cmkit import discover
 ROOT = Path(__file__).parent.parent
 ROOMS = """
 errors values stop
-noise rng denoiser traits models kinds plugins functional
+noise rng denoiser traits models kinds batches plugins functional
 files device pictures tensors checkpoint run.folder rescaling
 recipe weights plan
 sample measure train search edit

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from cmkit_std.datasets.image_folder import ImageFolder
-from cmkit_std.datasets.pixels import batch_indices
 from cmkit_std.metrics.fidelity_meter import FidelityMeter
 from cmkit_std.samplers.multistep import Multistep
 from PIL import Image
@@ -31,6 +30,7 @@ from cmkit import (
     discover,
     image_labels,
 )
+from cmkit.batches import batch_indices
 from cmkit.checkpoint import read_weights
 from cmkit.plan import plan
 from cmkit.recipe import load, run_name, stage_keys

@@ -206,7 +206,8 @@ def test_a_part_without_the_hook_keeps_its_options():
 
 
 def test_invented_images_keep_the_laws_of_a_dataset():
-    for options in ({}, {"channels": 1, "resolution": 8, "classes": 3}, {"classes": 1000}):
+    grey = {"channels": 1, "resolution": 8, "classes": 3}
+    for options in ({}, grey, {"classes": 1000}, {"texts": 3}, {"texts": 30, "classes": 2}):
         check_dataset(Invented(images=20, **options))
 
 

@@ -61,15 +61,22 @@ class OnDisk(Dataset):
         """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch)."""
         return self._images().batches(size, seed, device, start)
 
+    def pictures(self) -> Images:
+        """The images by number."""
+        return self._images()
+
     def identity(self) -> dict[str, Any]:
         """How many images there are, and a digest of their contents."""
         images = self._images()
         return {"images": len(images), "contents": images.fingerprint()}
 
     def reference(self) -> Reference:
-        """The images, none mirrored."""
-        images = self._images()
-        return Reference(images, images.fingerprint())
+        """The images, none mirrored, and what is said of each."""
+        images, texts = self._images(), self.captions()
+        said = None
+        if texts is not None and images.captions is not None:
+            said = [texts[number] for number in images.captions]
+        return Reference(images, images.fingerprint(), captions=said)
 
 
 class Published(OnDisk):

@@ -16,22 +16,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from cmkit import Cond, DataError, Rng, permutation
+from cmkit import Cond, DataError
+from cmkit.batches import Drawn, drawn
 
 BATCHES_AHEAD = 4
 
 Labels = np.ndarray | list[int]
-"""The class of each image, (N,)."""
+"""A number of each image, (N,)."""
 
 
 class Images(TorchDataset[Tensor], ABC):
     """uint8 images (C, H, W) by number, as metrics take them, and training batches of them.
 
-    `labels` are their classes, (N,) or None; `flip` mirrors half of the images of batches.
+    They are `cmkit.kinds.Pictures`: `labels` are their classes, and `captions` the numbers of their
+    captions, (N,) or None; `flip` mirrors half of the images of batches; `empty` is the probability
+    with which a batch has the unconditional prompt in the place of a caption.
     """
 
     labels: Labels | None
     flip: bool
+    captions: Labels | None = None
+    empty: float = 0.0
 
     @functools.cached_property
     def held(self) -> np.ndarray | None:
@@ -64,22 +69,24 @@ class Images(TorchDataset[Tensor], ABC):
     ) -> Iterator[tuple[Tensor, Cond]]:
         """Endless (x0 in [-1, 1], cond) from batch `start` on, a function of (seed, batch).
 
-        Images in memory live on `device` and are gathered there: only indices are copied to it, and
+        Images in memory live on `device` and are gathered there: only numbers are copied to it, and
         the host does not wait for that. Others are read ahead in threads.
         """
-        labels = None
-        if self.labels is not None:
-            labels = torch.as_tensor(self.labels, dtype=torch.int64).to(device)
-        indices = batch_indices(len(self), size, seed, start)
+        stream = drawn(self, size, seed, start)
         if self.held is None:
-            stream = _ahead(self.row, indices, device)
+            batches = _ahead(self.row, stream, device)
         else:
-            stream = _gathered(self.held, indices, device)
-        for batch, (index, images) in enumerate(stream, start):
+            batches = _gathered(self.held, stream, device)
+        for batch, images in batches:
             x0 = to_x0(images)
-            if self.flip:
-                x0 = flipped(x0, seed, batch)
-            yield x0, Cond(label=None if labels is None else labels[index])
+            if batch.mirrored is not None:
+                mirrored = to_device(batch.mirrored, device).view(-1, 1, 1, 1)
+                x0 = torch.where(mirrored, x0.flip(-1), x0)
+            label, caption = (
+                None if numbers is None else to_device(numbers, device)
+                for numbers in (batch.label, batch.caption)
+            )
+            yield x0, Cond(label=label, caption=caption)
 
 
 class Pixels(Images):
@@ -126,56 +133,33 @@ class Mapped(Pixels):
         return self.digest
 
 
-def batch_indices(n: int, size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Endless index arrays, (size,) int64 in 0 .. n - 1, from batch `start` on.
-
-    Each epoch is one shuffle of all n images; batches run across the border of epochs, so every
-    image is seen exactly once an epoch whatever the batch size.
-    """
-    epoch, offset = divmod(start * size, n)
-    order = permutation(seed, "data", epoch, n)
-    while True:
-        taken: list[np.ndarray] = []
-        missing = size
-        while missing:
-            if offset == n:
-                epoch, offset = epoch + 1, 0
-                order = permutation(seed, "data", epoch, n)
-            part = order[offset : offset + missing]
-            taken.append(part)
-            offset += len(part)
-            missing -= len(part)
-        yield np.concatenate(taken)
-
-
 def pool() -> ThreadPoolExecutor:
     """Threads to decode in: Pillow and file reads release the interpreter's lock."""
     return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
 
 
 def _gathered(
-    images: np.ndarray, indices: Iterable[np.ndarray], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(indices, uint8 images (B, C, H, W)), both on `device`, where all images are."""
+    images: np.ndarray, stream: Iterable[Drawn], device: torch.device
+) -> Iterator[tuple[Drawn, Tensor]]:
+    """Batches and their uint8 images (B, C, H, W) on `device`, where all images are."""
     pixels = torch.from_numpy(images).to(device)
-    for chosen in indices:
-        index = to_device(chosen, device)
-        yield index, pixels[index]
+    for batch in stream:
+        yield batch, pixels[to_device(batch.index, device)]
 
 
 def _ahead(
-    image: Callable[[int], np.ndarray], indices: Iterable[np.ndarray], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+    image: Callable[[int], np.ndarray], stream: Iterable[Drawn], device: torch.device
+) -> Iterator[tuple[Drawn, Tensor]]:
     """The same of images that are read in threads, which go on to the next batches."""
     threads = pool()
-    waiting: deque[tuple[np.ndarray, list[Future[np.ndarray]]]] = deque()
+    waiting: deque[tuple[Drawn, list[Future[np.ndarray]]]] = deque()
     try:
-        for chosen in indices:
-            waiting.append((chosen, [threads.submit(image, int(i)) for i in chosen]))
+        for batch in stream:
+            waiting.append((batch, [threads.submit(image, int(i)) for i in batch.index]))
             if len(waiting) > BATCHES_AHEAD:
                 due, futures = waiting.popleft()
                 images = np.stack([future.result() for future in futures])
-                yield to_device(due, device), to_device(images, device)
+                yield due, to_device(images, device)
     finally:
         threads.shutdown(cancel_futures=True)
 
@@ -183,13 +167,6 @@ def _ahead(
 def to_x0(images: Tensor) -> Tensor:
     """uint8 -> float32 in [-1, 1]: u / 127.5 - 1."""
     return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
-
-
-def flipped(x0: Tensor, seed: int, batch: int) -> Tensor:
-    """x0 with about half of its images mirrored, chosen by (seed, batch number)."""
-    coins = Rng(seed, "data/flip", batch, torch.device("cpu")).integers(2, len(x0)).bool()
-    mirrored = to_device(coins.numpy(), x0.device).view(-1, 1, 1, 1)
-    return torch.where(mirrored, x0.flip(-1), x0)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
