@@ -166,9 +166,7 @@ def _check_said(report: Report, reference: Reference, texts: int | None) -> None
     )
 
 
-def _check_pictures(
-    report: Report, pictures: Pictures, data: DataSpec, texts: int | None
-) -> None:
+def _check_pictures(report: Report, pictures: Pictures, data: DataSpec, texts: int | None) -> None:
     """Laws of `pictures()` by itself."""
     for key, given, known in (
         ("labels", pictures.labels, data.num_classes),

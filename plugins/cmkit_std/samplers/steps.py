@@ -29,7 +29,8 @@ Steps = Annotated[
 Draws = Callable[[int], "Tensor"]
 """noise(k), k >= 1: the k-th draw of fresh noise z, of the images' shape."""
 Clamp = Annotated[
-    bool, Field(description="Clamp each estimate to [-1, 1]; latents, which have no bounds, never are.")
+    bool,
+    Field(description="Clamp each estimate to [-1, 1]; latents, which have no bounds, never are."),
 ]
 
 
