@@ -96,22 +96,37 @@ def shards(root: Path) -> Path:
     return root
 
 
-def hugging_face(root: Path, form: str) -> Path:
+def table(file: Path, images: list[bytes | None], texts: list[str | None]):
+    """A parquet file as `datasets` writes it, and the `datasets.Dataset` of it."""
     datasets = pytest.importorskip("datasets")
+    import pyarrow
+    from pyarrow import parquet
+
+    kinds = datasets.Features(
+        {
+            "number": datasets.Value("int64"),
+            "text": datasets.Value("string"),
+            "image": datasets.Image(),
+        }
+    )
     rows = {
-        "number": list(range(5)),
-        "image": [{"bytes": encoded(n), "path": None} for n in range(5)],
-        "text": list(TEXTS),
+        "number": list(range(len(texts))),
+        "text": texts,
+        "image": [{"bytes": image, "path": None} for image in images],
     }
-    kinds = {"number": datasets.Value("int64"), "text": datasets.Value("string")}
-    made = datasets.Dataset.from_dict(rows, datasets.Features({**kinds, "image": datasets.Image()}))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(rows, schema=kinds.arrow_schema), str(file))
+    return datasets.Dataset.from_parquet(str(file), cache_dir=str(file.parent.parent / "made"))
+
+
+def hugging_face(root: Path, form: str) -> Path:
     if form == "saved":
+        made = table(root.parent / "whole" / "all.parquet", [*map(encoded, range(5))], [*TEXTS])
         made.save_to_disk(str(root), num_shards=2)
     else:
-        root.mkdir()
-        for part in range(2):
+        for part, numbers in enumerate(((0, 1, 2), (3, 4))):
             name = root / f"train-0000{part}-of-00002.parquet"
-            made.shard(2, part, contiguous=True).to_parquet(str(name))
+            table(name, [*map(encoded, numbers)], [TEXTS[n] for n in numbers])
     return root
 
 
@@ -593,15 +608,11 @@ def test_a_column_that_is_not_there_and_bad_rows_are_named(tmp_path):
     datasets = pytest.importorskip("datasets")
     root = hugging_face(tmp_path / "data", "saved")
     refused(of(root, caption_key="caption"), "no column 'caption'", "number, text, image")
-    rows = {
-        "image": [{"bytes": encoded(0)}, {"bytes": encoded(1)}, {"bytes": None}],
-        "text": ["a", None, "c"],
-    }
-    kinds = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    made = datasets.Dataset.from_dict(rows, kinds)
-    made.save_to_disk(str(tmp_path / "bad"))
+    images, texts = [encoded(0), encoded(1), None], ["a", None, "c"]
+    table(tmp_path / "bad" / "a.parquet", images, texts)
     refused(of(tmp_path / "bad"), "row 1: the caption is NoneType", "row 2: no picture")
     assert of(tmp_path / "bad", on_bad="skip").captions() == ["a"]
+    made = table(tmp_path / "good" / "a.parquet", images[:2], texts[:2])
     datasets.DatasetDict({"train": made, "test": made}).save_to_disk(str(tmp_path / "two"))
     refused(of(tmp_path / "two"), "has splits test, train; name the folder of one")
     made.remove_columns("image").save_to_disk(str(tmp_path / "blind"))
