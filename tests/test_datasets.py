@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cmkit_std.datasets import image_folder, pictures
+from cmkit_std.datasets import pictures
 from cmkit_std.datasets.digits import Digits, digits
 from cmkit_std.datasets.fashion_mnist import CLASSES, DEBIAN, FashionMNIST
 from cmkit_std.datasets.image_folder import ImageFolder
@@ -432,7 +432,7 @@ def test_bad_pictures_are_left_out_when_told_and_decoded_once(folder, labels, mo
         *("torn.png", "pipe.png", "_2/a.txt")
     ]
     assert data.identity()["left_out"] == 3
-    image_folder._verdicts.cache_clear()
+    pictures.judged.cache_clear()
     decoded, honest = [], pictures.decode
     monkeypatch.setattr(
         pictures, "decode", lambda s, i, shape: decoded.append(s.name(i)) or honest(s, i, shape)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cmkit_std.datasets.invented import Invented
 from cmkit_std.manifest import examples
 from torch import nn
 
@@ -428,7 +430,7 @@ class Dots(cmkit.Dataset):
                 x0 = torch.randn(size, 1, 2, 2)
             x0 = x0 if self.fault == "range" else x0.clamp(-1, 1)
             label = torch.arange(size) % 3 + (self.fault == "label")
-            yield x0, Cond(label=label)
+            yield x0, Cond(label=label, caption=label if self.fault == "uncaptioned" else None)
             at += 1
 
     def reference(self):
@@ -452,10 +454,77 @@ class Dots(cmkit.Dataset):
         ("pixels", "reference images are uint8"),
         ("fingerprint", "a fingerprint is a string that follows"),
         ("declared", "`declared` returns what `spec` does"),
+        ("uncaptioned", "`Cond.caption` is absent without captions"),
     ],
 )
 def test_a_data_set_that_breaks_a_law_is_told_so(fault, law):
     fails(testing.check_dataset, Dots(fault=fault), law)
+
+
+class Told(Invented):
+    """A data set with captions and a chosen fault."""
+
+    fault: str = "none"
+    """The fault."""
+
+    def captions(self):
+        texts = super().captions()
+        changed = {"twice": [*texts[:-1], texts[0]], "numbers": [1, 2, 3], "fewer": texts[:2]}
+        return changed.get(self.fault, texts)
+
+    def batches(self, size, seed, device, start=0):
+        given = Invented.batches(self, size, seed, device, start)
+        for at, (x0, cond) in enumerate(given):
+            caption = cond.caption
+            if self.fault == "start":
+                caption = (caption + at) % 3
+            elif self.fault == "other":
+                caption = (caption + 1) % 3
+            elif self.fault == "absent":
+                caption = None
+            elif self.fault == "int32":
+                caption = caption.int()
+            yield x0.flip(-1) if self.fault == "mirrored" else x0, replace(cond, caption=caption)
+
+    def pictures(self):
+        made = super().pictures()
+        if self.fault == "unnumbered":
+            made.captions = None
+        if self.fault == "classes":
+            made.labels = None
+        if self.fault == "certain":
+            made.empty = 2.0
+        if self.fault == "dropped":
+            made.empty = 1.0
+        return made
+
+    def reference(self):
+        made = super().reference()
+        said = {"short": made.captions[:-1], "silent": None}
+        return replace(made, captions=said.get(self.fault, made.captions))
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("twice", "`captions` returns distinct texts"),
+        ("numbers", "`captions` returns distinct texts"),
+        ("fewer", "`Cond.caption` is absent without captions, or int64"),
+        ("absent", "`Cond.caption` is absent without captions, or int64"),
+        ("int32", "`Cond.caption` is absent without captions, or int64"),
+        ("start", "batch 1 of a stream from start = 1 is another"),
+        ("other", "other captions"),
+        ("mirrored", "other images"),
+        ("dropped", "other captions"),
+        ("unnumbered", "`pictures().captions` has a number for each image"),
+        ("classes", "`pictures().labels` has a number for each image"),
+        ("certain", "`pictures().empty` is a probability"),
+        ("short", "`Reference.captions` has a text for each image"),
+        ("silent", "`Reference.captions` has a text for each image"),
+    ],
+)
+def test_a_data_set_whose_captions_break_a_law_is_told_so(fault, law):
+    fails(testing.check_dataset, Told(texts=3, classes=2, resolution=4, fault=fault), law)
 
 
 class Mean(cmkit.Metric):
@@ -544,6 +613,7 @@ def test_a_metric_that_breaks_a_law_is_told_so(fault, law):
         (testing.check_sampler, Walk()),
         (testing.check_rescaler, Scale()),
         (testing.check_dataset, Dots()),
+        (testing.check_dataset, Told(texts=3, classes=2, resolution=4)),
         (testing.check_metric, Mean()),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmkit.batches import drawn
 from cmkit.denoiser import Cond
-from cmkit.kinds import Dataset
+from cmkit.kinds import Dataset, Pictures
 from cmkit.testing.protocol import Report, report_on, shown
 from cmkit.testing.subjects import CPU, draws
 from cmkit.values import DataSpec, Reference
@@ -51,9 +52,10 @@ def check_dataset(dataset: Dataset) -> None:
         with report.untouched("batches"):
             return list(itertools.islice(dataset.batches(size, seed, CPU, start), count))
 
+    texts = _captions(report, dataset)
     first = draw()
     for batch in first:
-        _check_batch(report, batch, data)
+        _check_batch(report, batch, data, texts)
     for seen, batches, same in (
         ("two streams of one seed differ", draw(), first),
         ("batch 1 of a stream from start = 1 is another", draw(start=1, count=2), first[1:]),
@@ -66,6 +68,7 @@ def check_dataset(dataset: Dataset) -> None:
         )
     reference = dataset.reference()
     _check_reference(report, dataset, reference, data)
+    _check_said(report, reference, texts)
     count = len(reference.images)  # type: ignore[arg-type]
     if count > 4:
         report.require(
@@ -76,10 +79,13 @@ def check_dataset(dataset: Dataset) -> None:
         )
     if count <= 64:
         for batch in draw(count=count // 4 + 3):
-            _check_batch(report, batch, data)
+            _check_batch(report, batch, data, texts)
+    if (pictures := dataset.pictures()) is not None:
+        _check_pictures(report, pictures, data, texts)
+        _check_numbers(report, pictures, first)
 
 
-def _check_batch(report: Report, batch: Any, data: DataSpec) -> None:
+def _check_batch(report: Report, batch: Any, data: DataSpec, texts: int | None) -> None:
     report.require(
         isinstance(batch, tuple) and len(batch) == 2 and isinstance(batch[1], Cond),
         "a batch is (x0, cmkit.Cond)",
@@ -107,24 +113,114 @@ def _check_batch(report: Report, batch: Any, data: DataSpec) -> None:
             f"{shown(cond.label)}",
             "set num_classes, or give no label",
         )
-        return
+    else:
+        report.require(
+            _numbers(cond.label, 0, data.num_classes),
+            f"labels are int64 (B,), from 0 to {data.num_classes - 1}",
+            f"{cond.label.tolist() if isinstance(cond.label, Tensor) else cond.label!r}",
+            "number the classes from 0, and count them in spec()",
+        )
+    said = cond.caption
     report.require(
-        isinstance(cond.label, Tensor)
-        and cond.label.shape == (4,)
-        and cond.label.dtype == torch.int64
-        and bool(((cond.label >= 0) & (cond.label < data.num_classes)).all()),
-        f"labels are int64 (B,), from 0 to {data.num_classes - 1}",
-        f"{cond.label.tolist() if isinstance(cond.label, Tensor) else cond.label!r}",
-        "number the classes from 0, and count them in spec()",
+        said is None if texts is None else _numbers(said, -1, texts),
+        "`Cond.caption` is absent without captions, or int64 (B,), from -1 to their number - 1",
+        f"{said.tolist() if isinstance(said, Tensor) else said!r}, and captions() has {texts}",
+        "number captions() from 0; -1 is the unconditional prompt",
     )
+
+
+def _numbers(given: Any, low: int, high: int) -> bool:
+    """Whether `given` is (4,) int64, from `low` to `high` - 1."""
+    return (
+        isinstance(given, Tensor)
+        and given.shape == (4,)
+        and given.dtype == torch.int64
+        and bool(((given >= low) & (given < high)).all())
+    )
+
+
+def _captions(report: Report, dataset: Dataset) -> int | None:
+    """How many captions a data set has."""
+    texts = dataset.captions()
+    if texts is None:
+        return None
+    report.require(
+        all(isinstance(text, str) for text in texts)
+        and 0 < len(texts) == len(set(texts))
+        and list(texts) == list(dataset.captions() or ()),
+        "`captions` returns distinct texts, the same each time",
+        f"{len(texts)} of which {len(set(texts))} differ: {list(texts[:3])!r} ..",
+        "give each text once, and let pictures of one caption share its number",
+    )
+    return len(texts)
+
+
+def _check_said(report: Report, reference: Reference, texts: int | None) -> None:
+    """What is said of each image of the reference."""
+    said, count = reference.captions, len(reference.images)  # type: ignore[arg-type]
+    report.require(
+        said is None if texts is None else said is not None and len(said) == count,
+        "`Reference.captions` has a text for each image, of a data set with captions only",
+        f"{'none' if said is None else len(said)} for {count} images, and captions() has {texts}",
+        "Reference(images, fingerprint, captions=[what is said of image i, ..])",
+    )
+
+
+def _check_pictures(report: Report, pictures: Pictures, data: DataSpec, texts: int | None) -> None:
+    """Laws of `pictures()` by itself."""
+    for key, given, known in (
+        ("labels", pictures.labels, data.num_classes),
+        ("captions", pictures.captions, texts),
+    ):
+        report.require(
+            given is None
+            if known is None
+            else given is not None
+            and len(given) == len(pictures)
+            and all(0 <= number < known for number in given),
+            f"`pictures().{key}` has a number for each image, or is None where there are none",
+            f"{'none' if given is None else len(given)} for {len(pictures)} images, of {known}",
+            "number them from 0, one for each image",
+        )
+    report.require(
+        0 <= pictures.empty <= 1 and isinstance(pictures.flip, bool),
+        "`pictures().empty` is a probability, and `flip` true or false",
+        f"{pictures.empty!r} and {pictures.flip!r}",
+        "empty = 0.0 where batches keep every caption",
+    )
+
+
+def _check_numbers(report: Report, pictures: Pictures, batches: list[Any]) -> None:
+    """Whether `cmkit.batches.drawn` of `pictures()` is what `batches` yields."""
+    for (x0, cond), batch in zip(batches, drawn(pictures, 4, 0), strict=False):
+        images = torch.stack([pictures[int(i)] for i in batch.index]).float() / 127.5 - 1
+        if batch.mirrored is not None:
+            mirrored = torch.from_numpy(batch.mirrored).view(-1, 1, 1, 1)
+            images = torch.where(mirrored, images.flip(-1), images)
+        for what, given, own in (
+            ("images", images, x0),
+            ("labels", batch.label, cond.label),
+            ("captions", batch.caption, cond.caption),
+        ):
+            report.require(
+                (given is None) == (own is None)
+                and (given is None or torch.allclose(torch.as_tensor(given), own, 0, 1e-6)),
+                "`batches` are those that cmkit.batches.drawn tells of `pictures()`, so that"
+                " training on kept latents sees the same",
+                f"other {what}",
+                "let `batches` take its numbers from cmkit.batches.drawn(self.pictures(), ..)",
+            )
 
 
 def _same_batches(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(
-        torch.equal(x, y)
-        and (c.label is d.label or (c.label is not None and torch.equal(c.label, d.label)))
+        torch.equal(x, y) and _same(c.label, d.label) and _same(c.caption, d.caption)
         for (x, c), (y, d) in zip(a, b, strict=True)
     )
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _check_reference(

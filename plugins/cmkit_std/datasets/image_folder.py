@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import hashlib
-import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from cmkit import CheckpointError, DataError, DataSpec
-from cmkit.files import atomic_write, cache_folder, cached_digest, digest_of, read_json
+from cmkit import DataError, DataSpec
+from cmkit.files import cached_digest
 from cmkit_std.datasets.on_disk import Published, counted
 
 if TYPE_CHECKING:
@@ -63,6 +60,20 @@ class Folder:
             raise DataError(f"{self.root / file.name}: {file.fault}")
         return self.root / file.name
 
+    @property
+    def place(self) -> str:
+        """The folder, links resolved."""
+        return str(self.root.resolve())
+
+    def key(self, index: int) -> str:
+        """Name, size and time of picture `index`; "" of what is no regular file."""
+        file = self.files[index]
+        return "" if file.fault else f"{file.name}\0{file.size}\0{file.mtime_ns}"
+
+    def only(self, indices: Iterable[int]) -> Folder:
+        """Those of `indices`."""
+        return replace(self, files=tuple(self.files[index] for index in indices))
+
     def counts(self) -> tuple[int, ...]:
         """How many pictures each class has."""
         return counted(self.labels(), len(self.classes))
@@ -77,7 +88,7 @@ class Folder:
         listing = "".join(f"{f.name}\0{f.size}\0{f.mtime_ns}\n" for f in self.files)
         if sum(file.size for file in self.files) > LISTED:
             return hashlib.sha256(os.fsencode(listing)).hexdigest()
-        return cached_digest(f"{self.root.resolve()}\n{listing}", self._contents)
+        return cached_digest(f"{self.place}\n{listing}", self._contents)
 
     def _contents(self) -> str:
         digest = hashlib.sha256()
@@ -150,7 +161,9 @@ class ImageFolder(Published):
         """What is wrong with each picture that is left out."""
         if self.on_bad == "error":
             return ()
-        return tuple(filter(None, _verdicts(find(self.path, self.labels), self._shape)))
+        from cmkit_std.datasets.pictures import judged
+
+        return tuple(filter(None, judged(find(self.path, self.labels), self._shape)))
 
     def identity(self) -> dict[str, Any]:
         """How many pictures are used, how many are left out, and a digest of the contents."""
@@ -166,12 +179,13 @@ class ImageFolder(Published):
         folder = find(self.path, self.labels)
         if self.on_bad == "error":
             return folder
-        verdicts = _verdicts(folder, self._shape)
-        used = [file for file, bad in zip(folder.files, verdicts, strict=True) if not bad]
+        from cmkit_std.datasets.pictures import judged
+
+        used = folder.only(i for i, bad in enumerate(judged(folder, self._shape)) if not bad)
         for label, name in enumerate(folder.classes or ("",)):
-            if not any(file.label == label for file in used):
+            if not any(file.label == label for file in used.files):
                 raise DataError(f"{folder.root / name}: no sound picture in it; see on_bad")
-        return replace(folder, files=tuple(used))
+        return used
 
     @property
     def _channels(self) -> int:
@@ -191,7 +205,7 @@ def find(path: str, labels: bool) -> Folder:
     if not root.is_dir():
         raise DataError(f"dataset.path = {path!r}: no such folder")
     if not labels:
-        return Folder(root, _below(root, root, 0))
+        return Folder(root, below(root, root, 0))
     loose = [entry.name for entry in _visible(root) if not _is_folder(entry)]
     if loose:
         raise DataError(
@@ -203,36 +217,12 @@ def find(path: str, labels: bool) -> Folder:
         names.sort(key=int)
     if not names:
         raise DataError(f"{root}: no folder in it; each class needs one of its pictures")
-    files = [file for label, name in enumerate(names) for file in _below(root, root / name, label)]
+    files = [file for label, name in enumerate(names) for file in below(root, root / name, label)]
     shown = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in names)
     return Folder(root, tuple(files), tuple(shown))
 
 
-@functools.lru_cache(maxsize=1)
-def _verdicts(folder: Folder, shape: tuple[int, int]) -> tuple[str, ...]:
-    """What is wrong with each picture, "" where nothing is; each is decoded once, and the verdict
-    kept in the user's cache by its name, size and time."""
-    import PIL
-
-    from cmkit_std.datasets.pictures import decode, verdicts
-
-    about = f"{folder.root.resolve()} {shape} {PIL.__version__}"
-    record = cache_folder("pictures") / f"{digest_of(about)}.json"
-    known: dict[str, Any] = {}
-    if record.exists():
-        with contextlib.suppress(CheckpointError):  # damaged: all are decoded again
-            known = read_json(record)
-    names = [f"{file.name}\0{file.size}\0{file.mtime_ns}" for file in folder.files]
-    new = [i for i, name in enumerate(names) if folder.files[i].fault or name not in known]
-    found = verdicts(folder, new, lambda index: decode(folder, index, shape))
-    known |= {names[i]: fault for i, fault in zip(new, found, strict=True)}
-    if new:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(record, json.dumps({name: known[name] for name in names}))
-    return tuple(str(known[name]) for name in names)
-
-
-def _below(root: Path, folder: Path, label: int) -> tuple[File, ...]:
+def below(root: Path, folder: Path, label: int) -> tuple[File, ...]:
     """Every visible file below `folder`, by name; DataError when there is none."""
     files = []
     pending = [(folder, (folder.resolve(),))]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL import __version__ as VERSION
 
-from cmkit import DataError
+from cmkit import CheckpointError, DataError
+from cmkit.files import atomic_write, cache_folder, digest_of, read_json
 from cmkit.pictures import FORMATS
 from cmkit_std.datasets.pixels import Images, Labels, pool
 
@@ -42,10 +46,25 @@ class Source(Protocol):
         """What changes whenever a picture does."""
 
 
-def check(source: Source, indices: Sequence[int]) -> None:
-    """DataError that names those whose header is not that of a picture that can be used."""
+class Lasting(Source, Protocol):
+    """Pictures of which it is kept which can be used."""
+
+    place: str
+    """Where they are."""
+
+    def key(self, index: int) -> str:
+        """What changes whenever picture `index` may have; "" where that is not known."""
+
+
+def check(source: Source, indices: Sequence[int], bad: Iterable[str] = ()) -> None:
+    """DataError that names those whose header is not that of a picture that can be used, after
+    those of which something else is `bad`."""
     headers = verdicts(source, indices, lambda index: _open(source, index).close())
-    bad = list(filter(None, headers))
+    refuse([*bad, *filter(None, headers)])
+
+
+def refuse(bad: Sequence[str]) -> None:
+    """DataError of what is wrong with each picture, if with any."""
     if len(bad) > 1:
         more = f"; and {len(bad) - NAMED} more, which cmkit check --data lists" * (len(bad) > NAMED)
         raise DataError(f"{len(bad)} pictures cannot be used: {'; '.join(bad[:NAMED])}{more}")
@@ -75,6 +94,27 @@ def verdicts(
         warnings.simplefilter("ignore")  # Pillow only warns of what `_open` refuses
         for first in range(0, len(indices), READ_AHEAD):
             yield from threads.map(fault, indices[first : first + READ_AHEAD])
+
+
+@functools.lru_cache(maxsize=1)
+def judged(source: Lasting, shape: Shape) -> tuple[str, ...]:
+    """What is wrong with each picture, "" where nothing is; each is decoded once, and the verdict
+    kept in the user's cache by its key."""
+    record = cache_folder("pictures") / f"{digest_of(f'{source.place} {shape} {VERSION}')}.json"
+    known: dict[str, Any] = {}
+    if record.exists():
+        with contextlib.suppress(CheckpointError):  # damaged: all are decoded again
+            known = read_json(record)
+    keys = [source.key(index) for index in range(len(source))]
+    new = [index for index, key in enumerate(keys) if not key or key not in known]
+    found = dict(
+        zip(new, verdicts(source, new, lambda index: decode(source, index, shape)), strict=True)
+    )
+    if new:
+        known |= {keys[index]: fault for index, fault in found.items()}
+        record.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(record, json.dumps({key: known[key] for key in keys if key}))
+    return tuple(str(found.get(index, known[key])) for index, key in enumerate(keys))
 
 
 class Decoder(Images):
