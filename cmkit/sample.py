@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from cmkit.coding import Coding
 from cmkit.denoiser import Cond, Denoiser
 from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
 from cmkit.files import reading, require_regular
 from cmkit.kinds import Sampler
+from cmkit.latents.coding import Coding
 from cmkit.rng import image_labels, image_noise
 from cmkit.values import DataSpec
 

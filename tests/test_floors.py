@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = """
 errors values stop
 noise rng denoiser traits models kinds batches plugins functional
-files device pictures tensors checkpoint coding run.folder rescaling latents
+files device pictures tensors checkpoint run.folder rescaling latents
 recipe weights plan
 sample measure train search edit
 report run convert smoke

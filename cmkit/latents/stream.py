@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,13 +15,12 @@ from cmkit.errors import DataError
 from cmkit.kinds import Codec, Dataset, TextEncoder
 from cmkit.latents import encode
 from cmkit.latents.encode import Kept
-from cmkit.latents.store import Rows, Store, ahead
+from cmkit.latents.memo import Memo
+from cmkit.latents.store import Store, ahead
 from cmkit.rng import Rng
 from cmkit.values import DataSpec
 
 BATCHES_AHEAD = 4
-REMEMBERED = 2**28
-"""Bytes of features that are remembered where none are kept."""
 
 
 def batches(
@@ -107,15 +105,19 @@ class _Said:
         device: torch.device,
     ):
         self.device, self.side = device, data.resolution if text.spec().size else None
-        captions = encode.captions_of(dataset)
-        self.count = len(captions)
-        self.rows: Rows | Memo = store.read() if store else Memo(captions, text, device)
+        self.captions = encode.captions_of(dataset)
+        self.rows = store.read() if store else None
+        self.memo = Memo(text.load(device)) if store is None else None
 
     def __call__(self, cond: Cond) -> Cond:
         if cond.caption is None:
             raise DataError("dataset: a batch says no captions, though the data set has some")
         index = cond.caption.cpu().numpy()
-        rows = self.rows(np.where(index < 0, self.count, index))
+        if self.memo:
+            rows = self.memo([None if one < 0 else self.captions[one] for one in index.tolist()])
+        else:
+            assert self.rows
+            rows = self.rows(np.where(index < 0, len(self.captions), index))
         told = {name: _moved(row, self.device).float() for name, row in rows.items()}
         size = cond.size
         if self.side is not None and size is None:
@@ -123,48 +125,6 @@ class _Said:
             size = torch.tensor([whole], dtype=torch.float32, device=self.device)
             size = size.expand(len(index), 6)
         return dataclasses.replace(cond, caption=None, size=size, **told)
-
-
-class Memo:
-    """Features of prompts by the numbers of their captions; the latest are remembered."""
-
-    def __init__(
-        self,
-        captions: Sequence[str],
-        text: TextEncoder,
-        device: torch.device,
-        limit: int = REMEMBERED,
-    ):
-        self.captions, self.limit, self.bytes = captions, limit, 0
-        self.prompts = text.load(device)
-        self.known: OrderedDict[int, Mapping[str, Tensor]] = OrderedDict()
-
-    def __call__(self, index: np.ndarray) -> dict[str, Tensor]:
-        """Features (B, ..) of captions `index` (B,), and of the unconditional prompt behind the
-        last caption."""
-        wanted = index.tolist()
-        here = {one: self.known[one] for one in wanted if one in self.known}
-        new = [one for one in dict.fromkeys(wanted) if one not in here]
-        said = [one for one in new if one < len(self.captions)]
-        if said:
-            found = encode.features(self.prompts, [self.captions[one] for one in said])
-            for k, one in enumerate(said):
-                here[one] = {name: rows[k].clone() for name, rows in found.items()}
-        if len(said) < len(new):
-            null = encode.rows_of(self.prompts.null)
-            here[len(self.captions)] = {name: rows[0] for name, rows in null.items()}
-        for one in here:
-            if one not in self.known:
-                self.known[one] = here[one]
-                self.bytes += _bytes(here[one])
-            self.known.move_to_end(one)
-        while self.bytes > self.limit:
-            self.bytes -= _bytes(self.known.popitem(last=False)[1])
-        return {name: torch.stack([here[one][name] for one in wanted]) for name in here[wanted[0]]}
-
-
-def _bytes(rows: Mapping[str, Tensor]) -> int:
-    return sum(row.nbytes for row in rows.values())
 
 
 def _moved(value: Tensor, device: torch.device) -> Tensor:

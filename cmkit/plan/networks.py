@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import torch
 
-from cmkit.coding import Coding
 from cmkit.denoiser import NO_COND, Cond, Denoiser, Guided, Network
 from cmkit.device import precision
 from cmkit.errors import CheckpointError, PluginError, RecipeError
 from cmkit.files import cached_digest
 from cmkit.kinds import Backbone, Precond
+from cmkit.latents.coding import Coding
 from cmkit.noise import Noise
 from cmkit.plan.record import Plan
 from cmkit.recipe import DenoiserTable, Recipe, Teacher

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmkit.coding import Coding
 from cmkit.denoiser import Denoiser
 from cmkit.device import autocast
 from cmkit.edit import Task, edit
 from cmkit.errors import RecipeError, did_you_mean
 from cmkit.files import atomic_write, new_file, new_folder
+from cmkit.latents.coding import Coding
 from cmkit.pictures import grid_png, png
 from cmkit.plan import (
     Plan,

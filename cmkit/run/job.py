@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from cmkit.coding import Coding
 from cmkit.denoiser import Denoiser
 from cmkit.errors import CheckpointError
 from cmkit.kinds import Dataset, Metric, Rescaler
+from cmkit.latents.coding import Coding
 from cmkit.plan import Plan, coding_of, for_sampling, naming_table, prompts_of
 from cmkit.recipe import with_values
 from cmkit.run.environment import peak_memory_mib

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmkit.coding import Coding
 from cmkit.denoiser import Denoiser, Encodings
 from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
 from cmkit.kinds import Meter, Rescaler
+from cmkit.latents.coding import Coding
 from cmkit.measure import meter
 from cmkit.plan import Plan
 from cmkit.recipe import SearchTable, minimized

@@ -12,6 +12,7 @@ from torch import Tensor
 from cmkit.denoiser import NO_COND, Cond
 from cmkit.errors import PluginError
 from cmkit.kinds import Codec, Coder, Prompts, TextEncoder
+from cmkit.latents.memo import Memo
 from cmkit.values import DataSpec
 
 
@@ -64,20 +65,9 @@ class Coding:
         """Conditions of these prompts, on the device, beside `label`."""
         if self.prompts is None:
             return Cond(label=label)
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
-        if new:
-            with torch.autocast(self.device.type, enabled=False):
-                cond = self.prompts(new)
-            for row, prompt in enumerate(new):
-                own = (None if rows is None else rows[row] for rows in (cond.text, cond.pooled))
-                self._known[prompt] = tuple(own)
-        rows = [self._known[prompt] for prompt in prompts]
-        while len(self._known) > KEPT:
-            del self._known[next(iter(self._known))]
-        text, pooled = (
-            None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)
-        )
-        return Cond(label=label, text=text, pooled=pooled, size=self.sizes(len(prompts)))
+        with torch.autocast(self.device.type, enabled=False):
+            rows = self._memo(prompts)
+        return Cond(label=label, size=self.sizes(len(prompts)), **rows)
 
     def sizes(self, count: int) -> Tensor | None:
         """`Cond.size` of whole pictures, where the prompt encoder belongs to networks that are told
@@ -88,10 +78,6 @@ class Coding:
         return torch.tensor([side, side, 0.0, 0.0, side, side], device=self.device).repeat(count, 1)
 
     @cached_property
-    def _known(self) -> dict[str, tuple[Tensor | None, ...]]:
-        """Features of the last prompts."""
-        return {}
-
-
-KEPT = 256
-"""Prompts whose features are kept."""
+    def _memo(self) -> Memo:
+        assert self.prompts
+        return Memo(self.prompts)
