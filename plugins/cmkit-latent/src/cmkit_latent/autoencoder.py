@@ -31,8 +31,8 @@ class Autoencoder(Codec):
     """
 
     weights: str = Field(min_length=1, max_length=1000)
-    """A pipeline's folder with a subfolder `vae`, or the folder of an autoencoder alone, in the form
-    of diffusers; hub:OWNER/NAME or hub:OWNER/NAME@REVISION for those of the Hugging Face Hub."""
+    """A pipeline's folder with a subfolder `vae`, or the folder of an autoencoder alone, as
+    diffusers saves them; or hub:OWNER/NAME or hub:OWNER/NAME@REVISION of the Hugging Face Hub."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of its weights and activations. There is no fp16, in which it makes NaN."""
     batch: int = Field(8, ge=1, le=4096)
@@ -49,10 +49,8 @@ class Autoencoder(Codec):
 
     def spec(self, data: DataSpec) -> DataSpec:
         config = hub.config_of(self._folder(config_only=True))
-        channels, factor = (
-            config.get("in_channels", 3),
-            2 ** (len(config[self._widths(config)]) - 1),
-        )
+        channels = config.get("in_channels", 3)
+        factor = 2 ** (len(config[self._widths(config)]) - 1)
         if data.channels != channels:
             raise RecipeError(
                 f"codec.weights = {self.weights}: takes images of {channels} channels, and the data"

@@ -14,14 +14,12 @@ class AutoencoderCoder:
     def __init__(self, vae: Any, batch: int):
         self.vae, self.batch = vae, batch
         config = vae.config
-        self.scale = float(config.scaling_factor)
+        self.scale: float | Tensor = float(config.scaling_factor)
         self.shift: float | Tensor = float(getattr(config, "shift_factor", None) or 0.0)
         mean, std = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
         if mean is not None and std is not None:  # of each channel, as pipelines of SDXL take them
-            one, spread = (
-                torch.tensor(v, device=vae.device).view(1, -1, 1, 1) for v in (mean, std)
-            )
-            self.shift, self.scale = one, self.scale / spread
+            self.shift = _wide(torch.tensor(mean, device=vae.device))
+            self.scale = self.scale / _wide(torch.tensor(std, device=vae.device))
 
     @torch.no_grad()
     def encode(self, x0: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -81,9 +79,10 @@ def cosines(channels: int, patch: int, count: int) -> dict[str, Tensor]:
     basis = torch.einsum("cC,iI,jJ->cijCIJ", colour, space, space).flatten(0, 2)
     # Equal variances, as of a pattern and its transpose, must not be ordered by rounding.
     order = variances.log().mul(1e6).round().argsort(descending=True, stable=True)[:count]
-    found = {"components": basis[order], "std": variances[order].sqrt()}
-    return {name: value.float() for name, value in found.items()} | {
-        "mean": torch.zeros(channels, patch, patch)
+    return {
+        "mean": torch.zeros(channels, patch, patch),
+        "components": basis[order].float(),
+        "std": variances[order].sqrt().float(),
     }
 
 
@@ -110,10 +109,6 @@ def principal(images: Tensor, patch: int, count: int) -> dict[str, Tensor]:
     values, basis = values.flip(0)[:count].clamp(min=1e-8), vectors.T.flip(0)[:count]
     # An eigenvector's sign is arbitrary: its largest entry is made positive.
     basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
-    shape = (channels, patch, patch)
-    found = {
-        "mean": mean.view(shape),
-        "components": basis.reshape(-1, *shape),
-        "std": values.sqrt(),
-    }
+    basis, mean = (value.reshape(-1, channels, patch, patch) for value in (basis, mean))
+    found = {"mean": mean[0], "components": basis, "std": values.sqrt()}
     return {name: value.float().contiguous() for name, value in found.items()}

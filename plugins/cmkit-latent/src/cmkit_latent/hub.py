@@ -1,4 +1,4 @@
-"""Folders of published models: on this machine, in an installed package, or of the Hugging Face Hub.
+"""Folders of published models: local ones, those of packages, and of the Hugging Face Hub.
 
 Only safetensors are fetched and read, never pickles. Imports no torch."""
 
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 WEIGHTS = ("diffusion_pytorch_model", "model")
 """How the names of weight files begin, in diffusers and in transformers."""
 TEXTS = ("config.json", "model_index.json", "*.index.json", "token*.json", "vocab.*", "merges.txt")
-TEXTS += ("special_tokens_map.json", "scheduler_config.json", "added_tokens.json")
+TEXTS += ("special_tokens_map.json", "scheduler_config.json", "preprocessor_config.json")
 """The small files of a part: its configuration, and the vocabulary of a tokenizer."""
 LEFT_OUT = ("*.fp16.*", "*.non_ema.*", "*openvino*", "*flax*", "*onnx*")
 """Other forms of the same weights."""
+PICKLES = ("bin", "pt", "pth", "ckpt")
 REPOSITORY = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -60,15 +61,11 @@ def _of_package(weights: str, what: str) -> Path:
     name = weights.removeprefix("package:")
     spec = find_spec(name) if name.isidentifier() else None  # it is not imported
     for place in (spec and spec.submodule_search_locations) or ():
-        for config in sorted(
-            (*Path(place).glob("config.json"), *Path(place).glob("*/config.json"))
-        ):
-            if any(config.parent.glob("*.safetensors")):
-                return config.parent
+        for folder in (Path(place), *sorted(Path(place).iterdir())):
+            if (folder / "config.json").is_file() and any(_safetensors(folder)):
+                return folder
     seen = "no folder in it has config.json and safetensors" if spec else "it is not installed"
-    raise CheckpointError(
-        f"{what} = {weights}: {seen}; name a package that holds a model, or a folder"
-    )
+    raise CheckpointError(f"{what} = {weights}: {seen}; name one that holds a model, or a folder")
 
 
 def _of_hub(weights: str, what: str, parts: Sequence[str], config_only: bool) -> Path:
@@ -121,10 +118,8 @@ def _trouble(error: Exception, name: str, revision: str | None, what: str) -> Ex
         said = f"its owner grants access: ask for it at https://huggingface.co/{name}, log in by"
         return DownloadError(f"{place}: gated; {said} `hf auth login`, and run again, {folder}")
     if isinstance(error, RepositoryNotFoundError):
-        seen = "no such repository, or a private one"
-        return DownloadError(
-            f"{place}: {seen}; correct the name, log in by `hf auth login`, {folder}"
-        )
+        seen = "no such repository, or a private one; correct the name, log in by `hf auth login`"
+        return DownloadError(f"{place}: {seen}, {folder}")
     if isinstance(error, RevisionNotFoundError):
         return DownloadError(f"{place}: no such revision; name a branch, a tag or a commit of it")
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
@@ -140,12 +135,8 @@ def _trouble(error: Exception, name: str, revision: str | None, what: str) -> Ex
 def _lacking(folder: Path, parts: Sequence[str], config_only: bool) -> str:
     """What a folder lacks of the parts that it should have, in words; "" where it lacks nothing."""
     index = folder / "model_index.json"
-    known = (
-        [name for name, said in read_json(index).items() if isinstance(said, list) and said[0]]
-        if index.is_file()
-        else [""]
-    )
-    for part in known:
+    said = read_json(index) if index.is_file() else {"": ["a model alone"]}
+    for part in (name for name, entry in said.items() if isinstance(entry, list) and entry[0]):
         place = folder / part
         if part and parts and part not in parts:
             continue
@@ -167,7 +158,7 @@ def part_of(folder: Path, part: str, what: str) -> Path:
     place = folder / part
     if not place.is_dir():
         raise CheckpointError(
-            f"{what} = {folder}: no subfolder {part}; name a whole pipeline in the form of diffusers"
+            f"{what} = {folder}: no subfolder {part}; name a whole pipeline, as diffusers saves it"
         )
     return place
 
@@ -186,9 +177,7 @@ def weight_files(folder: Path) -> tuple[list[Path], str | None]:
         return plain, None
     if half := [file for file in files if ".fp16." in file.name]:
         return half, "fp16"
-    pickles = sorted(
-        file.name for end in ("bin", "pt", "ckpt", "pth") for file in folder.glob(f"*.{end}")
-    )
+    pickles = sorted(file.name for end in PICKLES for file in folder.glob(f"*.{end}"))
     seen = f"only {pickles[0]}, a pickle, which can run code" if pickles else "no weights"
     raise CheckpointError(f"{folder}: {seen}; save the model as safetensors")
 
@@ -261,7 +250,7 @@ def tokenizer_of(tokenizer: Any, folder: Path) -> Any:
 
 def cut_by(tokenizer: Any, prompts: Sequence[str], length: int) -> list[int]:
     """How many tokens of each prompt are beyond `length`."""
-    found = (
-        tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"] if prompts else []
-    )
+    if not prompts:
+        return []
+    found = tokenizer(list(prompts), truncation=False, verbose=False)["input_ids"]
     return [max(0, len(one) - length) for one in found]

@@ -55,8 +55,8 @@ class Patches(Codec):
         most = self._most()
         if self.components > most:
             raise RecipeError(
-                f"codec.components = {self.components}: {self.weights or 'such patches'} have {most};"
-                f" set codec.components = {most}"
+                f"codec.components = {self.components}: of {self.weights or 'such patches'} there are"
+                f" {most}; set codec.components = {most}"
             )
         return replace(data, channels=self.components, resolution=data.resolution // self.patch)
 
@@ -67,8 +67,8 @@ class Patches(Codec):
         count, channels, patch = _shape(self.weights)
         if (channels, patch) != (self.channels, self.patch):
             raise RecipeError(
-                f"codec.weights = {self.weights}: of patches of {patch} pixels in {channels} channels;"
-                f" set codec.patch = {patch}, codec.channels = {channels}, or fit another"
+                f"codec.weights = {self.weights}: of patches of {patch} pixels and {channels}"
+                f" channels; set codec.patch = {patch}, codec.channels = {channels}, or fit another"
             )
         return count
 

