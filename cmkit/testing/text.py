@@ -17,7 +17,7 @@ PROMPTS = (
     "a red apple",
     "a frog",
     "",
-    "Zwölf Boxkämpfer jagen Viktor über den großen Sylter Deich",
+    "Zwölf Boxkämpfer jagen Viktor quer über den Deich",
 )
 
 

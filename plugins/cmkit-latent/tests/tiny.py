@@ -1,4 +1,4 @@
-"""Tiny pipelines and models with random weights, saved by the classes of diffusers and transformers.
+"""Tiny pipelines and models with random weights, saved by classes of diffusers and transformers.
 
 Their vocabulary is that of single bytes, and no two prompts have the same features.
 """
@@ -46,8 +46,8 @@ def tiny_sd(folder: Path, length: int = LENGTH, **unet: Any) -> Path:
 
 
 def tiny_sdxl(folder: Path, length: int = LENGTH, zeros: bool = True, **unet: Any) -> Path:
-    """The folder of a pipeline like Stable Diffusion XL, of 16x16 images and 4x8x8 latents, with two
-    text encoders, whose empty prompt is zeros where `zeros`."""
+    """The folder of a pipeline like Stable Diffusion XL, of 16x16 images and 4x8x8 latents, with
+    two text encoders, whose empty prompt is zeros where `zeros`."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -150,7 +150,7 @@ def tiny_bert(
     torch.manual_seed(0)
     letters = [chr(n) for n in range(ord("a"), ord("z") + 1)]
     known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    known += [word for word in words if word not in known]
+    known += ["red", "apple"]
     vocabulary = {word: number for number, word in enumerate(known)}
     config = BertConfig(
         vocab_size=len(known),

@@ -55,8 +55,8 @@ class Patches(Codec):
         most = self._most()
         if self.components > most:
             raise RecipeError(
-                f"codec.components = {self.components}: of {self.weights or 'such patches'} there are"
-                f" {most}; set codec.components = {most}"
+                f"codec.components = {self.components}: of {self.weights or 'such patches'} there"
+                f" are {most}; set codec.components = {most}"
             )
         return replace(data, channels=self.components, resolution=data.resolution // self.patch)
 
