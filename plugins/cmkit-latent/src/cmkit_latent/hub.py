@@ -22,8 +22,18 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("diffusion_pytorch_model", "model")
 """How the names of weight files begin, in diffusers and in transformers."""
-TEXTS = ("config.json", "model_index.json", "*.index.json", "token*.json", "vocab.*", "merges.txt")
-TEXTS += ("special_tokens_map.json", "scheduler_config.json", "preprocessor_config.json")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
+TEXTS = (
+    "config.json",
+    "model_index.json",
+    *(f"{name}.safetensors.index.json" for name in WEIGHTS),
+    *VOCABULARIES,
+    "tokenizer_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "scheduler_config.json",
+    "preprocessor_config.json",
+)
 """The small files of a part: its configuration, and the vocabulary of a tokenizer."""
 LEFT_OUT = ("*.fp16.*", "*.non_ema.*", "*openvino*", "*flax*", "*onnx*")
 """Other forms of the same weights."""
@@ -240,6 +250,10 @@ def loaded(model: Any, folder: Path, dtype: str, device: torch.device, **options
 
 def tokenizer_of(tokenizer: Any, folder: Path) -> Any:
     """The tokenizer of the class `tokenizer` in `folder`; CheckpointError where there is none."""
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        # Without one, transformers would make a tokenizer that knows three words.
+        names = ", ".join(VOCABULARIES)
+        raise CheckpointError(f"{folder}: none of {names}; fetch or save the tokenizer again")
     try:
         with quiet():
             return tokenizer.from_pretrained(folder, local_files_only=True)

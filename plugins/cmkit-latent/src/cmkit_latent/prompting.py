@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmkit import Cond
+from cmkit import CheckpointError, Cond
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,13 @@ class Tower:
     encoder: Any
     length: int
     layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if (known := len(self.tokenizer)) > (most := self.encoder.config.vocab_size):
+            raise CheckpointError(
+                f"{self.encoder.name_or_path}: its tokenizer knows {known} tokens, and the encoder"
+                f" {most}; fetch or save both again"
+            )
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """Features (B, L, D), and those of whole prompts (B, P) of an encoder that projects."""
