@@ -39,7 +39,13 @@ def check_text(text: TextEncoder, prompts: Sequence[str] = PROMPTS) -> None:
         with report.untouched("load"):
             encode = text.load(CPU)
         again = text.load(CPU)
-    _check_cond(report, getattr(encode, "null", None), 1, spec, "the unconditional prompt, `null`,")
+    _check_cond(
+        report,
+        getattr(encode, "null", None),
+        1,
+        spec,
+        "the features of the unconditional prompt, `null`,",
+    )
     prompts = [*prompts, " ".join(prompts) * 20]
     with report.trying("it takes a list of prompts of any length", "cut what is too long"):
         with report.untouched("encoding"):
@@ -51,13 +57,6 @@ def check_text(text: TextEncoder, prompts: Sequence[str] = PROMPTS) -> None:
         value = getattr(found, name)
         if value is None:
             continue
-        for row, one in enumerate(alone):
-            report.require(
-                close(getattr(one, name)[0], value[row], 1e-5),
-                "a prompt's features do not depend on the others of its batch",
-                f"`{name}` of {prompts[row][:40]!r} alone is another",
-                "pad every prompt to the length of spec(), not to that of the longest",
-            )
         report.require(
             torch.equal(getattr(repeated, name), value)
             and torch.equal(getattr(other, name), value),
@@ -65,6 +64,13 @@ def check_text(text: TextEncoder, prompts: Sequence[str] = PROMPTS) -> None:
             f"two calls, or two loads, give another `{name}`",
             "draw nothing, and leave hash() alone, which differs from process to process",
         )
+        for row, one in enumerate(alone):
+            report.require(
+                close(getattr(one, name)[0], value[row], 1e-5),
+                "a prompt's features do not depend on the others of its batch",
+                f"`{name}` of {prompts[row][:40]!r} alone is another",
+                "pad every prompt to the length of spec(), not to that of the longest",
+            )
         report.require(
             not torch.equal(value[0], value[1]),
             "features depend on the prompt",
