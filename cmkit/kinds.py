@@ -255,7 +255,7 @@ class Prompts(Protocol):
     """The unconditional prompt: `text`, and `pooled` if any, of one row."""
 
     def __call__(self, prompts: Sequence[str]) -> Cond:
-        """`text` (B, L, D), and `pooled` (B, P) if any, of these prompts, float32 on the device."""
+        """`text` (B, L, D), and `pooled` (B, P) if any, of these prompts: float32, on the device."""
 
 
 class TextEncoder(Part, ABC):

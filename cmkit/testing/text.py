@@ -60,7 +60,7 @@ def check_text(text: TextEncoder, prompts: Sequence[str] = PROMPTS) -> None:
         report.require(
             torch.equal(getattr(repeated, name), value)
             and torch.equal(getattr(other, name), value),
-            "features follow from the prompt, in every process",
+            "features follow from the prompt",
             f"two calls, or two loads, give another `{name}`",
             "draw nothing, and leave hash() alone, which differs from process to process",
         )
