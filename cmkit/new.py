@@ -109,11 +109,11 @@ def _files(kind: str) -> dict[str, str]:
 def _recipe(kind: str) -> str:
     own = {kind: '[[metric]]\nuse = "mine"\n' if kind == "metric" else f'[{kind}]\nuse = "mine"\n'}
     changes = {"precond": DIFFUSION, "text": {**PROMPTED, **own}}.get(kind, own)
-    tables = {**RECIPE, **changes}
+    first = {"dataset": "", kind: ""} if kind in ("codec", "text") else {}
+    tables = {**first, **RECIPE, **changes}
     if kind == "text":
         del tables["metric"]  # it knows digits
-    tables = "\n".join(tables.values())
-    return f'# cmkit run recipe.toml\nname = "mine"\nseed = 0\n\n{tables}'
+    return "\n".join(['# cmkit run recipe.toml\nname = "mine"\nseed = 0\n', *tables.values()])
 
 
 def _named(kind: str, name: str, text: str) -> str:
