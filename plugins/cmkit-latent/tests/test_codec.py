@@ -107,6 +107,7 @@ def test_latents_are_the_posterior_times_the_scaling_factor(sd):
     assert torch.allclose(std, posterior.std * 0.18215, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sdxl with mean and std"])
 def test_pictures_of_latents_are_those_of_the_pipelines(name, sd, sdxl, tmp_path):
     """The same latents, decoded by a whole pipeline and by the codec."""
