@@ -177,6 +177,13 @@ def test_images_that_do_not_fit_are_refused_with_the_nearest_number(sd, data, sa
         Autoencoder(weights=str(sd)).spec(data)
 
 
+@pytest.mark.parametrize("data", [DataSpec(3, 32), DataSpec(1, 9), DataSpec(3, 7)])
+def test_patches_stand_in_for_an_autoencoder_in_smoke_runs(data):
+    table = dict(Autoencoder(weights="hub:owner/model").smallest(data))
+    assert table.pop("use") == "patches"
+    testing.check_codec(Patches(**table), data)
+
+
 @pytest.mark.parametrize("name", ["fp16", "float16", "half"])
 def test_half_precision_is_refused_by_name(name):
     with pytest.raises(ValidationError, match="NaN in fp16; use fp32 or bf16"):

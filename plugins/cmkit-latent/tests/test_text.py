@@ -9,6 +9,7 @@ import pytest
 import torch
 from cmkit_latent.clip import Clip
 from cmkit_latent.sentence import Sentence
+from cmkit_latent.words import Words
 from safetensors.torch import load_file, save_file
 from tiny import LENGTH, SCHEDULE, tiny_bert, tiny_sd, tiny_sdxl, tiny_tokenizer, tiny_vae
 
@@ -97,6 +98,21 @@ def test_where_xl_wants_no_zeros_the_empty_prompt_is_encoded(sdxl, tmp_path):
         assert torch.equal(ours, theirs)
         assert ours.any()
     assert Clip(weights=str(folder)).identity() != first
+
+
+def test_words_stand_in_for_other_encoders_in_smoke_runs(sd, sdxl, bert, tmp_path):
+    data = cmkit.DataSpec(3, 16)
+    testing.check_text(Words())
+    testing.check_text(Words(pooled=5, size=True, length=3))
+    assert Words(length=2).cut(["a red apple", "a"]) == [1, 0]
+    told = {"use": "words"}
+    for text, wanted in (
+        (Clip(weights=str(sd)), told),
+        (Clip(weights=str(sdxl)), {**told, "size": True, "pooled": 12}),
+        (Clip(weights=str(tmp_path / "nowhere")), told),
+        (Sentence(weights=str(bert)), told),
+    ):
+        assert text.smallest(data) == wanted
 
 
 def test_negative_prompts_are_prompts(sdxl):

@@ -74,6 +74,11 @@ class Autoencoder(Codec):
             )
         return WIDTHS[name]
 
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        patch = 4 if data.resolution % 4 == 0 else 1
+        count = min(4, data.channels * patch**2)
+        return {"use": "patches", "patch": patch, "channels": data.channels, "components": count}
+
     def identity(self) -> Mapping[str, Any]:
         return {"weights": hub.digest(self._folder())}
 

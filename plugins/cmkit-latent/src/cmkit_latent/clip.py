@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from cmkit import TextEncoder, TextSpec
+from cmkit import DataSpec, TextEncoder, TextSpec
 from cmkit.files import read_json
 from cmkit_latent import hub
+from cmkit_latent.words import in_place_of
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,9 @@ class Clip(TextEncoder):
         width = sum(config["hidden_size"] for config in configs)
         pooled = configs[1]["projection_dim"] if len(towers) == 2 else None
         return TextSpec(_length(towers), width, pooled, size=len(towers) == 2)
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        return in_place_of(self)
 
     def cut(self, prompts: Sequence[str]) -> list[int]:
         from transformers import CLIPTokenizer

@@ -13,12 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmkit import CheckpointError, DownloadError, RecipeError, ResourceError
+from cmkit import CheckpointError, CmkitError, DownloadError, RecipeError, ResourceError
 from cmkit.files import cached_sha256, digest_of, read_json
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 WEIGHTS = ("diffusion_pytorch_model", "model")
 """How the names of weight files begin, in diffusers and in transformers."""
@@ -110,7 +109,7 @@ def _of_hub(weights: str, what: str, parts: Sequence[str], config_only: bool) ->
     return folder
 
 
-def _trouble(error: Exception, name: str, revision: str | None, what: str) -> Exception:
+def _trouble(error: Exception, name: str, revision: str | None, what: str) -> CmkitError:
     """What the hub's error means, in one line."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -218,7 +217,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def loaded(model: Any, folder: Path, dtype: str, device: torch.device, **options: Any) -> nn.Module:
+def loaded(model: Any, folder: Path, dtype: str, device: torch.device) -> Any:
     """The network of the class `model` in `folder`, for inference, "fp32" or "bf16", on `device`.
 
     CheckpointError where tensors are missing, damaged, or of another shape.
@@ -235,7 +234,6 @@ def loaded(model: Any, folder: Path, dtype: str, device: torch.device, **options
                 output_loading_info=True,
                 variant=variant,
                 torch_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
-                **options,
             )
     except Exception as error:  # whatever the libraries raise for damaged files
         reason = " ".join(str(error).split())[:200]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from cmkit import RecipeError, TextEncoder, TextSpec
+from cmkit import DataSpec, RecipeError, TextEncoder, TextSpec
 from cmkit_latent import hub
+from cmkit_latent.words import in_place_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,9 @@ class Sentence(TextEncoder):
                 f" text.length = {most}"
             )
         return TextSpec(self.length, config["hidden_size"])
+
+    def smallest(self, data: DataSpec) -> Mapping[str, Any]:
+        return in_place_of(self)
 
     def cut(self, prompts: Sequence[str]) -> list[int]:
         from transformers import AutoTokenizer
