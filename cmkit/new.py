@@ -35,6 +35,14 @@ DIFFUSION = {
     "sampler": '[sampler]\nuse = "euler"\nsteps = 10\n',
 }
 """What the recipe of a precond has instead."""
+PROMPTED = {
+    "dataset": '[dataset]\nuse = "invented"\nchannels = 1\nresolution = 8\ntexts = 4\n',
+    "backbone": '# pip install cmkit-latent\n[backbone]\nuse = "sd_unet"\npreset = "tiny"\n',
+    "denoiser": '[denoiser]\nprecond = "discrete"\n',
+    "objective": '[objective]\nuse = "edm"\n',
+    "sampler": '[sampler]\nuse = "ddim"\nsteps = 10\n',
+}
+"""What the recipe of a prompt encoder has instead: pictures with captions, a network for them."""
 
 
 def new(kind: str, name: str, out: Path) -> Path:
@@ -100,8 +108,12 @@ def _files(kind: str) -> dict[str, str]:
 
 def _recipe(kind: str) -> str:
     own = {kind: '[[metric]]\nuse = "mine"\n' if kind == "metric" else f'[{kind}]\nuse = "mine"\n'}
-    tables = "\n".join({**RECIPE, **(DIFFUSION if kind == "precond" else own)}.values())
-    return f'# cmkit run recipe.toml\nname = "mine"\nseed = 0\n\n{tables}'
+    changes = {"precond": DIFFUSION, "text": {**PROMPTED, **own}}.get(kind, own)
+    first = {"dataset": "", kind: ""} if kind in ("codec", "text") else {}
+    tables = {**first, **RECIPE, **changes}
+    if kind == "text":
+        del tables["metric"]  # it knows digits
+    return "\n".join(['# cmkit run recipe.toml\nname = "mine"\nseed = 0\n', *tables.values()])
 
 
 def _named(kind: str, name: str, text: str) -> str:

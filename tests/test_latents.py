@@ -24,6 +24,7 @@ from cmkit import (
     Rng,
     files,
 )
+from cmkit.latents.memo import Memo
 from cmkit.latents import store as stores
 from cmkit.latents import stream
 from cmkit.plan import batches, cache_bytes, check_disk, kept, plan, sigma_data_note
@@ -178,14 +179,16 @@ def test_features_are_remembered_within_bounds_and_each_is_encoded_once(monkeypa
 
     Words().load(CPU)
     monkeypatch.setattr(WordsPrompts, "__call__", called)
-    memo = stream.Memo(DATA.captions(), Words(), CPU)
-    wanted = [memo(np.array(index))["text"] for index in ([0, 1, 1, 7], [1, 2, 0])]
+    said = [[*DATA.captions(), None][k] for k in (0, 1, 1, 7)], list(DATA.captions()[:3])
+    memo = Memo(Words().load(CPU))
+    wanted = [memo(prompts)["text"] for prompts in said]
     assert [asked.count(text) for text in DATA.captions()] == [1, 1, 1, 0, 0, 0, 0]
     assert sizes == {1, 32}  # that of no caption, and as many each time: features know no others
-    small = stream.Memo(DATA.captions(), Words(), CPU, limit=300)
-    for index, rows in zip(([0, 1, 1, 7], [1, 2, 0]), wanted, strict=True):
-        assert torch.equal(small(np.array(index))["text"], rows)
-        assert sum(stream._bytes(rows) for rows in small.known.values()) == small.bytes <= 300
+    small = Memo(Words().load(CPU), limit=300)
+    for prompts, rows in zip(said, wanted, strict=True):
+        assert torch.equal(small(prompts)["text"], rows)
+        kept = [row.nbytes for rows in small.known.values() for row in rows.values()]
+        assert sum(kept) == small.bytes <= 300
 
 
 def tensors_of(job):

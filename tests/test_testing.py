@@ -605,6 +605,149 @@ def test_a_metric_that_breaks_a_law_is_told_so(fault, law):
     fails(testing.check_metric, Mean(fault=fault), law)
 
 
+class Squares(cmkit.Codec):
+    """A codec with a chosen fault."""
+
+    fault: str = "none"
+    """The fault."""
+
+    def spec(self, data):
+        if data.resolution % 2 and self.fault != "takes":
+            raise cmkit.RecipeError("not divisible by 2")
+        channels = 4 * data.channels + (self.fault == "shape")
+        latents = replace(data, channels=channels, resolution=data.resolution // 2)
+        return replace(latents, num_classes=None) if self.fault == "drops" else latents
+
+    def identity(self):
+        return {"weights": random.random()} if self.fault == "identity" else {}
+
+    def load(self, device):
+        scale = torch.rand(1).item() if self.fault == "drawn" else 1.0
+        return SquaresCoder(self.fault, scale)
+
+
+class SquaresCoder:
+    def __init__(self, fault, scale):
+        self.fault, self.scale = fault, torch.tensor(scale, requires_grad=fault == "gradient")
+
+    def encode(self, x0):
+        if self.fault == "writes":
+            x0 *= 0.5
+        z = nn.functional.pixel_unshuffle(x0, 2) * self.scale
+        if self.fault == "batch":
+            z = z - z.mean()
+        if self.fault == "global":
+            z = z + torch.randn_like(z)
+        if self.fault == "constant":
+            z = torch.zeros_like(z)
+        if self.fault == "nan":
+            z = z / 0
+        if self.fault == "half":
+            return z.half(), None
+        if self.fault == "bare":
+            return z
+        return z, torch.full_like(z, -1 if self.fault == "negative" else 0.1)
+
+    def decode(self, latents):
+        if self.fault == "deaf":
+            latents = torch.zeros_like(latents)
+        return nn.functional.pixel_shuffle(latents * (2 if self.fault == "scale" else 1), 2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("drops", "`spec` changes channels and resolution alone"),
+        ("identity", "`identity` stays the same"),
+        ("drawn", "`load` leaves the global generators alone"),
+        ("shape", "`encode` returns float32 of shape (4, 5, 4, 4)"),
+        ("half", "`encode` returns float32"),
+        ("bare", "`encode` returns (mean, std)"),
+        ("gradient", "`encode` has no gradient"),
+        ("writes", "`encode` leaves what it is given alone"),
+        ("batch", "`encode` takes each image of a batch alone"),
+        ("global", "`encode` leaves the global generators alone"),
+        ("constant", "latents depend on the image"),
+        ("nan", "`encode` returns finite numbers"),
+        ("negative", "standard deviations are at least 0"),
+        ("deaf", "pictures depend on their latents"),
+        ("scale", "at most 0.2 of smooth images is lost"),
+        ("takes", "`spec` refuses images that the codec cannot take"),
+    ],
+)
+def test_a_codec_that_breaks_a_law_is_told_so(fault, law):
+    fails(testing.check_codec, Squares(fault=fault), law, loss=0.2)
+
+
+class Words(cmkit.TextEncoder):
+    """A prompt encoder with a chosen fault."""
+
+    fault: str = "none"
+    """The fault."""
+
+    def spec(self):
+        pooled = None if self.fault == "unpooled" else 3
+        return cmkit.TextSpec(0 if self.fault == "empty" else 2, 3, pooled)
+
+    def cut(self, prompts):
+        lengths = [len(prompt.split()) - 2 for prompt in prompts]
+        return lengths if self.fault == "negative" else [max(0, n) for n in lengths]
+
+    def load(self, device):
+        return WordsPrompts(self.fault)
+
+
+class WordsPrompts:
+    def __init__(self, fault):
+        self.fault, self.calls = fault, 0
+        self.null = self([""] * (2 if fault == "rows" else 1))
+        if fault == "null":
+            self.null = None
+
+    def __call__(self, prompts):
+        if self.fault == "long" and any(len(prompt) > 500 for prompt in prompts):
+            raise ValueError("too long")
+        self.calls += self.fault == "state"
+        words = [[*prompt.split(), "", ""][:2] for prompt in prompts]
+        if self.fault == "constant":
+            words = [["", ""] for _ in prompts]
+        text = torch.tensor([[[len(w), w.count("a"), self.calls] for w in two] for two in words])
+        text = text.float() if self.fault != "type" else text
+        if self.fault == "batch":
+            text = text - text.mean()
+        if self.fault == "nan":
+            text = text / 0
+        if self.fault == "global":
+            torch.rand(1)
+        if self.fault == "gradient":
+            text.requires_grad_()
+        label = torch.zeros(len(prompts)) if self.fault == "label" else None
+        return Cond(text=text, pooled=text.sum(1), label=label)
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("empty", "with positive numbers"),
+        ("negative", "`cut` returns how many tokens"),
+        ("null", "the features of the unconditional prompt, `null`, are a cmkit.Cond"),
+        ("rows", "float32 of shape (1, 2, 3)"),
+        ("unpooled", "are text, as spec() says"),
+        ("label", "are text and pooled, as spec() says"),
+        ("type", "float32 of shape (1, 2, 3)"),
+        ("gradient", "without a gradient"),
+        ("nan", "are finite"),
+        ("long", "it takes a list of prompts of any length"),
+        ("global", "leaves the global generators alone"),
+        ("batch", "do not depend on the others of its batch"),
+        ("state", "features follow from the prompt"),
+        ("constant", "features depend on the prompt"),
+    ],
+)
+def test_a_prompt_encoder_that_breaks_a_law_is_told_so(fault, law):
+    fails(testing.check_text, Words(fault=fault), law)
+
+
 @pytest.mark.parametrize(
     ("check", "part"),
     [
@@ -615,6 +758,8 @@ def test_a_metric_that_breaks_a_law_is_told_so(fault, law):
         (testing.check_dataset, Dots()),
         (testing.check_dataset, Told(texts=3, classes=2, resolution=4)),
         (testing.check_metric, Mean()),
+        (testing.check_codec, Squares()),
+        (testing.check_text, Words()),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

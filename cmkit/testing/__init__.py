@@ -5,6 +5,7 @@ is broken, what was seen, and what to change. Checks take seconds, on the CPU an
 """
 
 from cmkit.testing.backbone import check_backbone
+from cmkit.testing.codec import check_codec
 from cmkit.testing.dataset import check_dataset
 from cmkit.testing.metric import check_metric
 from cmkit.testing.objective import check_objective
@@ -13,3 +14,4 @@ from cmkit.testing.precond import check_precond
 from cmkit.testing.protocol import ProtocolError, check_fields
 from cmkit.testing.rescaler import check_rescaler
 from cmkit.testing.sampler import check_sampler
+from cmkit.testing.text import check_text

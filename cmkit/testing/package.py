@@ -37,8 +37,8 @@ def check_part(part: Part, **options: Any) -> None:
             getattr(cmkit.testing, f"check_{kind}")(part, **options)
             return
     raise ProtocolError(
-        f"{type(part).__name__}: a part is an instance of one of the seven kinds; its bases are"
-        f" {', '.join(base.__name__ for base in type(part).__mro__[1:-1])}; subclass one of"
+        f"{type(part).__name__}: a part is an instance of one of the kinds; its bases"
+        f" are {', '.join(base.__name__ for base in type(part).__mro__[1:-1])}; subclass one of"
         f" {', '.join('cmkit.' + cls.__name__ for cls in CLASSES.values())}"
     )
 

@@ -105,6 +105,19 @@ def check_fields(part: Part) -> None:
     report_on(part)
 
 
+def check_identity(report: Report, part: Part) -> None:
+    """Check that what a part says of its files can be recorded and compared."""
+    with report.trying("`identity` can be written as JSON", "use strings, numbers and lists"):
+        about = json.dumps(part.identity(), allow_nan=False)
+        again = json.dumps(part.identity(), allow_nan=False)
+    report.require(
+        about == again,
+        "`identity` stays the same while the files do",
+        f"{about[:80]}, then {again[:80]}",
+        "let it follow from contents: digests of files",
+    )
+
+
 def report_on(part: Part) -> Report:
     """A report on a part whose fields have been checked."""
     report = Report(part)

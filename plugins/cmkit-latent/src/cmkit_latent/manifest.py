@@ -67,6 +67,12 @@ def cmkit_register() -> list[Plugin]:
             SENTENCE,
         ),
         Plugin(
+            "text",
+            "words",
+            f"{here}.words:Words",
+            "A random vector for each word, without weights: for tests and smoke runs",
+        ),
+        Plugin(
             "dataset",
             "captions",
             f"{here}.captions:Captions",
