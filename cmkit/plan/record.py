@@ -8,7 +8,7 @@ from cmkit.recipe import Recipe
 from cmkit.values import DataSpec
 from cmkit.weights import Weights
 
-CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text"})
+CONDITIONS = frozenset({"label", "guidance", "sigma_to", "text", "pooled", "size"})
 
 
 @dataclass(frozen=True)
