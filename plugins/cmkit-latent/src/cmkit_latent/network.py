@@ -30,6 +30,8 @@ class UNet(Network):
     embedding as residual block j reads it, before its activation.
     """
 
+    prompted = True
+
     def __init__(self, config: Mapping[str, Any], conditions: frozenset[str], checkpointed: bool):
         super().__init__()
         self.unet = UNet2DConditionModel(**config)
