@@ -19,7 +19,7 @@ from cmkit_std.discrete import DiscreteNoise, lcm_boundary, nearest
 from cmkit_std.objectives.lcm import LCM
 from cmkit_std.preconds.discrete import Discrete
 from cmkit_std.samplers import lcm
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from cmkit import Cond, DataSpec, Denoiser, Guided, Layout, Models, Network, TextSpec
@@ -61,8 +61,11 @@ def filled(
     folder = SAVED["folder"] / str(len(list(SAVED["folder"].iterdir())))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**unet, "time_cond_proj_dim": waves}))
-    length, width = case["inputs"]["prompt_embeds"]["X"]["shape"][1:]
-    data = DataSpec(unet["in_channels"], unet["sample_size"], text=TextSpec(length, width))
+    ((_, latents), (_, prompts)) = (
+        next(iter(case["inputs"][name].items())) for name in ("latents", "prompt_embeds")
+    )
+    channels, side = latents["shape"][1:3]
+    data = DataSpec(channels, side, text=TextSpec(*prompts["shape"][1:]))
     backbone = SDUNet(folder=str(folder))
     network = backbone.build(data, frozenset({"text"} | ({"guidance"} if waves else set())))
     (layout,) = backbone.layouts(data)
@@ -259,7 +262,9 @@ def lora_steps(case: dict, dtype: torch.dtype) -> dict:
     teacher.null = null_of(case, dtype)
     models = Models(online, online, teacher)
     calls = Calls(network)
-    optimizer = torch.optim.AdamW(trained.values(), lr=config["lr"])
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=config["lr"], weight_decay=config.get("weight_decay", 0.0)
+    )
     losses, actual = [], {}
     for step in range(expect["losses"]["shape"][0]):
         optimizer.zero_grad()
@@ -286,7 +291,11 @@ def sampling(case: dict, dtype: torch.dtype) -> dict:
     w = config["guidance_scale"] - 1
     assert w == inputs["w"]
     network, _ = filled(case, dtype, "", config["time_cond_proj_dim"])
-    column = Discrete(timestep_scaling=10.0, unit_start=True)
+    column = Discrete(
+        prediction=config.get("prediction_type", "epsilon"),
+        timestep_scaling=config.get("timestep_scaling", 10.0),
+        unit_start=True,
+    )
     noise = column.noise(*column.levels, 7.0)
     denoiser = Seen(Guided(Denoiser(network, noise, column.scalings), w, embedded=True))
     denoiser.bounds = None
@@ -319,52 +328,51 @@ def merging(case: dict, dtype: torch.dtype) -> dict:
     layers = nn.ModuleDict(
         {"lin": nn.Linear(inward, outward), "conv": nn.Conv2d(channels, features, side)}
     )
-    names, alphas = list(config["lora_alpha"]), plain(config["lora_alpha"])
-    ranks, weights = config["ranks"], config["weights"]
-    for name, rank in zip(names, ranks, strict=True):
-        options = LoraConfig(r=rank, lora_alpha=alphas[name], target_modules=list(layers))
-        model = inject_adapter_in_model(options, layers, name)
+    ranks, alphas = config["ranks"], plain(config["lora_alpha"])
+    options = {
+        name: LoraConfig(r=rank, lora_alpha=alphas[name], target_modules=list(layers))
+        for name, rank in zip(alphas, ranks, strict=True)
+    }
+    first, *others = options
+    model = PeftModel(layers, options[first], first)
+    for name in others:
+        model.add_adapter(name, options[name])
     model.to(dtype)
-    for key, parameter in model.named_parameters():
+    for key, parameter in model.base_model.model.named_parameters():
         if "lora_" in key:
-            value = FIGURES.weights({key: tuple(parameter.shape)}, dtype, "lora/")[key]
-            parameter.copy_(value)
-    scales = {name: alphas[name] / rank for name, rank in zip(names, ranks, strict=True)}
-    chosen = dict(zip(names, weights, strict=True))
+            shapes = {key: tuple(parameter.shape)}
+            parameter.copy_(case["figures"].weights(shapes, dtype, "lora/")[key])
+    tuned, weights = model.base_model, config["weights"]
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # new adapters are made in it
+    try:
+        for kind in ("linear", "cat"):
+            name = f"peft {kind}"
+            tuned.add_weighted_adapter(list(options), weights, name, combination_type=kind)
+    finally:
+        torch.set_default_dtype(usual)
+
+    def delta(name: str) -> dict:
+        return {layer: tuned.model[layer].get_delta_weight(name) for layer in layers}
 
     def product(layer: str, one: Mapping[str, float], two: Mapping[str, float]) -> Tensor:
         """(sum of factors B, each by its number in `one`)(those A by `two`), as a weight."""
+        own = tuned.model[layer]
         b, a = (
-            sum(
-                number * getattr(model[layer], factor)[name].weight.flatten(1)
-                for name, number in numbers.items()
-            )
-            for factor, numbers in (("lora_B", one), ("lora_A", two))
+            sum(number * factor[name].weight.flatten(1) for name, number in numbers.items())
+            for factor, numbers in ((own.lora_B, one), (own.lora_A, two))
         )
-        return (b @ a).view(model[layer].base_layer.weight.shape)
+        return (b @ a).view(own.base_layer.weight.shape)
 
-    def of_each(compute: Any) -> dict:
-        return {layer: compute(layer) for layer in layers}
-
-    roots = {name: math.sqrt(chosen[name] * scales[name]) for name in names}
-    return {
-        **{
-            name: of_each(lambda layer, name=name: model[layer].get_delta_weight(name))
-            for name in names
-        },
-        "peft linear": of_each(lambda layer: product(layer, roots, roots)),
-        "peft cat": of_each(
-            lambda layer: sum(
-                chosen[name] * model[layer].get_delta_weight(name) for name in names
-            )
-        ),
-        "additive": of_each(
-            lambda layer: sum(
-                product(layer, {name: chosen[name] * scales[name]}, {name: 1.0}) for name in names
-            )
-        ),
-        "factors": of_each(lambda layer: product(layer, chosen, chosen)),
+    chosen = dict(zip(options, weights, strict=True))
+    scales = {name: alphas[name] / rank for name, rank in zip(options, ranks, strict=True)}
+    additive = {
+        layer: sum(product(layer, {n: chosen[n] * scales[n]}, {n: 1.0}) for n in options)
+        for layer in layers
     }
+    factors = {layer: product(layer, chosen, chosen) for layer in layers}
+    every = [*options, "peft linear", "peft cat"]
+    return {**{name: delta(name) for name in every}, "additive": additive, "factors": factors}
 
 
 FUNCTIONS = {
@@ -401,4 +409,3 @@ def test_our_parts_compute_the_official_figures(name, dtype, tmp_path, monkeypat
     expect = alike_in_rounding(case["expect"])
     worst = harness.compare(actual, expect, dtype, elementwise=compute is boundary)
     record_property("parity", (FIGURES.name, str(dtype), worst))
-    print(name, dtype, worst)

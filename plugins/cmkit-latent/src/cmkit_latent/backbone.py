@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cmkit import Backbone, CheckpointError, DataSpec, Layout, Network, Precond, RecipeError
+from cmkit import Backbone, CheckpointError, DataSpec, Layout, Precond, RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from cmkit import Network
 
 CLASS = "UNet2DConditionModel"
 PREFIX = "unet."
@@ -131,7 +133,16 @@ class SDUNet(Backbone):
         config = self.config(data, conditions)
         from cmkit_latent.network import UNet
 
-        return UNet(config, conditions, self.gradient_checkpointing)
+        try:
+            return UNet(config, conditions, self.gradient_checkpointing)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            if self.folder is None:
+                raise
+            raise CheckpointError(
+                f"{self.folder}: diffusers {version('diffusers')} builds no network of its"
+                f" config.json ({' '.join(str(error).split())[:200]}); upgrade diffusers, or choose"
+                " another folder"
+            ) from error
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """The layout of diffusers, whose names ours are behind a prefix."""

@@ -3,6 +3,7 @@ open, by hooks."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,10 @@ class UNet(Network):
 
     def __init__(self, config: Mapping[str, Any], conditions: frozenset[str], checkpointed: bool):
         super().__init__()
-        self.unet = UNet2DConditionModel(**config)
+        known = inspect.signature(UNet2DConditionModel.__init__).parameters
+        # A later version may write options that it does not use.
+        used = {k: value for k, value in config.items() if value is not None or k in known}
+        self.unet = UNet2DConditionModel(**used)
         if (projection := self.unet.time_embedding.cond_proj) is not None:
             # Added to trained weights it changes nothing at first.
             nn.init.zeros_(projection.weight)
