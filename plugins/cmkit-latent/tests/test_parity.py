@@ -3,10 +3,9 @@ in float32 and float64."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,12 @@ def _widened_sinusoids(monkeypatch):
     exact = embeddings.get_timestep_embedding
 
     def sinusoids(
-        t: Tensor, dim: int, flip_sin_to_cos=False, downscale_freq_shift=1, scale=1, max_period=10000
+        t: Tensor,
+        dim: int,
+        flip_sin_to_cos=False,
+        downscale_freq_shift=1,
+        scale=1,
+        max_period=10000,
     ) -> Tensor:
         if t.dtype != torch.float64:
             given = (flip_sin_to_cos, downscale_freq_shift, scale, max_period)
@@ -174,7 +178,9 @@ def step_of(
 def columns_of(config: Mapping) -> tuple[Discrete, Discrete]:
     """Scalings of the student and of its teacher."""
     scaling, prediction = config["timestep_scaling"], config["prediction_type"]
-    return Discrete(prediction=prediction, timestep_scaling=scaling), Discrete(prediction=prediction)
+    return Discrete(prediction=prediction, timestep_scaling=scaling), Discrete(
+        prediction=prediction
+    )
 
 
 def null_of(case: dict, dtype: torch.dtype) -> Cond:
@@ -321,9 +327,7 @@ def sampling(case: dict, dtype: torch.dtype) -> dict:
 def merging(case: dict, dtype: torch.dtype) -> dict:
     """Changes of weights by adapters, apart and together; what peft calls "cat" and "linear"."""
     config = case["config"]
-    assert case["inputs"] == {
-        "parameters": "prefix lora/, names such as lin.lora_A.one.weight"
-    }
+    assert case["inputs"] == {"parameters": "prefix lora/, names such as lin.lora_A.one.weight"}
     (inward, outward), (channels, features, side) = config["linear"], config["conv"]
     layers = nn.ModuleDict(
         {"lin": nn.Linear(inward, outward), "conv": nn.Conv2d(channels, features, side)}
@@ -401,7 +405,9 @@ def alike_in_rounding(expect: dict) -> dict:
 
 @BOTH
 @pytest.mark.parametrize("name", FIGURES.read_by(FUNCTIONS))
-def test_our_parts_compute_the_official_figures(name, dtype, tmp_path, monkeypatch, record_property):
+def test_our_parts_compute_the_official_figures(
+    name, dtype, tmp_path, monkeypatch, record_property
+):
     monkeypatch.setitem(SAVED, "folder", tmp_path)
     case = FIGURES.cases[name]
     compute = harness.function_of(case, FUNCTIONS)

@@ -277,9 +277,9 @@ def test_weights_of_diffusers_are_read_and_written(tmp_path, text, inner):
     assert identity(name, backbone).keys() == {"weights"}
     (layout,) = backbone.layouts(data)
     written = layout.write(other.state_dict())
-    assert written.keys() == load_file(
-        tmp_path / inner / "diffusion_pytorch_model.safetensors"
-    ).keys()
+    assert (
+        written.keys() == load_file(tmp_path / inner / "diffusion_pytorch_model.safetensors").keys()
+    )
     again = UNet2DConditionModel.from_config(layout.config(other.state_dict()))
     again.load_state_dict(written)
     assert again.config.time_cond_proj_dim == 256
@@ -381,7 +381,7 @@ def test_a_folder_that_describes_no_such_network_is_refused(tmp_path, content, e
 
 @pytest.mark.parametrize("options", [{}, {"preset": "sd15", "folder": "x"}])
 def test_preset_and_folder_exclude_each_other(options):
-    with pytest.raises(ValueError, match="either preset, one of sd15, .*, or folder"):
+    with pytest.raises(ValueError, match=r"either preset, one of sd15, .*, or folder"):
         SDUNet(**options)
 
 

@@ -36,8 +36,8 @@ class LCM(Objective):
     solver: Literal["euler", "heun"] = "euler"
     """How the teacher goes down: one step of Euler (DDIM), or of Heun."""
     w_min: float = Field(5.0, ge=-1, le=1000)
-    """Lowest w of x0_hat + w (x0_hat - x0_hat of no label or prompt), the usual guidance scale less 1. The
-    defaults are those of text-to-image; class labels want less, 0 to 4."""
+    """Lowest w of x0_hat + w (x0_hat - x0_hat of no label or prompt), the usual guidance scale
+    less 1. The defaults are those of text-to-image; class labels want less, 0 to 4."""
     w_max: float = Field(15.0, ge=-1, le=1000)
     """Highest w."""
     distance: Literal["huber", "l2"] = "huber"

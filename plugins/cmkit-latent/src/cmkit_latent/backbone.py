@@ -62,7 +62,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _TINY,
 }
 """Arguments of diffusers' class where they are not its defaults. Counted: 859,520,964 parameters of
-sd15, 865,910,724 of sd21, 2,567,463,684 of sdxl. ssd1b is reconstructed: 1.3 billion as published."""
+sd15, 865,910,724 of sd21, 2,567,463,684 of sdxl. ssd1b is reconstructed from its published 1.3
+billion."""
 _REFUSED = {
     "class_embed_type": "classes",
     "num_class_embeds": "classes",
@@ -249,8 +250,8 @@ def _check_conditions(
         reads |= {"pooled", "size"}
     elif added is not None:
         raise RecipeError(
-            f'{place}: its addition_embed_type = "{added}" asks for what it is not told here; choose'
-            " another network"
+            f'{place}: its addition_embed_type = "{added}" asks for what it is not told here;'
+            " choose another network"
         )
     told = conditions - {"guidance"}
     if "text" not in told or data.text is None:
