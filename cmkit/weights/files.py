@@ -206,7 +206,7 @@ def _without_prefixes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Mapp
 def _within(folder: Path) -> Path:
     """The weights of a diffusers model or pipeline folder; another folder stays itself."""
     for inner in (folder, folder / "unet"):
-        for suffix in (".safetensors", ".bin"):
+        for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
             if (found := inner / f"{DIFFUSERS}{suffix}").exists():
                 return found
     return folder
