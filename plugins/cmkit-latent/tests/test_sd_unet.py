@@ -287,6 +287,16 @@ def test_weights_of_diffusers_are_read_and_written(tmp_path, text, inner):
     assert said == {key: v for key, v in network.unet.config.items() if not key.startswith("_")}
 
 
+def test_a_half_precision_variant_is_read(tmp_path):
+    network = built()
+    network.half().unet.save_pretrained(tmp_path / "unet", variant="fp16")
+    backbone = SDUNet(preset="tiny")
+    other = backbone.build(data_of(SD), SD.conditions)
+    load_into(other, str(tmp_path), backbone, data_of(SD))
+    half, own = network.state_dict(), other.state_dict()
+    assert all(torch.equal(half[name].float(), own[name]) for name in half)
+
+
 def test_names_of_the_hub_are_looked_up(tmp_path, monkeypatch):
     """By cmkit_latent.hub, which knows folders and downloads."""
     built().unet.save_pretrained(tmp_path / "unet")
