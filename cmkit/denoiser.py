@@ -71,11 +71,13 @@ class Network(nn.Module):
     network that offers `decode(encode(..), scales)` for `forward`: a search encodes only once.
 
     `null_label` is the label that stands for no class, where the network was built with one; an
-    absent label then means it as well. `guided_channels` is how many channels, from the first on,
-    classifier-free guidance changes; None = all.
+    absent label then means it as well. `prompted` says whether it reads `cond.text`, and so can be
+    guided away from the unconditional prompt. `guided_channels` is how many channels, from the
+    first on, classifier-free guidance changes; None = all.
     """
 
     null_label: int | None = None
+    prompted: bool = False
     guided_channels: int | None = None
     sites: tuple[str, ...] = ()
     late: frozenset[str] = frozenset()

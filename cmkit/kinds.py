@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -73,8 +74,14 @@ class Backbone(Part, ABC):
         """Published networks: options, data, conditions. `cmkit convert` recognizes them."""
         return iter(())
 
+    def located(self, weights: str) -> Path | None:
+        """The local file or folder of `weights` that other projects keep or publish in their own
+        ways, such as "hub:OWNER/NAME"; None where this backbone knows nothing of the name."""
+        return None
+
     def check_published(self, weights: str, precond: Precond) -> None:
-        """Raise now if the published `weights` belong to other options, or to another precond."""
+        """Raise now if `weights`, published or `located`, belong to other options, or to another
+        precond."""
 
     @abstractmethod
     def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:

@@ -246,6 +246,32 @@ def test_a_backbone_that_breaks_a_law_is_told_so(fault, law):
     fails(testing.check_backbone, Tiny(fault=fault), law, compile=False)
 
 
+class Prompted(Tiny):
+    """A backbone that says it embeds prompts, and does not."""
+
+    accepts = frozenset({"label", "text", "pooled", "size"})
+    fault: str = "none"
+    """The condition that it is deaf to."""
+
+    def build(self, data, conditions):
+        net = Net("none", data.channels, data.num_classes)
+        read = [name for name in ("text", "pooled", "size") if name != self.fault]
+        assert conditions >= data.text.conditions
+        inner = net.forward
+
+        def forward(x, c_noise, cond, scales):
+            told = sum(getattr(cond, name).flatten(1).mean(1).sin() for name in read)
+            return inner(x, c_noise + told, cond, scales)
+
+        net.forward = forward
+        return net
+
+
+@pytest.mark.parametrize("name", ["text", "pooled", "size"])
+def test_a_backbone_that_is_deaf_to_prompts_is_told_so(name):
+    fails(testing.check_backbone, Prompted(fault=name), f"on cond.{name}", compile=False)
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("fault", ["compile", "count"])
 def test_a_network_that_cannot_be_compiled_is_told_so(fault):
@@ -273,6 +299,7 @@ class Loss(cmkit.Objective):
         if self.fault == "writes":
             x0 += z
         given = Cond() if self.fault == "label" else cond
+        given = replace(cond, text=None) if self.fault == "text" else given
         with cmkit.shared_dropout(rng):
             x0_hat = models.online(x0 + sigmas.view(-1, 1, 1, 1) * z, sigmas, given)
         if self.fault == "dropout":
@@ -296,6 +323,7 @@ class Loss(cmkit.Objective):
         ("deaf", "draws other noise"),
         ("writes", "x0 is left alone"),
         ("label", "called without the label"),
+        ("text", "called without the text"),
         ("detached", "a loss has a gradient"),
         ("infinite", "a loss is finite"),
         ("reduced", "one float32 number an image"),
@@ -335,6 +363,7 @@ class Walk(cmkit.Sampler):
         if self.fault == "scalar":
             sigma = sigma[0]
         given = Cond() if self.fault == "label" else cond
+        given = replace(cond, text=None) if self.fault == "text" else given
         x0 = denoiser(x, sigma, given)
         draws = noise(0 if self.fault == "draw" else 1)
         if self.fault == "global":
@@ -352,6 +381,7 @@ class Walk(cmkit.Sampler):
         ("device", "sigma (B,) on x.device"),
         ("scalar", "sigma (B,) on x.device"),
         ("label", "called without the label"),
+        ("text", "called without the text"),
         ("draw", "noise(0) after []"),
         ("global", "`sample` leaves the global generators alone"),
         ("batch", "does not depend on the others of its batch"),

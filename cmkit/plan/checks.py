@@ -257,7 +257,7 @@ def sigma_data_note(plan: Plan, images: int = 256) -> str:
 
 def check_weights(weights: str, backbone: Backbone, precond: Precond) -> None:
     """RecipeError where `weights` are known to have been trained under other scalings."""
-    if weights in backbone.published:
+    if weights in backbone.published or backbone.located(weights):
         backbone.check_published(weights, precond)
         return
     try:

@@ -17,12 +17,13 @@ from cmkit.kinds import Backbone
 from cmkit.noise import Noise
 from cmkit.plan.record import CONDITIONS
 from cmkit.testing.protocol import Report, report_on
-from cmkit.testing.subjects import DIGITS, META, close, draws, same
+from cmkit.testing.subjects import DIGITS, META, PROMPTS, close, draws, same, told
 from cmkit.values import DataSpec
 
 
 def check_backbone(backbone: Backbone, data: DataSpec = DIGITS, compile: bool = True) -> None:
-    """Check a backbone and the network that it builds for `data`.
+    """Check a backbone and the network that it builds for `data`, with prompts of `data.text`, or
+    where it has none and the backbone accepts text, invented ones with pooled features and sizes.
 
     `compile` = False leaves torch.compile out, which takes most of the time.
     """
@@ -33,8 +34,10 @@ def check_backbone(backbone: Backbone, data: DataSpec = DIGITS, compile: bool = 
         f"it has {sorted(backbone.accepts - CONDITIONS)}",
         f"choose among {', '.join(sorted(CONDITIONS))}",
     )
-    # The contract leaves the width of text features to the data, which a DataSpec does not name.
-    conditions = backbone.accepts - {"text"} - ({"label"} if not data.num_classes else set())
+    if "text" in backbone.accepts and data.text is None:
+        data = replace(data, text=PROMPTS)
+    absent = PROMPTS.conditions - (data.text.conditions if data.text else frozenset())
+    conditions = backbone.accepts - absent - ({"label"} if not data.num_classes else set())
     network, twin = (_built(report, backbone, data, conditions) for _ in range(2))
     report.require(
         same(network.state_dict(), twin.state_dict()),
@@ -85,7 +88,9 @@ def _input(data: DataSpec, conditions: frozenset[str]) -> _Input:
     x = draws(data).noise(range(3), 0)
     label = draws(data).labels(range(3)) if "label" in conditions else None
     levels = {name: torch.tensor([0.5, 1.0, 2.0]) for name in conditions & {"guidance", "sigma_to"}}
-    return _Input(x, torch.tensor([-1.5, 0.0, 1.1]), Cond(label=label, **levels))
+    prompts = told(data.text, 3) if data.text else {}
+    given = levels | {name: prompts[name] for name in conditions & prompts.keys()}
+    return _Input(x, torch.tensor([-1.5, 0.0, 1.1]), Cond(label=label, **given))
 
 
 def _built(

@@ -16,13 +16,14 @@ from cmkit.noise import Noise
 from cmkit.plan.record import CONDITIONS
 from cmkit.rng import Rng
 from cmkit.testing.protocol import Report, report_on, shown
-from cmkit.testing.subjects import CPU, DIGITS, Small, draws
+from cmkit.testing.subjects import CPU, DIGITS, PROMPTS, Small, draws, told
 from cmkit.traits import TRAITS
 from cmkit.values import DataSpec, Phase
 
 
 def check_objective(objective: Objective, data: DataSpec = DIGITS) -> None:
-    """Check an objective on images like `data`, with small networks that have dropout."""
+    """Check an objective on images like `data`, with small networks that have dropout, under their
+    classes and, where it does not need those, under prompts."""
     report = report_on(objective)
     known = {"target", "teacher", *TRAITS, *CONDITIONS}
     report.require(
@@ -33,8 +34,12 @@ def check_objective(objective: Objective, data: DataSpec = DIGITS) -> None:
     )
     objective.check(data)
     _check_phase(report, objective)
-    for step in (0, 60, 99):
-        _check_loss(report, objective, data, objective.phase(step, 100))
+    labels = Cond(label=draws(data).labels(range(4)))
+    given = [(step, labels) for step in (0, 60, 99)]
+    if "label" not in objective.needs:
+        given.append((0, Cond(text=told(data.text or PROMPTS, 4)["text"])))
+    for step, cond in given:
+        _check_loss(report, objective, data, objective.phase(step, 100), cond)
 
 
 class _NoTorch(TorchFunctionMode):
@@ -100,8 +105,9 @@ def _models(objective: Objective, data: DataSpec) -> Models:
     return Models(online, target, teacher, companions=companions)
 
 
-def _check_loss(report: Report, objective: Objective, data: DataSpec, phase: Phase) -> None:
-    label = draws(data).labels(range(4))
+def _check_loss(
+    report: Report, objective: Objective, data: DataSpec, phase: Phase, cond: Cond
+) -> None:
     x0 = draws(data).noise(range(4), 0).clamp(-1, 1)
     given = x0.clone()
 
@@ -111,7 +117,7 @@ def _check_loss(report: Report, objective: Objective, data: DataSpec, phase: Pha
             torch.manual_seed(seed)
             rng = Rng(0, "testing", index, CPU)
             with report.untouched("loss"):
-                return objective.loss(models, x0, Cond(label=label), phase, rng), models
+                return objective.loss(models, x0, cond, phase, rng), models
 
     loss, models = computed()
     report.require(
@@ -141,10 +147,12 @@ def _check_loss(report: Report, objective: Objective, data: DataSpec, phase: Pha
         "rng of another step gives the same loss",
         "draw from rng: rng.normal_like(x0)",
     )
+    unseen = {name for name, value in vars(cond).items() if value is not None}
+    unseen -= models.online.network.seen  # type: ignore[arg-type]
     report.require(
-        label is None or models.online.network.labelled,  # type: ignore[union-attr]
+        not unseen,
         "the online network sees the conditions",
-        "it was called without the label",
+        f"it was called without the {', '.join(unseen)}",
         "pass cond on: models.online(x, sigma, cond)",
     )
     with report.trying("a loss has a gradient", "call models.online outside torch.no_grad()"):

@@ -54,9 +54,9 @@ class Weights:
 
 
 def find(name: str, backbone: Backbone) -> Weights:
-    """The weights `name`: "path:FILE", "PUBLISHER:NAME" as `backbone` publishes, or a path; a run
-    may be "run:NAME-KEY" wherever it lies, and "RUN@STEP", "RUN:ema-0.9999" and "RUN:online" name
-    its other weights.
+    """The weights `name`: "path:FILE", "PUBLISHER:NAME" as `backbone` publishes, what it locates,
+    or a path; a run may be "run:NAME-KEY" wherever it lies, and "RUN@STEP", "RUN:ema-0.9999" and
+    "RUN:online" name its other weights.
 
     CheckpointError when there is no such file, or no such name.
     """
@@ -66,6 +66,8 @@ def find(name: str, backbone: Backbone) -> Weights:
         return Weights(name, cache_folder(f"weights/{publisher}") / url.rsplit("/", 1)[-1], url)
     if name in TO_COME.get():
         return Weights(name, Path(name), "")
+    if located := backbone.located(name):
+        return Weights(name, located)
     place, step, average = chosen(name)
     folder = RunFolder.at(place)
     path = folder.path
@@ -204,7 +206,7 @@ def _without_prefixes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Mapp
 def _within(folder: Path) -> Path:
     """The weights of a diffusers model or pipeline folder; another folder stays itself."""
     for inner in (folder, folder / "unet"):
-        for suffix in (".safetensors", ".bin"):
+        for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
             if (found := inner / f"{DIFFUSERS}{suffix}").exists():
                 return found
     return folder

@@ -16,19 +16,23 @@ from tests.parity import harness
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-OF_ECT = ROOT / "plugins" / "cmkit-ect"
+OUTSIDE = [ROOT / "plugins" / name for name in ("cmkit-ect", "cmkit-latent")]
 
 
 def load_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Import every module that reads figures, so that `harness.READ` is complete."""
     for path in HERE.glob("test_*.py"):
         importlib.import_module(f"tests.parity.{path.stem}")
-    monkeypatch.syspath_prepend(OF_ECT / "src")
-    spec = spec_from_file_location("parity_of_ect", OF_ECT / "tests" / "test_parity.py")
-    spec.loader.exec_module(module_from_spec(spec))
+    for package in OUTSIDE:
+        monkeypatch.syspath_prepend(package / "src")
+        name = f"parity_of_{package.name}".replace("-", "_")
+        spec = spec_from_file_location(name, package / "tests" / "test_parity.py")
+        spec.loader.exec_module(module_from_spec(spec))
 
 
 def test_every_case_is_read(monkeypatch):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
     load_readers(monkeypatch)
     unread = [
         f"{path.name}: {name} ({case['function']})"

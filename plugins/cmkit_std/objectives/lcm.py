@@ -21,14 +21,12 @@ class LCM(Objective):
     """Latent consistency distillation: as `cd`, but the teacher is guided by a weight w that the
     student embeds, and its solver skips grid points. On this axis its DDIM step is Euler's.
 
-    The teacher must know what no label is: a backbone with null_class = true, trained with
-    objective.label_dropout. Student: denoiser.init = "teacher". Sample with denoiser.guidance = w
-    and sampler `lcm`.
+    Of prompts the teacher is guided away from the unconditional one; of labels it must know what
+    none is: a backbone with null_class = true, trained with objective.label_dropout. Student:
+    denoiser.init = "teacher". Sample with denoiser.guidance = w and sampler `lcm`.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset(
-        {"target", "teacher", "label", "guidance", "boundary"}
-    )
+    needs: ClassVar[frozenset[str]] = frozenset({"target", "teacher", "guidance", "boundary"})
 
     num_sigmas: int = Field(1000, ge=2, le=10**6)
     """N, points of the grid."""
@@ -38,8 +36,8 @@ class LCM(Objective):
     solver: Literal["euler", "heun"] = "euler"
     """How the teacher goes down: one step of Euler (DDIM), or of Heun."""
     w_min: float = Field(5.0, ge=-1, le=1000)
-    """Lowest w of x0_hat + w (x0_hat - x0_hat without label), the usual guidance scale less 1. The
-    defaults are those of text-to-image; class labels want less, 0 to 4."""
+    """Lowest w of x0_hat + w (x0_hat - x0_hat of no label or prompt), the usual guidance scale
+    less 1. The defaults are those of text-to-image; class labels want less, 0 to 4."""
     w_max: float = Field(15.0, ge=-1, le=1000)
     """Highest w."""
     distance: Literal["huber", "l2"] = "huber"
@@ -58,10 +56,10 @@ class LCM(Objective):
         return self
 
     def check_networks(self, online: Network, teacher: Network | None) -> None:
-        if teacher is not None and teacher.null_label is None:
+        if teacher is not None and teacher.null_label is None and not teacher.prompted:
             raise RecipeError(
-                "its teacher has no null class to guide away from; train one with its backbone's"
-                " null_class = true and objective.label_dropout = 0.1"
+                "its teacher reads no prompts, and has no null class to guide away from; train one"
+                " with its backbone's null_class = true and objective.label_dropout = 0.1"
             )
 
     def phase(self, step: int, total: int) -> Phase:
