@@ -11,7 +11,6 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,9 +23,8 @@ from cmkit import (
     Rng,
     files,
 )
-from cmkit.latents.memo import Memo
 from cmkit.latents import store as stores
-from cmkit.latents import stream
+from cmkit.latents.memo import Memo
 from cmkit.plan import batches, cache_bytes, check_disk, kept, plan, sigma_data_note
 from cmkit.recipe import load, stage_keys
 from cmkit.run import Encoded, Note, RunFinished, StageStarted, run
