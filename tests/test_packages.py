@@ -5,7 +5,7 @@ from tests.wheels import PACKAGES, ROOT
 CODE = """
 import sys, pytest
 code = pytest.main(sys.argv[1:])
-modules = "cmkit", "cmkit_std", "cmkit_ect", "cmkit_scm", "cmkit_meanflow"
+modules = "cmkit", "cmkit_std", "cmkit_ect", "cmkit_scm", "cmkit_meanflow", "cmkit_latent"
 print(*(sys.modules[name].__file__ for name in modules))
 sys.exit(code)
 """
