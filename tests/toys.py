@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 import torch
 from cmkit_std.datasets.invented import Invented
 
-from cmkit import Cond, DataSpec, Denoiser, Network, Noise, Plugin, hookimpl
+from cmkit import Backbone, Cond, DataSpec, Denoiser, Metric, Network, Noise, Plugin, hookimpl
 from cmkit.kinds import Codec, TextEncoder
 from cmkit.plugins import Registry, register
 from cmkit.values import TextSpec
@@ -128,6 +128,56 @@ class WordsPrompts:
         return torch.stack([torch.randn(self.words.width, generator=seed) for seed in seeds])
 
 
+class Reader(Backbone):
+    """Convolutions that are told everything of a prompt, and a guidance weight."""
+
+    accepts = frozenset({"guidance", "text", "pooled", "size"})
+    width: int = 8
+
+    def build(self, data: DataSpec, conditions):
+        return ReaderNetwork(data, self.width, "guidance" in conditions)
+
+
+class ReaderNetwork(Network):
+    sites = ("skip.0",)
+    prompted = True
+
+    def __init__(self, data: DataSpec, width: int, guided: bool):
+        super().__init__()
+        text = data.text
+        told = text.width + (text.pooled or 0) + 6 * text.size + 1
+        self.first = torch.nn.Conv2d(data.channels, width, 3, padding=1)
+        self.told = torch.nn.Linear(told, width)
+        self.guided = torch.nn.Linear(1, width) if guided else None
+        self.last = torch.nn.Conv2d(width, data.channels, 3, padding=1)
+
+    def forward(self, x, c_noise, cond, scales):
+        level = torch.log1p(c_noise.abs())[:, None] / 8
+        told = self.told(torch.cat([cond.text.mean(1), cond.pooled, cond.size / 64, level], dim=1))
+        if self.guided:
+            told = told + self.guided(cond.guidance[:, None].sin())
+        h = torch.tanh(self.first(x) + told[:, :, None, None])
+        h = h * scales["skip.0"].reshape(-1, 1, 1, 1) if "skip.0" in scales else h
+        return self.last(h).float()
+
+    def lower(self, dtype):
+        self.first.to(dtype)
+        self.told.to(dtype)
+
+
+class Mean(Metric):
+    """The mean of pixels, and how often samples were measured beside a prompt."""
+
+    neither = ("prompts",)
+
+    def keys(self):
+        return ("mean", "prompts")
+
+    def measure(self, images, reference, device):
+        pixels = torch.stack([images[k] for k in range(len(images))]).double()
+        return {"mean": float(pixels.mean()), "prompts": len(reference.captions or ())}
+
+
 class Captioned(Invented):
     """Invented pictures of which half are mirrored, with captions, some of which are left out."""
 
@@ -150,6 +200,8 @@ def cmkit_register():
         Plugin("codec", "blocks", "tests.toys:Blocks", "toy"),
         Plugin("text", "words", "tests.toys:Words", "toy"),
         Plugin("dataset", "captioned", "tests.toys:Captioned", "toy"),
+        Plugin("backbone", "reader", "tests.toys:Reader", "toy"),
+        Plugin("metric", "mean", "tests.toys:Mean", "toy"),
     ]
 
 
