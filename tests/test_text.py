@@ -232,7 +232,7 @@ def test_long_prompts_are_said_to_be_cut(toml, registry, teacher, monkeypatch):
             ['dataset={use="captioned",channels=1,resolution=8}'],
             r"text: nothing to draw from: the data set has no captions",
         ),
-        (["codec.side=16"], "backbone|codec|resolution"),
+        (["codec.side=16"], r"codec: spec\(\) gives latents of 256x0"),
     ],
 )
 def test_what_does_not_fit_is_one_line(toml, registry, overrides, said):

@@ -97,6 +97,8 @@ def space_of(recipe: Recipe, data: DataSpec) -> DataSpec:
     if recipe.codec:
         with naming_table(recipe, "codec"):
             space = recipe.codec.spec(data)
+            if min(space.channels, space.resolution) < 1:
+                raise PluginError(f"spec() gives latents of {space.channels}x{space.resolution}")
     if recipe.text:
         with naming_table(recipe, "text"):
             space = replace(space, text=recipe.text.spec())
