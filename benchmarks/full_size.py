@@ -1,9 +1,14 @@
-"""The paper's whole path at full size, on weights of invented content: its scores mean nothing.
+"""Whole paths at full size, on weights of invented content: the scores mean nothing.
 
 python benchmarks/full_size.py --folder /tmp/full_size
 writes a checkpoint in the layout of the published LSUN-256 models (2.1 GB, filled by a formula),
 Inception weights and reference statistics of random content, and runs
 recipes/search_ct_bedroom.toml on them with few images. Reported are times and peak memory.
+
+python benchmarks/full_size.py --model lcm_sd15 --resolution 256
+writes a folder of Stable Diffusion 1.5 (network and autoencoder, 3.8 GB of fresh weights; prompts
+are vectors of words), and runs one step of recipes/lcm_sd15.toml and one row of a search on what it
+left. It needs the package cmkit-latent.
 """
 
 from __future__ import annotations
@@ -37,13 +42,99 @@ FEATURES = 2048
 
 
 def main() -> None:
-    """Write what is missing in the folder, run the recipe, print what each stage took."""
+    """Run what the options name."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/full_size"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--model", choices=("bedroom", "lcm_sd15"), default="bedroom")
+    parser.add_argument("--resolution", type=int, default=512, help="of lcm_sd15")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    (stable_diffusion if options.model == "lcm_sd15" else bedroom)(options)
+
+
+def stable_diffusion(options: argparse.Namespace) -> None:
+    """One step of distillation, and one row of a search on what it left, with what each took."""
+    folder, recipes = options.folder / "sd15", RECIPE.parent
+    if not folder.exists():
+        pipeline(folder)
+    side, device = options.resolution, pick_device(options.device)
+    shared = [
+        f'dataset={{use="invented", channels=3, resolution={side}, images=8, texts=4}}',
+        f"codec.weights={folder}",
+        'text={use="words", length=77, width=768}',
+    ]
+    step = [
+        f"teacher.weights={folder}",
+        "train.steps=1",
+        "train.batch=1",
+        "train.accumulate=1",
+        "sampler.steps=1",
+        "sample.images=1",
+        "metric=[]",
+    ]
+    row = [
+        'rescaler={use="global"}',
+        f"search.images={options.images}",
+        f"search.batch={options.images}",
+        "search.grid={skip=[0.9, 1.0], emb=[1.0]}",
+        "search.rerank=0",
+        "search.confirm_seeds=2",
+        f"search.confirm_images={options.images}",
+        f"sample.images={options.images}",
+    ]
+    inception = options.folder / "inception.pth"
+    if not inception.exists():
+        torch.save(inception_weights(), inception)
+    digest = hashlib.sha256(inception.read_bytes()).hexdigest()
+    trusted = extractor_weights.Weights(inception.name, "nowhere", digest)
+    made = plan(load(recipes / "lcm_sd15.toml", [*shared, *step], discover()))
+    print(
+        f"{made.parameters:,} parameters, {made.flops / 1e12:.3f} TFLOP; {made.memory / 2**30:.1f}"
+    )
+    trained = finished(made, options.folder / "runs", device)
+    told(trained, device)
+    student = [
+        f"denoiser.weights={trained['folder']}",
+        f'metric=[{{use="fidelity", weights="{inception}"}}]',
+    ]
+    with mock.patch.dict(extractor_weights.PUBLIC, {"inception-v3-compat": trusted}):
+        searched = load(recipes / "search_lcm_sd15.toml", [*shared, *student, *row], discover())
+        told(finished(plan(searched), options.folder / "runs", device), device)
+
+
+def pipeline(folder: Path) -> None:
+    """A folder of Stable Diffusion 1.5, network, autoencoder and schedule, with fresh weights."""
+    from cmkit_latent.backbone import PRESETS
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    UNet2DConditionModel(**PRESETS["sd15"]).save_pretrained(folder / "unet")
+    widths = (128, 256, 512, 512)
+    AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    ).save_pretrained(folder / "vae")
+    DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    ).save_pretrained(folder / "scheduler")
+
+
+def told(report: dict[str, Any], device: torch.device) -> None:
+    """Print what the stages of a run took."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for stage, result in report["stages"].items():
+        print(f"{stage:8} {result['seconds']:8.1f} s, peak {result['peak_memory_mib']:,.0f} MiB")
+
+
+def bedroom(options: argparse.Namespace) -> None:
+    """Write what is missing in the folder, run the recipe, print what each stage took."""
     checkpoint, inception, statistics = (
         options.folder / name for name in ("lsun256.pt", "inception.pth", "reference.npz")
     )
@@ -87,10 +178,7 @@ def main() -> None:
         made = plan(load(recipe, sets, discover()))
         print(f"checked in {time.perf_counter() - began:.1f} s: {made.parameters:,} parameters")
         report = finished(made, options.folder / "runs", device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for stage, result in report["stages"].items():
-        print(f"{stage:8} {result['seconds']:8.1f} s, peak {result['peak_memory_mib']:,.0f} MiB")
+    told(report, device)
     sampled = report["stages"]["sample"]
     # The stage draws the samples, and the pictures before and after scaling once more.
     per_image = sampled["seconds"] / (3 * options.images)
@@ -102,7 +190,7 @@ def finished(made: Any, out: Path, device: torch.device) -> dict[str, Any]:
     """The report of the run."""
     for event in run(made, discover(), out, device, StopSignal()):
         if isinstance(event, RunFinished):
-            return event.report
+            return {**event.report, "folder": str(event.folder)}
     raise AssertionError("a run ends with its report")
 
 
