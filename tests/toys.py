@@ -10,7 +10,7 @@ import torch
 from cmkit_std.datasets.invented import Invented
 
 from cmkit import Cond, DataSpec, Denoiser, Network, Noise, Plugin, hookimpl
-from cmkit.kinds import Codec, TextEncoder
+from cmkit.kinds import Backbone, Codec, TextEncoder
 from cmkit.plugins import Registry, register
 from cmkit.values import TextSpec
 
@@ -128,6 +128,29 @@ class WordsPrompts:
         return torch.stack([torch.randn(self.words.width, generator=seed) for seed in seeds])
 
 
+class HearingNetwork(TinyNetwork):
+    """A `TinyNetwork` that adds an image of the prompt, with dropout."""
+
+    prompted = True
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels)
+        self.heard = torch.nn.Linear(width, channels)
+
+    def forward(self, x, c_noise, cond, scales):
+        colour = self.heard(cond.text.mean(1).to(x.dtype))
+        return super().forward(x, c_noise, cond, scales) + colour[:, :, None, None]
+
+
+class Hearing(Backbone):
+    """Networks that read prompts."""
+
+    accepts = frozenset({"label", "text", "pooled", "size", "guidance"})
+
+    def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
+        return HearingNetwork(data.channels, data.text.width)
+
+
 class Captioned(Invented):
     """Invented pictures of which half are mirrored, with captions, some of which are left out."""
 
@@ -149,6 +172,7 @@ def cmkit_register():
     return [
         Plugin("codec", "blocks", "tests.toys:Blocks", "toy"),
         Plugin("text", "words", "tests.toys:Words", "toy"),
+        Plugin("backbone", "hearing", "tests.toys:Hearing", "toy"),
         Plugin("dataset", "captioned", "tests.toys:Captioned", "toy"),
     ]
 
