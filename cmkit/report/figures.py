@@ -24,6 +24,9 @@ SHEET_PIXELS, CELL_PIXELS, TINY_PIXELS = 1280, 640, 600
 CELLS_BYTES, SPRITE_BYTES, SHEET_BYTES = 800_000, 800_000, 200_000
 """Of the pictures of all cells on a page, of what the sliders mix, and of a sheet of samples, which
 are two; in base 64, a third longer, 2.7 MB of a page that is to stay under 3."""
+FIGURE_BYTES, STEPS_BYTES, SHOWN_BYTES = 200_000, 100_000, 400_000
+"""Of samples that stand alone, in other numbers of steps, and during the training, all together;
+cells and sliders have that much less."""
 LEAST_BYTES = 1300
 """Of a cell's picture: where there are too many cells, the best of them have pictures."""
 
@@ -177,7 +180,7 @@ def opened(path: Path) -> Image:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("PNG",)) as picture:
             return picture.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: {error}; delete it, or run the recipe again") from error
