@@ -127,10 +127,8 @@ def _headlines(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if metric and metric["values"]:
         wanted = search["minimize"] if search else "fid"
         name = wanted if wanted in metric["values"] else next(iter(metric["values"]))
-        images = (
-            f"{number(sample['images'])} images, {evaluations(sample['nfe'])}" if sample else ""
-        )
-        yield f"{name} of the samples", score(metric["values"][name]), images
+        said = f"{number(sample['images'])} images, {evaluations(sample['nfe'])}" if sample else ""
+        yield f"{name} of the samples", score(metric["values"][name]), said
     if train:
         yield "parameters", count(train["parameters"]), f"{number(train['steps'])} training steps"
     yield "time", duration(report["seconds"]), str(report["environment"].get("device", ""))
