@@ -14,6 +14,7 @@ from PIL import Image
 
 from cmkit.pictures import grid_png
 from cmkit.report import write_report
+from cmkit.report.figures import SHOWN_BYTES
 from cmkit.run import RunFolder
 from tests.browser import chromium
 from tests.test_report import PAYLOADS, Page, report, require_inert, store
@@ -124,8 +125,12 @@ def test_few_samples_have_no_fold_and_gone_pictures_are_left_out(tmp_path, promp
     assert "9 · prompt 8" in page.text
 
 
-def test_many_steps_are_thinned_evenly_and_the_page_stays_small(tmp_path, report):
-    """Noise of 512 pixels, the largest page that there may be."""
+@pytest.mark.slow
+@pytest.mark.parametrize("searched", [True, False])
+def test_many_steps_are_thinned_evenly_and_the_page_stays_small(tmp_path, report, searched):
+    """Pictures of noise, the largest page that there may be."""
+    if not searched:
+        report["stages"].pop("search")
     told(tmp_path, report, side=32, steps=100, shown=16)
     noise = np.random.default_rng(0).integers(0, 256, (100, 3, 64, 64), np.uint8)
     sheet = grid_png(torch.from_numpy(noise))
@@ -138,6 +143,9 @@ def test_many_steps_are_thinned_evenly_and_the_page_stays_small(tmp_path, report
     page, text = page_of(tmp_path)
     data = json.loads(page.raw["script"][0])
     assert len(text) < 3e6
+    sources = [source for step in data["shown"] for source in step["sources"]]
+    most = SHOWN_BYTES if searched else 2 * SHOWN_BYTES
+    assert sum(len(source) * 3 / 4 for source in sources) < 1.1 * most
     assert len(data["shown"]) == 24
     steps = [int(step["label"].removeprefix("step ").replace(",", "")) for step in data["shown"]]
     assert (steps[0], steps[-1]) == (500, 99_500)

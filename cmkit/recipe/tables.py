@@ -205,7 +205,7 @@ class SampleTable(StageTable):
     prompts: tuple[Prompt, ...] = ()
     """What images are drawn from, those of a search as well, in turns; absent = the captions of the
     pictures that metrics compare with, image k from that of picture k."""
-    show_steps: tuple[Count, ...] = Field((), max_length=8)
+    show_steps: Annotated[tuple[Count, ...], Field(max_length=8)] = ()
     """Other numbers of steps in which the first images are drawn too, for the page, such as
     [1, 2, 4, 8], with a sampler that has the key `steps`. They change no bit of the images."""
 

@@ -35,8 +35,9 @@ def write_report(folder: RunFolder) -> Path:
         report = scrub(written)
         stages = report["stages"]
         sample, confirm = stages.get("sample"), stages.get("search", {}).get("confirm")
-        samples = samples_page(sample, report, folder) if sample else None
-        shown = shown_page(stages["train"], folder) if "train" in stages else None
+        room = 1 if "search" in stages else 2
+        samples = samples_page(sample, report, folder, room) if sample else None
+        shown = shown_page(stages["train"], folder, room) if "train" in stages else None
         less = size_of(samples, shown) // 2
         search = search_page(stages["search"], folder, less) if "search" in stages else None
         side = report.get("data", {}).get("resolution")

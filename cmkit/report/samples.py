@@ -4,13 +4,17 @@ during the training."""
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmkit.report import figures
-from cmkit.report.figures import image, number, opened, picture_of, webp
+from cmkit.report.figures import image, number, opened, picture_of, webps
 from cmkit.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 FIGURES, FIGURE_PIXELS, TINY_SIDE = 24, 256, 100
 """Samples that stand alone with their prompts, their largest side, and that below which a picture
@@ -24,10 +28,11 @@ LETTERS = 300
 
 
 def samples_page(
-    stage: Mapping[str, Any], report: Mapping[str, Any], folder: RunFolder
+    stage: Mapping[str, Any], report: Mapping[str, Any], folder: RunFolder, room: int
 ) -> dict[str, Any]:
     """What the page says of the stage `sample`: facts, sheets, and where there are prompts the
-    first pictures alone with theirs, and `others` as "number · prompt"."""
+    first pictures alone with theirs, and `others` as "number · prompt"; with `room` times the
+    bytes of pictures that a page with a search has."""
     data = report.get("data", {})
     labels, names = stage.get("labels", ()), data.get("classes")
     shown = [names[label] if names else str(label) for label in labels]
@@ -44,18 +49,18 @@ def samples_page(
     }
     prompts, single = stage.get("prompts", []), []
     if prompts and stage.get("after"):
-        count, most = min(len(prompts), FIGURES), figures.FIGURE_BYTES
-        single = cut(folder, stage["after"], data["resolution"], count, most)
+        count, most = min(len(prompts), FIGURES), room * figures.FIGURE_BYTES
+        single = stored(cells(folder, stage["after"], data["resolution"], count), most)
     facts["figures"] = _captioned(single, prompts)
     facts["others"] = [
         f"{k} · {_text(prompt)}" for k, prompt in enumerate(prompts, 1) if k > len(single)
     ]
-    facts["steps"] = _in_steps(stage.get("steps", {}), folder)
+    facts["steps"] = _in_steps(stage.get("steps", {}), folder, room * figures.STEPS_BYTES)
     facts["columns"] = [_said(prompt) for prompt in prompts[:STEPS_IMAGES]]
     return {**facts, **pictures, "scales": ", ".join(_scales(stage.get("scales", {})))}
 
 
-def shown_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any] | None:
+def shown_page(stage: Mapping[str, Any], folder: RunFolder, room: int) -> dict[str, Any] | None:
     """Pictures drawn during the training, for the slider: `steps`, evenly spaced where there are
     many, each a label with its pictures, and captioned `figures` of the last; None without any."""
     found = stage.get("shown")
@@ -65,14 +70,14 @@ def shown_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any] | 
         return None
     if (last := len(steps) - 1) >= SHOWN_STEPS:
         steps = [steps[round(k * last / (SHOWN_STEPS - 1))] for k in range(SHOWN_STEPS)]
-    most = figures.SHOWN_BYTES // len(steps)
-    pictures = [cut(folder, name, found["side"], found["images"], most) for _, name in steps]
-    labels = [f"step {number(step)}" for step, _ in steps]
+    drawn = {step: cells(folder, name, found["side"], found["images"]) for step, name in steps}
+    every = iter(stored([*itertools.chain(*drawn.values())], room * figures.SHOWN_BYTES))
+    pictures = {step: list(itertools.islice(every, len(own))) for step, own in drawn.items()}
     return {
-        "figures": _captioned(pictures[-1], found["prompts"]),
+        "figures": _captioned(pictures[steps[-1][0]], found["prompts"]),
         "steps": [
-            {"label": label, "sources": [each["src"] for each in every]}
-            for label, every in zip(labels, pictures, strict=True)
+            {"label": f"step {number(step)}", "sources": [each["src"] for each in own]}
+            for step, own in pictures.items()
         ],
     }
 
@@ -86,25 +91,30 @@ def size_of(samples: Mapping[str, Any] | None, shown: Mapping[str, Any] | None) 
     return 3 * sum(map(len, sources)) // 4
 
 
-def cut(folder: RunFolder, name: str, side: int, count: int, most: int) -> list[dict[str, Any]]:
-    """Attributes of an <img> for each of the first `count` images of `side` pixels on a sheet of
-    `grid_png`, of about `most` bytes together; none where the file is gone or is no such sheet."""
+def cells(folder: RunFolder, name: str, side: int, count: int) -> list[Image]:
+    """The first `count` images of `side` pixels on a sheet of `grid_png`; none where the file is
+    gone or is no such sheet."""
     import numpy as np
-    from PIL import Image
+    from PIL.Image import fromarray
 
     from cmkit.report.sliders import tiles
 
     path = folder.picture(name)
     images = tiles(np.asarray(opened(path)), side) if path.is_file() else None
+    return [] if images is None else [fromarray(pixels) for pixels in images[:count]]
+
+
+def stored(pictures: Sequence[Image], most: int) -> list[dict[str, Any]]:
+    """Attributes of an <img> for each of some pictures of one size: as they are, or smaller where
+    they have more than about `most` bytes together."""
     found = []
-    for pixels in () if images is None else images[:count]:
-        picture, buffer = Image.fromarray(pixels), io.BytesIO()
-        picture.save(buffer, "PNG")
-        data, shown = buffer.getvalue(), min(side, FIGURE_PIXELS)
-        if shown < side or len(data) > most // count:
-            data = webp(picture, shown, most // count)
-        found.append({**image(name, data, shown, shown), "tiny": shown < TINY_SIDE})
-    return found
+    for picture in pictures:
+        picture.save(buffer := io.BytesIO(), "PNG")
+        found.append(buffer.getvalue())
+    side = min(pictures[0].width, FIGURE_PIXELS) if pictures else 0
+    if pictures and (side < pictures[0].width or sum(map(len, found)) > most):
+        found = webps(pictures, side, most)
+    return [{**image("", data, side, side), "tiny": side < TINY_SIDE} for data in found]
 
 
 def _captioned(
@@ -126,15 +136,15 @@ def _text(prompt: str) -> str:
     return line if len(line) <= LETTERS else f"{line[: LETTERS - 1]}…"
 
 
-def _in_steps(steps: Mapping[str, str], folder: RunFolder) -> list[dict[str, Any]]:
-    """A row of pictures for each number of steps, rising."""
-    most = figures.STEPS_BYTES // max(len(steps), 1)
+def _in_steps(steps: Mapping[str, str], folder: RunFolder, most: int) -> list[dict[str, Any]]:
+    """A row of pictures for each number of steps, rising, of about `most` bytes together."""
+    each = most // max(len(steps), 1)
     return [
         {
-            "label": "1 step" if steps_ == 1 else f"{number(steps_)} steps",
-            "picture": picture_of(folder, name, figures.SHEET_PIXELS, most),
+            "label": "1 step" if many == 1 else f"{number(many)} steps",
+            "picture": picture_of(folder, name, figures.SHEET_PIXELS, each),
         }
-        for steps_, name in sorted((int(count), name) for count, name in steps.items())
+        for many, name in sorted((int(count), name) for count, name in steps.items())
     ]
 
 
