@@ -178,6 +178,29 @@ class Mean(Metric):
         return {"mean": float(pixels.mean()), "prompts": len(reference.captions or ())}
 
 
+class HearingNetwork(TinyNetwork):
+    """A `TinyNetwork` that adds an image of the prompt, with dropout."""
+
+    prompted = True
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels)
+        self.heard = torch.nn.Linear(width, channels)
+
+    def forward(self, x, c_noise, cond, scales):
+        colour = self.heard(cond.text.mean(1).to(x.dtype))
+        return super().forward(x, c_noise, cond, scales) + colour[:, :, None, None]
+
+
+class Hearing(Backbone):
+    """Networks that read prompts."""
+
+    accepts = frozenset({"label", "text", "pooled", "size", "guidance"})
+
+    def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
+        return HearingNetwork(data.channels, data.text.width)
+
+
 class Captioned(Invented):
     """Invented pictures of which half are mirrored, with captions, some of which are left out."""
 
@@ -199,6 +222,7 @@ def cmkit_register():
     return [
         Plugin("codec", "blocks", "tests.toys:Blocks", "toy"),
         Plugin("text", "words", "tests.toys:Words", "toy"),
+        Plugin("backbone", "hearing", "tests.toys:Hearing", "toy"),
         Plugin("dataset", "captioned", "tests.toys:Captioned", "toy"),
         Plugin("backbone", "reader", "tests.toys:Reader", "toy"),
         Plugin("metric", "mean", "tests.toys:Mean", "toy"),

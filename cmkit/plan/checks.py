@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit import files
-from cmkit.denoiser import Cond, Denoiser
+from cmkit.denoiser import NO_COND, Cond, Denoiser
 from cmkit.errors import CmkitError, DataError, PluginError, RecipeError, ResourceError, inline
 from cmkit.kinds import Backbone, Precond
 from cmkit.plan import networks
@@ -233,6 +233,45 @@ def check_sampler(recipe: Recipe) -> None:
             ("sampler",),
             f"it needs {CURES[name]}; or choose another sampler, such as multistep",
         )
+
+
+def check_shown(
+    recipe: Recipe, denoiser: Denoiser, space: DataSpec, conditions: frozenset[str]
+) -> None:
+    """RecipeError where pictures that train.show or sample.show_steps ask for cannot be drawn."""
+    show = recipe.train.show if recipe.train else 0
+    if show and recipe.sampler is None:
+        raise recipe.source.error(
+            ("train", "show"), "pictures need a [sampler] table that says how to draw; add one"
+        )
+    if isinstance(show, tuple) and show and recipe.text is None:
+        raise recipe.source.error(
+            ("train", "show"),
+            "prompts need a [text] table; without one say a number of pictures",
+            f" = {inline(show)}",
+        )
+    if recipe.sampler is None or recipe.sample is None:
+        return
+    x, cond = _dry_input(space, conditions)
+    still = _Still(denoiser.network, denoiser.noise, denoiser.scalings, denoiser.sigma_data)
+    for steps in recipe.sample.show_steps:
+        sampler = recipe.sampler_in(steps)
+        try:
+            with torch.no_grad():
+                sampler.sample(still, x, cond, lambda k: torch.empty_like(x))
+        except Exception as error:  # samplers raise anything at a number that they cannot take
+            raise recipe.source.error(
+                ("sample", "show_steps"),
+                f"the sampler cannot take steps = {steps}: {error}",
+                f" = {inline(recipe.sample.show_steps)}",
+            ) from error
+
+
+class _Still(Denoiser):
+    """x itself at any noise level, so that a sampler can be tried at once."""
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, cond: Cond = NO_COND) -> torch.Tensor:
+        return x
 
 
 def sigma_data_note(plan: Plan, images: int = 256) -> str:

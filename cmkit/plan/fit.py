@@ -65,6 +65,7 @@ def check_fit(recipe: Recipe) -> Plan:
     elif recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check_networks(denoiser.network, None)
+    checks.check_shown(recipe, denoiser, space, conditions)
     flops = checks.dry_run(recipe, denoiser, space, conditions)
     memory = checks.memory_of(recipe, denoiser, space)
     disk = (recipe.train.keep + 1) * memory if recipe.train else 0

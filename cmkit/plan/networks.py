@@ -153,7 +153,8 @@ def guided_as_said(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
     w = recipe.denoiser.guidance
     embedded = recipe.denoiser.embeds_guidance or "guidance" in recipe.needs
     if w is None:
-        if embedded and (recipe.search or recipe.sample):
+        drawn = recipe.search or recipe.sample or (recipe.train and recipe.train.show)
+        if embedded and drawn:
             raise recipe.source.error(
                 ("denoiser",), "the network embeds a guidance weight: say with which guidance to"
                 " sample, such as guidance = 1.0"

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from cmkit.recipe.search_table import SearchTable
 from cmkit.recipe.tables import (
     PART_TABLES,
@@ -106,6 +108,22 @@ class Recipe:
                 " = true",
             )
         return found
+
+    def sampler_in(self, steps: int) -> Sampler:
+        """The sampler with another number of steps; RecipeError where it cannot take that."""
+        assert self.sampler is not None
+        use, where = self.resolved["sampler"]["use"], ("sample", "show_steps")
+        if "steps" not in type(self.sampler).model_fields:
+            raise self.source.error(
+                where, f"sampler {use} has no key `steps`; drop show_steps, or choose another"
+            )
+        try:
+            return type(self.sampler).model_validate({**self.sampler.model_dump(), "steps": steps})
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise self.source.error(
+                where, f"sampler {use} cannot take steps = {steps}: {reason}"
+            ) from error
 
     def used(self) -> Iterator[tuple[str, str]]:
         """(kind, name) of each part."""

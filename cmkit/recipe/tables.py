@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cmkit.kinds import CLASSES, Part
 from cmkit.values import DataSpec
@@ -16,6 +16,10 @@ Precision = Literal["auto", "fp32", "bf16"]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Batch = Annotated[int, Field(ge=1, le=2**20)]
+Prompt = Annotated[str, Field(max_length=10_000)]
+SHOWN = 16
+"""Most pictures that are drawn at a step of the training."""
+Shown = Annotated[tuple[Prompt, ...], Field(max_length=SHOWN)]
 
 
 class DenoiserTable(Part):
@@ -110,7 +114,7 @@ class CacheTable(StageTable):
 class TrainTable(StageTable):
     """The keys of [train]."""
 
-    read_by = {"log_every": (), "save_every": (), "keep": ()}
+    read_by = dict.fromkeys(("log_every", "save_every", "keep", "show", "show_every"), ())
 
     steps: Count
     """Optimizer steps."""
@@ -154,6 +158,21 @@ class TrainTable(StageTable):
     this recipe's numbers. `cmkit run RECIPE --from RUN` says it."""
     log_every: Count = 50
     """Steps between log lines."""
+    show: Annotated[int, Field(ge=0, le=SHOWN)] | Shown = 0
+    """Pictures drawn during training from the first average, always of the same noise: their
+    number, or with a [text] table their prompts. They change no bit of the training."""
+    show_every: Count | None = None
+    """Steps between such pictures, the last step aside; absent = `save_every`."""
+
+    @field_validator("show", mode="before")
+    @classmethod
+    def _a_number_or_prompts(cls, show: Any) -> Any:
+        prompts = isinstance(show, list | tuple) and all(isinstance(each, str) for each in show)
+        if not prompts and (isinstance(show, bool) or not isinstance(show, int)):
+            raise ValueError('say a number of pictures, or prompts such as ["a red apple"]')
+        if len(show) > SHOWN if prompts else not 0 <= show <= SHOWN:
+            raise ValueError(f"say at most {SHOWN} pictures or prompts")
+        return tuple(show) if prompts else show
 
     @model_validator(mode="after")
     def _keys_agree(self) -> TrainTable:
@@ -172,6 +191,8 @@ class TrainTable(StageTable):
 class SampleTable(StageTable):
     """The keys of [sample]."""
 
+    read_by = {"show_steps": ()}
+
     images: Count
     """Images."""
     batch: Batch = 64
@@ -181,9 +202,12 @@ class SampleTable(StageTable):
     labels: Literal["data", "uniform"] = "data"
     """Classes of the images, those of a search as well: in the proportions of the data, where
     these are known, or each as often as any other."""
-    prompts: tuple[Annotated[str, Field(max_length=10_000)], ...] = ()
+    prompts: tuple[Prompt, ...] = ()
     """What images are drawn from, those of a search as well, in turns; absent = the captions of the
     pictures that metrics compare with, image k from that of picture k."""
+    show_steps: Annotated[tuple[Count, ...], Field(max_length=8)] = ()
+    """Other numbers of steps in which the first images are drawn too, for the page, such as
+    [1, 2, 4, 8], with a sampler that has the key `steps`. They change no bit of the images."""
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
         return {"images": min(self.images, 16), "batch": 16}

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,9 @@ SHEET_PIXELS, CELL_PIXELS, TINY_PIXELS = 1280, 640, 600
 CELLS_BYTES, SPRITE_BYTES, SHEET_BYTES = 800_000, 800_000, 200_000
 """Of the pictures of all cells on a page, of what the sliders mix, and of a sheet of samples, which
 are two; in base 64, a third longer, 2.7 MB of a page that is to stay under 3."""
+FIGURE_BYTES, STEPS_BYTES, SHOWN_BYTES = 200_000, 100_000, 400_000
+"""Of samples that stand alone, in other numbers of steps, and during the training, all together:
+twice that on a page without a search, whose cells and sliders have that much less."""
 LEAST_BYTES = 1300
 """Of a cell's picture: where there are too many cells, the best of them have pictures."""
 
@@ -177,23 +180,38 @@ def opened(path: Path) -> Image:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=("PNG",)) as picture:
             return picture.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: {error}; delete it, or run the recipe again") from error
 
 
+QUALITIES = ((1, 85), (1, 60), (1, 35), (2, 60), (2, 30), (4, 30), (8, 30))
+"""(divisor of the width, quality) of what is stored of a picture, the best first."""
+
+
 def webp(whole: Image, width: int, most: int) -> bytes:
     """A WebP of a picture, at most `width` wide, the best of about `most` bytes: 400 cells of 25
     noisy pictures would make a page of 100 MB."""
+    return webps([whole], width, most)[0]
+
+
+def webps(pictures: Sequence[Image], width: int, most: int) -> list[bytes]:
+    """WebPs of pictures of one size, as `webp`, of one quality and about `most` bytes together."""
     from PIL.Image import Resampling
 
-    data = b""
-    for divisor, quality in ((1, 85), (1, 60), (1, 35), (2, 60), (2, 30), (4, 30), (8, 30)):
-        size = (max(width // divisor, 1), max(whole.height * width // whole.width // divisor, 1))
-        buffer = io.BytesIO()
-        whole.resize(size, Resampling.LANCZOS).save(buffer, "WEBP", quality=quality)
-        data = buffer.getvalue()
-        if len(data) <= most:
-            break
-    return data
+    found: list[bytes] = []
+    for divisor, quality in QUALITIES:
+        found, left = [], most
+        for whole in pictures:
+            height = whole.height * width // whole.width
+            size = (max(width // divisor, 1), max(height // divisor, 1))
+            buffer = io.BytesIO()
+            whole.resize(size, Resampling.LANCZOS).save(buffer, "WEBP", quality=quality)
+            found.append(buffer.getvalue())
+            left -= len(found[-1])
+            if left < 0 and (divisor, quality) != QUALITIES[-1]:
+                break
+        else:
+            return found
+    return found

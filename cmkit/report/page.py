@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,15 @@ from typing import Any
 
 from cmkit.report import figures
 from cmkit.report.curve import curve_of, curve_svg
-from cmkit.report.figures import LEVELS, count, number, picture_of, score
+from cmkit.report.figures import LEVELS, count, number, score
+from cmkit.report.samples import evaluations, samples_page, shown_page, size_of
 from cmkit.report.search import FEW, axis_label, cell_data, confirm_page, search_page
 from cmkit.run.folder import RunFolder
 
 HERE = Path(__file__).parent
 CLASSES = 200
 """Classes that the page lists."""
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -34,9 +35,13 @@ def write_report(folder: RunFolder) -> Path:
         report = scrub(written)
         stages = report["stages"]
         sample, confirm = stages.get("sample"), stages.get("search", {}).get("confirm")
-        search = search_page(stages["search"], folder) if "search" in stages else None
+        room = 1 if "search" in stages else 2
+        samples = samples_page(sample, report, folder, room) if sample else None
+        shown = shown_page(stages["train"], folder, room) if "train" in stages else None
+        less = size_of(samples, shown) // 2
+        search = search_page(stages["search"], folder, less) if "search" in stages else None
         side = report.get("data", {}).get("resolution")
-        sliders = sliders_page(stages["search"], folder, side) if search else None
+        sliders = sliders_page(stages["search"], folder, side, less) if search else None
         curve = curve_of(folder.log()) if "train" in stages else None
         pictures = {
             **({"heatmap": figures.heatmap_png(search)} if search else {}),
@@ -47,12 +52,13 @@ def write_report(folder: RunFolder) -> Path:
             "time": report["time"].replace("T", " ").replace("+00:00", " UTC"),
             "smoke": report.get("smoke", False),
             "headlines": list(_headlines(report)),
-            "samples": _samples(sample, report, folder) if sample else None,
+            "samples": samples,
             "classes": _classes(report.get("data", {})),
             "search": search,
             "confirm": confirm_page(confirm) if confirm else None,
             "metrics": _metrics(stages["metric"]) if "metric" in stages else None,
             "train": stages.get("train"),
+            "shown": shown,
             "curve": curve_svg(curve) if curve else None,
             "costs": _costs(stages),
             "recipe": _toml(report["recipe"]),
@@ -85,14 +91,15 @@ def duration(seconds: float) -> str:
 
 
 def scrub(value: Any) -> Any:
-    """The same value without the home folder's path and without credentials in URLs: pages are
-    handed around."""
+    """The same value without the home folder's path, credentials in URLs, and characters that
+    steer a terminal, turn the direction of text or are none: pages are handed around."""
     if isinstance(value, dict):
         return {key: scrub(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [scrub(item) for item in value]
     if not isinstance(value, str):
         return value
+    value = UNSAFE.sub("\N{REPLACEMENT CHARACTER}", value)
     home = str(Path.home())
     if len(home) > 1:
         value = re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?![\w.-])", "~", value)
@@ -121,15 +128,11 @@ def _headlines(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     if metric and metric["values"]:
         wanted = search["minimize"] if search else "fid"
         name = wanted if wanted in metric["values"] else next(iter(metric["values"]))
-        images = f"{number(sample['images'])} images, {_nfe(sample['nfe'])}" if sample else ""
-        yield f"{name} of the samples", score(metric["values"][name]), images
+        said = f"{number(sample['images'])} images, {evaluations(sample['nfe'])}" if sample else ""
+        yield f"{name} of the samples", score(metric["values"][name]), said
     if train:
         yield "parameters", count(train["parameters"]), f"{number(train['steps'])} training steps"
     yield "time", duration(report["seconds"]), str(report["environment"].get("device", ""))
-
-
-def _nfe(nfe: int) -> str:
-    return "one step each" if nfe == 1 else f"{nfe} evaluations each"
 
 
 def _classes(data: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -137,36 +140,6 @@ def _classes(data: Mapping[str, Any]) -> dict[str, Any] | None:
     names, counts = data.get("classes") or (), data.get("counts") or ()
     every = list(itertools.zip_longest(range(max(len(names), len(counts))), names, counts))
     return {"rows": every[:CLASSES], "more": max(0, len(every) - CLASSES)} if every else None
-
-
-def _samples(
-    stage: Mapping[str, Any], report: Mapping[str, Any], folder: RunFolder
-) -> dict[str, Any]:
-    labels, names = stage.get("labels", ()), report.get("data", {}).get("classes")
-    shown = [names[label] if names else str(label) for label in labels]
-    columns = math.ceil(math.sqrt(len(shown))) or 1
-    rows = [shown[k : k + columns] for k in range(0, len(shown), columns)]
-    rule = {"data": "in the proportions of the data", "uniform": "each as often as any other"}
-    facts = {"images": stage["images"], "nfe": _nfe(stage["nfe"]), "classes": rows}
-    facts["rule"] = rule.get(stage.get("label_rule", ""))
-    pictures = {
-        key: picture_of(folder, stage[key], figures.SHEET_PIXELS, figures.SHEET_BYTES)
-        if stage.get(key)
-        else None
-        for key in ("before", "after")
-    }
-    return {**facts, **pictures, "scales": ", ".join(_scales(stage.get("scales", {})))}
-
-
-def _scales(scales: Mapping[str, Any]) -> Iterator[str]:
-    """A rescaler's values, those of single sites by their names."""
-    for name, value in scales.items():
-        if isinstance(value, dict):
-            yield from _scales(value)
-        elif isinstance(value, list):
-            yield f"{name} [{', '.join(map(number, value))}]"
-        else:
-            yield f"{name} {number(value)}"
 
 
 def _metrics(stage: Mapping[str, Any]) -> list[dict[str, Any]]:

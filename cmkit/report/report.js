@@ -66,6 +66,24 @@ pair?.addEventListener("input", () => {
 });
 find("views")?.removeAttribute("hidden");
 
+// Pictures drawn while training: the slider goes from step to step.
+const shown = find("shown-at");
+
+function showStep() {
+  const { label, sources } = data.shown[Number(shown.value)];
+  find("shown-step").textContent = label;
+  shown.setAttribute("aria-valuetext", label);
+  find("shown").querySelectorAll("img").forEach((image, k) => {
+    image.src = sources[k];
+  });
+}
+
+shown?.addEventListener("input", showStep);
+if (shown) {
+  shown.hidden = false;
+  showStep();
+}
+
 // The loss curve says what is under the pointer.
 const plot = find("loss");
 

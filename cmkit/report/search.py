@@ -31,17 +31,18 @@ def axis_label(stage: Mapping[str, Any], name: str) -> str:
     return str(stage.get("labels", {}).get(name, name))
 
 
-def search_page(stage: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
-    """The cells of a search in rows, as the page and the heatmap show them; a cell's `level` is
-    its place on the colour scale."""
+def search_page(stage: Mapping[str, Any], folder: RunFolder, less: int = 0) -> dict[str, Any]:
+    """The cells of a search in rows, as the page and the heatmap show them, with `less` bytes of
+    pictures than CELLS_BYTES; a cell's `level` is its place on the colour scale."""
     axes, records, best = stage["axes"], stage["cells"], stage["best"]
     ones = f"({', '.join('1' for _ in axes)})" if len(axes) <= FEW else "all 1"
     plain = next((cell for cell in records if all(cell[name] == 1 for name in axes)), None)
     scores = [finite_or_none(cell["score"]) for cell in records]
     cuts = [_cut(record, stage) for record in records]
     norm = _norm([v for v, cut in zip(scores, cuts, strict=True) if v is not None and not cut])
-    pictures = _pictured(scores, records.index(plain) if plain else None)
-    most = CELLS_BYTES // (len(pictures) + 2)  # two of them are on the page twice
+    room = CELLS_BYTES - less
+    pictures = _pictured(scores, records.index(plain) if plain else None, room)
+    most = room // (len(pictures) + 2)  # two of them are on the page twice
     cells = []
     for index, (record, value, cut) in enumerate(zip(records, scores, cuts, strict=True)):
         label = _label(record, axes)
@@ -135,10 +136,10 @@ def _steps(stage: Mapping[str, Any], cells: Sequence[dict[str, Any]]) -> dict[st
     return {"descent": True, "across": "", "down": "", "columns": [""] * width, "rows": rows}
 
 
-def _pictured(scores: Sequence[float | None], plain: int | None) -> set[int]:
+def _pictured(scores: Sequence[float | None], plain: int | None, room: int) -> set[int]:
     """The cells whose pictures are on the page: the best, as many as fit, and the unscaled one."""
     ranks = [math.inf if value is None else value for value in scores]
-    best = sorted(range(len(ranks)), key=lambda k: (ranks[k], k))[: CELLS_BYTES // LEAST_BYTES]
+    best = sorted(range(len(ranks)), key=lambda k: (ranks[k], k))[: room // LEAST_BYTES]
     return {*best} | ({plain} if plain is not None else set())
 
 

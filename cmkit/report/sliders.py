@@ -34,7 +34,7 @@ only those whose winner is farthest from 1."""
 
 
 def sliders_page(
-    stage: Mapping[str, Any], folder: RunFolder, side: int | None
+    stage: Mapping[str, Any], folder: RunFolder, side: int | None, less: int = 0
 ) -> dict[str, Any] | None:
     """What the script needs to draw at any scales, for images of `side` pixels.
 
@@ -50,7 +50,7 @@ def sliders_page(
     paths = [folder.picture(name) for name in names]
     if side is None or not models or not all(path.is_file() for path in paths):
         return None
-    stored = _stored(paths, side)
+    stored = _stored(paths, side, SPRITE_BYTES - less)
     return stored and {
         **stored,
         "pictures": len(paths),
@@ -210,8 +210,8 @@ def tiles(sheet: Pixels, side: int) -> Pixels | None:
     return images[: drawn[-1] + 1] if len(drawn) else images
 
 
-def _stored(paths: Sequence[Path], side: int) -> dict[str, Any] | None:
-    """The pictures in one lossless sprite of at most SPRITE_BYTES, as many and as large images of
+def _stored(paths: Sequence[Path], side: int, room: int) -> dict[str, Any] | None:
+    """The pictures in one lossless sprite of at most `room` bytes, as many and as large images of
     each as fit: its tiles are the images of the first picture, of the second, and so on."""
     from cmkit.pictures import grid_layout
 
@@ -231,10 +231,10 @@ def _stored(paths: Sequence[Path], side: int) -> dict[str, Any] | None:
             every = np.stack([one for one in read if one is not None])
         every = every[:, :images]
         few = every[:: math.ceil(len(paths) / 9)]  # to compress all of them takes a while
-        if len(_sprite(few)[0]) / len(few) > SPRITE_BYTES / len(paths):
+        if len(_sprite(few)[0]) / len(few) > room / len(paths):
             continue
         data, across = _sprite(every)
-        if len(data) <= SPRITE_BYTES:
+        if len(data) <= room:
             factor, gap = grid_layout(pixels)
             return {
                 "sprite": image("", data, 0, 0)["src"],

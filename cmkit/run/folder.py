@@ -31,7 +31,7 @@ RUNS: ContextVar[Path | None] = ContextVar("RUNS", default=None)
 _CHOSEN = re.compile(r"(.+?)(?:@(\d{1,18}))?(?::(online|ema-[\d.]+))?")
 STAGE_FILES = {
     "cache": (),
-    "train": ("model.safetensors", "log.jsonl"),
+    "train": ("model.safetensors", "log.jsonl", "shown.jsonl", "shown/*.png"),
     "search": ("search/*.jsonl", "search/*.png", "search.json", "rescaling.json"),
     "sample": ("samples/*.npz", "samples.jsonl", "samples_*.png"),
     "metric": (),
@@ -60,6 +60,7 @@ class RunFolder:
         self._search = path / "search"
         self._unfinished = self._search / "unfinished.safetensors"
         self._drawn = path / "samples.jsonl"
+        self._shown = path / "shown.jsonl"
 
     @classmethod
     def of_weights(cls, weights: str) -> RunFolder:
@@ -396,6 +397,26 @@ class RunFolder:
         files.atomic_write(path, npz)
         record = {"file": path.name, "images": images, "sha256": files.sha256_of(path)}
         files.append_jsonl(self._drawn, record)
+
+    def shown(self, about: str) -> dict[int, str]:
+        """The names, for `picture`, of the intact pictures of a training that were drawn as the
+        digest `about` says, by step."""
+        found = {}
+        for record in files.read_jsonl(self._shown, checked=True):
+            path = self.path / record["picture"]
+            same = record["about"] == about and path.exists()
+            if same and files.sha256_of(path) == record["sha256"]:
+                found[record["step"]] = record["picture"]
+        return found
+
+    def keep_shown(self, step: int, about: str, png: bytes) -> str:
+        """Write the picture of a step of the training for `shown`; its name there."""
+        files.make_folder(self.path / "shown")
+        name = self.keep_picture(f"shown/step-{step:08d}", png)
+        digest = files.sha256_of(self.path / name)
+        record = {"step": step, "picture": name, "about": about, "sha256": digest}
+        files.append_jsonl(self._shown, record)
+        return name
 
     def keep_picture(self, name: str, png: bytes) -> str:
         """Write the picture `name`.png, that of a smoke run stamped; its name for `picture`."""

@@ -98,7 +98,8 @@ def reuse_checkpoint(recipe: Recipe, folder: RunFolder, key: str) -> None:
             for path in newest.iterdir():
                 shutil.copyfile(path, stage / path.name)
         verify(folder.checkpoints / newest.name)
-        _take(other, folder, "log.jsonl")
+        for name in ("log.jsonl", *(file for file in other.digests("train") if "shown" in file)):
+            _take(other, folder, name)
 
 
 def _take(other: RunFolder, folder: RunFolder, name: str) -> None:

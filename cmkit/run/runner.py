@@ -116,6 +116,9 @@ def shown(recipe: Recipe, folder: RunFolder, device: torch.device) -> Iterator[E
     for name, fault in verify(folder):
         if fault:
             yield Note(f"{folder.path / name}: {fault}; the results shown are those of report.json")
+    sample = recipe.stages.get("sample")
+    if sample and (said := sample.undrawn(report["stages"].get("sample", {}))):
+        yield Note(f"sample: {said}; to have them remove {folder.path / 'report.json'}, run again")
     if not folder.page.exists():  # it was killed before it had written the page
         yield Note(f"{write_report(folder)}: was missing, written now")
     yield RunFinished(folder.path, report)

@@ -11,6 +11,7 @@ from cmkit.run.stages import Stage, saving_first
 
 if TYPE_CHECKING:
     from cmkit.denoiser import Denoiser
+    from cmkit.kinds import Sampler
     from cmkit.run.events import Event
     from cmkit.run.job import Job
     from cmkit.sample import Batch
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 FILE_IMAGES = 1000
 """Samples in a file, and up to a batch more; fewer where they take long."""
 SHOWN_IMAGES = 100
+STEPS_IMAGES = 8
+"""Pictures in each number of steps of `show_steps`."""
 
 
 class Sample(SampleTable, Stage):
@@ -49,8 +52,8 @@ class Sample(SampleTable, Stage):
         draws = job.draws()
         scaled = denoiser.rescaled(rescaler) if rescaler else denoiser
 
-        def batches(model: Denoiser, indices: range) -> Iterator[Any]:
-            return sample(model, sampler, draws, indices, self.batch, job.device, self.precision)
+        def batches(model: Denoiser, indices: range, by: Sampler = sampler) -> Iterator[Any]:
+            return sample(model, by, draws, indices, self.batch, job.device, self.precision)
 
         kept, damaged = folder.intact_samples()
         done = kept
@@ -84,10 +87,25 @@ class Sample(SampleTable, Stage):
         for name, model in models.items():
             images = torch.cat([batch.images for batch in batches(model, shown)])
             result[name] = folder.keep_picture(f"samples_{name}", grid_png(images))
+        first = shown[:STEPS_IMAGES]
+        for steps in self.show_steps:
+            by = job.plan.recipe.sampler_in(steps)
+            images = torch.cat([batch.images for batch in batches(scaled, first, by)])
+            name = folder.keep_picture(f"samples_steps_{steps}", grid_png(images, len(images)))
+            result.setdefault("steps", {})[str(steps)] = name
         if job.plan.label_rule and (labels := draws.labels(shown)) is not None:
             result["labels"] = labels.tolist()
         if prompts := draws.prompts_of(shown):
             result["prompts"] = prompts
+
+    def lost(self, job: Job) -> str:
+        return self.undrawn(job.status["sample"]["result"])
+
+    def undrawn(self, result: Mapping[str, Any]) -> str:
+        """Which pictures in other numbers of steps `result` lacks, since these were said after it
+        was finished: no image is drawn again for them; "" where there are all."""
+        missing = [str(n) for n in self.show_steps if str(n) not in result.get("steps", {})]
+        return f"no pictures in steps {', '.join(missing)}" if missing else ""
 
     def line(self, result: Mapping[str, Any]) -> str:
         from cmkit.report.figures import number

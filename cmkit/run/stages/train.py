@@ -35,11 +35,14 @@ class Train(TrainTable, Stage):
         from cmkit.errors import DataError, NonFiniteError
         from cmkit.plan import coding_of
         from cmkit.run.events import Note, Saved, StageStarted
+        from cmkit.run.showing import Showing
         from cmkit.tensors import save_weights
         from cmkit.train import start, train
         from cmkit.weights import start_checkpoint
 
-        null = coding_of(job.plan, job.device).null  # the encoder is let go with it
+        showing = Showing(job) if self.show else None
+        # Without pictures to draw the prompt encoder is let go with the rest.
+        null = (job.coding if showing else coding_of(job.plan, job.device)).null
         folder, training = job.folder, start(job.plan, job.device, null)
         warnings: list[str] = []
         found = latest_checkpoint(folder.checkpoints, warnings.append)
@@ -71,6 +74,8 @@ class Train(TrainTable, Stage):
                     loss = event.log["loss"]
                     folder.append_log({"step": event.step, **event.log}, durable=due)
                 yield event
+                if showing and showing.due(event.step):  # before the save, or a kill might skip it
+                    yield from showing.draw(training)
                 if due or job.stop.signum:
                     yield save()
                     saved = training.step
@@ -102,6 +107,8 @@ class Train(TrainTable, Stage):
             "images_per_second": self.steps * self.batch / max(seconds, 1e-9),
             "final_loss": loss,
         }
+        if showing and showing.drawn:
+            result["shown"] = showing.result()
 
     def line(self, result: Mapping[str, Any]) -> str:
         from cmkit.report.figures import number
