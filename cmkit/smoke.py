@@ -14,7 +14,7 @@ from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
 from cmkit.recipe.parts import naming, part_of
 from cmkit.recipe.tables import PART_TABLES, kinds_inside
-from cmkit.run.folder import make_out
+from cmkit.run.places import make_out
 from cmkit.run.reuse import differences
 
 WEIGHTS = "smoke-weights"

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = """
 errors values stop
 noise rng denoiser traits models kinds batches plugins functional
-files device pictures tensors checkpoint run.folder rescaling latents
+files device pictures tensors checkpoint run.places run.folder rescaling latents
 recipe weights plan
 sample measure train search edit
 report run convert smoke
@@ -24,7 +24,7 @@ testing new cli __main__
 it, types and imports inside functions included."""
 FOR_PLUGINS = ROOMS[: ROOMS.index("recipe")]
 FREE_OF_TORCH = """
-errors values stop kinds plugins files run.folder rescaling recipe report smoke suite cli
+errors values stop kinds plugins files run.places run.folder rescaling recipe report smoke suite cli
 """.split()  # noqa: SIM905
 
 

@@ -13,7 +13,7 @@ from cmkit.cli import printing
 from cmkit.cli.compare import equation, lost, show_results
 from cmkit.cli.parts import DeviceOption, JsonOption
 from cmkit.errors import RecipeError
-from cmkit.run.folder import make_out
+from cmkit.run.places import make_out
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:

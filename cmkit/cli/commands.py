@@ -410,7 +410,7 @@ def _plan(recipe: Recipe) -> Plan:
 @contextlib.contextmanager
 def _runs_below(out: Path) -> Iterator[None]:
     """Inside, runs are found by name in --out as well."""
-    from cmkit.run.folder import RUNS
+    from cmkit.run.places import RUNS
 
     token = RUNS.set(out)
     try:

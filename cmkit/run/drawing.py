@@ -32,7 +32,7 @@ from cmkit.plan import (
 )
 from cmkit.recipe import Recipe, SampleTable
 from cmkit.run.events import Event, Note, Sampled, StageFinished, StageStarted
-from cmkit.run.folder import make_out
+from cmkit.run.places import make_out
 from cmkit.sample import Batch, Draws, finite_uint8, sample, starts, write_npz
 from cmkit.weights import download
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from cmkit.errors import CheckpointError, RecipeError, inline
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, SampleTable, load, run_name, with_values
-from cmkit.run.folder import RunFolder, chosen
+from cmkit.run.folder import RunFolder
+from cmkit.run.places import chosen
 
 
 def drawn_from(

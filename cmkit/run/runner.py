@@ -17,7 +17,7 @@ from cmkit.recipe import Recipe, run_name, stage_keys
 from cmkit.report import write_report
 from cmkit.run.environment import changed_environment, citations, describe_environment
 from cmkit.run.events import Event, Note, RunFinished
-from cmkit.run.folder import SCHEMA, RunFolder, make_out
+from cmkit.run.folder import SCHEMA, RunFolder
 from cmkit.run.inputs import (
     as_begun,
     changes,
@@ -28,6 +28,7 @@ from cmkit.run.inputs import (
 )
 from cmkit.run.integrity import verify
 from cmkit.run.job import Job
+from cmkit.run.places import make_out
 from cmkit.run.policies import check_training
 from cmkit.run.reuse import outlook, run_folder
 from cmkit.stop import StopSignal

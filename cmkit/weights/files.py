@@ -22,7 +22,8 @@ from cmkit.checkpoint import (
 )
 from cmkit.errors import CheckpointError, did_you_mean
 from cmkit.files import atomic_write, cache_folder, cached_sha256, fresh_cache, read_bytes
-from cmkit.run.folder import RunFolder, chosen
+from cmkit.run.folder import RunFolder
+from cmkit.run.places import chosen
 from cmkit.tensors import is_pickle
 
 if TYPE_CHECKING:
