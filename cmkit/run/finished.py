@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cmkit.errors import CheckpointError, RecipeError, inline
 from cmkit.plugins import Registry
-from cmkit.recipe import Recipe, SampleTable, load, run_name, with_values
+from cmkit.recipe import Recipe, SampleTable, load, load_pipeline, run_name, with_values
 from cmkit.run.folder import RunFolder, chosen
 
 
@@ -26,9 +26,16 @@ def drawn_from(
     in turns, instead of the recipe's.
 
     A run is its folder, or "run:NAME-KEY"; "RUN@STEP" and "RUN:ema-0.9999" draw from its other
-    weights. CheckpointError for a folder without them, RecipeError for a recipe that has yet to be
-    trained.
+    weights. A pipeline of diffusers, its folder or "hub:OWNER/NAME", needs no recipe.
+    CheckpointError for a folder without them, RecipeError for a recipe that has yet to be trained.
     """
+    if rescaler not in (None, "off"):
+        saved = inline({"use": "saved", "path": str(rescaler)})
+        overrides = [f"rescaler={saved}", *overrides]
+    if pipeline := load_pipeline(str(source), overrides, registry):
+        if pipeline.text and not (prompts or (pipeline.sample and pipeline.sample.prompts)):
+            raise RecipeError(f"{source}: say what to draw, such as --prompt 'a red apple'")
+        return _drawing(pipeline, images, prompts)
     place, step, average = chosen(str(source))
     folder = RunFolder.at(place)
     if folder.path.name == "checkpoints":
@@ -42,9 +49,6 @@ def drawn_from(
             f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-KEY, or a"
             " recipe with denoiser.weights"
         )
-    if rescaler not in (None, "off"):
-        saved = inline({"use": "saved", "path": str(rescaler)})
-        overrides = [f"rescaler={saved}", *overrides]
     recipe = load(folder.recipe if run else source, overrides, registry)
     if rescaler == "off":
         if any(path[0] == "rescaler" for path in recipe.source.overrides):
@@ -61,6 +65,11 @@ def drawn_from(
         )
     if not recipe.denoiser.weights:
         raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
+    return _drawing(recipe, images, prompts)
+
+
+def _drawing(recipe: Recipe, images: int, prompts: Sequence[str]) -> Recipe:
+    """The recipe that only draws."""
     if prompts and recipe.text is None:
         raise RecipeError(f"--prompt {prompts[0]!r}: the model knows no prompts; leave it out")
     said = {"images": images, **({"prompts": tuple(prompts)} if prompts else {})}
