@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from cmkit.run.events import Event
     from cmkit.values import Scheduler
 
-TOLERANCE = 1 / 255
-"""Of pictures in [0, 1]: one step of a file."""
+TOLERANCE = 0.5 / 255
+"""Of pictures in [0, 1]: files then differ by one step at most."""
 PROMPT = "a red apple"
 """Of the compared picture, where the recipe has none."""
 

@@ -33,8 +33,6 @@ def drawn_from(
         saved = inline({"use": "saved", "path": str(rescaler)})
         overrides = [f"rescaler={saved}", *overrides]
     if pipeline := load_pipeline(str(source), overrides, registry):
-        if pipeline.text and not (prompts or (pipeline.sample and pipeline.sample.prompts)):
-            raise RecipeError(f"{source}: say what to draw, such as --prompt 'a red apple'")
         return _drawing(pipeline, images, prompts)
     place, step, average = chosen(str(source))
     folder = RunFolder.at(place)
@@ -45,6 +43,10 @@ def drawn_from(
         step, folder = int(folder.path.name[5:]), RunFolder(folder.path.parent.parent)
     source, run = folder.path, folder.path.is_dir()
     if run and not folder.recipe.is_file():
+        if (source / "unet").is_dir():
+            raise CheckpointError(
+                f"{source}: half a pipeline, no model_index.json; fetch or save it again"
+            )
         raise CheckpointError(
             f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-KEY, or a"
             " recipe with denoiser.weights"

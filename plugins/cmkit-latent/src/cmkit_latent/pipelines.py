@@ -82,6 +82,7 @@ def recipe_of(pipeline: str) -> dict[str, Any] | None:
             "use": "invented",
             "channels": autoencoder.get("in_channels", 3),
             "resolution": resolution,
+            "images": 2,
         },
         "codec": {"use": "autoencoder", "weights": pipeline},
         "text": _text(pipeline, folder, index),

@@ -46,6 +46,7 @@ def recipe_of(pipeline: str) -> dict[str, Any] | None:
             "use": "invented",
             "channels": network.get("in_channels", 3),
             "resolution": network.get("sample_size"),
+            "images": 2,
             "classes": network.get("num_class_embeds"),
         },
         "backbone": _options(network, places[0]),
