@@ -77,7 +77,7 @@ def export(
     for kind in ("codec", "text"):
         if part := getattr(recipe, kind):
             with naming_table(recipe, kind):
-                components |= part.components()
+                components |= part.exported()
     kind = scheduler.config["_class_name"]
     with naming_table(recipe, "backbone"):
         index = dict(recipe.backbone.pipeline(components, kind, plan.conditions))

@@ -283,7 +283,7 @@ class Codec(Part, ABC):
     def load(self, device: torch.device) -> Coder:
         """The codec on `device`, whose parameters require no gradient."""
 
-    def components(self) -> Mapping[str, Any]:
+    def exported(self) -> Mapping[str, Any]:
         """What a pipeline of diffusers has in the place of this codec, by name: models, such as
         "vae", on the CPU, and options; RecipeError where there is none."""
         raise RecipeError("no pipeline of diffusers has such a codec; draw with `cmkit sample`")
@@ -314,7 +314,7 @@ class TextEncoder(Part, ABC):
     def load(self, device: torch.device) -> Prompts:
         """The encoder on `device`, whose parameters require no gradient."""
 
-    def components(self) -> Mapping[str, Any]:
+    def exported(self) -> Mapping[str, Any]:
         """What a pipeline of diffusers has in the place of this encoder, by name: models, such as
         "text_encoder" and "tokenizer", on the CPU, and options; RecipeError where there is none."""
         raise RecipeError(

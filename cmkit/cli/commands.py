@@ -383,9 +383,9 @@ def export(
     """Write what `sample` draws from as a whole pipeline, which DiffusionPipeline.from_pretrained
     opens as it is: network, scheduler, codec and prompt encoder, with a model card.
 
-    It is opened again and draws a picture, which is compared with cmkit's of the same noise; where
-    they differ by more than half a step of 255, nothing is left and the exit code is 4. Found scales
-    are folded into the weights where that is exact."""
+    It is opened again and draws a picture, which is compared with cmkit's of the same noise: where
+    they differ by more than half a step of 255, nothing is left, and the exit code is 4. Found
+    scales are folded into the weights where that is exact."""
     from cmkit.device import pick_device
     from cmkit.export import export
     from cmkit.plugins import discover

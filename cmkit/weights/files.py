@@ -268,11 +268,16 @@ def _without_prefixes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Mapp
 
 
 def _within(folder: Path) -> Path:
-    """The weights of a diffusers model or pipeline folder; another folder stays itself."""
+    """The weights of a diffusers model or pipeline folder; another folder stays itself.
+    CheckpointError where it has none."""
     for inner in (folder, folder / "unet"):
         for suffix in _SUFFIXES:
             if (found := inner / f"{DIFFUSERS}{suffix}").exists():
                 return found
+        if (inner / "config.json").is_file():
+            raise CheckpointError(
+                f"{inner}: no weights, such as {DIFFUSERS}.safetensors; fetch or save it again"
+            )
     return folder
 
 

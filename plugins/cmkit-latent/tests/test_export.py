@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cmkit_latent import pipelines
+from cmkit_std.preconds.discrete import Discrete
 from cmkit_std.samplers import lcm as samplers
 from cmkit_std.samplers.euler import Euler
 from diffusers import UNet2DConditionModel
@@ -171,7 +172,8 @@ def test_its_folder_says_what_it_is_and_how_to_draw(exported_lcm):
     index = json.loads((exported_lcm / "model_index.json").read_text())
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
-    assert index["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
+    assert index["safety_checker"] == [None, None]
+    assert index["requires_safety_checker"] is False
     scheduler = json.loads((exported_lcm / "scheduler" / "scheduler_config.json").read_text())
     expected = {
         "beta_schedule": "scaled_linear",
@@ -186,13 +188,14 @@ def test_its_folder_says_what_it_is_and_how_to_draw(exported_lcm):
     drawing = card.split("```python\n")[1].split("```")[0]
     assert len(drawing.splitlines()) == 3
     assert 'pipeline("a red apple", num_inference_steps=4, guidance_scale=7.5)' in drawing
-    assert "- backbone `sd_unet`: Rombach" in card and "arXiv:2310.04378" in card
+    assert "- backbone `sd_unet`: Rombach" in card
+    assert "arXiv:2310.04378" in card
 
 
 def test_the_lines_of_the_card_draw(exported_lcm, monkeypatch):
     card = (exported_lcm / "README.md").read_text()
     with quiet():
-        exec(card.split("```python\n")[1].split("```")[0], {})
+        exec(card.split("```python\n")[1].split("```")[0], {})  # noqa: S102
     assert pixels("picture.png").shape == (16, 16, 3)
 
 
@@ -424,16 +427,14 @@ def test_a_pipeline_asks_for_prompts(sd, cli):
     refused(cli("sample", sd, "--out", "a.png"), 2, "nothing to draw from", "--prompt")
 
 
-def test_its_pictures_are_those_of_diffusers(sd, sdxl, registry, cli):
-    """With as many steps as diffusers' Euler scheduler takes of the same times."""
-    for folder in (sd, sdxl):
-        code, _, err = cli(
-            "sample", folder, "--prompt", "a frog", "--steps", 5, "--out", f"{folder.name}.png"
-        )
-        assert code == 0, err
-        tables = drawn_from(folder, [], registry, 1, prompts=["a frog"])
-        assert tables.denoiser.guidance == (6.5 if folder is sd else 4.0)
-        assert tables.precond.unit_start and tables.precond.timestep_scaling is None
+@pytest.mark.parametrize(("name", "w"), [("sd", 6.5), ("sdxl", 4.0), ("guided", 6.5)])
+def test_it_is_drawn_from_as_diffusers_does_by_default(name, w, request, registry):
+    folder = request.getfixturevalue(name)
+    tables = drawn_from(folder, [], registry, 1, prompts=["a frog"])
+    assert (tables.denoiser.guidance, tables.denoiser.embeds_guidance) == (w, name == "guided")
+    assert tables.precond == Discrete(unit_start=True)
+    assert (tables.data.channels, tables.data.resolution) == (3, 16)
+    assert tables.sampler.steps == 50
 
 
 def test_weights_in_several_files_are_those_of_one(sd, cli, tmp_path):

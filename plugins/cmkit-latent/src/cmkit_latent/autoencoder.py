@@ -95,7 +95,7 @@ class Autoencoder(Codec):
             vae.enable_tiling()
         return AutoencoderCoder(vae, self.batch)
 
-    def components(self) -> Mapping[str, Any]:
+    def exported(self) -> Mapping[str, Any]:
         import torch
 
         vae = self.load(torch.device("cpu")).vae  # type: ignore[attr-defined]

@@ -81,7 +81,7 @@ class Clip(TextEncoder):
         ]
         return EncodedPrompts(towers, self.batch, both and self._zeros())
 
-    def components(self) -> Mapping[str, Any]:
+    def exported(self) -> Mapping[str, Any]:
         import torch
 
         from cmkit_latent.prompting import components_of

@@ -76,7 +76,7 @@ class Sentence(TextEncoder):
         encoder.config.use_attention_mask = self.mask
         return EncodedPrompts([Tower(tokenizer, encoder, self.length)], self.batch)
 
-    def components(self) -> Mapping[str, Any]:
+    def exported(self) -> Mapping[str, Any]:
         import torch
 
         from cmkit_latent.prompting import components_of
