@@ -204,7 +204,8 @@ def _drawn(
     recipe, space = plan.recipe, plan.space
     assert recipe.sampler is not None
     generator = torch.Generator().manual_seed(recipe.seed)
-    shape, drawn = (1, space.channels, space.resolution, space.resolution), []
+    shape = (1, space.channels, space.resolution, space.resolution)
+    drawn: list[Tensor] = []
 
     def noise(k: int) -> Tensor:
         while len(drawn) <= k:
@@ -229,7 +230,8 @@ def _reopened(
     generator = torch.Generator().manual_seed(seed)
     with quiet():
         try:
-            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(device)
+            library: Any = DiffusionPipeline
+            pipeline = library.from_pretrained(folder, local_files_only=True).to(device)
             pipeline.set_progress_bar_config(disable=True)
             if hasattr(pipeline, "watermark"):
                 pipeline.watermark = None
@@ -249,7 +251,7 @@ def _card(plan: Plan, target: Path, registry: Registry, call: Mapping[str, Any])
     import cmkit
 
     recipe = plan.recipe
-    cited = {}
+    cited: dict[str, str] = {}
     for kind, name in dict.fromkeys(recipe.used()):
         plugin = registry.find(kind, name).plugin
         if plugin and plugin.cite:
