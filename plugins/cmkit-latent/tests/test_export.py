@@ -66,6 +66,11 @@ def sdxl(tmp_path_factory):
     return tiny_sdxl(tmp_path_factory.mktemp("sdxl"))
 
 
+@pytest.fixture(scope="module")
+def guided_xl(tmp_path_factory):
+    return tiny_sdxl(tmp_path_factory.mktemp("guided_xl"), time_cond_proj_dim=8)
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
     """Call the command line in a fresh folder; (exit code, stdout, stderr)."""
@@ -147,6 +152,7 @@ ODD = {"use": "lcm", "steps": 3, "grid": 40}
         ("sd", {"precond": "discrete"}, FAST, "StableDiffusionPipeline"),
         ("guided", EMBEDS, FAST, "LatentConsistencyModelPipeline"),
         ("sdxl", {}, FAST, "StableDiffusionXLPipeline"),
+        ("guided_xl", EMBEDS, FAST, "StableDiffusionXLPipeline"),
         ("sd", DIFFUSION, SLOW, "StableDiffusionPipeline"),
         ("sdxl", {**DIFFUSION, "precond": V}, SLOW, "StableDiffusionXLPipeline"),
     ],
