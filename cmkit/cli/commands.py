@@ -41,7 +41,11 @@ RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the bare name of a recipe that comes with cmkit.")
 ]
 SourceArgument = Annotated[
-    str, typer.Argument(help="Folder of a finished run, or a recipe with denoiser.weights.")
+    str,
+    typer.Argument(
+        help="Folder of a finished run, a recipe with denoiser.weights, or a pipeline of diffusers:"
+        " its folder or hub:OWNER/NAME."
+    ),
 ]
 SeedOption = Annotated[
     int | None, typer.Option(min=0, help="Seed of the noise; absent = the recipe's.")
