@@ -13,7 +13,7 @@ _HOMES = {
         " PluginError RecipeError ResourceError"
     ),
     "cmkit.plugins": "Plugin Registry api_version discover hookimpl hookspec",
-    "cmkit.values": "Companion DataSpec Layout Phase Reference TextSpec",
+    "cmkit.values": "Companion DataSpec Layout Phase Reference Scheduler TextSpec",
     "cmkit.kinds": (
         "Backbone Codec Coder Dataset Meter Metric Objective Part Pictures Precond Prompts Rescaler"
         " Sampler TextEncoder"

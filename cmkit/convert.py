@@ -100,7 +100,7 @@ def convert(
             if policy:
                 said, own, rest = _folded(own, network, policy, source, partial)
                 yield from map(Note, said)
-            _write(own, target, to, layouts)
+            write(own, target, to, layouts)
             if rest:
                 atomic_write(beside, rest.text())
                 yield Note(
@@ -181,7 +181,7 @@ def _published(registry: Registry) -> Iterator[Known]:
         yield from backbone.known()
 
 
-def _write(own: Mapping[str, Tensor], target: Path, to: str, layouts: tuple[Layout, ...]) -> None:
+def write(own: Mapping[str, Tensor], target: Path, to: str, layouts: tuple[Layout, ...]) -> None:
     layout = next((layout for layout in layouts if layout.name == to), None)
     if to != OWN and not layout:
         names = [OWN, *(layout.name for layout in layouts)]

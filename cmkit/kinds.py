@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from cmkit.values import Companion, DataSpec, Layout, Phase, Reference, TextSpec
+from cmkit.errors import RecipeError
+from cmkit.values import Companion, DataSpec, Layout, Phase, Reference, Scheduler, TextSpec
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +95,26 @@ class Backbone(Part, ABC):
         and `config` raise CheckpointError where a project cannot express these options.
         """
         return ()
+
+    def pipeline(
+        self, components: Mapping[str, Any], scheduler: str, conditions: frozenset[str]
+    ) -> Mapping[str, Any]:
+        """What the model_index.json of diffusers says of the pipeline that draws with this network,
+        which embeds `conditions`, with `components` and a scheduler of the class `scheduler`:
+        `_class_name` and options. RecipeError where there is none.
+
+        The network itself is written in the layout "diffusers".
+        """
+        raise RecipeError(
+            "no pipeline of diffusers draws with this network; draw with `cmkit sample`"
+        )
+
+    @classmethod
+    def recipe_of(cls, pipeline: str) -> Mapping[str, Any] | None:
+        """The tables of the recipe that draws from the `pipeline`, a folder of diffusers or
+        "hub:OWNER/NAME", as it does by default; None where it is of another kind of network.
+        CheckpointError where the folder is not whole, RecipeError for what is not known here."""
+        return None
 
 
 class Precond(Part, ABC):
@@ -179,6 +200,14 @@ class Sampler(Part, ABC):
         """Images (B, C, H, W) in [-1, 1] from x = noise.start * z; noise(k), k >= 1, is the k-th
         standard normal draw (B, C, H, W) of these very images."""
 
+    def scheduler(self, precond: Precond, noise: Noise, sigma_data: float) -> Scheduler:
+        """The scheduler of diffusers that draws the same images from a model with this precond and
+        noise axis; RecipeError where there is none."""
+        raise RecipeError(
+            'no scheduler of diffusers draws so; set sampler.use = "multistep" of a consistency'
+            ' model of pixels, "lcm" of a latent one, or "ddim" of a diffusion model'
+        )
+
 
 class Rescaler(Part, ABC):
     """A policy of post-training scales for a network's sites."""
@@ -254,6 +283,11 @@ class Codec(Part, ABC):
     def load(self, device: torch.device) -> Coder:
         """The codec on `device`, whose parameters require no gradient."""
 
+    def exported(self) -> Mapping[str, Any]:
+        """What a pipeline of diffusers has in the place of this codec, by name: models, such as
+        "vae", on the CPU, and options; RecipeError where there is none."""
+        raise RecipeError("no pipeline of diffusers has such a codec; draw with `cmkit sample`")
+
 
 class Prompts(Protocol):
     """A prompt encoder with its weights on a device."""
@@ -279,6 +313,13 @@ class TextEncoder(Part, ABC):
     @abstractmethod
     def load(self, device: torch.device) -> Prompts:
         """The encoder on `device`, whose parameters require no gradient."""
+
+    def exported(self) -> Mapping[str, Any]:
+        """What a pipeline of diffusers has in the place of this encoder, by name: models, such as
+        "text_encoder" and "tokenizer", on the CPU, and options; RecipeError where there is none."""
+        raise RecipeError(
+            "no pipeline of diffusers has such a prompt encoder; draw with `cmkit sample`"
+        )
 
 
 class Pictures(Protocol):

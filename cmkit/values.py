@@ -98,6 +98,18 @@ class Companion:
 
 
 @dataclass(frozen=True)
+class Scheduler:
+    """How a scheduler of diffusers draws what a sampler draws."""
+
+    config: Mapping[str, Any]
+    """Its `scheduler_config.json`, with `_class_name`."""
+    start: float
+    """Standard deviation of the x that it starts from, on our axis."""
+    call: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of a pipeline's call that choose the same steps."""
+
+
+@dataclass(frozen=True)
 class Layout:
     """How another project names, shapes and orders the weights of a backbone.
 

@@ -16,7 +16,7 @@ noise rng denoiser traits models kinds batches plugins functional
 files device pictures tensors checkpoint run.places run.folder rescaling latents
 recipe weights plan
 sample measure train search edit
-report run convert smoke
+report run convert export smoke
 suite
 testing new cli __main__
 """.split()  # noqa: SIM905 - rows are storeys
@@ -24,7 +24,8 @@ testing new cli __main__
 it, types and imports inside functions included."""
 FOR_PLUGINS = ROOMS[: ROOMS.index("recipe")]
 FREE_OF_TORCH = """
-errors values stop kinds plugins files run.places run.folder rescaling recipe report smoke suite cli
+errors values stop kinds plugins files run.places run.folder rescaling recipe report export smoke suite
+cli
 """.split()  # noqa: SIM905
 
 

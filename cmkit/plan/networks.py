@@ -50,7 +50,9 @@ def prompts_of(recipe: Recipe) -> Sequence[str]:
     if captions := recipe.dataset.reference().captions:
         return captions
     raise recipe.source.error(
-        ("text",), "nothing to draw from: the data set has no captions; say sample.prompts"
+        ("text",),
+        "nothing to draw from: the data set has no captions; say --prompt, or"
+        " sample.prompts in the recipe",
     )
 
 

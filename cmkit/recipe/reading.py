@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cmkit.errors import did_you_mean
-from cmkit.kinds import Part
+from cmkit.errors import CheckpointError, PluginError, did_you_mean
+from cmkit.files import read_json
+from cmkit.kinds import Backbone, Part
 from cmkit.plugins import Registry
 from cmkit.recipe import tables as known
 from cmkit.recipe.parts import dumped, part_of, shown_value, validated
 from cmkit.recipe.recipe import Recipe, Teacher
-from cmkit.recipe.toml import Source, read
+from cmkit.recipe.toml import Source, changed, read
 
 
 def load(path: str | Path, overrides: Sequence[str], registry: Registry) -> Recipe:
@@ -22,6 +24,31 @@ def load(path: str | Path, overrides: Sequence[str], registry: Registry) -> Reci
     or broken. Imports the parts that it names and nothing else.
     """
     return from_tables(*read(path, overrides), registry)
+
+
+def load_pipeline(folder: str, overrides: Sequence[str], registry: Registry) -> Recipe | None:
+    """The recipe that draws from a pipeline of diffusers, its folder or "hub:OWNER/NAME", with
+    `key=value` overrides applied; None for what is none.
+
+    CheckpointError where no installed backbone knows such a pipeline.
+    """
+    index = Path(folder) / "model_index.json"
+    if not folder.startswith("hub:") and not index.is_file():
+        return None
+    for name in registry.names("backbone"):
+        try:
+            backbone = registry.load("backbone", name)
+        except PluginError:  # a broken part; `cmkit plugins` lists it
+            continue
+        assert issubclass(backbone, Backbone)
+        if found := backbone.recipe_of(folder):
+            tables = {"name": "pipeline", **copy.deepcopy(dict(found))}
+            return from_tables(tables, changed(tables, Source(folder, {}), overrides), registry)
+    kind = read_json(index).get("_class_name") if index.is_file() else "pipeline"
+    raise CheckpointError(
+        f"{folder}: no installed backbone draws from a {kind}; install cmkit-latent for those of"
+        " Stable Diffusion, or draw with diffusers"
+    )
 
 
 SUITES = ("suites", "benchmarks/suites")

@@ -8,7 +8,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,12 @@ def read(path: str | Path, overrides: Sequence[str]) -> tuple[dict[str, Any], So
     text = _text(path)
     file = str(path)
     tables = _parse(text, file)
-    changed = {_override(tables, item): item for item in overrides}
-    return tables, Source(file, _lines(text), changed)
+    return tables, changed(tables, Source(file, _lines(text)), overrides)
+
+
+def changed(tables: dict[str, Any], source: Source, overrides: Sequence[str]) -> Source:
+    """`source` with the `key=value` overrides, which are applied to `tables` in place."""
+    return replace(source, overrides={_override(tables, item): item for item in overrides})
 
 
 def _text(path: str | Path) -> str:

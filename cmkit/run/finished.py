@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cmkit.errors import CheckpointError, RecipeError, inline
 from cmkit.plugins import Registry
-from cmkit.recipe import Recipe, SampleTable, load, run_name, with_values
+from cmkit.recipe import Recipe, SampleTable, load, load_pipeline, run_name, with_values
 from cmkit.run.folder import RunFolder
 from cmkit.run.places import chosen
 
@@ -27,9 +27,14 @@ def drawn_from(
     in turns, instead of the recipe's.
 
     A run is its folder, or "run:NAME-KEY"; "RUN@STEP" and "RUN:ema-0.9999" draw from its other
-    weights. CheckpointError for a folder without them, RecipeError for a recipe that has yet to be
-    trained.
+    weights. A pipeline of diffusers, its folder or "hub:OWNER/NAME", needs no recipe.
+    CheckpointError for a folder without them, RecipeError for a recipe that has yet to be trained.
     """
+    if rescaler not in (None, "off"):
+        saved = inline({"use": "saved", "path": str(rescaler)})
+        overrides = [f"rescaler={saved}", *overrides]
+    if pipeline := load_pipeline(str(source), overrides, registry):
+        return _drawing(pipeline, images, prompts)
     place, step, average = chosen(str(source))
     folder = RunFolder.at(place)
     if folder.path.name == "checkpoints":
@@ -39,13 +44,14 @@ def drawn_from(
         step, folder = int(folder.path.name[5:]), RunFolder(folder.path.parent.parent)
     source, run = folder.path, folder.path.is_dir()
     if run and not folder.recipe.is_file():
+        if (source / "unet").is_dir():
+            raise CheckpointError(
+                f"{source}: half a pipeline, no model_index.json; fetch or save it again"
+            )
         raise CheckpointError(
             f"{source}: no run folder, it has no recipe.toml; give one such as runs/NAME-KEY, or a"
             " recipe with denoiser.weights"
         )
-    if rescaler not in (None, "off"):
-        saved = inline({"use": "saved", "path": str(rescaler)})
-        overrides = [f"rescaler={saved}", *overrides]
     recipe = load(folder.recipe if run else source, overrides, registry)
     if rescaler == "off":
         if any(path[0] == "rescaler" for path in recipe.source.overrides):
@@ -62,6 +68,11 @@ def drawn_from(
         )
     if not recipe.denoiser.weights:
         raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
+    return _drawing(recipe, images, prompts)
+
+
+def _drawing(recipe: Recipe, images: int, prompts: Sequence[str]) -> Recipe:
+    """The recipe that only draws."""
     if prompts and recipe.text is None:
         raise RecipeError(f"--prompt {prompts[0]!r}: the model knows no prompts; leave it out")
     said = {"images": images, **({"prompts": tuple(prompts)} if prompts else {})}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,19 @@ from cmkit.checkpoint import (
     weights_file,
 )
 from cmkit.errors import CheckpointError, did_you_mean
-from cmkit.files import atomic_write, cache_folder, cached_sha256, fresh_cache, read_bytes
+from cmkit.files import (
+    atomic_write,
+    cache_folder,
+    cached_sha256,
+    digest_of,
+    fresh_cache,
+    read_bytes,
+    read_json,
+    reading,
+)
 from cmkit.run.folder import RunFolder
 from cmkit.run.places import chosen
-from cmkit.tensors import is_pickle
+from cmkit.tensors import is_pickle, read_safetensors, safetensors_shapes
 
 if TYPE_CHECKING:
     from cmkit.denoiser import Network
@@ -33,6 +43,15 @@ if TYPE_CHECKING:
     from cmkit.values import Layout
 
 DIFFUSERS = "diffusion_pytorch_model"
+_SUFFIXES = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".fp16.safetensors",
+    ".safetensors.index.fp16.json",
+    ".bin",
+)
+"""How names of weights go on in folders of diffusers, the best first; an index lists several files,
+into which it divides what is above 10 GB."""
 TO_COME: ContextVar[Mapping[str, Recipe]] = ContextVar("TO_COME", default=MappingProxyType({}))
 """Weights that the runs of these recipes are yet to make: checks take them for published ones that
 are to be downloaded."""
@@ -123,6 +142,10 @@ def identity(name: str, backbone: Backbone) -> dict[str, str]:
     if found.missing:
         return {}
     path = _within(RunFolder(found.path).newest_weights()) if found.path.is_dir() else found.path
+    if _is_index(path):
+        with reading(path):
+            sums = {file.name: cached_sha256(file) for file in (path, *_shards(path))}
+        return {"weights": digest_of(json.dumps(sums))}
     return {"weights": cached_sha256(weights_file(path, found.average))}
 
 
@@ -134,12 +157,53 @@ def read(weights: Weights) -> dict[str, Tensor]:
     """
     if weights.url:
         _pin(weights.path, cached_sha256(weights.path))
-    return read_weights(_file(weights), weights.average)
+    path = _file(weights)
+    if _is_index(path):
+        return _joined(path, read_safetensors)
+    return read_weights(path, weights.average)
 
 
 def shapes(weights: Weights) -> dict[str, Tensor]:
     """The tensors of `read` on the meta device: names, types and shapes from the file's head."""
-    return read_shapes(_file(weights), weights.average)
+    path = _file(weights)
+    return (
+        _joined(path, safetensors_shapes) if _is_index(path) else read_shapes(path, weights.average)
+    )
+
+
+def _is_index(path: Path) -> bool:
+    """Whether diffusers keeps weights in several files, which `path` lists."""
+    return path.name.startswith(f"{DIFFUSERS}.safetensors.index") and not path.is_dir()
+
+
+def _shards(index: Path) -> dict[Path, set[str]]:
+    """The files of safetensors that an index lists, beside it, and the names of tensors in each."""
+    names = read_json(index).get("weight_map")
+    shards: dict[Path, set[str]] = {}
+    for name, file in names.items() if isinstance(names, dict) else ():
+        if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+            raise CheckpointError(
+                f"{index}: {name} is in {file!r:.80}, not a .safetensors file beside it; fetch or"
+                " save the model again"
+            )
+        shards.setdefault(index.with_name(file), set()).add(name)
+    if not shards:
+        raise CheckpointError(f"{index}: lists no files; fetch or save the model again")
+    return shards
+
+
+def _joined(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `read` finds in all files of an index, each of which holds what the index says."""
+    joined: dict[str, Tensor] = {}
+    for file, names in _shards(index).items():
+        found = read(file)
+        if differing := sorted(found.keys() ^ names):
+            raise CheckpointError(
+                f"{file}: holds other tensors than {index.name} says: {differing[0]}; fetch or"
+                " save the model again"
+            )
+        joined |= found
+    return joined
 
 
 def _file(weights: Weights) -> Path:
@@ -205,11 +269,16 @@ def _without_prefixes(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Mapp
 
 
 def _within(folder: Path) -> Path:
-    """The weights of a diffusers model or pipeline folder; another folder stays itself."""
+    """The weights of a diffusers model or pipeline folder; another folder stays itself.
+    CheckpointError where it has none."""
     for inner in (folder, folder / "unet"):
-        for suffix in (".safetensors", ".fp16.safetensors", ".bin"):
+        for suffix in _SUFFIXES:
             if (found := inner / f"{DIFFUSERS}{suffix}").exists():
                 return found
+        if (inner / "config.json").is_file():
+            raise CheckpointError(
+                f"{inner}: no weights, such as {DIFFUSERS}.safetensors; fetch or save it again"
+            )
     return folder
 
 

@@ -22,7 +22,7 @@ class Invented(OnDisk):
 
     channels: int = Field(3, ge=1, le=64)
     """1 for grey, 3 for RGB."""
-    resolution: int = Field(32, ge=1, le=256)
+    resolution: int = Field(32, ge=1, le=4096)
     """Height and width."""
     classes: int | None = Field(None, ge=1, le=10**6)
     """Number of classes; absent = no labels."""

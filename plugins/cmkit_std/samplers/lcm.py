@@ -3,16 +3,18 @@ the noise levels are those of huggingface/diffusers)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
+from cmkit import RecipeError
 from cmkit_std.samplers.steps import Draws, Walk, estimator, falling
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmkit import Cond, Denoiser
+    from cmkit import Cond, Denoiser, Noise, Precond, Scheduler
 
 
 class LCM(Walk):
@@ -42,6 +44,25 @@ class LCM(Walk):
         for k, sigma in enumerate(others, 1):
             x0 = f(x0 + sigma * noise(k), sigma, cond)
         return x0
+
+    def scheduler(self, precond: Precond, noise: Noise, sigma_data: float) -> Scheduler:
+        """LCMScheduler; a model without timestep_scaling gets one at which nothing is seen of x."""
+        from cmkit_std.samplers.diffusers import discrete_scheduler
+
+        found = discrete_scheduler(precond, noise, "LCMScheduler")
+        if (total := found.config["num_train_timesteps"]) % self.grid:
+            near = min((n for n in range(1, total + 1) if total % n == 0), key=self._from_grid)
+            raise RecipeError(
+                f"sampler.grid = {self.grid} does not divide the {total} steps, and diffusers'"
+                f" LCMScheduler takes other ones then; set sampler.grid = {near}"
+            )
+        scaling = getattr(precond, "timestep_scaling", None)
+        more = {"original_inference_steps": self.grid, "timestep_scaling": scaling or 1e6}
+        config = {**found.config, **more}
+        return replace(found, config=config, call={"num_inference_steps": self.steps})
+
+    def _from_grid(self, other: int) -> int:
+        return abs(other - self.grid)
 
 
 def skipped(grid: int, steps: int) -> list[int]:

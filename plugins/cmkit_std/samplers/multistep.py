@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from cmkit import Sampler
+from cmkit import RecipeError, Sampler
 from cmkit_std.samplers.steps import Clamp, Draws, Sigmas, between
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmkit import Cond, Denoiser
+    from cmkit import Cond, Denoiser, Noise, Precond, Scheduler
 
 
 class Multistep(Sampler):
@@ -40,3 +40,16 @@ class Multistep(Sampler):
         for k, sigma in enumerate(sigmas, 1):
             x0 = estimate(x0 + math.sqrt(sigma**2 - low**2) * noise(k), sigma)
         return x0
+
+    def scheduler(self, precond: Precond, noise: Noise, sigma_data: float) -> Scheduler:
+        """CMStochasticIterativeScheduler, of models with precond `consistency`."""
+        from cmkit_std.preconds.consistency import Consistency
+        from cmkit_std.samplers.diffusers import consistency_scheduler
+
+        if not isinstance(precond, Consistency):
+            raise RecipeError(
+                "diffusers' CMStochasticIterativeScheduler draws from models of denoiser.precond ="
+                ' "consistency" alone; set that where the network was trained so'
+            )
+        sigmas = between(self.sigmas, noise)
+        return consistency_scheduler(sigmas, self.clamp, noise, sigma_data)

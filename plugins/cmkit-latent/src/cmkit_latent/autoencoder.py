@@ -95,6 +95,17 @@ class Autoencoder(Codec):
             vae.enable_tiling()
         return AutoencoderCoder(vae, self.batch)
 
+    def exported(self) -> Mapping[str, Any]:
+        import torch
+
+        vae = self.load(torch.device("cpu")).vae  # type: ignore[attr-defined]
+        if getattr(vae.config, "shift_factor", None):
+            raise RecipeError(
+                f"codec.weights = {self.weights}: has a shift_factor, which no Stable Diffusion"
+                " pipeline of diffusers takes off; choose another autoencoder"
+            )
+        return {"vae": vae}
+
     def _folder(self, config_only: bool = False) -> Path:
         folder = hub.folder_of(self.weights, "codec.weights", ("vae",), config_only)
         return folder / "vae" if (folder / "vae").is_dir() else folder

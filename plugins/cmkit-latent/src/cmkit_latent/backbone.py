@@ -152,9 +152,23 @@ class SDUNet(Backbone):
             projected = state.get(f"{PREFIX}time_embedding.cond_proj.weight")
             waves = None if projected is None else projected.shape[1]
             kind = {"_class_name": CLASS, "_diffusers_version": version("diffusers")}
-            return {**kind, **self._arguments(data), "time_cond_proj_dim": waves}
+            size = {"sample_size": data.resolution, "time_cond_proj_dim": waves}
+            return {**kind, **self._arguments(data), **size}
 
         return (Layout("diffusers", _matches, _read_names, _write_names, config),)
+
+    def pipeline(
+        self, components: Mapping[str, Any], scheduler: str, conditions: frozenset[str]
+    ) -> Mapping[str, Any]:
+        from cmkit_latent.pipelines import index_of
+
+        return index_of(components, scheduler, conditions)
+
+    @classmethod
+    def recipe_of(cls, pipeline: str) -> Mapping[str, Any] | None:
+        from cmkit_latent.pipelines import recipe_of
+
+        return recipe_of(pipeline)
 
     def config(self, data: DataSpec, conditions: frozenset[str]) -> dict[str, Any]:
         """Arguments of diffusers' class; RecipeError where its network does not fit."""

@@ -81,6 +81,16 @@ class Clip(TextEncoder):
         ]
         return EncodedPrompts(towers, self.batch, both and self._zeros())
 
+    def exported(self) -> Mapping[str, Any]:
+        import torch
+
+        from cmkit_latent.prompting import components_of
+
+        found = components_of(self.load(torch.device("cpu")))
+        if "text_encoder_2" not in found:
+            return found
+        return {**found, "force_zeros_for_empty_prompt": self._zeros()}
+
     def _zeros(self) -> bool:
         """Whether zeros are the unconditional prompt of Stable Diffusion XL."""
         index = read_json(self._folder(config_only=True) / "model_index.json")

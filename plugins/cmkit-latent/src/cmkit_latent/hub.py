@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -201,28 +200,14 @@ def digest(*folders: Path) -> str:
     return digest_of(json.dumps(found, sort_keys=True))
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, diffusers and transformers print no warnings and no bars."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    with contextlib.ExitStack() as after:
-        for library in (diffusers.utils.logging, transformers.utils.logging):
-            after.callback(library.set_verbosity, library.get_verbosity())
-            library.set_verbosity(logging.ERROR)
-            if library.is_progress_bar_enabled():
-                after.callback(library.enable_progress_bar)
-                library.disable_progress_bar()
-        yield
-
-
 def loaded(model: Any, folder: Path, dtype: str, device: torch.device) -> Any:
     """The network of the class `model` in `folder`, for inference, "fp32" or "bf16", on `device`.
 
     CheckpointError where tensors are missing, damaged, or of another shape.
     """
     import torch
+
+    from cmkit.export import quiet
 
     _, variant = weight_files(folder)
     try:
@@ -252,6 +237,8 @@ def tokenizer_of(tokenizer: Any, folder: Path) -> Any:
         # Without one, transformers would make a tokenizer that knows three words.
         names = ", ".join(VOCABULARIES)
         raise CheckpointError(f"{folder}: none of {names}; fetch or save the tokenizer again")
+    from cmkit.export import quiet
+
     try:
         with quiet():
             return tokenizer.from_pretrained(folder, local_files_only=True)

@@ -82,3 +82,12 @@ def tokens(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
         truncation=True,
         return_tensors="pt",
     )
+
+
+def components_of(prompts: Any) -> dict[str, Any]:
+    """The tokenizers and encoders of an `EncodedPrompts` by their names in a pipeline."""
+    return {
+        f"{name}{end}": getattr(tower, name.rpartition("text_")[2])
+        for tower, end in zip(prompts.towers, ("", "_2"), strict=False)
+        for name in ("tokenizer", "text_encoder")
+    }

@@ -76,6 +76,13 @@ class Sentence(TextEncoder):
         encoder.config.use_attention_mask = self.mask
         return EncodedPrompts([Tower(tokenizer, encoder, self.length)], self.batch)
 
+    def exported(self) -> Mapping[str, Any]:
+        import torch
+
+        from cmkit_latent.prompting import components_of
+
+        return components_of(self.load(torch.device("cpu")))
+
     def _folders(self, config_only: bool = False) -> tuple[Path, Path]:
         """The folders of the encoder and of its tokenizer."""
         parts = ("text_encoder", "tokenizer")

@@ -3,10 +3,10 @@ Synthesis, 2021; as in openai/consistency_models)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from cmkit import DataSpec, Layout, Precond
+from cmkit import DataSpec, Layout, Precond, RecipeError
 from cmkit_std.backbones.adm.options import ADMOptions
 from cmkit_std.backbones.published import check_published, published
 
@@ -60,6 +60,22 @@ class ADM(ADMOptions):
             options["learn_sigma"] = True
             options["new_attention_order"] = file.startswith("64x64")
         check_published(weights, self, precond, **options)
+
+    def pipeline(
+        self, components: Mapping[str, Any], scheduler: str, conditions: frozenset[str]
+    ) -> Mapping[str, Any]:
+        if scheduler != "CMStochasticIterativeScheduler" or components:
+            raise RecipeError(
+                "of this network diffusers has ConsistencyModelPipeline alone, which draws pixels"
+                ' from a consistency model; draw with sampler.use = "multistep", without [codec]'
+            )
+        return {"_class_name": "ConsistencyModelPipeline"}
+
+    @classmethod
+    def recipe_of(cls, pipeline: str) -> Mapping[str, Any] | None:
+        from cmkit_std.backbones.adm.pipeline import recipe_of
+
+        return recipe_of(pipeline)
 
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """Layouts of openai/consistency_models, guided-diffusion, diffusers and EDM."""
