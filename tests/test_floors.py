@@ -24,8 +24,8 @@ testing new cli __main__
 it, types and imports inside functions included."""
 FOR_PLUGINS = ROOMS[: ROOMS.index("recipe")]
 FREE_OF_TORCH = """
-errors values stop kinds plugins files run.places run.folder rescaling recipe report export smoke suite
-cli
+errors values stop kinds plugins files run.places run.folder rescaling recipe report export smoke
+suite cli
 """.split()  # noqa: SIM905
 
 
