@@ -111,7 +111,7 @@ class Job:
         return functools.cache(self._reference)
 
     def _reference(self, dataset: Dataset) -> Reference:
-        """The real images of a data set, with the prompts of the samples, if any, as their captions."""
+        """The real images of a data set, with the prompts of the samples, if any, as captions."""
         return replace(dataset.reference(), captions=self.prompts or None)
 
     def denoiser(self, precision: str) -> Denoiser:

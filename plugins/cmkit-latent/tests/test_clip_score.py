@@ -109,7 +109,7 @@ def test_without_prompts_weights_or_a_whole_model_it_refuses_in_one_line(clip, t
         ClipScore()
     with pytest.raises(DataError, match="pictures of 2 channels"):
         ClipScore(weights=str(clip)).check(DataSpec(2, 8), 9)
-    with pytest.raises(cmkit.CheckpointError, match="metric.weights = none: no such folder"):
+    with pytest.raises(cmkit.CheckpointError, match=r"metric\.weights = none: no such folder"):
         ClipScore(weights="none").check(RGB, 9)
     half = shutil.copytree(clip, tmp_path / "half")
     (half / "preprocessor_config.json").unlink()
