@@ -1,14 +1,13 @@
 """Every shipped recipe says what it is, and its parts fit, without its data or weights."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from cmkit import discover
 from cmkit.recipe import load
+from tests.shipped import BUILT_IN as RECIPES
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 
 
 @pytest.fixture(scope="module")
