@@ -9,7 +9,6 @@ from cmkit.recipe import load
 from tests.shipped import BUILT_IN as RECIPES
 
 
-
 @pytest.fixture(scope="module")
 def registry():
     return discover()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import shutil
 import socket
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from cmkit_latent import hub
 from tiny import tiny_sd
 
 from cmkit import discover
@@ -20,7 +19,6 @@ from cmkit.recipe import load, run_name
 from tests.conftest import cmkit  # noqa: F401 - a fixture
 from tests.shipped import LATENT as RECIPES
 
-HOME = Path(__file__).parent.parent
 SD15, SEARCH = (next(p for p in RECIPES if p.stem == n) for n in ("lcm_sd15", "search_lcm_sd15"))
 
 
@@ -33,12 +31,19 @@ def registry(tmp_path_factory):
             site = tmp_path_factory.mktemp("site")
             info = site / "cmkit_latent-0.1.0.dist-info"
             info.mkdir()
-            (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cmkit-latent\nVersion: 0.1.0\n")
+            (info / "METADATA").write_text(
+                "Metadata-Version: 2.1\nName: cmkit-latent\nVersion: 0.1.0\n"
+            )
             (info / "entry_points.txt").write_text("[cmkit]\nlatent = cmkit_latent.manifest\n")
             patch.syspath_prepend(str(site))
         discover.cache_clear()
         yield discover()
     discover.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return tiny_sd(tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture
@@ -111,10 +116,9 @@ def test_a_check_without_weights_and_network_names_the_folder_to_fill(cmkit, off
     assert "--set codec.weights=FOLDER" in line
 
 
-def test_a_smoke_run_reads_what_is_here_of_a_pipeline(cmkit, tmp_path):  # noqa: F811
+def test_a_smoke_run_reads_what_is_here_of_a_pipeline(cmkit, whole):  # noqa: F811
     """Widths that do not fit are found although the run itself is of other parts."""
-    folder = tiny_sd(tmp_path / "sd")
-    sets = [f"--set={key}.weights={folder}" for key in ("codec", "text", "teacher")]
+    sets = [f"--set={key}.weights={whole}" for key in ("codec", "text", "teacher")]
     code, _, err = cmkit("run", SD15, "--smoke", *sets, "--set=dataset.resolution=16")
     assert code == 2
     assert "reads 768 numbers a token, [text] gives 16" in err
@@ -126,3 +130,30 @@ def test_the_suite_of_steps_trains_once(cmkit):  # noqa: F811
     assert code == 0, err
     cells = json.loads(out)["cells"]
     assert len(cells) == 4
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "said"),
+    [
+        ("vae", "codec", "no subfolder vae; name a whole pipeline"),
+        ("unet", "teacher", "no subfolder unet; name a whole pipeline"),
+        ("tokenizer", "text", "no subfolder tokenizer; name a whole pipeline"),
+        ("", "metric.1", "model of type 'pipeline or none'; name a whole CLIP"),
+    ],
+)
+def test_half_a_pipeline_is_named_by_what_it_lacks(part, key, said, whole, cmkit, tmp_path):  # noqa: F811
+    half = shutil.copytree(whole, tmp_path / "half")
+    if part:
+        shutil.rmtree(half / part)
+    folders = {**dict.fromkeys(("codec", "text", "teacher"), whole), key: half}
+    code, _, err = cmkit(
+        "check",
+        SD15,
+        '--set=dataset={use="invented",resolution=16,texts=3}',
+        f'--set=backbone={{use="sd_unet",folder="{whole}"}}',
+        '--set=metric.0.extractor="cmkit-random"',
+        *(f"--set={name}.weights={folder}" for name, folder in folders.items()),
+    )
+    assert code == 4, err
+    assert said in err
+    assert len(err.splitlines()) == 1

@@ -63,7 +63,9 @@ class ClipScore(Metric):
             )
         if self.weights == RANDOM:
             return
-        kind = hub.config_of(self._folder(config_only=True)).get("model_type")
+        folder = self._folder(config_only=True)
+        whole = (folder / "config.json").is_file()
+        kind = hub.config_of(folder).get("model_type") if whole else "pipeline or none"
         if kind != "clip":
             raise CheckpointError(
                 f"clip_score: {self.weights} holds a model of type {kind!r}; name a whole CLIP, of"
