@@ -145,7 +145,7 @@ def test_half_a_pipeline_is_named_by_what_it_lacks(part, key, said, whole, cmkit
     half = shutil.copytree(whole, tmp_path / "half")
     if part:
         shutil.rmtree(half / part)
-    folders = {**dict.fromkeys(("codec", "text", "teacher"), whole), key: half}
+    folders = dict.fromkeys(("codec", "text", "teacher"), whole) | {"metric.1": "random", key: half}
     code, _, err = cmkit(
         "check",
         SD15,
