@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from cmkit import NO_COND, discover
+from cmkit import discover
+from cmkit.denoiser import NO_COND
 from cmkit.recipe import load
 from tests.shipped import BUILT_IN as RECIPES
 from tests.toys import TinyNetwork
