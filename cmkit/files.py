@@ -17,6 +17,7 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +37,8 @@ ABANDONED = 86_400.0
 """Seconds after which a temporary in the user's cache is that of a killed process."""
 MAX_TEXT = 256 * 2**20
 """Bytes of the largest text of a run that is read."""
+OFFLINE: ContextVar[bool] = ContextVar("OFFLINE", default=False)
+"""Whether no part may ask the network, as while --smoke shrinks a recipe."""
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:

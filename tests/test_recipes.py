@@ -1,14 +1,15 @@
 """Every shipped recipe says what it is, and its parts fit, without its data or weights."""
 
 import re
-from pathlib import Path
 
 import pytest
+import torch
 
 from cmkit import discover
+from cmkit.denoiser import NO_COND
 from cmkit.recipe import load
-
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+from tests.shipped import BUILT_IN as RECIPES
+from tests.toys import TinyNetwork
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +80,15 @@ def test_settings_are_those_that_were_published(stem, batch, lr, steps, ema, reg
     assert steps in (None, train.steps)
     assert train.optimizer == "radam"
     assert not train.ema_warmup
+
+
+def test_a_sampler_of_many_steps_is_tried_on_two_evaluations_of_the_network():
+    from cmkit.plan.checks import _quick
+
+    network, calls, x = TinyNetwork(), [], torch.ones(2, 1, 4, 4)
+    network.first.register_forward_hook(lambda *_: calls.append(1))
+    with _quick(network):
+        shapes = {network(x, x[:, 0, 0, 0], NO_COND, {}).shape for _ in range(500)}
+    assert (shapes, len(calls)) == ({x.shape}, 2)
+    network(x, x[:, 0, 0, 0], NO_COND, {})
+    assert len(calls) == 3

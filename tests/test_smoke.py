@@ -20,8 +20,8 @@ from cmkit.pictures import grid_png, stamped
 from cmkit.recipe import load, run_name
 from cmkit.smoke import smoke
 from cmkit.testing import check_dataset
+from tests.shipped import BUILT_IN as RECIPES
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 BEDROOM = next(path for path in RECIPES if path.stem == "rescaled_ct_bedroom")
 DIGITS = next(path for path in RECIPES if path.stem == "digits_rescaled_ct")
 

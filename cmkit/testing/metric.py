@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +21,14 @@ def check_metric(
     data: DataSpec = DIGITS,
     images: Tensor | None = None,
     reference: Tensor | None = None,
+    captions: Sequence[str] | None = None,
 ) -> None:
-    """Check a metric on uint8 images (N, C, H, W), by default 32 random ones like `data`."""
+    """Check a metric on uint8 images (N, C, H, W), by default 32 random ones like `data`, which
+    were drawn from the prompts `captions`, if any."""
     report = report_on(metric)
     ours = Images(_pictures(0, data) if images is None else images)
     real = Images(_pictures(1, data) if reference is None else reference)
-    given = Reference(real, "cmkit-testing"), CPU
+    given = Reference(real, "cmkit-testing", captions=captions), CPU
     names = metric.keys()
     report.require(
         isinstance(names, tuple) and 0 < len(set(names)) == len(names),

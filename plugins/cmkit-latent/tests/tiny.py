@@ -129,6 +129,24 @@ def tiny_clip(width: int, length: int, projection: int | None = None) -> nn.Modu
     return _spread(model)
 
 
+def whole_clip(folder: Path, length: int = LENGTH) -> Path:
+    """The folder of a CLIP of pictures of 32x32 and of text, with its tokenizer and processor."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    torch.manual_seed(0)
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    both = {**layers, "num_attention_heads": 2, "projection_dim": 8}
+    marks = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    text = {**both, **marks, "vocab_size": 514, "max_position_embeddings": length}
+    vision = {**both, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    _spread(CLIPModel(config)).save_pretrained(folder)
+    tiny_tokenizer(length).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**sizes).save_pretrained(folder)
+    return folder
+
+
 def tiny_tokenizer(length: int, pad: str = "<|endoftext|>") -> Any:
     """A tokenizer of CLIP without merges: a token a byte."""
     from tokenizers.pre_tokenizers import ByteLevel

@@ -108,4 +108,6 @@ class Autoencoder(Codec):
 
     def _folder(self, config_only: bool = False) -> Path:
         folder = hub.folder_of(self.weights, "codec.weights", ("vae",), config_only)
-        return folder / "vae" if (folder / "vae").is_dir() else folder
+        if (folder / "vae").is_dir() or (folder / "model_index.json").is_file():
+            return hub.part_of(folder, "vae", "codec.weights")
+        return folder

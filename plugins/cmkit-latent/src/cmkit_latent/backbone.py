@@ -114,7 +114,13 @@ class SDUNet(Backbone):
             return _folder(weights, "weights")
         folder = Path(weights)
         described = (folder / "config.json", folder / "unet" / "config.json")
-        return folder if any(path.is_file() for path in described) else None
+        if any(path.is_file() for path in described):
+            return folder
+        if (folder / "model_index.json").is_file():
+            raise CheckpointError(
+                f"{weights}: no subfolder unet; name a whole pipeline, as diffusers saves it"
+            )
+        return None
 
     def check_published(self, weights: str, precond: Precond) -> None:
         """RecipeError where the pipeline of `weights` says another prediction than `precond`."""

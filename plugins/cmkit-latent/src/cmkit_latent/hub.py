@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmkit import CheckpointError, CmkitError, DownloadError, RecipeError, ResourceError
-from cmkit.files import cached_sha256, digest_of, read_json
+from cmkit.files import OFFLINE, cached_sha256, digest_of, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def _of_hub(weights: str, what: str, parts: Sequence[str], config_only: bool) ->
             folder = Path(snapshot_download(**wanted, local_files_only=True))
             if not _lacking(folder, parts, config_only):
                 return folder
-        folder = Path(snapshot_download(**wanted))
+        folder = Path(snapshot_download(**wanted, local_files_only=OFFLINE.get()))
     except HFValidationError as error:
         raise RecipeError(f"{what} = {weights}: {error}") from error
     except Exception as error:  # of three libraries, and of the machine
