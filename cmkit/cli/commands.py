@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cmkit.cli import printing
 from cmkit.cli.bench import bench
 from cmkit.cli.compare import compare
-from cmkit.cli.parts import DeviceOption, JsonOption, new, plugins_app
+from cmkit.cli.models import convert, edit, export, sample, watch
+from cmkit.cli.parts import DeviceOption, JsonOption, SetOption, new, plugins_app
 from cmkit.errors import CheckpointError, DataError, inline
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
-    import torch
-
     from cmkit.kinds import Dataset
     from cmkit.plan import Plan
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
-    from cmkit.run import Event
 
 debug_log: Path | None = None
 """Where the traceback of an error goes, once `run` knows its folder."""
@@ -39,36 +37,6 @@ app = typer.Typer(
 )
 RecipeArgument = Annotated[
     str, typer.Argument(help="A recipe file, or the bare name of a recipe that comes with cmkit.")
-]
-SourceArgument = Annotated[
-    str,
-    typer.Argument(
-        help="Folder of a finished run, a recipe with denoiser.weights, or a pipeline of diffusers:"
-        " its folder or hub:OWNER/NAME."
-    ),
-]
-SeedOption = Annotated[
-    int | None, typer.Option(min=0, help="Seed of the noise; absent = the recipe's.")
-]
-SetOption = Annotated[
-    list[str],
-    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value, written as in TOML."),
-]
-LabelOption = Annotated[
-    list[str],
-    typer.Option(
-        metavar="NAME|NUMBER",
-        help="Class of every image, by name or number, of which a class's name goes first; several"
-        " are taken in turns.",
-    ),
-]
-RescalerOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH|off",
-        help="Scales of a rescaling.json, or of the run with it, instead of the source's own;"
-        " off = none.",
-    ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
 SmokeOption = Annotated[
@@ -123,7 +91,7 @@ def run(
             events = run(_plan(loaded), registry, out, chosen, stop)
         start = Note(f"run folder: {folder.path} on {chosen}")
         stop.listen()
-        report = _shown(chain(map(Note, said), [start], events), chosen, json).report
+        report = watch(chain(map(Note, said), [start], events), chosen, json).report
     if json:
         printing.document({**report, "folder": str(folder.path)})
     else:
@@ -210,95 +178,8 @@ def check(
         printing.line(f"note: {note}")
 
 
-@app.command()
-def sample(
-    source: SourceArgument,
-    count: Annotated[
-        int | None,
-        typer.Option(
-            "--count", "-n", min=1, help="Images to draw; absent = one a prompt, or 16 without any."
-        ),
-    ] = None,
-    seed: SeedOption = None,
-    label: LabelOption = [],  # noqa: B006
-    prompt: Annotated[
-        list[str], typer.Option(metavar="TEXT", help="What to draw; several are taken in turns.")
-    ] = [],  # noqa: B006
-    negative: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(metavar="W", help="denoiser.guidance, the usual guidance scale less 1."),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="sampler.steps, of samplers that have it.")
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="A grid FILE.png, arrays FILE.npz, or a FOLDER of PNG files.")
-    ] = Path("samples.png"),
-    rescaler: RescalerOption = None,
-    set: SetOption = [],  # noqa: B006
-    device: DeviceOption = "auto",
-    json: JsonOption = False,
-) -> None:
-    """Draw images from a finished run, with the scales that its search found, or from a recipe
-    with weights. An image depends on the seed and its number alone."""
-    from cmkit.device import pick_device
-    from cmkit.run import draw
-
-    said = {"denoiser.guidance": guidance, "sampler.steps": steps}
-    flags = [f"{key}={value}" for key, value in said.items() if value is not None]
-    count = count or len(prompt) or 16
-    recipe = _drawn_from(source, [*set, *flags], count, rescaler, prompt)
-    seed, chosen = recipe.seed if seed is None else seed, pick_device(device)
-    events = draw(recipe, seed, label, out, chosen, negative)
-    _show_until_written(events, chosen, json)
-
-
-@app.command()
-def edit(
-    source: SourceArgument,
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures as large as the model's.")],
-    task: Annotated[
-        Literal["inpaint", "colorize", "superres"],
-        typer.Option(help="Paint what a mask hides, add colours, or add detail."),
-    ],
-    mask: Annotated[
-        Path | None, typer.Option(help="inpaint: a picture, white where to paint anew.")
-    ] = None,
-    patch: Annotated[
-        int, typer.Option(min=1, help="superres: side of the squares whose means are known.")
-    ] = 8,
-    steps: Annotated[
-        int, typer.Option(min=2, help="Points of the Karras grid; one less is evaluated.")
-    ] = 40,
-    sigma: Annotated[
-        list[float], typer.Option(help="A noise level below sigma_max instead; several must fall.")
-    ] = [],  # noqa: B006
-    seed: SeedOption = None,
-    label: LabelOption = [],  # noqa: B006
-    out: Annotated[
-        Path, typer.Option(help="A grid FILE.png of pairs, before and after, or a FOLDER.")
-    ] = Path("edited.png"),
-    rescaler: RescalerOption = None,
-    set: SetOption = [],  # noqa: B006
-    device: DeviceOption = "auto",
-    json: JsonOption = False,
-) -> None:
-    """Edit pictures with a consistency model that was never trained for it: what is known of a
-    picture stays, and the model makes up the rest."""
-    from cmkit.device import pick_device
-    from cmkit.edit import Task
-    from cmkit.run import redraw
-
-    recipe, chosen = _drawn_from(source, set, len(pictures), rescaler), pick_device(device)
-    edited = Task(task, mask, patch, steps, tuple(sigma))
-    seed = recipe.seed if seed is None else seed
-    events = redraw(recipe, pictures, edited, seed, label, out, chosen)
-    _show_until_written(events, chosen, json)
-
-
+app.command()(sample)
+app.command()(edit)
 app.command()(compare)
 
 
@@ -328,84 +209,8 @@ def verify(
         raise CheckpointError(f"{', '.join(bad[:5])} not intact; see the table")
 
 
-@app.command()
-def convert(
-    source: Annotated[str, typer.Argument(help="Weights: a file, a folder, or a published name.")],
-    target: Annotated[Path, typer.Argument(help="The new file, or folder for diffusers.")],
-    to: Annotated[str, typer.Option(help="Layout to write: cmkit, openai, diffusers, ...")],
-    recipe: Annotated[
-        str | None, typer.Option(help="A recipe with the backbone and data set of the weights.")
-    ] = None,
-    set: SetOption = [],  # noqa: B006
-    drop_scales: Annotated[
-        bool, typer.Option("--drop-scales", help="Write the unscaled model of a rescaled run.")
-    ] = False,
-    fold_rescaling: Annotated[
-        str | None,
-        typer.Option(
-            "--fold-rescaling",
-            metavar="PATH",
-            help="Multiply the scales of a rescaling.json, or of the run with it, into the weights;"
-            " refused where one cannot be exactly.",
-        ),
-    ] = None,
-    partial: Annotated[
-        bool,
-        typer.Option(
-            "--partial",
-            help="Fold what can be, and write the rest beside the target as"
-            " TARGET.rescaling.json, without which the new weights draw other pictures.",
-        ),
-    ] = False,
-) -> None:
-    """Rewrite weights in another project's names and order, bit for bit, as safetensors."""
-    from cmkit.plugins import discover
-    from cmkit.recipe import find_recipe, load
-
-    registry = discover()
-    loaded = load(find_recipe(recipe), set, registry) if recipe else None
-    from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
-
-    events = convert(source, target, to, registry, loaded, drop_scales, fold_rescaling, partial)
-    _shown(events, None)
-    printing.line(f"{target}: written in the layout {to}")
-
-
-@app.command(epilog="Example: cmkit export runs/lcm_sd15-1a2b3c4d lcm_sd15 --to diffusers")
-def export(
-    source: SourceArgument,
-    folder: Annotated[Path, typer.Argument(help="The new folder.")],
-    to: Annotated[Literal["diffusers"], typer.Option(help="The library that is to open it.")],
-    rescaler: RescalerOption = None,
-    drop_scales: Annotated[
-        bool, typer.Option("--drop-scales", help="Write the unscaled model of a rescaled run.")
-    ] = False,
-    set: SetOption = [],  # noqa: B006
-    device: DeviceOption = "auto",
-    json: JsonOption = False,
-) -> None:
-    """Write what `sample` draws from as a whole pipeline, which DiffusionPipeline.from_pretrained
-    opens as it is: network, scheduler, codec and prompt encoder, with a model card.
-
-    It is opened again and draws a picture, which is compared with cmkit's of the same noise: where
-    they differ by more than half a step of 255, nothing is left, and the exit code is 4. Found
-    scales are folded into the weights where that is exact."""
-    from cmkit.device import pick_device
-    from cmkit.export import export
-    from cmkit.plugins import discover
-
-    recipe, chosen = _drawn_from(source, set, 1, rescaler), pick_device(device)
-    events = export(recipe, folder, discover(), chosen, drop_scales)
-    result = _shown(events, chosen, json).result
-    if json:
-        printing.document({"schema": 1, **result})
-        return
-    printing.line(f"{folder}: written as {result['pipeline']} with {result['scheduler']}")
-    printing.line(
-        f"opened again, its picture differs by {result['difference']:.2g} of 255 from cmkit's"
-    )
-
-
+app.command()(convert)
+app.command(epilog="Example: cmkit export runs/lcm_sd15-1a2b3c4d lcm_sd15 --to diffusers")(export)
 app.command()(bench)
 app.command()(new)
 
@@ -456,40 +261,6 @@ def _runs_below(out: Path) -> Iterator[None]:
         yield
     finally:
         RUNS.reset(token)
-
-
-def _drawn_from(
-    source: str,
-    overrides: list[str],
-    images: int,
-    rescaler: str | None = None,
-    prompts: list[str] = [],  # noqa: B006
-) -> Recipe:
-    from cmkit.plugins import discover
-    from cmkit.recipe import find_recipe
-    from cmkit.run.finished import drawn_from
-
-    source = str(find_recipe(source))
-    return drawn_from(source, overrides, discover(), images, rescaler, prompts)
-
-
-def _shown(events: Iterable[Event], device: torch.device | None, quiet: bool = False) -> Any:
-    """The last of the events, all shown as they come; None without any."""
-    from cmkit.cli.display import Display
-
-    last = None
-    with Display(device, quiet) as display:
-        for last in events:
-            display.show(last)
-    return last
-
-
-def _show_until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:
-    result = _shown(events, device, json).result
-    if json:
-        printing.document({"schema": 1, **result})
-    else:
-        printing.line(f"{result['out']}: {result['images']} images, nfe {result['nfe']}")
 
 
 def _check_images(dataset: Dataset, json: bool) -> None:

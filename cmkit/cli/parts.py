@@ -12,6 +12,10 @@ from cmkit.errors import PluginError, RecipeError, did_you_mean
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value, written as in TOML."),
+]
 
 plugins_app = typer.Typer(
     help="The parts that installed packages offer.", invoke_without_command=True

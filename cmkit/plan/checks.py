@@ -75,6 +75,8 @@ def check_disk(plan: Plan, out: Path) -> None:
             " or the number of images"
         )
     _, needed = cache_bytes(plan)
+    if not needed:
+        return
     home = files.cache_folder("latents")
     existing = next(p for p in (home, *home.parents) if p.exists())
     if needed > (free := shutil.disk_usage(existing).free):
