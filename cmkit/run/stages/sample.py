@@ -30,6 +30,7 @@ class Sample(SampleTable, Stage):
         "codec",
         "text",
         "backbone",
+        "adapter",
         "denoiser",
         "rescaler",
         "sampler",
