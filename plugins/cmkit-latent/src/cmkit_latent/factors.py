@@ -224,9 +224,18 @@ def mixed(
         raise CheckpointError(
             f"{', '.join(read)}: no layer is in all of them; they are of other networks"
         )
-    if not any(factors.change().any() for factors in out.values()):
+    if all(_nothing(out[layer], together[layer], counts) for layer in out):
         raise CheckpointError(f"{', '.join(read)}: these weights sum to nothing; change a number")
     return out
+
+
+def _nothing(
+    mixed: Factors, own: Iterable[tuple[str, Factors]], counts: Mapping[str, float]
+) -> bool:
+    """Whether a sum is nothing but rounding of what was added."""
+    weights = {name: max(abs(count), count**2) for name, count in counts.items()}
+    size = max(float(weights[name] * f.change().norm()) for name, f in own)
+    return float(mixed.change().norm()) <= 1e-5 * size
 
 
 def check_written(found: Mapping[str, Factors]) -> None:

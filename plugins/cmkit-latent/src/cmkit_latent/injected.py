@@ -7,10 +7,12 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -105,8 +107,22 @@ def attach_found(network: Network, found: Mapping[str, Factors], dropout: float)
             assert layer.scaling[NAME] == found[name].scale
 
 
+class _PlainConv2d(lora.Conv2d):
+    """peft's layer for convolutions of a class of their own, with factors of torch's."""
+
+    def update_layer(self, *given: Any, **options: Any) -> None:
+        base = self.get_base_layer()
+        own = type(base)
+        base.__class__ = nn.Conv2d  # peft makes factors by the constructor of this class
+        try:
+            super().update_layer(*given, **options)
+        finally:
+            base.__class__ = own
+
+
 def _inject(network: Network, options: LoraConfig, names: Sequence[str]) -> None:
     network.requires_grad_(False)
+    options._register_custom_module({nn.Conv2d: _PlainConv2d})
     inject_adapter_in_model(options, network, NAME)
     if (got := set(layers_of(network))) != set(names):
         raise CheckpointError(
