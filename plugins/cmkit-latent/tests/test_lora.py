@@ -197,7 +197,7 @@ def test_a_file_is_loaded_whole_by_diffusers_and_draws_the_same_picture(tmp_path
     """The official scripts' files load 47 of 79 and 81 of 177."""
     make = tiny_sd if kind is StableDiffusionPipeline else tiny_sdxl
     folder = make(tmp_path / "pipeline", **SHAPES[layers])
-    network, backbone, data = of_folder(folder)
+    network = of_folder(folder)
     script = injected.AUTHORS[:-2]  # without the embedding of time
     network, adapter = attached(network, rank=4, alpha=2, targets=script)
     names = list(injected.layers_of(network))
@@ -224,13 +224,12 @@ def of_folder(folder):
     backbone = SDUNet(folder=str(folder))
     config = json.loads((folder / "unet" / "config.json").read_text())
     xl = config["addition_embed_type"] is not None
-    text = TextSpec(
-        16, config["cross_attention_dim"], **({"pooled": 12, "size": True} if xl else {})
-    )
+    more = {"pooled": 12, "size": True} if xl else {}
+    text = TextSpec(16, config["cross_attention_dim"], **more)
     data = data_of(text)
     network = backbone.build(data, text.conditions)
     load_into(network, str(folder), backbone, data)
-    return network.eval(), backbone, data
+    return network.eval()
 
 
 def loaded(kind, folder):
@@ -365,12 +364,12 @@ def test_mixed_ranks_and_alphas_are_kept_in_files(tmp_path):
     plain = built().state_dict()
     Lora().fold(one)
     folded = one.state_dict()
-    for network, count in ((network, 0.8), (other, 0.5)):
-        for layer, f in injected.taken(network).items():
+    for source, count in ((network, 0.8), (other, 0.5)):
+        for layer, f in injected.taken(source).items():
             plain[f"{layer}.weight"] += count * f.change().view_as(plain[f"{layer}.weight"])
     for name, tensor in folded.items():
         torch.testing.assert_close(tensor, plain[name], rtol=1e-4, atol=1e-5)
-    with pytest.raises(CheckpointError, match="of rank 3, and .* of 2"):
+    with pytest.raises(CheckpointError, match=r"of rank 3, and .* of 2"):
         Lora(weights=both, how="factors").mix(tmp_path / "e.safetensors")
 
 
