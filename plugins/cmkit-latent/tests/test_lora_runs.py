@@ -1,0 +1,219 @@
+"""Adapter lora from the recipe to the pictures: what is trained, kept, and drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cmkit_latent import factors, injected
+from safetensors.torch import load_file
+from tiny import tiny_sd
+
+from cmkit import CheckpointError, Cond, RecipeError
+from cmkit.plan import build, build_teacher, coding_of, plan
+from cmkit.plugins import register
+from cmkit.recipe import load, stage_keys
+from cmkit.run import run
+from cmkit.run.drawing import draw
+from cmkit.run.finished import drawn_from
+from cmkit.stop import StopSignal
+from cmkit.train import start, train
+
+CPU = torch.device("cpu")
+TOML = """\
+name = "lora"
+seed = 3
+dataset = { use = "invented", channels = 4, resolution = 8, images = 24, texts = 5 }
+text = { use = "words", length = 5, width = 16 }
+cache = false
+backbone = { use = "sd_unet", folder = "sd" }
+adapter = { use = "lora", rank = 2, alpha = 4.0 }
+teacher = { weights = "sd", precond = "discrete" }
+train = { steps = 4, batch = 4, save_every = 2, log_every = 2, lr = 1e-2, precision = "fp32" }
+sampler = { use = "lcm", steps = 2 }
+sample = { images = 6, batch = 3, precision = "fp32" }
+
+[denoiser]
+precond = { use = "discrete", timestep_scaling = 10.0, unit_start = true }
+init = "teacher"
+
+[objective]
+use = "lcm"
+num_sigmas = 51
+skip = 1
+w_min = 6.5
+w_max = 6.5
+embed_guidance = false
+target_ema = 0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def registry():
+    latent = EntryPoint("latent", "cmkit_latent.manifest", "cmkit")
+    return register([*(e for e in entry_points(group="cmkit") if e.name != "latent"), latent])
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory):
+    return tiny_sd(tmp_path_factory.mktemp("sd") / "sd")
+
+
+@pytest.fixture
+def toml(tmp_path, monkeypatch, sd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("sd").symlink_to(sd)
+    Path("lora.toml").write_text(TOML)
+    return "lora.toml"
+
+
+def begun(toml, registry, *sets):
+    made = plan(load(toml, sets, registry))
+    return start(made, CPU, coding_of(made, CPU).null)
+
+
+def finished(toml, registry, *sets, out="runs"):
+    *_, last = run(plan(load(toml, sets, registry)), registry, Path(out), CPU, StopSignal())
+    return Path(last.folder)
+
+
+def sizes(network):
+    counts = [0, 0]
+    for parameter in network.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    return counts
+
+
+def test_a_plan_counts_the_adapter_apart_and_no_second_network(toml, registry):
+    made = plan(load(toml, [], registry))
+    network = build(made, CPU).network
+    frozen, trained = sizes(network)
+    assert made.trained == trained > 0
+    assert made.parameters == frozen + trained
+    # Gradients, two numbers of the optimizer, one average; neither teacher nor target.
+    assert made.memory == 4 * (frozen + trained * 5)
+    assert made.disk < 4 * frozen + 10**6
+    full = plan(load(toml, ["adapter.rank=4"], registry))
+    assert stage_keys(full.recipe)["train"] != stage_keys(made.recipe)["train"]
+    copied = plan(load(toml, ["objective.target_ema=0.5"], registry))
+    assert copied.memory == made.memory + 4 * trained
+
+
+def test_the_teacher_is_the_same_network_with_the_adapter_off(toml, registry):
+    training = begun(toml, registry)
+    models = training.models
+    assert models.teacher.network is models.online.network
+    assert models.target is models.online
+    held = {p.data_ptr(): p.nbytes for d in (models.online, models.teacher, *models.ema.values())
+            for p in d.parameters()}  # fmt: skip
+    frozen, trained = sizes(models.online.network)
+    assert sum(held.values()) == 4 * (frozen + 2 * trained)
+    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 14.0])
+    cond = Cond(text=torch.randn(2, 5, 16))
+    plain = build_plain(training.plan)
+    list(train(training))
+    with torch.no_grad():
+        expected = plain(x, sigma, cond)
+        assert torch.equal(models.teacher(x, sigma, cond), expected)
+        assert not torch.allclose(models.online(x, sigma, cond), expected, rtol=1e-3)
+    assert models.online.network.training
+
+
+def build_plain(made):
+    """The teacher as a copy of its own."""
+    alone = replace(made, recipe=replace(made.recipe, adapter=None))
+    return build_teacher(alone, CPU, None)
+
+
+def test_a_teacher_in_bf16_computes_what_a_copy_would(toml, registry):
+    training = begun(toml, registry, 'teacher.dtype="bf16"')
+    x, sigma = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 14.0])
+    cond = Cond(text=torch.randn(2, 5, 16))
+    with torch.no_grad():
+        expected = build_plain(training.plan)(x, sigma, cond)
+        assert torch.equal(training.models.teacher(x, sigma, cond), expected)
+
+
+OTHER = [
+    'teacher.weights="other"',
+    'denoiser={precond={use="discrete",timestep_scaling=10.0},weights="sd"}',
+]
+
+
+def test_another_teacher_has_a_network_of_its_own(toml, registry):
+    copied = Path("other")
+    copied.mkdir()
+    for path in Path("sd").resolve().iterdir():
+        (copied / path.name).symlink_to(path)
+    training = begun(toml, registry, *OTHER)
+    assert training.models.teacher.network is not training.models.online.network
+
+
+def test_frozen_weights_never_move(toml, registry):
+    training = begun(toml, registry, "objective.target_ema=0.5", "train.optimizer=adamw")
+    copies = [training.models.online, training.models.target, *training.models.ema.values()]
+    before = [{k: v.clone() for k, v in d.network.state_dict().items()} for d in copies]
+    for _ in train(training):
+        pass
+    for denoiser, was in zip(copies, before, strict=True):
+        for name, tensor in denoiser.network.state_dict().items():
+            assert torch.equal(tensor, was[name]) == ("lora_" not in name), name
+    optimized = {name for g in training.optimizer.param_groups for name in g["param_names"]}
+    assert optimized
+    assert all("lora_" in name for name in optimized)
+
+
+def test_a_run_keeps_the_adapter_alone_and_is_drawn_from(toml, registry):
+    folder = finished(toml, registry)
+    kept = load_file(folder / "model.safetensors")
+    assert all("lora_" in name for name in kept)
+    network = build(plan(load(toml, [], registry)), CPU).network
+    assert sum(t.numel() for t in kept.values()) == sizes(network)[1]
+    for file in folder.glob("checkpoints/*/online.safetensors"):
+        assert all("lora_" in name for name in load_file(file))
+    found = factors.read(folder / "model.safetensors", "model", None)
+    assert {f.scale for f in found.values()} == {2.0}
+    recipe = drawn_from(folder, [], registry, 6)
+    list(draw(recipe, 3, (), Path("a.npz"), CPU))
+    samples = np.concatenate([np.load(f)["arr_0"] for f in sorted(folder.glob("samples/*.npz"))])
+    drawn = np.load("a.npz")
+    assert np.array_equal(drawn[drawn.files[0]], samples)
+    for at in ("@2", ":online", "@4:ema-0.999"):
+        other = drawn_from(f"{folder}{at}", [], registry, 6)
+        list(draw(other, 3, (), Path(f"b{at[:2]}.npz"), CPU))
+    assert np.array_equal(np.load("b@4.npz")[drawn.files[0]], samples)
+    assert not np.array_equal(np.load("b@2.npz")[drawn.files[0]], samples)
+    again = [f'adapter={{use="lora",weights="{folder}"}}']
+    network = build(plan(load(toml, again, registry)), CPU).network
+    for layer, f in injected.taken(network).items():
+        assert torch.equal(f.a, found[layer].a)
+        assert torch.equal(f.b, found[layer].b)
+
+
+def test_a_training_goes_on_to_the_same_bits(toml, registry):
+    whole = finished(toml, registry, out="whole")
+    finished(toml, registry, "train.steps=2", out="parts")
+    both = finished(toml, registry, out="parts")
+    first, second = (load_file(f / "model.safetensors") for f in (whole, both))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["denoiser.init=random"], "it changes a trained network: say denoiser.weights"),
+        (["adapter.targets=['nothing']"], 'no layer is called "nothing"'),
+        (['adapter.weights="no.safetensors"'], "no weights of an adapter"),
+        (['backbone={use="edm2",channels=16}', "text.length=5"], "cannot embed text|adapter"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(toml, registry, sets, said):
+    with pytest.raises((RecipeError, CheckpointError), match=said) as caught:
+        plan(load(toml, sets, registry))
+    assert "\n" not in str(caught.value)
