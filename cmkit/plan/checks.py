@@ -324,8 +324,8 @@ def check_adapter(recipe: Recipe, network: Network) -> None:
         raise recipe.source.error(
             ("adapter",), "it is not trained here: say adapter.weights, a file or a run"
         )
-    with torch.device("meta"):
-        networks.attach(recipe, network)
+    with torch.device("meta"), naming_table(recipe, "adapter"):
+        networks.attach(recipe.adapter, network, recipe.seed)
 
 
 def dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:

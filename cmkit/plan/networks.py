@@ -32,7 +32,9 @@ def build(plan: Plan, device: torch.device) -> Denoiser:
         torch.manual_seed(plan.recipe.seed)
         network = built(plan.recipe.backbone, plan.space, plan.conditions)
     load_start(plan.recipe, network, plan.space, plan.conditions)
-    attach(plan.recipe, network)
+    if plan.recipe.adapter:
+        with naming_table(plan.recipe, "adapter"):
+            attach(plan.recipe.adapter, network, plan.recipe.seed)
     network = network.to(device).to(memory_format=torch.channels_last)
     return denoiser_of(plan.recipe, network)
 
@@ -69,12 +71,11 @@ def for_sampling(plan: Plan, device: torch.device, name: str, null: Cond = NO_CO
     return guided_as_said(plan.recipe, denoiser.eval())
 
 
-def attach(recipe: Recipe, network: Network) -> None:
-    """Attach the recipe's adapter, if any, to a network, with fresh weights drawn by its seed."""
-    if recipe.adapter:
-        with torch.random.fork_rng(devices=[]), naming_table(recipe, "adapter"):
-            torch.manual_seed(recipe.seed)
-            recipe.adapter.attach(network)
+def attach(adapter: Adapter, network: Network, seed: int) -> None:
+    """Attach an adapter to a network, with fresh weights drawn by the seed where it has none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapter.attach(network)
 
 
 class Unadapted(Denoiser):
@@ -112,12 +113,12 @@ def teacher_is_base(recipe: Recipe, space: DataSpec, conditions: frozenset[str])
     )
 
 
-def build_teacher(plan: Plan, device: torch.device, online: Denoiser) -> Denoiser:
-    """The recipe's teacher on `device`, frozen; where that is the student without its adapter, in
-    the network of `online` itself."""
+def build_teacher(plan: Plan, device: torch.device, online: Denoiser | None = None) -> Denoiser:
+    """The recipe's teacher on `device`, frozen; where that is the student `online` without its
+    adapter, in the very network of it."""
     given = plan.recipe.teacher
     assert given is not None
-    if plan.recipe.adapter and teacher_is_base(plan.recipe, plan.space, plan.conditions):
+    if online and plan.recipe.adapter and teacher_is_base(plan.recipe, plan.space, plan.conditions):
         with torch.device("meta"):
             like = teacher_of(given, plan.recipe.denoiser, plan.space)
         same = Unadapted(online.network, like.noise, like.scalings, like.sigma_data)

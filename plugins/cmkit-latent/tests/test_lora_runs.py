@@ -217,3 +217,59 @@ def test_what_does_not_fit_is_one_line(toml, registry, sets, said):
     with pytest.raises((RecipeError, CheckpointError), match=said) as caught:
         plan(load(toml, sets, registry))
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def merged(registry, monkeypatch, capsys):
+    """`cmkit merge ..`: exit code and what it says."""
+    monkeypatch.setattr("cmkit.plugins.discover", lambda: registry)
+
+    def call(*arguments):
+        from cmkit.cli import main
+
+        monkeypatch.setattr("sys.argv", ["cmkit", "merge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, "".join(capsys.readouterr())
+
+    return call
+
+
+def test_adapters_are_merged_and_folded_into_weights(toml, registry, merged):
+    one = finished(toml, registry)
+    two = finished(toml, registry, "adapter.rank=3", "seed=5")
+    code, said = merged(f"{one}=0.8", f"{two}/model.safetensors=0.5", "both.safetensors")
+    assert (code, said.splitlines()[-1].startswith("both.safetensors: written from")) == (0, True)
+    Path("base.toml").write_text(
+        TOML.split("[objective]")[0]
+        .replace('init = "teacher"', 'weights = "sd"')
+        .replace('adapter = { use = "lora", rank = 2, alpha = 4.0 }\n', "")
+        .replace('teacher = { weights = "sd", precond = "discrete" }\n', "")
+    )
+    code, said = merged("both.safetensors=1", "full.safetensors", "--fold", "base.toml")
+    assert code == 0, said
+    full = load_file("full.safetensors")
+    own = load_file("sd/unet/diffusion_pytorch_model.safetensors")
+    assert full.keys() == {f"unet.{name}" for name in own}
+    parts = {
+        n: factors.read(f / "model.safetensors", "x", None) for n, f in ((0.8, one), (0.5, two))
+    }
+    for name, weight in own.items():
+        layer = f"unet.{name.removesuffix('.weight')}"
+        for count, found in parts.items():
+            if name.endswith(".weight") and layer in found:
+                weight = weight + count * found[layer].change().view_as(weight)
+        torch.testing.assert_close(full[f"unet.{name}"], weight, rtol=1e-4, atol=1e-6)
+    for words, code, told in (
+        (("both.safetensors", "c.safetensors"), 2, "write what it counts"),
+        ((f"{one}=1", f"{two}=1", "c.safetensors", "--how", "factors"), 4, "equal ranks"),
+        ((f"{one}=0", f"{two}=0", "c.safetensors"), 2, "all count 0"),
+        ((f"{one}=1", "full.safetensors"), 2, "exists already"),
+        ((f"{one}=1", "folder"), 2, "name a .safetensors file"),
+        (("sd/none.safetensors=1", "c.safetensors"), 4, "no weights of an adapter"),
+        ((f"{one}=1", "c.safetensors", "--use", "lola"), 9, "did you mean 'lora'"),
+    ):
+        got, said = merged(*words)
+        assert (got, told in said) == (code, True), said
+        assert len(said.strip().splitlines()) == 1
+    assert not Path("c.safetensors").exists()

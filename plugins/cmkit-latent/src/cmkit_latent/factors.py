@@ -211,11 +211,11 @@ def mixed(
                     ' those of equal ranks: take "add"'
                 )
         if how == "add":
-            a = torch.cat([counts[name] * f.scale * f.a.float() for name, f in own])
-            b = torch.cat([f.b.float() for _, f in own], dim=1)
+            a = torch.cat([counts[name] * f.scale * _wide(f.a) for name, f in own])
+            b = torch.cat([_wide(f.b) for _, f in own], dim=1)
         else:
             a, b = (
-                sum(counts[name] * f.scale**0.5 * getattr(f, half).float() for name, f in own)
+                sum(counts[name] * f.scale**0.5 * _wide(getattr(f, half)) for name, f in own)
                 for half in "ab"
             )
         out[layer] = Factors(a, b, float(len(a)))
@@ -227,6 +227,11 @@ def mixed(
     if all(_nothing(out[layer], together[layer], counts) for layer in out):
         raise CheckpointError(f"{', '.join(read)}: these weights sum to nothing; change a number")
     return out
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _nothing(
