@@ -311,7 +311,8 @@ def model_digest(recipe: Recipe, data: DataSpec, conditions: frozenset[str]) -> 
     own = cached_digest(json.dumps([file, shape, table], sort_keys=True), compute)
     if recipe.adapter is None:
         return own
-    return digest_of(json.dumps([own, dict(recipe.adapter.identity())], sort_keys=True))
+    options = recipe.adapter.model_dump(mode="json", exclude={"weights"})
+    return digest_of(json.dumps([own, options, dict(recipe.adapter.identity())], sort_keys=True))
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor], network: Network) -> str:

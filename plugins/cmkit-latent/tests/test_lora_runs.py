@@ -273,3 +273,53 @@ def test_adapters_are_merged_and_folded_into_weights(toml, registry, merged):
         assert (got, told in said) == (code, True), said
         assert len(said.strip().splitlines()) == 1
     assert not Path("c.safetensors").exists()
+
+
+PIXELS = """\
+name = "digits"
+dataset = { use = "digits" }
+backbone = { use = "adm", channels = 16, channel_mult = [1], num_res_blocks = 1, norm_groups = 8 }
+objective = { use = "ict", start_scales = 4, end_scales = 8 }
+train = { steps = 3, batch = 8, lr = 1e-2, optimizer = "adamw", precision = "fp32" }
+sampler = { use = "multistep" }
+sample = { images = 16, precision = "fp32" }
+"""
+
+
+def test_a_consistency_model_of_pixels_is_tuned_searched_and_drawn_from(toml, registry):
+    Path("base.toml").write_text(PIXELS)
+    base = finished("base.toml", registry)
+    tuned = [
+        f'denoiser.weights="{base}"',
+        'adapter={use="lora",rank=2}',
+        'rescaler={use="global"}',
+        "search={images=32,batch=32,minimize='fid',grid={skip=[0.9,1.0]},confirm_seeds=2,"
+        "precision='fp32'}",
+        'metric=[{use="fidelity",extractor="cmkit-digits"}]',
+    ]
+    folder = finished("base.toml", registry, *tuned)
+    small, whole = (load_file(f / "model.safetensors") for f in (folder, base))
+    assert all("lora_" in name for name in small)
+    assert "lora_" not in "".join(whole)
+    recipe = drawn_from(folder, [], registry, 16)
+    assert recipe.denoiser.weights == str(base)
+    assert recipe.adapter.weights == str(folder / "model.safetensors")
+    list(draw(recipe, 0, (), Path("a.npz"), CPU))
+    samples = np.concatenate([np.load(f)["arr_0"] for f in sorted(folder.glob("samples/*.npz"))])
+    assert np.array_equal(np.load("a.npz")["arr_0"], samples)
+    before = np.load(next(base.glob("samples/*.npz")))["arr_0"]
+    assert not np.array_equal(before, samples)
+
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("name", ["sd15", "ssd1b", "sdxl"])
+def test_shipped_recipes_train_adapters_alone(name, registry):
+    recipe = load(ROOT / "recipes" / f"lcm_lora_{name}.toml", ["metric=[]"], registry)
+    assert recipe.needs == {"teacher", "boundary"}
+    assert recipe.objective.w_min == recipe.objective.w_max == 6.5
+    assert recipe.denoiser.guidance is None
+    assert recipe.teacher.backbone == recipe.backbone
+    assert recipe.adapter.rank == recipe.adapter.alpha == 64
+    assert recipe.backbone.preset == name

@@ -48,7 +48,10 @@ class Lora(Adapter):
     def identity(self) -> Mapping[str, Any]:
         from cmkit.files import cached_sha256
 
-        return {"weights": [cached_sha256(path) for path in self._files()]} if self.weights else {}
+        if self.weights is None:
+            return {}
+        counts = zip(self._files(), self._named().values(), strict=True)
+        return {"weights": [f"{count:g} of {cached_sha256(path)}" for path, count in counts]}
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
         return {"rank": 2, "alpha": None, "weights": None}
