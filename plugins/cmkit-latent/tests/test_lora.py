@@ -22,7 +22,7 @@ from torch import nn
 
 from cmkit import CheckpointError, Cond, DataSpec, RecipeError, TextSpec
 from cmkit.plan.networks import load_into
-from cmkit.testing import check_fields
+from cmkit.testing import check_adapter
 from cmkit.testing.subjects import told
 from cmkit.train.training import _average
 
@@ -80,10 +80,6 @@ def test_sizes_are_those_that_the_authors_publish(preset, size, layers):
         Lora().attach(network)
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == size
     assert len(injected.layers_of(network)) == layers
-
-
-def test_its_fields_are_described():
-    check_fields(Lora())
 
 
 @torch.no_grad()
@@ -431,3 +427,8 @@ def test_sums_are_those_of_peft(tmp_path, how):
     for layer, ours in factors.mixed(read, counts, how).items():
         theirs = model.base_model.model[layer].get_delta_weight("peft").flatten(1)
         torch.testing.assert_close(ours.change(), theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_it_keeps_the_laws_of_an_adapter():
+    check_adapter(Lora(rank=2, alpha=3.0))
+    check_adapter(Lora(rank=3))
