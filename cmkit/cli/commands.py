@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -20,7 +20,7 @@ from cmkit.stop import StopSignal
 if TYPE_CHECKING:
     import torch
 
-    from cmkit.kinds import Dataset
+    from cmkit.kinds import Adapter, Dataset
     from cmkit.plan import Plan
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
@@ -398,7 +398,7 @@ def merge(
 
     options = mixing.options(mixing.counted(sources), how)
     part = validated(registry.load("adapter", use), options, ("merge",), Source("cmkit merge", {}))
-    mixing.merge(part, target, loaded)
+    mixing.merge(cast("Adapter", part), target, loaded)
     printing.line(f"{target}: written from {', '.join(sources)}")
 
 
