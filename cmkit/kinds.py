@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -153,6 +154,10 @@ class Objective(Part, ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+
+    def needed(self) -> frozenset[str]:
+        """Those of `needs` that these very options need."""
+        return self.needs
 
     def check(self, data: DataSpec) -> None:
         """Raise now what would stop `loss` later, such as missing weights of a distance."""
@@ -484,6 +489,45 @@ class Metric(Part, ABC):
         return {}
 
 
+class Adapter(Part, ABC):
+    """A few weights that are trained beside a network's own, which stay as they are, such as LoRA.
+
+    Training attaches it; sampling folds it into the network, which is then one like any other.
+    """
+
+    weights: str | dict[str, float] | None = None
+    """Trained weights of adapters: a file, a folder with one, or a run; or several, each with the
+    number that it counts: { "a.safetensors" = 0.8, "runs/b-1a2b" = 0.5 }."""
+
+    @abstractmethod
+    def attach(self, network: Network) -> None:
+        """Put the weights that `weights` say, or fresh ones, beside those of `network`, whose
+        output fresh ones do not change; afterwards they alone require gradients.
+
+        Fresh weights are drawn by torch's global generator. On a network without memory only names
+        and shapes are tried. RecipeError where it has no layer for them, CheckpointError where
+        `weights` do not fit.
+        """
+
+    @abstractmethod
+    def off(self, network: Network) -> AbstractContextManager[None]:
+        """Inside, an attached `network` computes, bit for bit, what it did before."""
+
+    @abstractmethod
+    def fold(self, network: Network) -> None:
+        """Add what is attached to the weights of `network`, whose names are then as before."""
+
+    @abstractmethod
+    def write(self, network: Network, path: Path) -> None:
+        """Write what is attached to `network`, alone, to the safetensors file `path`, for
+        `weights`."""
+
+    @abstractmethod
+    def mix(self, path: Path) -> None:
+        """Write what `weights` name, mixed, to the safetensors file `path`; RecipeError or
+        CheckpointError where they do not go together."""
+
+
 CLASSES: dict[str, type[Part]] = {
     "backbone": Backbone,
     "precond": Precond,
@@ -494,4 +538,5 @@ CLASSES: dict[str, type[Part]] = {
     "metric": Metric,
     "codec": Codec,
     "text": TextEncoder,
+    "adapter": Adapter,
 }

@@ -85,7 +85,13 @@ class Models:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Make the online weights those of every other copy, the teacher among them."""
+        """Make the online weights those of every other copy, the teacher among them; PluginError
+        where that is the online network without its adapter."""
+        if self.teacher is not None and self.teacher.network is self.online.network:
+            raise PluginError(
+                "objective: it makes the student its teacher, which here is the same network"
+                " without its adapter; drop [adapter], or choose another objective"
+            )
         for copied in (self.target, self.teacher, *self.ema.values()):
             if copied is not None:
                 copied.network.load_state_dict(self.online.network.state_dict())

@@ -111,6 +111,8 @@ def _recipe(kind: str) -> str:
     changes = {"precond": DIFFUSION, "text": {**PROMPTED, **own}}.get(kind, own)
     first = {"dataset": "", kind: ""} if kind in ("codec", "text") else {}
     tables = {**first, **RECIPE, **changes}
+    if kind == "adapter":  # of a trained network, such as that of `cmkit new backbone`
+        tables = {**tables, "denoiser": '[denoiser]\nweights = "runs/NAME-KEY"\n'}
     if kind == "text":
         del tables["metric"]  # it knows digits
     return "\n".join(['# cmkit run recipe.toml\nname = "mine"\nseed = 0\n', *tables.values()])

@@ -33,8 +33,9 @@ _TYPES = {
 """Types of weights, by their name in a safetensors file."""
 
 
-def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the safetensors file `path`, which is replaced, whole or not at all.
+def save_weights(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] = {}) -> str:
+    """SHA-256 of the safetensors file `path`, which is replaced, whole or not at all; `about` are
+    texts beside the tensors.
 
     NonFiniteError names a tensor with NaN or infinity; ResourceError when the disk refuses.
     """
@@ -43,7 +44,7 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor]) -> str:
     with files.writing(path, size):
         with tempfile.TemporaryDirectory(prefix=files.TEMPORARY, dir=path.parent) as folder:
             whole = Path(folder) / path.name
-            sha256 = write_tensors(whole, tensors)
+            sha256 = write_tensors(whole, tensors, about)
             os.replace(whole, path)
         files.sync_folder(path.parent)
     return sha256
@@ -92,7 +93,7 @@ def require_savable(name: str, group: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes + len(key) + 100 for key, tensor in group.items())
 
 
-def write_tensors(path: Path, group: Mapping[str, Tensor]) -> str:
+def write_tensors(path: Path, group: Mapping[str, Tensor], about: Mapping[str, str] = {}) -> str:
     """SHA-256 of the new safetensors file `path`, which is fsynced; OSError where it cannot be."""
     dense: dict[str, Tensor] = {}
     storages = set()
@@ -104,7 +105,7 @@ def write_tensors(path: Path, group: Mapping[str, Tensor]) -> str:
     path.touch(exist_ok=False)
     mode = path.stat().st_mode
     try:
-        save_file(dense, path, {"format": "pt"})
+        save_file(dense, path, {"format": "pt", **about})
     except SafetensorError as error:
         raise files.as_os_error(error) from error
     path.chmod(mode)  # safetensors makes its files readable for this user alone

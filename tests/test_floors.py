@@ -16,7 +16,7 @@ noise rng denoiser traits models kinds batches plugins functional
 files device pictures tensors checkpoint run.places run.folder rescaling latents
 recipe weights plan
 sample measure train search edit
-report run convert export smoke
+report run convert export mixing smoke
 suite
 testing new cli __main__
 """.split()  # noqa: SIM905 - rows are storeys

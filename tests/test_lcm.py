@@ -416,3 +416,9 @@ def test_discrete_levels_are_the_steps_of_the_schedule():
     assert set(spread.diff().tolist()) <= {58, 59}
     with pytest.raises(RecipeError, match="1001 points: the schedule has 1000 steps"):
         noise.sigmas(1001)
+
+
+def test_a_student_that_is_not_told_w_and_a_target_without_a_copy_are_options():
+    assert LCM().needed() == LCM.needs == {"target", "teacher", "guidance", "boundary"}
+    assert LCM(embed_guidance=False).needed() == {"target", "teacher", "boundary"}
+    assert LCM(target_ema=0.0).needed() == {"teacher", "guidance", "boundary"}

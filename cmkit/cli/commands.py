@@ -13,7 +13,7 @@ import typer
 from cmkit.cli import printing
 from cmkit.cli.bench import bench
 from cmkit.cli.compare import compare
-from cmkit.cli.models import convert, edit, export, sample, watch
+from cmkit.cli.models import convert, edit, export, merge, sample, watch
 from cmkit.cli.parts import DeviceOption, JsonOption, SetOption, new, plugins_app
 from cmkit.errors import CheckpointError, DataError, inline
 from cmkit.stop import StopSignal
@@ -211,6 +211,7 @@ def verify(
 
 app.command()(convert)
 app.command(epilog="Example: cmkit export runs/lcm_sd15-1a2b3c4d lcm_sd15 --to diffusers")(export)
+app.command()(merge)
 app.command()(bench)
 app.command()(new)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -14,6 +14,7 @@ from cmkit.cli.parts import DeviceOption, JsonOption, SetOption
 if TYPE_CHECKING:
     import torch
 
+    from cmkit.kinds import Adapter
     from cmkit.recipe import Recipe
     from cmkit.run import Event
 
@@ -206,6 +207,40 @@ def export(
     printing.line(
         f"opened again, its picture differs by {result['difference']:.2g} of 255 from cmkit's"
     )
+
+
+def merge(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER=NUMBER", help="Files or runs, what they count.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The new .safetensors file.")],
+    how: Annotated[
+        Literal["add", "factors"],
+        typer.Option(help="Add the changes of weights, or their factors, with cross terms."),
+    ] = "add",
+    fold: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE", help="Add them to the weights of this recipe, and write all of these."
+        ),
+    ] = None,
+    set: SetOption = [],  # noqa: B006
+    use: Annotated[str, typer.Option(help="The adapter of these files.")] = "lora",
+) -> None:
+    """Mix several adapters into one, or fold adapters into the weights of their network."""
+    from cmkit.plugins import discover
+    from cmkit.recipe import find_recipe, load
+    from cmkit.recipe.parts import validated
+    from cmkit.recipe.toml import Source
+
+    registry = discover()
+    loaded = load(find_recipe(fold), set, registry) if fold else None
+    from cmkit import mixing  # the recipe is known to be sound before torch is imported
+
+    options = mixing.options(mixing.counted(sources), how)
+    part = validated(registry.load("adapter", use), options, ("merge",), Source("cmkit merge", {}))
+    mixing.merge(cast("Adapter", part), target, loaded)
+    printing.line(f"{target}: written from {', '.join(sources)}")
 
 
 def _drawn_from(

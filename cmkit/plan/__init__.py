@@ -5,11 +5,14 @@ from cmkit.plan.checks import CURES, check_disk, conditions_of, sigma_data_note,
 from cmkit.plan.data import batches, cache_bytes, kept
 from cmkit.plan.fit import check_fit, plan
 from cmkit.plan.networks import (
+    attach,
     build,
     build_companions,
     build_teacher,
+    built,
     coding_of,
     for_sampling,
+    load_start,
     model_digest,
     naming_table,
     noise_of,

@@ -353,6 +353,24 @@ def check_teacher(
     return notes
 
 
+def check_adapter(recipe: Recipe, network: Network) -> None:
+    """Attach the adapter to a network without memory; RecipeError where there is nothing that it
+    changes, or nothing that it says."""
+    if networks.base_of(recipe) is None:
+        raise recipe.source.error(
+            ("adapter",),
+            "it changes a trained network: say denoiser.weights, or with a [teacher]"
+            ' denoiser.init = "teacher"',
+        )
+    assert recipe.adapter is not None
+    if not recipe.train and recipe.adapter.weights is None:
+        raise recipe.source.error(
+            ("adapter",), "it is not trained here: say adapter.weights, a file or a run"
+        )
+    with torch.device("meta"), naming_table(recipe, "adapter"):
+        networks.attach(recipe.adapter, network, recipe.seed)
+
+
 def dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:
     """FLOPs of a forward pass of one image; the sampler, if any, is run through on the way."""
     x, cond = _dry_input(data, conditions)
@@ -444,6 +462,9 @@ def memory_of(recipe: Recipe, denoiser: Denoiser, data: DataSpec) -> int:
     parameters = [p for c in companions.values() for p in c.network.parameters()]
     beside = sum(p.numel() * (4 if p.requires_grad else 1) for p in parameters)
     teacher = 0.0
-    if "teacher" in recipe.needs and recipe.teacher:
+    conditions = conditions_of(recipe, data)
+    if networks.teacher_is_base(recipe, data, conditions):
+        pass
+    elif "teacher" in recipe.needs and recipe.teacher:
         teacher = every / (2 if recipe.teacher.table.dtype == "bf16" else 1)
     return int(4 * (every + trained * copies + teacher + beside))

@@ -65,10 +65,16 @@ def check_fit(recipe: Recipe) -> Plan:
     elif recipe.train and recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check_networks(denoiser.network, None)
+    if recipe.adapter:
+        checks.check_adapter(recipe, denoiser.network)
     checks.check_shown(recipe, denoiser, space, conditions)
     flops = checks.dry_run(recipe, denoiser, space, conditions)
     memory = checks.memory_of(recipe, denoiser, space)
-    disk = (recipe.train.keep + 1) * memory if recipe.train else 0
+    kept = memory
+    if recipe.adapter:  # of which checkpoints hold what is trained
+        trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+        kept = 4 * trained * (4 + len(recipe.train.ema) if recipe.train else 1)
+    disk = (recipe.train.keep + 1) * kept if recipe.train else 0
     if recipe.sample:
         disk += recipe.sample.images * data.channels * data.resolution**2
     return Plan(
@@ -78,6 +84,7 @@ def check_fit(recipe: Recipe) -> Plan:
         conditions=conditions,
         sites=denoiser.network.sites,
         parameters=sum(p.numel() for p in denoiser.parameters()),
+        trained=sum(p.numel() for p in denoiser.parameters() if p.requires_grad),
         flops=flops,
         disk=disk,
         memory=memory,

@@ -13,8 +13,8 @@ import torch
 from cmkit.denoiser import NO_COND, Cond, Denoiser, Guided, Network
 from cmkit.device import precision
 from cmkit.errors import CheckpointError, PluginError, RecipeError
-from cmkit.files import cached_digest
-from cmkit.kinds import Backbone, Precond
+from cmkit.files import cached_digest, digest_of
+from cmkit.kinds import Adapter, Backbone, Precond
 from cmkit.latents.coding import Coding
 from cmkit.noise import Noise
 from cmkit.plan.record import Plan
@@ -26,11 +26,15 @@ from cmkit.weights import adapt, find, identity, notes, read, shapes
 
 
 def build(plan: Plan, device: torch.device) -> Denoiser:
-    """The recipe's denoiser on `device`, with its given weights or fresh ones drawn by its seed."""
+    """The recipe's denoiser on `device`, with its given weights or fresh ones drawn by its seed,
+    and its adapter, if any, attached."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.recipe.seed)
         network = built(plan.recipe.backbone, plan.space, plan.conditions)
     load_start(plan.recipe, network, plan.space, plan.conditions)
+    if plan.recipe.adapter:
+        with naming_table(plan.recipe, "adapter"):
+            attach(plan.recipe.adapter, network, plan.recipe.seed)
     network = network.to(device).to(memory_format=torch.channels_last)
     return denoiser_of(plan.recipe, network)
 
@@ -62,15 +66,68 @@ def for_sampling(plan: Plan, device: torch.device, name: str, null: Cond = NO_CO
     check_policy(plan.recipe, plan.space, plan.conditions)
     denoiser = build(plan, device)
     denoiser.null = null
+    if plan.recipe.adapter:
+        plan.recipe.adapter.fold(denoiser.network)
     if precision(name, device) == "bf16":
         denoiser.network.lower(torch.bfloat16)
     return guided_as_said(plan.recipe, denoiser.eval())
 
 
-def build_teacher(plan: Plan, device: torch.device) -> Denoiser:
-    """The recipe's teacher on `device`, frozen."""
+def attach(adapter: Adapter, network: Network, seed: int) -> None:
+    """Attach an adapter to a network, with fresh weights drawn by the seed where it has none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        adapter.attach(network)
+
+
+class Unadapted(Denoiser):
+    """A denoiser whose network's adapter is off, and which is not in training, while it runs."""
+
+    adapter: Adapter
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, cond: Cond = NO_COND) -> torch.Tensor:
+        """x0_hat, (B, C, H, W); arguments of `Denoiser.forward`."""
+        training = self.network.training
+        self.network.eval()
+        try:
+            with self.adapter.off(self.network):
+                return super().forward(x, sigma, cond)
+        finally:
+            self.network.train(training)
+
+
+def base_of(recipe: Recipe) -> str | None:
+    """The weights that the recipe's network starts from, its own or its teacher's, if any."""
+    if recipe.denoiser.init == "teacher" and recipe.teacher:
+        return recipe.teacher.table.weights
+    return recipe.denoiser.weights
+
+
+def teacher_is_base(recipe: Recipe, space: DataSpec, conditions: frozenset[str]) -> bool:
+    """Whether the teacher is the student's network without its adapter: then one is both."""
+    given = recipe.teacher
+    return (
+        recipe.adapter is not None
+        and given is not None
+        and given.table.weights == base_of(recipe)
+        and given.backbone == recipe.backbone
+        and conditions_of_teacher(given, space) == conditions
+    )
+
+
+def build_teacher(plan: Plan, device: torch.device, online: Denoiser | None = None) -> Denoiser:
+    """The recipe's teacher on `device`, frozen; where that is the student `online` without its
+    adapter, in the very network of it."""
     given = plan.recipe.teacher
     assert given is not None
+    if online and plan.recipe.adapter and teacher_is_base(plan.recipe, plan.space, plan.conditions):
+        with torch.device("meta"):
+            like = teacher_of(given, plan.recipe.denoiser, plan.space)
+        same = Unadapted(online.network, like.noise, like.scalings, like.sigma_data)
+        same.adapter = plan.recipe.adapter
+        # Autocast rounds shared weights as `lower` would those of a copy.
+        same.dtype = torch.bfloat16 if given.table.dtype == "bf16" else None
+        return same
     with torch.random.fork_rng(devices=[]):
         teacher = teacher_of(given, plan.recipe.denoiser, plan.space)
     load_into(teacher.network, given.table.weights, given.backbone, plan.space)
@@ -111,7 +168,7 @@ def target_is_average(recipe: Recipe) -> bool:
     """Whether the target network of the objective is the average that samples come from, of the
     same decay at every step: then one copy is both."""
     table, objective = recipe.train, recipe.objective
-    if not table or not objective or table.ema_warmup or "target" not in objective.needs:
+    if not table or not objective or table.ema_warmup or "target" not in recipe.needs:
         return False
     steps = (0, table.steps // 3, table.steps - 1)
     return all(objective.phase(k, table.steps).target_ema == table.ema[0] for k in steps)
@@ -206,11 +263,10 @@ def load_start(
 
     Where the student embeds more than its teacher, those embeddings keep their fresh weights.
     """
-    weights, kept = recipe.denoiser.weights, {}
-    if recipe.denoiser.init == "teacher" and recipe.teacher:
-        weights = recipe.teacher.table.weights
-        if conditions - conditions_of_teacher(recipe.teacher, data):
-            kept = network.state_dict()
+    weights, kept = base_of(recipe), {}
+    teacher = recipe.teacher if recipe.denoiser.init == "teacher" else None
+    if teacher and conditions - conditions_of_teacher(teacher, data):
+        kept = network.state_dict()
     return load_into(network, weights, recipe.backbone, data, kept) if weights else ()
 
 
@@ -237,7 +293,8 @@ def load_into(
 
 def model_digest(recipe: Recipe, data: DataSpec, conditions: frozenset[str]) -> str:
     """SHA-256 of the weights that a recipe gives its network: of their names there, shapes and
-    values in its types, whatever the file and its layout; "" before they are downloaded.
+    values in its types, whatever the file and its layout, and of its adapter; "" before they are
+    downloaded.
 
     It is computed once for each file.
     """
@@ -254,7 +311,11 @@ def model_digest(recipe: Recipe, data: DataSpec, conditions: frozenset[str]) -> 
     file = identity(recipe.denoiser.weights, backbone)["weights"]
     shape = (data.channels, data.resolution, data.num_classes, *sorted(conditions))
     table = {"use": recipe.resolved["backbone"]["use"], **backbone.model_dump(mode="json")}
-    return cached_digest(json.dumps([file, shape, table], sort_keys=True), compute)
+    own = cached_digest(json.dumps([file, shape, table], sort_keys=True), compute)
+    if recipe.adapter is None:
+        return own
+    options = recipe.adapter.model_dump(mode="json", exclude={"weights"})
+    return digest_of(json.dumps([own, options, dict(recipe.adapter.identity())], sort_keys=True))
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor], network: Network) -> str:

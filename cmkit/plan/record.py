@@ -32,6 +32,8 @@ class Plan:
     """Bytes of weights, their copies and the optimizer's state."""
     downloads: tuple[Weights, ...] = ()
     """Published weights that are not here yet."""
+    trained: int = 0
+    """Those of `parameters` that training changes: of an adapter its own."""
     nfe: int | None = None
     """Network evaluations a sample, if any are drawn."""
     notes: tuple[str, ...] = ()

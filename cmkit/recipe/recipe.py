@@ -24,6 +24,7 @@ from cmkit.recipe.toml import Source
 
 if TYPE_CHECKING:
     from cmkit.kinds import (
+        Adapter,
         Backbone,
         Codec,
         Dataset,
@@ -70,6 +71,7 @@ class Recipe:
     source: Source
     data: DataSpec | None = None
     """Shape of the data where it is known without reading them: of a finished run."""
+    adapter: Adapter | None = None
     smoke: bool = False
     """Whether its numbers mean nothing: see `cmkit.smoke`."""
 
@@ -92,7 +94,7 @@ class Recipe:
     @property
     def needs(self) -> frozenset[str]:
         """What the objective needs; nothing where there is none."""
-        return self.objective.needs if self.objective else frozenset()
+        return self.objective.needed() if self.objective else frozenset()
 
     def compared_with(self, metric: Metric) -> Dataset:
         """The data set with whose images a metric compares; RecipeError where these are to be held

@@ -222,7 +222,16 @@ class ExpectedTable(Part):
     """Published values by the metric's name: fid, precision, ..."""
 
 
-PART_TABLES = ("dataset", "codec", "text", "backbone", "objective", "rescaler", "sampler")
+PART_TABLES = (
+    "dataset",
+    "codec",
+    "text",
+    "backbone",
+    "adapter",
+    "objective",
+    "rescaler",
+    "sampler",
+)
 STAGES = {
     "cache": "cmkit.run.stages.cache:Cache",
     "train": "cmkit.run.stages.train:Train",

@@ -85,16 +85,26 @@ def trained(recipe: Recipe, folder: RunFolder) -> Recipe:
     """The recipe that starts from what its training, if any, left in `folder`."""
     if not recipe.train:
         return recipe
-    weights = {"weights": str(folder.weights), "init": None}
-    return replace(recipe, denoiser=recipe.denoiser.model_copy(update=weights))
+    return _with_weights(recipe, str(folder.weights))
+
+
+def _with_weights(recipe: Recipe, weights: str) -> Recipe:
+    """The recipe with the trained `weights`: of its adapter, where it has one, beside those that
+    training started from."""
+    adapter, base = recipe.adapter, weights
+    if adapter:
+        adapter = adapter.model_copy(update={"weights": weights})
+        teacher = recipe.teacher.table.weights if recipe.teacher else None
+        base = (recipe.denoiser.init == "teacher" and teacher) or recipe.denoiser.weights or ""
+    denoiser = recipe.denoiser.model_copy(update={"weights": base, "init": None})
+    return replace(recipe, denoiser=denoiser, adapter=adapter)
 
 
 def _finished(recipe: Recipe, folder: RunFolder, at: str) -> Recipe:
     """The recipe of a run with what its stages left in `folder`; `at` names other weights of it."""
     if at:
-        weights = {"weights": f"{folder.path}{at}", "init": None}
-        recipe = replace(recipe, denoiser=recipe.denoiser.model_copy(update=weights))
-    elif not _said(recipe, "denoiser", "weights"):
+        recipe = _at_home(_with_weights(recipe, f"{folder.path}{at}"), folder)
+    elif not _said(recipe, "adapter" if recipe.adapter else "denoiser", "weights"):
         for name, fault in folder.damage("train", folder.status().get("train", {})).items():
             if fault == "damaged" and name == folder.weights.name:
                 raise CheckpointError(
@@ -102,9 +112,9 @@ def _finished(recipe: Recipe, folder: RunFolder, at: str) -> Recipe:
                     " it, or draw from a checkpoint, such as RUN@STEP"
                 )
         recipe = _at_home(trained(recipe, folder), folder)
-        if recipe.train and not Path(recipe.denoiser.weights or "").is_file():
+        if recipe.train and not folder.weights.is_file():
             raise CheckpointError(
-                f"{recipe.denoiser.weights}: not there yet; finish the run first:"
+                f"{folder.weights}: not there yet; finish the run first:"
                 f" cmkit run {folder.recipe} --out {folder.path.parent}"
             )
     if recipe.search and recipe.rescaler:

@@ -28,7 +28,7 @@ SHOWN = 5
 def inputs_of(recipe: Recipe, data: DataSpec, device: torch.device) -> dict[str, dict[str, Any]]:
     """The identity of what each table of a recipe reads, and the precisions that its keys mean."""
     found: dict[str, dict[str, Any]] = {}
-    for table in ("codec", "text", "backbone", "objective", "rescaler", "sampler"):
+    for table in ("codec", "text", "backbone", "adapter", "objective", "rescaler", "sampler"):
         if part := getattr(recipe, table):
             found[table] = dict(part.identity())
     shape = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(data).items()}

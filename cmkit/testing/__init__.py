@@ -4,6 +4,7 @@
 is broken, what was seen, and what to change. Checks take seconds, on the CPU and tiny tensors.
 """
 
+from cmkit.testing.adapter import check_adapter
 from cmkit.testing.backbone import check_backbone
 from cmkit.testing.codec import check_codec
 from cmkit.testing.dataset import check_dataset

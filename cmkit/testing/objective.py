@@ -36,7 +36,7 @@ def check_objective(objective: Objective, data: DataSpec = DIGITS) -> None:
     _check_phase(report, objective)
     labels = Cond(label=draws(data).labels(range(4)))
     given = [(step, labels) for step in (0, 60, 99)]
-    if "label" not in objective.needs:
+    if "label" not in objective.needed():
         given.append((0, Cond(text=told(data.text or PROMPTS, 4)["text"])))
     for step, cond in given:
         _check_loss(report, objective, data, objective.phase(step, 100), cond)
@@ -88,13 +88,13 @@ def _check_phase(report: Report, objective: Objective) -> None:
 
 def _models(objective: Objective, data: DataSpec) -> Models:
     """The networks that training would hold; the teacher's weights are not the student's."""
-    diffusion = objective.needs & {"diffusion", "identity", "edm"}
+    diffusion = objective.needed() & {"diffusion", "identity", "edm"}
     scalings = edm_scalings if diffusion else consistency_scalings
     online = Denoiser(Small(data), Noise(), scalings).train()
     target, teacher = online, None
-    if "target" in objective.needs:
+    if "target" in objective.needed():
         target = copy.deepcopy(online).requires_grad_(False)
-    if "teacher" in objective.needs:
+    if "teacher" in objective.needed():
         teacher = Denoiser(Small(data), Noise(), edm_scalings).eval().requires_grad_(False)
         for parameter in teacher.parameters():
             parameter.mul_(0.9)

@@ -158,9 +158,9 @@ def start(plan: Plan, device: torch.device, null: Cond = NO_COND) -> Training:
     online.null = null
     averages = [_average(online) for _ in recipe.train.ema]
     target = online
-    if "target" in recipe.objective.needs:
+    if "target" in recipe.needs:
         target = averages[0] if target_is_average(recipe) else _average(online)
-    teacher = build_teacher(plan, device) if "teacher" in recipe.objective.needs else None
+    teacher = build_teacher(plan, device, online) if "teacher" in recipe.needs else None
     if teacher:
         teacher.null = null
     companions = build_companions(plan, device)
@@ -173,8 +173,8 @@ def start(plan: Plan, device: torch.device, null: Cond = NO_COND) -> Training:
         companions={name: companion.network for name, companion in companions.items()},
     )
     if recipe.train.compile:
-        for denoiser in {id(d): d for d in (online, target, teacher) if d}.values():
-            denoiser.network.compile()
+        for network in {id(d.network): d.network for d in (online, target, teacher) if d}.values():
+            network.compile()
     optimizer = optimizer_of(recipe.train, online.network, companions)
     window = torch.zeros((), device=device)
     return Training(plan, recipe.train, device, models, optimizer, companions, window=window)

@@ -9,6 +9,7 @@ from cmkit.weights.files import (
     TO_COME,
     Weights,
     adapt,
+    adapter_file,
     find,
     identity,
     notes,

@@ -19,6 +19,7 @@ from cmkit.checkpoint import (
     newest_folder,
     read_shapes,
     read_weights,
+    verify,
     weights_file,
 )
 from cmkit.errors import CheckpointError, did_you_mean
@@ -134,6 +135,34 @@ def start_checkpoint(name: str) -> Path:
             f" {', '.join(map(str, folder.steps())) or 'none'} in {folder.checkpoints}"
         )
     return found
+
+
+ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""How diffusers and peft call the file of an adapter in its folder."""
+
+
+def adapter_file(name: str) -> Path:
+    """The safetensors file of the adapter `name`: a file, a folder with one, or a run, named as
+    other weights are; CheckpointError where there is none."""
+    place, step, average = chosen(name)
+    folder = RunFolder.at(place)
+    path = folder.path
+    if step is not None:
+        path = folder.checkpoint(step)
+    elif average and folder.checkpoints.is_dir():
+        path = folder.checkpoints
+    elif path.is_dir():
+        inside = [path / file for file in ADAPTERS if (path / file).is_file()]
+        path = inside[0] if inside else folder.newest_weights()
+    if path.is_dir():
+        verify(newest_folder(path))
+        path = weights_file(path, average)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{name}: no weights of an adapter; give a .safetensors file, a folder with"
+            f" {' or '.join(ADAPTERS)}, or a run"
+        )
+    return path
 
 
 def identity(name: str, backbone: Backbone) -> dict[str, str]:

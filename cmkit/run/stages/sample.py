@@ -33,6 +33,7 @@ class Sample(SampleTable, Stage):
         "codec",
         "text",
         "backbone",
+        "adapter",
         "denoiser",
         "rescaler",
         "sampler",

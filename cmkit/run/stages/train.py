@@ -24,6 +24,7 @@ class Train(TrainTable, Stage):
         "codec",
         "text",
         "backbone",
+        "adapter",
         "denoiser",
         "teacher",
         "objective",
@@ -98,7 +99,11 @@ class Train(TrainTable, Stage):
                 more = on if folder.steps() else ""
                 raise DataError(f"{error}; cmkit check {file} --data lists all{more}") from error
             raise
-        save_weights(folder.weights, training.models.ema[self.ema[0]].network.state_dict())
+        average = training.models.ema[self.ema[0]].network
+        if adapter := job.plan.recipe.adapter:
+            adapter.write(average, folder.weights)
+        else:
+            save_weights(folder.weights, average.state_dict())
         seconds = spent + time.perf_counter() - began
         result |= {
             "steps": self.steps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import diffusers.models.embeddings as embeddings
 import pytest
 import torch
 from cmkit_latent.backbone import SDUNet
+from cmkit_latent.factors import Factors, mixed
 from cmkit_latent.network import guidance_waves
 from cmkit_std.discrete import DiscreteNoise, lcm_boundary, nearest
 from cmkit_std.objectives.lcm import LCM
@@ -359,22 +360,21 @@ def merging(case: dict, dtype: torch.dtype) -> dict:
     def delta(name: str) -> dict:
         return {layer: tuned.model[layer].get_delta_weight(name) for layer in layers}
 
-    def product(layer: str, one: Mapping[str, float], two: Mapping[str, float]) -> Tensor:
-        """(sum of factors B, each by its number in `one`)(those A by `two`), as a weight."""
-        own = tuned.model[layer]
-        b, a = (
-            sum(number * factor[name].weight.flatten(1) for name, number in numbers.items())
-            for factor, numbers in ((own.lora_B, one), (own.lora_A, two))
-        )
-        return (b @ a).view(own.base_layer.weight.shape)
+    def sums(how: str, alpha: Callable[[str, int], float]) -> dict:
+        """What `cmkit merge` makes of the adapters."""
+        read = {
+            name: {
+                layer: Factors(own.lora_A[name].weight, own.lora_B[name].weight, alpha(name, rank))
+                for layer, own in ((layer, tuned.model[layer]) for layer in layers)
+            }
+            for name, rank in zip(options, ranks, strict=True)
+        }
+        made = mixed(read, dict(zip(options, weights, strict=True)), how)
+        shapes = {layer: tuned.model[layer].base_layer.weight.shape for layer in layers}
+        return {layer: made[layer].change().view(shapes[layer]) for layer in layers}
 
-    chosen = dict(zip(options, weights, strict=True))
-    scales = {name: alphas[name] / rank for name, rank in zip(options, ranks, strict=True)}
-    additive = {
-        layer: sum(product(layer, {n: chosen[n] * scales[n]}, {n: 1.0}) for n in options)
-        for layer in layers
-    }
-    factors = {layer: product(layer, chosen, chosen) for layer in layers}
+    additive = sums("add", lambda name, _: alphas[name])
+    factors = sums("factors", lambda _, rank: rank)  # the sources' factors have no alpha
     every = [*options, "peft linear", "peft cat"]
     return {**{name: delta(name) for name in every}, "additive": additive, "factors": factors}
 

@@ -48,15 +48,15 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
-def upsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def upsampled(x: Tensor, conv: nn.Module) -> Tensor:
     """The 3x3 `conv` of x (B, C, H, W) with each pixel doubled in both directions,
     (B, C', 2 H, 2 W).
 
     On a CPU it is a transposed convolution, whose kernel sums the taps that see the same pixel: 4
     products an output pixel instead of 9.
     """
-    if x.device.type != "cpu":
-        return conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    if x.device.type != "cpu" or not isinstance(conv, nn.Conv2d):  # one with an adapter beside it
+        return conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # type: ignore[no-any-return]
     taps = conv.weight.permute(0, 2, 3, 1).flatten(1, 2)  # (C', 9, C)
     kernel = conv.weight.new_tensor(TAP_SUMS) @ taps
     kernel = kernel.unflatten(1, (4, 4)).permute(3, 0, 1, 2)  # (C, C', 4, 4)

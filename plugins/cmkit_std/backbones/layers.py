@@ -44,9 +44,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (B, C', 2 H, 2 W) of x (B, C, H, W)."""
-        if isinstance(self.conv, nn.Conv2d):
-            return upsampled(x, self.conv)
-        return F.interpolate(x, scale_factor=2, mode="nearest")
+        if isinstance(self.conv, nn.Identity):
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        return upsampled(x, self.conv)
 
 
 class Downsample(nn.Module):

@@ -23,7 +23,8 @@ class LCM(Objective):
 
     Of prompts the teacher is guided away from the unconditional one; of labels it must know what
     none is: a backbone with null_class = true, trained with objective.label_dropout. Student:
-    denoiser.init = "teacher". Sample with denoiser.guidance = w and sampler `lcm`.
+    denoiser.init = "teacher". Sample with denoiser.guidance = w and sampler `lcm`; with
+    embed_guidance = false, whose student guides by itself, without guidance.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"target", "teacher", "guidance", "boundary"})
@@ -45,7 +46,10 @@ class LCM(Objective):
     huber_c: float = Field(0.001, ge=0, le=1e6)
     """c of that distance."""
     target_ema: float = Field(0.95, ge=0, lt=1)
-    """The target's decay; 0 = the online network itself."""
+    """The target's decay; 0 = the online network itself, without a copy."""
+    embed_guidance: bool = True
+    """Whether the student is told w. False leaves it a network like its teacher, as LoRA needs,
+    which guides by the mean of w; LCM-LoRA was made with w_min = w_max = 6.5, a scale of 7.5."""
 
     @model_validator(mode="after")
     def _ranges_are_in_order(self) -> LCM:
@@ -54,6 +58,10 @@ class LCM(Objective):
         if self.skip >= self.num_sigmas:
             raise ValueError(f"skip {self.skip} must be below num_sigmas {self.num_sigmas}")
         return self
+
+    def needed(self) -> frozenset[str]:
+        spare = {"guidance": self.embed_guidance, "target": self.target_ema > 0}
+        return frozenset(name for name in self.needs if spare.get(name, True))
 
     def check_networks(self, online: Network, teacher: Network | None) -> None:
         if teacher is not None and teacher.null_label is None and not teacher.prompted:

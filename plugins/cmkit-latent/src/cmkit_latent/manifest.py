@@ -21,6 +21,10 @@ SENTENCE = (
     "Reimers, Gurevych. Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks. 2019. "
     "arXiv:1908.10084"
 )
+LORA = (
+    "Luo, Tan, Patil, Gu, von Platen, Passos, Huang, Li, Zhao. LCM-LoRA: A Universal "
+    "Stable-Diffusion Acceleration Module. 2023. arXiv:2311.05556"
+)
 SCORE = (
     "Hessel, Holtzman, Forbes, Le Bras, Choi. CLIPScore: A Reference-free Evaluation Metric for "
     "Image Captioning. 2021. arXiv:2104.08718"
@@ -71,6 +75,13 @@ def cmkit_register() -> list[Plugin]:
             "words",
             f"{here}.words:Words",
             "A random vector for each word, without weights: for tests and smoke runs",
+        ),
+        Plugin(
+            "adapter",
+            "lora",
+            f"{here}.lora:Lora",
+            "Low-rank adaptation (LoRA), in files that diffusers loads, by peft",
+            LORA,
         ),
         Plugin(
             "dataset",
