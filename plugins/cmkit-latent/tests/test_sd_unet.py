@@ -153,11 +153,22 @@ def test_an_embedding_is_scaled_for_one_block_before_its_activation():
             assert k == j or torch.equal(now, before)
 
 
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"mid_block_type": "UNetMidBlock2D"},
+        {
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        },
+    ],
+    ids=["no attention in the middle, as SSD-1B", "none in the first of the decoder, as SD 1.5"],
+)
 @torch.no_grad()
-def test_decoding_is_forward_also_where_the_middle_has_no_attention(tmp_path):
-    """The middle of SSD-1B; skips and late embeddings scaled after encoding."""
+def test_decoding_is_forward_wherever_blocks_have_no_attention(tmp_path, blocks):
+    """Skips and late embeddings scaled after encoding."""
     config = {**SDUNet(preset="tiny").config(data_of(XL), XL.conditions)}
-    config |= {"mid_block_type": "UNetMidBlock2D", "layers_per_block": 2}
+    config |= {"layers_per_block": 2, **blocks}
     (tmp_path / "config.json").write_text(json.dumps(config))
     network, call = built(XL, preset=None, folder=str(tmp_path)), given(XL)
     late = {site: s for site, s in scales_of(network).items() if site in network.late}

@@ -105,7 +105,9 @@ class UNet(Network):
             a is not b for a, b in zip(skips[-len(last) :], last, strict=True)
         ):
             raise _changed("the skips are not what the blocks of the encoder returned")
-        return Encoded(given["hidden_states"], skips, given["temb"], given["encoder_hidden_states"])
+        assert cond.text is not None
+        text = cond.text.to(x.dtype)  # not of the call: a block without attention is given none
+        return Encoded(given["hidden_states"], skips, given["temb"], text)
 
     def decode(self, encoded: Encoded, scales: Scales) -> Tensor:
         """F for any scales of the `late` sites."""
@@ -237,7 +239,7 @@ class _ReachedDecoder(Exception):  # noqa: N818 - it ends a run on purpose
 
 
 def _stop(block: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
-    raise _ReachedDecoder({"encoder_hidden_states": None, **given})
+    raise _ReachedDecoder(given)
 
 
 def _require_met(wanted: list[str], met: set[str]) -> None:
