@@ -15,7 +15,8 @@ Left out are
   apart by details that 32 pixels do not hold, and their captions name nothing to be seen;
 - people "facing right", who are mirror images of those facing left;
 - couples and families by the gender of each: 5 families are one picture with another name, and
-  all 26 are silhouettes that differ by a skirt. Those without gender stay.
+  all are silhouettes that differ by a skirt. Those without gender stay, but for the family of
+  two adults and a child, which is the picture of "family".
 
 Men, women and persons of one role, and hair of several colours, stay: their captions say what is
 seen, and at 32x32 it can be. They are held out together (`family`).
@@ -30,7 +31,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,22 @@ NPM = {
     "@lobehub/fluent-emoji-flat": "1.1.0",
 }
 STYLES = {
-    "twemoji": ("emoji-datasource-twitter", "CC-BY-4.0: Twemoji, Copyright Twitter, Inc. and others"),
-    "fluent": ("@lobehub/fluent-emoji-flat", "MIT: Fluent Emoji, Copyright Microsoft Corporation"),
+    "twemoji": (
+        "emoji-datasource-twitter",
+        "CC-BY-4.0: Twemoji, Copyright Twitter and others",
+    ),
+    "fluent": ("@lobehub/fluent-emoji-flat", "MIT: Fluent Emoji, Copyright Microsoft"),
 }
 LEFT_OUT = {"component", "flags"}
 GENDERED = ("kiss: ", "couple with heart: ", "family: man", "family: woman")
+TWICE = {"family: adult, adult, child"}
 PERSONS = {0x1F468, 0x1F469, 0x1F9D1}
 SIGNS = {0x200D, 0xFE0F, 0x2640, 0x2642, *PERSONS}
 
 
 def main() -> None:
     """Write what the wheel ships, or a folder of one style with captions."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, help="where downloads are kept; else nowhere")
     parser.add_argument("--out", type=Path, default=emoji.FOLDER)
     parser.add_argument("--style", nargs=2, metavar=("STYLE", "OUT"), help=f"one of {set(STYLES)}")
@@ -94,12 +99,19 @@ def noto(work: Path) -> tuple[Path, Path]:
     """The font and the copyright file of the Debian package."""
     root = work / DEBIAN
     if not root.is_dir():
-        subprocess.run(["apt-get", "download", DEBIAN], cwd=work, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["apt-get", "download", DEBIAN], cwd=work, check=True, stdout=subprocess.DEVNULL
+        )
         (package,) = work.glob(f"{DEBIAN}_*.deb")
-        subprocess.run(["dpkg-deb", "-x", package.name, DEBIAN], cwd=work, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["dpkg-deb", "-x", package.name, DEBIAN],
+            cwd=work,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     font = root / "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
     if (found := hashlib.sha256(font.read_bytes()).hexdigest()) != FONT_SHA256:
-        raise SystemExit(f"{font}: SHA-256 {found[:12]}.. is not that of version 2.042; take that one")
+        raise SystemExit(f"{font}: SHA-256 {found[:12]}.. is not that of 2.042")
     return font, root / "usr/share/doc" / DEBIAN / "copyright"
 
 
@@ -108,7 +120,9 @@ def npm(package: str, work: Path) -> Path:
     folder = work / package.replace("/", "-").lstrip("@")
     if not folder.is_dir():
         called = f"{package}@{NPM[package]}"
-        subprocess.run(["npm", "pack", "--silent", called], cwd=work, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["npm", "pack", "--silent", called], cwd=work, check=True, stdout=subprocess.DEVNULL
+        )
         archive = work / f"{folder.name}-{NPM[package]}.tgz"
         shutil.unpack_archive(archive, folder, filter="data")
     return folder / "package"
@@ -131,7 +145,9 @@ def entries(work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for entry in sorted(every, key=lambda entry: entry.get("order", 0)):
         group = keys[str(entry["group"])] if "group" in entry else "component"
         label, hexcode = entry["label"], entry["hexcode"]
-        if group in LEFT_OUT or label.endswith("facing right") or label.startswith(GENDERED):
+        if group in LEFT_OUT or label in TWICE or label.startswith(GENDERED):
+            continue
+        if label.endswith("facing right"):
             continue
         texts = {language: distinct(told[language][hexcode]) for language in emoji.LANGUAGES}
         yield hexcode, {"group": numbers[group], "family": family(hexcode), **texts}
@@ -141,7 +157,7 @@ def distinct(texts: list[str]) -> list[str]:
     """The texts in one line each, without those that differ from an earlier one by capitals."""
     found: dict[str, str] = {}
     for text in texts:
-        clean = " ".join(text.replace("’", "'").split())
+        clean = " ".join(text.replace("\u2019", "'").split())
         found.setdefault(clean.casefold(), clean)
     return list(found.values())
 
@@ -155,7 +171,7 @@ def family(hexcode: str) -> str:
     return "-".join(kept) or hexcode
 
 
-def bitmaps(font: Path) -> Any:
+def bitmaps(font: Path) -> Callable[[str], Image.Image | None]:
     """A function from code points to the font's bitmap, RGBA 136x128, or None."""
     tables = TTFont(font)
     characters, strike = tables.getBestCmap(), tables["CBDT"].strikeData[0]
@@ -242,14 +258,14 @@ def _rasterized(file: Path) -> Image.Image:
 
 
 def write_style(style: str, out: Path, work: Path) -> int:
-    """Write NAME.png and NAME.txt of each, as data set `captions` reads them; returns their number."""
+    """Write NAME.png and NAME.txt of each, as data set `captions` reads them; their number."""
     out.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for count, (told, picture) in enumerate(styled(style, work), 1):
+    made = list(styled(style, work))
+    for told, picture in made:
         Image.fromarray(picture).save(out / f"{told['code']}.png")
         (out / f"{told['code']}.txt").write_text(told["en"][0], encoding="utf-8")
     (out / "NOTICE.md").write_text(f"Pictures of 32x32 under {STYLES[style][1]}.\n", "utf-8")
-    return count
+    return len(made)
 
 
 if __name__ == "__main__":

@@ -111,9 +111,8 @@ class Job:
         return functools.cache(self._reference)
 
     def _reference(self, dataset: Dataset) -> Reference:
-        """The real images of a data set, with the prompts of the samples as their captions."""
-        found = dataset.reference()
-        return replace(found, captions=self.prompts) if self.prompts else found
+        """The real images of a data set, with the prompts of the samples, if any, as captions."""
+        return replace(dataset.reference(), captions=self.prompts or None)
 
     def denoiser(self, precision: str) -> Denoiser:
         """The model that the run samples from, not rescaled yet, in this precision."""

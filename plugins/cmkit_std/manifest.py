@@ -142,7 +142,7 @@ DATASETS = {
     "cifar10:CIFAR10": ("60,000 photographs of 10 classes, 32x32, from the binary archive", CIFAR),
     "digits:Digits": ("1,797 scanned handwritten digits, 8x8, shipped by scikit-learn", DIGITS),
     "emoji:Emoji": (
-        "1,580 emoji of a free font, 32x32, captions in six languages; shipped with cmkit",
+        "1,579 emoji of a free font, 32x32, captions in six languages; shipped with cmkit",
         NOTO,
     ),
     "fashion_mnist:FashionMNIST": ("70,000 pictures of clothing, 28x28, from IDX files", FASHION),
@@ -161,6 +161,11 @@ METRICS = {
     "fidelity:Fidelity": ("FID, sFID, Inception score, KID, precision and recall", FIDELITY),
     "digits_judge:DigitsJudge": (
         "How many samples an independent classifier takes for a digit, and of how many classes",
+        None,
+    ),
+    "emoji_judge:EmojiJudge": (
+        "How many samples an independent classifier takes for an emoji, and for one of the prompt's"
+        " group",
         None,
     ),
 }

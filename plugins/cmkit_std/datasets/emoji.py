@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).with_name("emoji_data")
 SHEET, TABLE = "pictures.webp", "captions.jsonl"
 SHA256 = {
-    SHEET: "cfea377aa4f1735f82c548783bd6f489bbc38dcd21e10323e7c66a2638ff4f0a",
-    TABLE: "d2b6a91d24b1fc58c28b4f47967f1a9211036fe3b26b2d619b24c671841555f9",
+    SHEET: "b90d56fecbb742d27a56a924f04a9d421b595daa51314088c42272929aa905e8",
+    TABLE: "858209b27b59e82e8c40e49f9ca4b48c075a62f0bc24ebfed266702364e6895e",
 }
 SIDE, COLUMNS = 32, 40
 LANGUAGES = ("en", "de", "es", "fr", "ja", "zh")
@@ -34,7 +34,7 @@ HELD_OUT = 10
 
 
 class Emoji(OnDisk):
-    """1,580 emoji of Noto Color Emoji, 32x32 on white, with the names and keywords of Unicode.
+    """1,579 emoji of Noto Color Emoji, 32x32 on white, with the names and keywords of Unicode.
 
     No flags, skin tones, or couples and families by gender. Their groups are the classes. Nothing
     is downloaded; the licences lie beside the files.
@@ -87,8 +87,8 @@ class Emoji(OnDisk):
         return DataSpec(3, SIDE, len(self._kept), self._kept)
 
     def smallest(self, data: DataSpec | None = None) -> Mapping[str, Any]:
-        """None: they are at hand."""
-        return {}
+        """Names alone, so that few captions are encoded; the pictures are at hand."""
+        return {"captions_each": 1}
 
     def captions(self) -> list[str]:
         """The captions, each once, in the order in which pictures first have them."""
@@ -104,12 +104,13 @@ class Emoji(OnDisk):
         return {**super().identity(), "captions": digest}
 
     def reference(self) -> Reference:
-        """Every picture once, and its name."""
+        """Every picture once, and its name, mixed: samples take their prompts from the first."""
         from cmkit_std.datasets.pixels import Pixels
 
-        glyphs, labels = self._chosen()
-        pictures = Pixels(read()[1][[glyph.number for glyph in glyphs]], labels)
-        names = [glyph.said[self.language][0] for glyph in glyphs]
+        chosen, labels = self._chosen()
+        order = sorted(range(len(chosen)), key=lambda n: _hashed(chosen[n].code))
+        pictures = Pixels(pixels()[[chosen[n].number for n in order]], labels[order])
+        names = [chosen[n].said[self.language][0] for n in order]
         return Reference(pictures, pictures.fingerprint(), captions=names)
 
     @property
@@ -121,8 +122,9 @@ class Emoji(OnDisk):
         number = {GROUPS.index(group): label for label, group in enumerate(self._kept)}
         chosen = [
             glyph
-            for glyph in read()[0]
-            if glyph.group in number and self.split in ("all", "test" if glyph.held_out else "train")
+            for glyph in glyphs()
+            if glyph.group in number
+            and self.split in ("all", "test" if glyph.held_out else "train")
         ]
         return chosen, np.array([number[glyph.group] for glyph in chosen], np.int64)
 
@@ -134,10 +136,10 @@ class Emoji(OnDisk):
     def _images(self) -> Pixels:
         from cmkit_std.datasets.pixels import Pixels
 
-        glyphs, labels = self._chosen()
-        rows = np.tile([glyph.number for glyph in glyphs], self.captions_each)
+        chosen, labels = self._chosen()
+        rows = np.tile([glyph.number for glyph in chosen], self.captions_each)
         every = np.tile(labels, self.captions_each) if self.labels else None
-        made = Pixels(read()[1][rows], every, flip=self.flip)
+        made = Pixels(pixels()[rows], every, flip=self.flip)
         number = {text: n for n, text in enumerate(self.captions())}
         made.captions = np.array([number[text] for text in self._said()], np.int64)
         made.empty = self.empty
@@ -161,14 +163,16 @@ class Glyph(NamedTuple):
         return _hashed(self.family) % HELD_OUT == 0
 
     def texts(self, language: str, count: int) -> Iterator[str]:
-        """Its name, then other captions, `count` in all, always the same."""
+        """Its name, then other captions, `count` in all, always the same: in turns keywords alone
+        and behind the name, each time those that were not said for longest."""
         name, *keywords = self.said[language]
         yield name
+        waiting = sorted(keywords, key=lambda word: _hashed(self.code, word))
         for turn in range(1, count):
-            order = sorted(keywords, key=lambda word: _hashed(self.code, turn, word))
             most, before = (3, []) if turn % 2 else (2, [name])
-            few = order[: 1 + _hashed(self.code, turn) % most]
-            yield ", ".join([*before, *few]) or name
+            taken = 1 + _hashed(self.code, turn) % most
+            yield ", ".join([*before, *waiting[:taken]]) or name
+            waiting = waiting[taken:] + waiting[:taken]
 
 
 def _hashed(*of: object) -> int:
@@ -176,21 +180,53 @@ def _hashed(*of: object) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def read() -> tuple[list[Glyph], np.ndarray]:
-    """Everything that is shipped, and its pixels (N, 3, 32, 32) uint8."""
+def glyphs() -> list[Glyph]:
+    """All that are shipped, in Unicode's order."""
+    return [
+        Glyph(n, row["code"], row["group"], row["family"], {key: row[key] for key in LANGUAGES})
+        for n, row in enumerate(map(json.loads, _file(TABLE).decode().splitlines()))
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def pixels() -> np.ndarray:
+    """Their pictures, (N, 3, 32, 32) uint8."""
     import io
 
     from PIL import Image
 
-    data = {name: _file(name) for name in SHA256}
-    table = [json.loads(line) for line in data[TABLE].decode().splitlines()]
-    glyphs = [
-        Glyph(n, row["code"], row["group"], row["family"], {key: row[key] for key in LANGUAGES})
-        for n, row in enumerate(table)
-    ]
-    sheet = np.asarray(Image.open(io.BytesIO(data[SHEET])).convert("RGB"))
+    sheet = np.asarray(Image.open(io.BytesIO(_file(SHEET))).convert("RGB"))
     tiles = sheet.reshape(-1, SIDE, COLUMNS, SIDE, 3).transpose(0, 2, 4, 1, 3)
-    return glyphs, tiles.reshape(-1, 3, SIDE, SIDE)[: len(glyphs)].copy()
+    return tiles.reshape(-1, 3, SIDE, SIDE)[: len(glyphs())].copy()
+
+
+def groups_of(prompt: str) -> frozenset[int]:
+    """The groups of the emoji that have the prompt, or each part of it between commas, as name or
+    keyword in one language; none where no emoji has."""
+    for known in _known_texts().values():
+        whole = _plain(prompt)
+        parts = [whole] if whole in known else list(filter(None, map(_plain, prompt.split(","))))
+        if found := parts and frozenset.intersection(*(known.get(p, frozenset()) for p in parts)):
+            return frozenset(glyphs()[number].group for number in found)
+    return frozenset()
+
+
+@functools.lru_cache(maxsize=1)
+def _known_texts() -> dict[str, dict[str, frozenset[int]]]:
+    """The pictures of each name and keyword, by language."""
+    known: dict[str, dict[str, set[int]]] = {language: {} for language in LANGUAGES}
+    for glyph in glyphs():
+        for language, texts in glyph.said.items():
+            for text in texts:
+                known[language].setdefault(_plain(text), set()).add(glyph.number)
+    return {
+        language: {text: frozenset(numbers) for text, numbers in of.items()}
+        for language, of in known.items()
+    }
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.replace("\u2019", "'").casefold().split())
 
 
 def _file(name: str) -> bytes:
