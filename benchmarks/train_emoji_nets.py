@@ -95,7 +95,7 @@ def train(
     torch.manual_seed(seed)
     x_all, y_all = (torch.cat(parts) for parts in list(zip(*seen, strict=True))[:2])
     net = net_class()
-    which = nn.Linear(64 if net_class is FeatureNet else 64, len(x_all))
+    which = nn.Linear(64, len(x_all))
     average = torch.optim.swa_utils.AveragedModel(net)
     parameters = [*net.parameters(), *which.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)

@@ -15,7 +15,7 @@ from cmkit_std.metrics.digits_net import LabelExtractor, MixerBlock, shipped
 from cmkit_std.metrics.fidelity_options import EMOJI
 
 SHA256 = {
-    "emoji_features": "",
+    "emoji_features": "dd9e95e0528291c02743c18c730869fef7f5b29327c1431274c933b3f82bf7c6",
     "emoji_judge": "",
 }
 SIDE = 32
@@ -54,8 +54,8 @@ class FeatureNet(nn.Module):
 
 
 class JudgeNet(nn.Module):
-    """A patch embedding of 4x4 pixels and three residual MLP-Mixer blocks (Tolstikhin et al., 2021):
-    no convolution sees the picture, unlike in `FeatureNet`."""
+    """A patch embedding of 4x4 pixels and three residual MLP-Mixer blocks (Tolstikhin et al.,
+    2021): no convolution sees the picture, unlike in `FeatureNet`."""
 
     def __init__(self, width: int = 64, blocks: int = 3) -> None:
         super().__init__()
