@@ -21,11 +21,12 @@ class EmojiJudge(Metric):
 
     A prompt names the groups of all emoji that have each of its parts, between commas, as name or
     keyword; other prompts are left out of `recognized`. Compare `confident` with `real_confident`,
-    the same share of the real images, and `recognized` with the judge's own accuracy: @ACC@.
+    the same share of the real images, and `recognized` with the judge's own modest accuracy: 0.85
+    of the train split, 0.69 of its held-out glyphs, 0.63 of known glyphs in a style it never saw.
 
     The classifier is an MLP-Mixer trained on the train split of `emoji` and on the same glyphs of
     Fluent Emoji, and trained to be unsure of noise, blurs and mixtures; its network is none of
-    `fidelity`'s.
+    `fidelity`'s. It is sure of no noise, and of 0.15 of the averages of two glyphs.
     """
 
     higher: ClassVar[tuple[str, ...]] = ("confident", "classes", "recognized")

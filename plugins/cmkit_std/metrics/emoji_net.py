@@ -16,7 +16,7 @@ from cmkit_std.metrics.fidelity_options import EMOJI
 
 SHA256 = {
     "emoji_features": "dd9e95e0528291c02743c18c730869fef7f5b29327c1431274c933b3f82bf7c6",
-    "emoji_judge": "",
+    "emoji_judge": "b513d158b4c76d0709de254eb24b1dd914ab8cb0a6d179841628cbebe9d4bd0d",
 }
 SIDE = 32
 
