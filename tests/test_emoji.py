@@ -175,21 +175,21 @@ def test_the_judge_recognizes_what_prompts_name():
     found = judge.measure(Few(shown), reference, CPU)
     assert list(found) == list(judge.keys())
     assert found["confident"] == found["real_confident"] >= 0.3
-    assert found["recognized"] >= 0.65
+    assert found["unrecognized"] <= 0.35
     turned = [*reference.captions[1:], reference.captions[0]]
     wrong = judge.measure(Few(shown), replace(reference, captions=turned), CPU)
-    assert wrong["recognized"] <= 0.35
+    assert wrong["unrecognized"] >= 0.65
     noise = Few(torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8))
     nothing = EmojiJudge().measure(noise, reference, CPU)
-    assert "recognized" not in nothing
+    assert "unrecognized" not in nothing
     assert nothing["confident"] <= 0.02
 
 
 def test_the_judge_names_what_it_cannot_judge():
     reference = held_out()[0]
     judge = EmojiJudge(prompts=True)
-    with pytest.raises(DataError, match="1 channels; it judges RGB"):
-        judge.check(DataSpec(1, 8), 10)
+    with pytest.raises(DataError, match="2 channels; it judges RGB"):
+        judge.check(DataSpec(2, 8), 10)
     with pytest.raises(DataError, match=r"no prompts; set metric\.prompts = false"):
         judge.check_reference(DataSpec(3, 32), replace(reference, captions=None), CPU)
     with pytest.raises(DataError, match="none of the 1 prompts names an emoji, such as 'xyzzy'"):
