@@ -20,8 +20,8 @@ class EmojiJudge(Metric):
     with prompts the share whose group is none that the prompt names.
 
     A prompt names the groups of all emoji that have each of its parts, between commas, as name or
-    keyword; other prompts are left out of `unrecognized`. Compare `confident` with `real_confident`,
-    the same share of the real images, and `unrecognized` with the judge's own errors, which are
+    keyword; other prompts are left out of `unrecognized`. Compare `confident` with
+    `real_confident`, the same share of the real images, and `unrecognized` with the judge's own errors, which are
     not few: 0.15 of the train split, 0.31 of its held-out glyphs, 0.37 of known glyphs in a style
     that it never saw.
 
@@ -52,8 +52,8 @@ class EmojiJudge(Metric):
 
         if data.channels not in (1, 3):
             raise DataError(
-                f"emoji_judge: images of {data.channels} channels; it judges RGB and grey ones: use metric"
-                " fidelity"
+                f"emoji_judge: images of {data.channels} channels; it judges RGB and grey"
+                " ones: use metric fidelity"
             )
         judge_net(torch.device("cpu"))
 
