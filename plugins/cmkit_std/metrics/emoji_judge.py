@@ -22,8 +22,8 @@ class EmojiJudge(Metric):
     A prompt names the groups of all emoji that have each of its parts, between commas, as name or
     keyword; other prompts are left out of `unrecognized`. Compare `confident` with
     `real_confident`, the same share of the real images, and `unrecognized` with the judge's own
-    errors, which are not few: 0.15 of the train split, 0.31 of its held-out glyphs, 0.37 of known glyphs in a style
-    that it never saw.
+    errors, which are not few: 0.15 of the train split, 0.31 of its held-out glyphs, 0.37 of known
+    glyphs in a style that it never saw.
 
     The classifier is an MLP-Mixer trained on the train split of `emoji` and on the same glyphs of
     Fluent Emoji, and trained to be unsure of noise, blurs and mixtures; its network is none of
