@@ -132,7 +132,8 @@ def test_parts_import_no_torch_and_no_scikit_learn():
     code = (
         "import sys, cmkit_std.datasets.digits, cmkit_std.datasets.fashion_mnist,"
         " cmkit_std.datasets.image_folder, cmkit_std.metrics.fidelity,"
-        " cmkit_std.metrics.digits_judge;"
+        " cmkit_std.metrics.digits_judge, cmkit_std.metrics.emoji_judge;"
+        "from cmkit_std.datasets.emoji import Emoji; Emoji().spec();"
         "from cmkit_std.datasets.digits import Digits; Digits().spec();"
         "print([m for m in ('torch', 'sklearn', 'PIL', 'torch_fidelity') if m in sys.modules])"
     )

@@ -43,7 +43,9 @@ PLAIN = (
     "sampler.euler",
     "sampler.progdist",
     "dataset.digits",
+    "dataset.emoji",
     "metric.digits_judge",
+    "metric.emoji_judge",
 )
 """Parts whose defaults are small."""
 

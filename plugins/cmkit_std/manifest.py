@@ -48,6 +48,7 @@ DIGITS = (
     "Alpaydin, Kaynak. Optical Recognition of Handwritten Digits. UCI Machine Learning "
     "Repository. 1998"
 )
+NOTO = "Google and others. Noto Color Emoji 2.042. 2023; Unicode CLDR 48"
 FASHION = (
     "Xiao, Rasul, Vollgraf. Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine "
     "Learning Algorithms. 2017. arXiv:1708.07747"
@@ -140,6 +141,10 @@ RESCALERS = {
 DATASETS = {
     "cifar10:CIFAR10": ("60,000 photographs of 10 classes, 32x32, from the binary archive", CIFAR),
     "digits:Digits": ("1,797 scanned handwritten digits, 8x8, shipped by scikit-learn", DIGITS),
+    "emoji:Emoji": (
+        "1,579 emoji of a free font, 32x32, captions in six languages; shipped with cmkit",
+        NOTO,
+    ),
     "fashion_mnist:FashionMNIST": ("70,000 pictures of clothing, 28x28, from IDX files", FASHION),
     "image_folder:ImageFolder": ("Your own pictures, one folder or one folder a class", None),
     "imagenet64:ImageNet64": (
@@ -156,6 +161,11 @@ METRICS = {
     "fidelity:Fidelity": ("FID, sFID, Inception score, KID, precision and recall", FIDELITY),
     "digits_judge:DigitsJudge": (
         "How many samples an independent classifier takes for a digit, and of how many classes",
+        None,
+    ),
+    "emoji_judge:EmojiJudge": (
+        "How many samples an independent classifier takes for an emoji, and for one of the prompt's"
+        " group",
         None,
     ),
 }

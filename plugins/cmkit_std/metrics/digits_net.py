@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -147,16 +147,18 @@ def to_net(images: Tensor) -> Tensor:
 
 def feature_net() -> FeatureNet:
     """The shipped net of features, frozen."""
-    return _load(FeatureNet, "digits_features")
+    return shipped(FeatureNet, "digits_features", SHA256)
 
 
 @functools.lru_cache(maxsize=2)
 def judge_net(device: torch.device) -> JudgeNet:
     """The shipped judge on `device`, frozen."""
-    return _load(JudgeNet, "digits_judge").to(device)
+    return shipped(JudgeNet, "digits_judge", SHA256).to(device)
 
 
-def _load(build: Callable[[], Net], name: str) -> Net:
+def shipped(build: Callable[[], Net], name: str, sha256: Mapping[str, str]) -> Net:
+    """The network of the file `name`.safetensors beside this one, frozen; CheckpointError where its
+    SHA-256 is not sha256[name]."""
     from safetensors.torch import load
 
     file = Path(__file__).with_name(f"{name}.safetensors")
@@ -165,9 +167,9 @@ def _load(build: Callable[[], Net], name: str) -> Net:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); reinstall cmkit") from error
     found = hashlib.sha256(data).hexdigest()
-    if found != SHA256[name]:
+    if found != sha256[name]:
         raise CheckpointError(
-            f"{file}: SHA-256 {found[:12]}.. is not {SHA256[name][:12]}..; reinstall cmkit"
+            f"{file}: SHA-256 {found[:12]}.. is not {sha256[name][:12]}..; reinstall cmkit"
         )
     with torch.device("meta"):
         net = build()

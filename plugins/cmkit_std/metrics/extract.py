@@ -15,7 +15,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit import CheckpointError, DataError, NonFiniteError, Reference
 from cmkit_std.metrics import stored
-from cmkit_std.metrics.fidelity_options import DIGITS
+from cmkit_std.metrics.fidelity_options import DIGITS, EMOJI
 from cmkit_std.metrics.streams import STREAMS, whole
 
 KEPT_REFERENCES = 2
@@ -170,8 +170,8 @@ def reference_features(
 
 def _fit(batch: Tensor, name: str) -> Tensor:
     channels = batch.shape[1]
-    if name == DIGITS and channels != 1:
-        raise DataError(f"extractor {name} takes grey images, not {channels} channels")
+    if (wanted := {DIGITS: 1, EMOJI: 3}.get(name, channels)) != channels:
+        raise DataError(f"extractor {name} takes images of {wanted} channels, not {channels}")
     return batch.expand(-1, 3, -1, -1) if channels == 1 and name != DIGITS else batch
 
 

@@ -11,10 +11,13 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from cmkit import CheckpointError, DownloadError, RecipeError
 from cmkit.files import cached_sha256
-from cmkit_std.metrics import random_net  # noqa: F401 - registers its extractor
-from cmkit_std.metrics.digits_net import SHA256
+from cmkit_std.metrics import (
+    digits_net,
+    emoji_net,
+    random_net,  # noqa: F401 - registers its extractor
+)
 from cmkit_std.metrics.extract import Extractor
-from cmkit_std.metrics.fidelity_options import DIGITS, INCEPTION
+from cmkit_std.metrics.fidelity_options import DIGITS, EMOJI, INCEPTION
 
 
 class Weights(NamedTuple):
@@ -43,6 +46,12 @@ PUBLIC = {
     ),
 }
 
+SHIPPED = {
+    DIGITS: digits_net.SHA256["digits_features"],
+    EMOJI: emoji_net.SHA256["emoji_features"],
+}
+"""The SHA-256 of weights that come with cmkit."""
+
 
 def find(name: str, given: str | None, download: bool) -> Extractor:
     """The extractor `name` with the file of its weights, `given` or where it is kept.
@@ -50,10 +59,10 @@ def find(name: str, given: str | None, download: bool) -> Extractor:
     RecipeError for a name that nobody knows, DownloadError for weights that are not on this disk
     and may not be fetched, CheckpointError for others than the published ones.
     """
-    if name == DIGITS:
+    if name in SHIPPED:
         if given:
             raise RecipeError(f"metric.weights: {name} ships its own weights; leave it out")
-        return Extractor(name, None, SHA256["digits_features"])
+        return Extractor(name, None, SHIPPED[name])
     file = _published(name, given, download) if name in PUBLIC else _other(name, given, download)
     return Extractor(name, str(file), cached_sha256(file)) if file else Extractor(name, None, None)
 

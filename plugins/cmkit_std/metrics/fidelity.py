@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cmkit import DataSpec, Metric, RecipeError, Reference
 from cmkit_std.metrics.fidelity_options import (
     DIGITS,
+    EMOJI,
     INCEPTION,
     NEIGHBOURS,
     NUMBERS,
@@ -29,7 +30,8 @@ class Fidelity(FidelityOptions, Metric):
 
     Small grey images (one channel, at most 16x16) are seen by a digit classifier that cmkit ships:
     such numbers compare with each other, never with a paper. All others need the Inception weights
-    of torch-fidelity, a grey channel repeated three times: literature-equal FID.
+    of torch-fidelity, a grey channel repeated three times: literature-equal FID. For data set
+    `emoji` another classifier is shipped, extractor = "cmkit-emoji".
 
     Published statistics of a reference decide "fid" and "sfid", its images all else (ADM's files
     hold both, and 10,000 images). Features are kept only by KID, precision and recall. Those of a
@@ -51,11 +53,13 @@ class Fidelity(FidelityOptions, Metric):
         return {name: find(name, self.weights, self.download).sha256}
 
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
-        """The same numbers, in features that need no file: of digits, or random ones."""
+        """The same numbers, in features that need no file: of digits, those of emoji if the recipe
+        says so, or random ones."""
         grey = data.channels == 1 and data.resolution <= 16 and not self.sfid
         size = min(self.kid_subset_size, 10)
         none = {"weights": None, "download": False}
-        return {**none, "extractor": DIGITS if grey else RANDOM, "kid_subset_size": size}
+        fit = self.extractor if self.extractor == EMOJI and data.channels == 3 else RANDOM
+        return {**none, "extractor": DIGITS if grey else fit, "kid_subset_size": size}
 
     def keys(self) -> tuple[str, ...]:
         """Names of the numbers that are switched on."""
@@ -132,11 +136,13 @@ class Fidelity(FidelityOptions, Metric):
         from importlib.metadata import version
 
         name, sha256 = self._used or (self.extractor, None)
-        shipped = name == DIGITS
+        side = {DIGITS: "8x8", EMOJI: "32x32"}.get(name)
         return {
             "extractor": name,
             "weights_sha256": sha256,
-            "resize": "area to 8x8, none if 8x8" if shipped else f"inside {name}, from full size",
+            "resize": f"area to {side}, none if {side}"
+            if side
+            else f"inside {name}, from full size",
             "torch_fidelity": version("torch-fidelity"),
             **({"compared_with": self._compared} if self._compared else {}),
             **({"features": self._widths} if self._widths else {}),

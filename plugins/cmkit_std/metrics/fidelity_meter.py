@@ -25,6 +25,7 @@ from cmkit_std.metrics.extract import features as features_of
 from cmkit_std.metrics.extractor_weights import find
 from cmkit_std.metrics.fidelity_options import (
     DIGITS,
+    EMOJI,
     INCEPTION,
     NEIGHBOURS,
     NUMBERS,
@@ -174,6 +175,11 @@ def network(metric: FidelityOptions, channels: int, resolution: int) -> Extracto
         raise DataError(
             f"fidelity.extractor = {name!r}: images of {channels} channels and {resolution}"
             f" pixels; it knows grey digits of at most 16x16: use {INCEPTION}"
+        )
+    if name == EMOJI and channels != 3:
+        raise DataError(
+            f"fidelity.extractor = {name!r}: images of {channels} channels; it knows emoji in RGB:"
+            f" use {INCEPTION}"
         )
     if metric.sfid and name not in (INCEPTION, RANDOM):
         raise RecipeError(

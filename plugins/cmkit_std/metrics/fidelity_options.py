@@ -9,6 +9,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from cmkit import DataError, Part
 
 DIGITS = "cmkit-digits"
+EMOJI = "cmkit-emoji"
 INCEPTION = "inception-v3-compat"
 RANDOM = "cmkit-random"
 NUMBERS = {
@@ -40,7 +41,8 @@ class FidelityOptions(Part):
     torch-fidelity: "precision", "recall"."""
     extractor: str = "auto"
     """"auto", "timm-NAME" for a network of timm, or any extractor that torch-fidelity knows:
-    "cmkit-digits", "inception-v3-compat", or "cmkit-random", whose numbers mean nothing."""
+    "cmkit-digits", "cmkit-emoji", "inception-v3-compat", or "cmkit-random", whose numbers mean
+    nothing."""
     weights: str | None = None
     """The public file of the extractor's weights; by default where torch keeps its downloads, or
     for timm-NAME the user's `cmkit/weights/timm/NAME.safetensors`."""
