@@ -14,6 +14,17 @@ PARTS = {
     "cmkit-ect": {("objective", "ect"), ("sampler", "ect")},
     "cmkit-scm": {("objective", "scm")},
     "cmkit-meanflow": {("objective", "meanflow"), ("sampler", "meanflow")},
+    "cmkit-latent": {
+        ("adapter", "lora"),
+        ("backbone", "sd_unet"),
+        ("codec", "autoencoder"),
+        ("codec", "patches"),
+        ("dataset", "captions"),
+        ("metric", "clip_score"),
+        ("text", "clip"),
+        ("text", "sentence"),
+        ("text", "words"),
+    },
 }
 RECIPE = """
 name = "{name}"
@@ -69,7 +80,9 @@ def test_the_packages_pass_their_check_their_parts_train_and_their_readmes_are_r
     shown = dict.fromkeys(re.findall(r"^cmkit (.*)$", "".join(blocks), re.M))
     assert {f"plugins check {name}" for name in PACKAGES} < set(shown)
     commands = ["check digits_rescaled_ct"]
-    for package in PACKAGES:
+    trained = [package for package in PACKAGES if ("objective", package[6:]) in PARTS[package]]
+    assert len(trained) == 3
+    for package in trained:
         name = package.removeprefix("cmkit-")
         sampler = name if ("sampler", name) in PARTS[package] else "multistep"
         (tmp_path / f"{name}.toml").write_text(RECIPE.format(name=name, sampler=sampler))
@@ -83,9 +96,12 @@ def test_the_packages_pass_their_check_their_parts_train_and_their_readmes_are_r
             continue
         assert done.code == 0, (command, done)
         if command.startswith("plugins check"):
-            assert done.out.count(" pass\n") == 1 + len(PARTS[command.split()[-1]]), done.out
+            parts = PARTS[command.split()[-1]]
+            # Those that need files are not checked here.
+            files = done.out.count("Field required") if parts == PARTS["cmkit-latent"] else 0
+            assert done.out.count(" pass\n") == 1 + len(parts) - files, done.out
         folders += re.findall(r"^folder +(.*)$", done.out, re.M)
-    for package in PACKAGES:
+    for package in trained:
         (run,) = (tmp_path / "runs").glob(f"{package.removeprefix('cmkit-')}-*")
         assert (run / "model.safetensors").is_file()
         assert list((run / "samples").glob("*.npz"))

@@ -17,9 +17,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from cmkit import CheckpointError, Network, RecipeError
+from cmkit.export import quiet
 from cmkit.tensors import read_with_metadata
 from cmkit_latent.factors import METADATA, UNET, Factors, config
-from cmkit_latent.hub import quiet
 from cmkit_latent.network import UNet
 
 NAME = "default"

@@ -31,6 +31,14 @@ SCORE = (
 )
 
 
+examples = {
+    "backbone.sd_unet": {"preset": "tiny"},
+    "codec.patches": {"patch": 2, "channels": 1, "components": 4},
+    "adapter.lora": {"rank": 2},
+}
+"""Small options for `cmkit plugins check`; other parts need files."""
+
+
 @hookimpl
 def cmkit_register() -> list[Plugin]:
     """Every part of this package."""
