@@ -99,7 +99,7 @@ class Environment:
         path = f"{self.bin}{os.pathsep}{kept['PATH']}"
         return {**kept, "PATH": path, "VIRTUAL_ENV": str(self.folder), "COLUMNS": "100"}
 
-    def run(self, *command: str | Path, cwd: Path) -> Done:
+    def run(self, *command: str | Path, cwd: Path, timeout: float = 300) -> Done:
         """One of the environment's own commands, `cmkit` or `python`, carried out."""
         done = subprocess.run(
             [self.bin / command[0], *command[1:]],
@@ -107,7 +107,7 @@ class Environment:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout,
         )
         return Done(done.returncode, done.stdout, done.stderr)
 

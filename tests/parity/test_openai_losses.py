@@ -243,8 +243,9 @@ def train_loop(case: dict, dtype: torch.dtype) -> dict:
         indices = formula(inputs["indices"], case, num_scales=lambda _: scales, k=k)
         return GivenDraws(formula(inputs["noise"], case, k=k).to(dtype), indices)
 
+    plain = {"codec": None, "text": None, "train": table}
     recipe = SimpleNamespace(
-        objective=objective, seed=0, dataset=SimpleNamespace(batches=batches), train=table
+        objective=objective, seed=0, dataset=SimpleNamespace(batches=batches), **plain
     )
     training = cmkit.train.Training(
         SimpleNamespace(recipe=recipe),
