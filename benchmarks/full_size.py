@@ -92,7 +92,8 @@ def stable_diffusion(options: argparse.Namespace) -> None:
     trusted = extractor_weights.Weights(inception.name, "nowhere", digest)
     made = plan(load(recipes / "lcm_sd15.toml", [*shared, *step], discover()))
     print(
-        f"{made.parameters:,} parameters, {made.flops / 1e12:.3f} TFLOP; {made.memory / 2**30:.1f}"
+        f"{made.parameters:,} parameters, {made.flops / 1e12:.3f} TFLOP a forward pass, weights,"
+        f" gradients, optimizer and copies {made.memory / 2**30:.1f} GiB"
     )
     trained = finished(made, options.folder / "runs", device)
     told(trained, device)
