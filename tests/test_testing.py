@@ -383,6 +383,7 @@ class Walk(cmkit.Sampler):
         ("device", "sigma (B,) on x.device"),
         ("scalar", "sigma (B,) on x.device"),
         ("label", "called without the label"),
+        ("text", "called without the text"),
         ("draw", "noise(0) after []"),
         ("global", "`sample` leaves the global generators alone"),
         ("batch", "does not depend on the others of its batch"),

@@ -9,7 +9,7 @@ from cmkit.denoiser import NO_COND, Cond, Denoiser
 from cmkit.kinds import Sampler
 from cmkit.noise import Noise
 from cmkit.testing.protocol import Report, report_on, shown
-from cmkit.testing.subjects import CPU, DIGITS, META, Small, close, draws
+from cmkit.testing.subjects import CPU, DIGITS, META, PROMPTS, Small, close, draws, told
 from cmkit.traits import TRAITS
 from cmkit.values import DataSpec
 
@@ -70,7 +70,8 @@ class _Walk(Denoiser):
         self.eval().to(device)
         self.report, self.device, self.draws = report, device, draws(data)
         self.rows = [0, 11, 12, 13] if swap else [0, 1, 2, 3]
-        self.cond = Cond(label=self.draws.labels(self.rows)).to(device)
+        text = told(data.text or PROMPTS, len(self.rows))["text"]
+        self.cond = Cond(label=self.draws.labels(self.rows), text=text).to(device)
         self.x = 80.0 * self.draws.noise(self.rows, 0).to(device)
         self.calls = 0
         self.drawn: set[int] = set()
@@ -115,10 +116,11 @@ class _Walk(Denoiser):
             f"sigma = {sigma.tolist() if not sigma.is_meta else ''}",
             "end the walk at sigma_min, or take the last estimate as it is",
         )
-        self.report.require(
-            self.cond.label is None or cond.label is not None,
-            "the denoiser sees the conditions",
-            "it was called without the label",
-            "pass cond on: denoiser(x, sigma, cond)",
-        )
+        for name in ("label", "text"):
+            self.report.require(
+                getattr(self.cond, name) is None or getattr(cond, name) is not None,
+                "the denoiser sees the conditions",
+                f"it was called without the {name}",
+                "pass cond on: denoiser(x, sigma, cond)",
+            )
         return super().forward(x, sigma, cond)
