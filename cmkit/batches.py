@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cmkit.kinds import Pictures
 from cmkit.rng import Rng, permutation
@@ -68,3 +69,8 @@ def batch_indices(n: int, size: int, seed: int, start: int = 0) -> Iterator[np.n
             offset += len(part)
             missing -= len(part)
         yield np.concatenate(taken)
+
+
+def to_x0(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]: u / 127.5 - 1."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)

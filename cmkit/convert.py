@@ -159,16 +159,21 @@ def _folded(
         f"{what}: {sites or 'none'}"
         for what, sites in zip(("folded", "not folded"), shown, strict=True)
     ]
-    folded = {
-        name: (tensor.double() * factors[name]).to(tensor.dtype) if name in factors else tensor
-        for name, tensor in own.items()
-    }
+    folded = multiplied(own, factors)
     if not left:
         return said, folded, None
     model = {"weights": tensors_digest(folded, network), "backbone": policy.model["backbone"]}
     table = {"use": "per_layer", "sites": rest}
     found = {**policy.found, "folded": done}
     return said, folded, Policy(table, policy.sites, rest, model, found)
+
+
+def multiplied(own: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """The weights `own`, with those that have a factor multiplied by it in float64."""
+    return {
+        name: (tensor.double() * factors[name]).to(tensor.dtype) if name in factors else tensor
+        for name, tensor in own.items()
+    }
 
 
 def _published(registry: Registry) -> Iterator[Known]:
@@ -182,6 +187,8 @@ def _published(registry: Registry) -> Iterator[Known]:
 
 
 def write(own: Mapping[str, Tensor], target: Path, to: str, layouts: tuple[Layout, ...]) -> None:
+    """Write our weights in the layout `to`: a file, or a folder where the project wants a
+    config.json beside it. RecipeError for an unknown layout, or one that cannot express them."""
     layout = next((layout for layout in layouts if layout.name == to), None)
     if to != OWN and not layout:
         names = [OWN, *(layout.name for layout in layouts)]

@@ -146,6 +146,7 @@ def _arguments(plan: Plan) -> dict[str, Any]:
 def _folded(plan: Plan, network: Network) -> tuple[dict[str, Tensor], list[str]]:
     """The weights of a network with the recipe's scales folded into them, and what is said of it;
     RecipeError where that is not exact."""
+    from cmkit.convert import multiplied
     from cmkit.run.policies import constant_scales
 
     own, rescaler = network.state_dict(), plan.recipe.rescaler
@@ -162,11 +163,7 @@ def _folded(plan: Plan, network: Network) -> tuple[dict[str, Tensor], list[str]]
             f"no weights hold exactly its scale {site} = {scales[site]:g} ({why}); {cure}"
         )
     done = ", ".join(f"{site} = {value:g}" for site, value in scales.items() if value != 1)
-    folded = {
-        name: (tensor.double() * factors[name]).to(tensor.dtype) if name in factors else tensor
-        for name, tensor in own.items()
-    }
-    return folded, [f"folded into the weights: {done}"] if done else []
+    return multiplied(own, factors), [f"folded into the weights: {done}"] if done else []
 
 
 def _write(

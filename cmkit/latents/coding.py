@@ -12,6 +12,7 @@ from torch import Tensor
 from cmkit.denoiser import NO_COND, Cond
 from cmkit.errors import PluginError
 from cmkit.kinds import Codec, Coder, Prompts, TextEncoder
+from cmkit.latents import encode
 from cmkit.latents.memo import Memo
 from cmkit.values import DataSpec
 
@@ -67,15 +68,10 @@ class Coding:
             return Cond(label=label)
         with torch.autocast(self.device.type, enabled=False):
             rows = self._memo(prompts)
-        return Cond(label=label, size=self.sizes(len(prompts)), **rows)
-
-    def sizes(self, count: int) -> Tensor | None:
-        """`Cond.size` of whole pictures, where the prompt encoder belongs to networks that are told
-        it."""
-        if self.text is None or not self.text.spec().size:
-            return None
-        side = float(self.data.resolution)
-        return torch.tensor([side, side, 0.0, 0.0, side, side], device=self.device).repeat(count, 1)
+        size = None
+        if self.text and self.text.spec().size:
+            size = encode.whole(self.data.resolution, len(prompts), self.device)
+        return Cond(label=label, size=size, **rows)
 
     @cached_property
     def _memo(self) -> Memo:

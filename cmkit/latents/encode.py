@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cmkit.batches import to_x0
 from cmkit.denoiser import Cond
 from cmkit.errors import NonFiniteError, RecipeError
 from cmkit.files import digest_of
@@ -212,9 +213,10 @@ def rows_of(cond: Cond) -> dict[str, Tensor]:
     return {name: value for name, value in both.items() if value is not None}
 
 
-def to_x0(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]: u / 127.5 - 1, as data sets do."""
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
+def whole(side: int, count: int, device: torch.device) -> Tensor:
+    """`Cond.size` (B, 6) of pictures of `side` pixels that were not cropped."""
+    size = [side, side, 0, 0, side, side]
+    return torch.tensor([size], dtype=torch.float32, device=device).expand(count, 6)
 
 
 def _name(pictures: Pictures, index: int) -> str:

@@ -121,9 +121,7 @@ class _Said:
         told = {name: _moved(row, self.device).float() for name, row in rows.items()}
         size = cond.size
         if self.side is not None and size is None:
-            whole = [self.side, self.side, 0, 0, self.side, self.side]
-            size = torch.tensor([whole], dtype=torch.float32, device=self.device)
-            size = size.expand(len(index), 6)
+            size = encode.whole(self.side, len(index), self.device)
         return dataclasses.replace(cond, caption=None, size=size, **told)
 
 

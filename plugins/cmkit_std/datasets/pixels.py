@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from cmkit import Cond, DataError
-from cmkit.batches import Drawn, drawn
+from cmkit.batches import Drawn, drawn, to_x0
 
 BATCHES_AHEAD = 4
 
@@ -162,11 +162,6 @@ def _ahead(
                 yield due, to_device(images, device)
     finally:
         threads.shutdown(cancel_futures=True)
-
-
-def to_x0(images: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]: u / 127.5 - 1."""
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
