@@ -83,7 +83,7 @@ def test_settings_are_those_that_were_published(stem, batch, lr, steps, ema, reg
 
 
 def test_a_sampler_of_many_steps_is_tried_on_two_evaluations_of_the_network():
-    from cmkit.plan.checks import _quick
+    from cmkit.plan.trial import _quick
 
     network, calls, x = TinyNetwork(), [], torch.ones(2, 1, 4, 4)
     network.first.register_forward_hook(lambda *_: calls.append(1))

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from cmkit import files
 from cmkit.denoiser import NO_COND, Cond, Denoiser, Network
@@ -25,7 +21,8 @@ from cmkit.plan import networks
 from cmkit.plan.data import batches, cache_bytes, kept
 from cmkit.plan.networks import naming_table, noise_of
 from cmkit.plan.record import CONDITIONS, Plan
-from cmkit.plugins import blame, discover
+from cmkit.plan.trial import dry_input, trying
+from cmkit.plugins import discover
 from cmkit.recipe import Recipe, Teacher, load
 from cmkit.recipe.grid import minimized, numbers
 from cmkit.recipe.search_table import TUNERS
@@ -256,7 +253,7 @@ def check_shown(
         )
     if recipe.sampler is None or recipe.sample is None:
         return
-    x, cond = _dry_input(space, conditions)
+    x, cond = dry_input(space, conditions)
     still = _Still(denoiser.network, denoiser.noise, denoiser.scalings, denoiser.sigma_data)
     for steps in recipe.sample.show_steps:
         sampler = recipe.sampler_in(steps)
@@ -347,8 +344,8 @@ def check_teacher(
     if recipe.objective:
         with naming_table(recipe, "objective"):
             recipe.objective.check_networks(denoiser.network, teacher.network)
-    x, cond = _dry_input(data, conditions)
-    with naming_table(recipe, "teacher"), _trying("teacher's backbone"):
+    x, cond = dry_input(data, conditions)
+    with naming_table(recipe, "teacher"), trying("teacher's backbone"):
         teacher(x, x.new_empty(1), cond)
     return notes
 
@@ -369,74 +366,6 @@ def check_adapter(recipe: Recipe, network: Network) -> None:
         )
     with torch.device("meta"), naming_table(recipe, "adapter"):
         networks.attach(recipe.adapter, network, recipe.seed)
-
-
-def dry_run(recipe: Recipe, denoiser: Denoiser, data: DataSpec, conditions: frozenset[str]) -> int:
-    """FLOPs of a forward pass of one image; the sampler, if any, is run through on the way."""
-    x, cond = _dry_input(data, conditions)
-    denoiser.null = Cond(text=cond.text, pooled=cond.pooled)
-    with (
-        naming_table(recipe, "backbone"),
-        _trying("backbone"),
-        FlopCounterMode(display=False) as counter,
-    ):
-        denoiser(x, x.new_empty(1), cond)
-    if recipe.sampler:
-        with naming_table(recipe, "sampler"), _trying("sampler"), _quick(denoiser.network):
-            guided = networks.guided_as_said(recipe, denoiser)
-            out = recipe.sampler.sample(guided, x, cond, lambda k: torch.empty_like(x))
-        if out.shape != x.shape:
-            raise PluginError(
-                f"the sampler returned {tuple(out.shape)} for images {tuple(x.shape)}"
-            )
-    return int(counter.get_total_flops())
-
-
-def _dry_input(data: DataSpec, conditions: frozenset[str]) -> tuple[torch.Tensor, Cond]:
-    """One image and its conditions without data."""
-    x = torch.empty(1, data.channels, data.resolution, data.resolution, device="meta")
-    label = torch.empty(1, dtype=torch.int64, device="meta") if "label" in conditions else None
-    levels = conditions & {"guidance", "sigma_to"}
-    return x, Cond(label, **{name: x.new_empty(1) for name in levels}, **_dry_text(data, x))
-
-
-def _dry_text(data: DataSpec, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a prompt encoder tells of one prompt, without data."""
-    if (text := data.text) is None:
-        return {}
-    shapes = {"text": (1, text.length, text.width), "pooled": (1, text.pooled or 0), "size": (1, 6)}
-    return {name: x.new_empty(shapes[name]) for name in text.conditions}
-
-
-@contextlib.contextmanager
-def _quick(network: Network) -> Iterator[None]:
-    """Inside, all evaluations of a network behind the second, which guidance takes, return at once
-    what has the shape of their input: a sampler of hundreds of steps is tried in seconds."""
-    own, calls = network.forward, itertools.count()
-
-    def forward(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return own(x, *rest) if next(calls) < 2 else torch.empty_like(x)
-
-    vars(network)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(network)["forward"]
-
-
-@contextlib.contextmanager
-def _trying(kind: str) -> Iterator[None]:
-    """Turn errors of a dry run on meta tensors into PluginError."""
-    try:
-        with torch.inference_mode():
-            yield
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        reason = "".join(str(error).strip().splitlines()[:1])
-        place = blame(error, discover().rows)
-        raise PluginError(
-            f"the {kind} fails on a tensor without data ({type(error).__name__}: {reason}"
-            f"{f'; at {place}' * bool(place)}); does it make all its tensors on x.device?"
-        ) from error
 
 
 def memory_of(recipe: Recipe, denoiser: Denoiser, data: DataSpec) -> int:

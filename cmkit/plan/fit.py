@@ -10,6 +10,7 @@ from cmkit.denoiser import Denoiser
 from cmkit.plan import checks, networks
 from cmkit.plan.networks import naming_table
 from cmkit.plan.record import Plan
+from cmkit.plan.trial import dry_run
 from cmkit.recipe import Recipe
 from cmkit.recipe.grid import cells, minimized, with_values
 from cmkit.values import DataSpec
@@ -68,7 +69,7 @@ def check_fit(recipe: Recipe) -> Plan:
     if recipe.adapter:
         checks.check_adapter(recipe, denoiser.network)
     checks.check_shown(recipe, denoiser, space, conditions)
-    flops = checks.dry_run(recipe, denoiser, space, conditions)
+    flops = dry_run(recipe, denoiser, space, conditions)
     memory = checks.memory_of(recipe, denoiser, space)
     kept = memory
     if recipe.adapter:  # of which checkpoints hold what is trained

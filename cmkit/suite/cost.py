@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmkit.denoiser import Cond, Denoiser, Network
 from cmkit.models import Models
 from cmkit.plan import conditions_of, noise_of, plan, space_of
-from cmkit.plan.checks import dry_run
 from cmkit.plan.networks import built, conditions_of_teacher, denoiser_of, teacher_of
 from cmkit.plan.record import Plan
+from cmkit.plan.trial import dry_run
 from cmkit.recipe import Recipe
 from cmkit.rng import Rng
 from cmkit.search import all_images
