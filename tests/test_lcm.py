@@ -336,6 +336,16 @@ def test_evaluations_are_those_that_the_plan_says(planned, embedded):
     assert len(calls) == found.nfe == (3 if embedded else 6)
 
 
+@pytest.mark.parametrize(
+    ("w", "embedded", "said"), [(0.0, True, 0), (3.0, True, 0), (3.5, True, 1), (3.5, False, 0)]
+)
+def test_a_weight_that_no_training_sees_is_told(planned, w, embedded, said):
+    """A network that embeds w knows those of its training alone; another is guided by any."""
+    told = f"denoiser.guidance is {w:g}, and the network learns weights from 0 to 3"
+    found = planned(f"denoiser.guidance={w}", f"objective.embed_guidance={str(embedded).lower()}")
+    assert found.notes.count(told) == said
+
+
 def test_weight_of_the_recipe_reaches_the_network_that_embeds_it():
     seen, inner = [], GaussianDenoiser()
     inner.register_forward_hook(lambda _module, args, _out: seen.append(args[2]))

@@ -11,7 +11,7 @@ import torch
 from cmkit import Denoiser, Guided, PluginError, RecipeError
 from cmkit.latents.coding import Coding
 from cmkit.models import Models
-from cmkit.plan import build, check_fit, coding_of, plan, prompts_of
+from cmkit.plan import build, check_fit, coding_of, cut_note, plan, prompts_of
 from cmkit.recipe import load
 from cmkit.run import RunFolder, run
 from cmkit.run.drawing import draw
@@ -222,6 +222,14 @@ def test_long_prompts_are_said_to_be_cut(toml, registry, teacher, monkeypatch):
     events = list(draw(recipe, 0, [], Path("long.png"), CPU))
     texts = [event.text for event in events if hasattr(event, "text")]
     assert texts == ["the last 2 tokens of a prompt are cut off: 'a b c d e f'.."]
+
+
+def test_captions_that_training_cuts_are_counted(toml, registry, monkeypatch):
+    found = made(toml, registry)
+    assert cut_note(found) == ""
+    monkeypatch.setattr(Words, "cut", lambda self, said: [k % 2 for k in range(len(said))])
+    assert cut_note(found).startswith("2 of the first 5 captions are longer than the prompt")
+    assert cut_note(found, 3).startswith("1 of the first 3")
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def check(
     """Check all that `run` would check, and say what it would cost, without running."""
     loaded, registry, said = _loaded(recipe, set, out if smoke else None)
     from cmkit.device import pick_device
-    from cmkit.plan import cache_bytes, check_disk, sigma_data_note
+    from cmkit.plan import cache_bytes, check_disk, cut_note, sigma_data_note
     from cmkit.recipe import stage_keys
     from cmkit.run import as_begun, changes, inputs_of, outlook, run_folder
     from cmkit.run.inputs import chosen_precision
@@ -157,7 +157,7 @@ def check(
             facts["search_passes"] = [draws * (plan.nfe or 1) for draws in search.passes()]
     if precision := chosen_precision(plan.recipe, chosen):
         facts["precision"] = precision
-    notes = [*said, *plan.notes, *filter(None, [sigma_data_note(plan)])]
+    notes = [*said, *plan.notes, *filter(None, [sigma_data_note(plan), cut_note(plan)])]
     if folder.checked:
         changed = changes(folder.inputs()["inputs"], inputs)
         notes += [f"since the run was begun: {said}" for _, _, said in changed]

@@ -120,6 +120,11 @@ class Objective(Part, ABC):
         """Those of `needs` that these very options need."""
         return self.needs
 
+    def guided_by(self) -> tuple[float, float] | None:
+        """Lowest and highest guidance weight w that a network which embeds it learns; None = it
+        learns of none in particular."""
+        return None
+
     def check(self, data: DataSpec) -> None:
         """Raise now what would stop `loss` later, such as missing weights of a distance."""
 

@@ -275,6 +275,30 @@ class _Still(Denoiser):
         return x
 
 
+def guidance_note(recipe: Recipe) -> tuple[str, ...]:
+    """A sentence where a network that embeds its guidance weight is told one it does not learn."""
+    w = recipe.denoiser.guidance
+    learned = recipe.objective.guided_by() if recipe.objective else None
+    if w is None or learned is None or learned[0] <= w <= learned[1]:
+        return ()
+    low, high = learned
+    return (f"denoiser.guidance is {w:g}, and the network learns weights from {low:g} to {high:g}",)
+
+
+def cut_note(plan: Plan, captions: int = 1000) -> str:
+    """A sentence where some of the first `captions` of training are too long for the prompt
+    encoder; "" elsewhere."""
+    recipe, read = plan.recipe, plan.space.text
+    if recipe.train and recipe.text and read and (known := recipe.dataset.captions()):
+        first = known[:captions]
+        if longer := sum(cut > 0 for cut in recipe.text.cut(first)):
+            return (
+                f"{longer} of the first {len(first)} captions are longer than the prompt encoder"
+                f" reads ({read.length} tokens); their ends are cut off"
+            )
+    return ""
+
+
 def sigma_data_note(plan: Plan, images: int = 256) -> str:
     """A sentence where the standard deviation of the first `images` of training is not the
     recipe's sigma_data, by more than a quarter of it; "" elsewhere, and before latents are kept."""

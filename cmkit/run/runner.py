@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from cmkit.errors import CmkitError
-from cmkit.plan import Plan, check_disk, sigma_data_note
+from cmkit.plan import Plan, check_disk, cut_note, sigma_data_note
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, run_name, stage_keys
 from cmkit.report import write_report
@@ -73,8 +73,8 @@ def run(
         folder.append_start(environment)
         if chosen := chosen_precision(plan.recipe, device):
             yield Note(f"precision auto is {chosen}")
-        if "train" not in status and (said := sigma_data_note(plan)):
-            yield Note(said)
+        if "train" not in status:
+            yield from map(Note, filter(None, [sigma_data_note(plan), cut_note(plan)]))
         stages = list(outlook(recipe, folder, keys, begun_with, registry))
         if stages[0].why or any(stage.origin for stage in stages):
             yield from (Note(str(stage)) for stage in stages)

@@ -63,6 +63,9 @@ class LCM(Objective):
         spare = {"guidance": self.embed_guidance, "target": self.target_ema > 0}
         return frozenset(name for name in self.needs if spare.get(name, True))
 
+    def guided_by(self) -> tuple[float, float] | None:
+        return (self.w_min, self.w_max) if self.embed_guidance else None
+
     def check_networks(self, online: Network, teacher: Network | None) -> None:
         if teacher is not None and teacher.null_label is None and not teacher.prompted:
             raise RecipeError(
