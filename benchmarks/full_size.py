@@ -8,7 +8,7 @@ recipes/search_ct_bedroom.toml on them with few images. Reported are times and p
 python benchmarks/full_size.py --model lcm_sd15 --resolution 256
 writes a folder of Stable Diffusion 1.5 (network and autoencoder, 3.8 GB of fresh weights; prompts
 are vectors of words), and runs one step of recipes/lcm_sd15.toml and one row of a search on what it
-left. It needs the package cmkit-latent.
+left; with --model lcm_lora_sd15 the same of an adapter. It needs the package cmkit-latent.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from cmkit.weights import find, read
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "search_ct_bedroom.toml"
 FEATURES = 2048
+MODELS = ("bedroom", "lcm_sd15", "lcm_lora_sd15")
 
 
 def main() -> None:
@@ -48,11 +49,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/full_size"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--model", choices=("bedroom", "lcm_sd15"), default="bedroom")
-    parser.add_argument("--resolution", type=int, default=512, help="of lcm_sd15")
+    parser.add_argument("--model", choices=MODELS, default=MODELS[0])
+    parser.add_argument("--resolution", type=int, default=512, help="of Stable Diffusion")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    (stable_diffusion if options.model == "lcm_sd15" else bedroom)(options)
+    (bedroom if options.model == "bedroom" else stable_diffusion)(options)
 
 
 def stable_diffusion(options: argparse.Namespace) -> None:
@@ -90,15 +91,24 @@ def stable_diffusion(options: argparse.Namespace) -> None:
         torch.save(inception_weights(), inception)
     digest = hashlib.sha256(inception.read_bytes()).hexdigest()
     trusted = extractor_weights.Weights(inception.name, "nowhere", digest)
-    made = plan(load(recipes / "lcm_sd15.toml", [*shared, *step], discover()))
+    made = plan(load(recipes / f"{options.model}.toml", [*shared, *step], discover()))
     print(
-        f"{made.parameters:,} parameters, {made.flops / 1e12:.3f} TFLOP a forward pass, weights,"
-        f" gradients, optimizer and copies {made.memory / 2**30:.1f} GiB"
+        f"{made.parameters:,} parameters, {made.trained:,} of them trained,"
+        f" {made.flops / 1e12:.3f} TFLOP a forward pass; weights, gradients, optimizer and copies"
+        f" take {made.memory / 2**30:.1f} GiB"
     )
     trained = finished(made, options.folder / "runs", device)
     told(trained, device)
+    if options.model == "lcm_sd15":
+        weights = [f"denoiser.weights={trained['folder']}"]
+    else:
+        precond = "{use='discrete', timestep_scaling=10.0, unit_start=true}"
+        weights = [
+            f"denoiser={{weights={str(folder)!r}, precond={precond}}}",
+            f"adapter={{use='lora', weights={trained['folder']!r}}}",
+        ]
     student = [
-        f"denoiser.weights={trained['folder']}",
+        *weights,
         f'metric=[{{use="fidelity", weights="{inception}"}}]',
     ]
     with mock.patch.dict(extractor_weights.PUBLIC, {"inception-v3-compat": trusted}):
