@@ -33,8 +33,8 @@ from cmkit import DataSpec, discover
 from cmkit.device import pick_device
 from cmkit.plan import plan
 from cmkit.recipe import load
-from cmkit.run import RunFinished, run
-from cmkit.run.environment import peak_memory_mib
+from cmkit.runs import RunFinished, run
+from cmkit.runs.environment import peak_memory_mib
 from cmkit.stop import StopSignal
 from cmkit.weights import find, read
 

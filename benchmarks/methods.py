@@ -25,8 +25,8 @@ from cmkit.device import pick_device
 from cmkit.plan import Plan, for_sampling, plan
 from cmkit.recipe import load, with_values
 from cmkit.report.search import interpolation_text
-from cmkit.run.finished import trained
-from cmkit.run.folder import RunFolder
+from cmkit.runs.finished import trained
+from cmkit.runs.folder import RunFolder
 from cmkit.search import (
     Cell,
     Comparison,

@@ -23,7 +23,7 @@ from cmkit.errors import CmkitError
 from cmkit.files import atomic_write, sha256_of
 from cmkit.plugins import discover
 from cmkit.report.figures import number, score
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 from cmkit.suite.collect import of_results, results
 from cmkit.suite.figures import Curve, Point, first_samples, quality_png
 from cmkit.suite.noise import SameNoise

@@ -24,9 +24,9 @@ from cmkit.plan import conditions_of, noise_of, space_of, tensors_digest
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load, with_values
 from cmkit.rescaling import POLICY, Policy, read_policy
-from cmkit.run.events import Event, Note
-from cmkit.run.folder import RunFolder
-from cmkit.run.policies import LEVELS
+from cmkit.runs.events import Event, Note
+from cmkit.runs.folder import RunFolder
+from cmkit.runs.policies import LEVELS
 from cmkit.tensors import load_weights, same_shapes, save_weights
 from cmkit.values import DataSpec, Layout
 from cmkit.weights import DIFFUSERS, adapt, download, find, notes, read

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cmkit.plan import Plan
     from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
-    from cmkit.run.events import Event
+    from cmkit.runs.events import Event
     from cmkit.values import Scheduler
 
 TOLERANCE = 0.5 / 255
@@ -60,7 +60,7 @@ def export(
         )
     from cmkit.convert import write
     from cmkit.plan import check_fit, coding_of, for_sampling, naming_table, noise_of
-    from cmkit.run.events import Note, StageFinished
+    from cmkit.runs.events import Note, StageFinished
     from cmkit.weights import download
 
     recipe = _in_full(replace(recipe, rescaler=None) if drop_scales else recipe)
@@ -147,7 +147,7 @@ def _folded(plan: Plan, network: Network) -> tuple[dict[str, Tensor], list[str]]
     """The weights of a network with the recipe's scales folded into them, and what is said of it;
     RecipeError where that is not exact."""
     from cmkit.convert import multiplied
-    from cmkit.run.policies import constant_scales
+    from cmkit.runs.policies import constant_scales
 
     own, rescaler = network.state_dict(), plan.recipe.rescaler
     if rescaler is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from cmkit import files
 from cmkit.errors import CheckpointError
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 
 POLICY = "rescaling.json"
 SCHEMA = 1

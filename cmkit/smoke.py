@@ -15,8 +15,8 @@ from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load
 from cmkit.recipe.parts import naming, part_of
 from cmkit.recipe.tables import PART_TABLES, kinds_inside
-from cmkit.run.places import make_out
-from cmkit.run.reuse import differences
+from cmkit.runs.places import make_out
+from cmkit.runs.reuse import differences
 
 WEIGHTS = "smoke-weights"
 """The folder below --out of invented weights."""

@@ -19,7 +19,7 @@ PRELOAD = (
     "matplotlib.pyplot",
     "cmkit.cli.display",
     "cmkit.report",
-    "cmkit.run",
+    "cmkit.runs",
     "cmkit.weights.pickles",
     "tests.forks",
 )

@@ -55,7 +55,7 @@ denoiser = { init = "teacher" }
 """
 STAND_IN = """
 import os, pathlib, signal, sys, time
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 _, _, recipe, _, out, *_ = sys.argv
 name = pathlib.Path(recipe).stem
 said = dict(word.split("=") for word in os.environ.get("FATE", "").split())

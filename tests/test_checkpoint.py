@@ -34,7 +34,7 @@ from cmkit.errors import (
     NonFiniteError,
     ResourceError,
 )
-from cmkit.run import RunFolder
+from cmkit.runs import RunFolder
 from tests.forks import Fork
 
 ROOT = os.geteuid() == 0

@@ -10,7 +10,7 @@ import torch
 from cmkit import RecipeError, discover
 from cmkit.plan import build, plan
 from cmkit.recipe import load, with_values
-from cmkit.run import drawn_from, run
+from cmkit.runs import drawn_from, run
 from cmkit.search import Cell, CellsDrawn, Scoring, most_cells, search, trace, trials
 from cmkit.stop import StopSignal
 

@@ -9,8 +9,8 @@ from cmkit import device, discover, files
 from cmkit.device import auto_precision, pick_device, precision
 from cmkit.plan import plan
 from cmkit.recipe import load
-from cmkit.run import Note, StageStarted, run
-from cmkit.run.environment import changed_environment
+from cmkit.runs import Note, StageStarted, run
+from cmkit.runs.environment import changed_environment
 from cmkit.stop import StopSignal
 from tests.test_run import RECIPE
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from cmkit import DataSpec
 from cmkit.plugins import discover
-from cmkit.run import drawn_from
+from cmkit.runs import drawn_from
 from tests.test_cli import refused
 
 OPTIONS = {"channels": 8, "channel_mult": (1, 1), "num_res_blocks": 1, "norm_groups": 4}
@@ -249,7 +249,9 @@ def test_colorize_keeps_brightness_and_adds_colour(cmkit, colours, tmp_path):
 def test_edits_that_cannot_be_are_refused_before_the_model_is_built(
     cmkit, recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("cmkit.run.drawing.for_sampling", lambda *_: pytest.fail("built the model"))
+    monkeypatch.setattr(
+        "cmkit.runs.drawing.for_sampling", lambda *_: pytest.fail("built the model")
+    )
     good = picture(tmp_path / "in" / "a.png")
 
     def edit(*arguments, label=("--label", 1), task="superres"):

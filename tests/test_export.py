@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from cmkit import CheckpointError, DataSpec, Noise, discover
 from cmkit.plan.networks import load_into
 from cmkit.recipe import load
-from cmkit.run.finished import drawn_from
+from cmkit.runs.finished import drawn_from
 from cmkit.tensors import save_weights
 from cmkit.weights import find, identity, read, shapes
 

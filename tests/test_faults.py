@@ -36,7 +36,7 @@ from cmkit.plan import plan
 from cmkit.plugins import Plugin, Registry, Row
 from cmkit.recipe import load
 from cmkit.report.figures import picture_of
-from cmkit.run import Note, RunFolder, Sampled, StageStarted, draw, drawn_from, run
+from cmkit.runs import Note, RunFolder, Sampled, StageStarted, draw, drawn_from, run
 from cmkit.sample import Batch, SavedImages, npz
 from cmkit.stop import StopSignal
 from tests.forks import CMKIT, Fork
@@ -539,7 +539,7 @@ def test_a_fault_in_a_strangers_part_names_package_file_and_line(cmkit, tmp_path
 
 def test_a_fault_of_ours_is_still_a_bug_in_cmkit(cmkit, tmp_path, monkeypatch):
     (tmp_path / "tiny.toml").write_text(RUN_RECIPE)
-    monkeypatch.setattr("cmkit.run.folder.RunFolder.rewind_log", lambda *_: 1 / 0)
+    monkeypatch.setattr("cmkit.runs.folder.RunFolder.rewind_log", lambda *_: 1 / 0)
     refused(cmkit("run", "tiny.toml"), 70, "a bug in cmkit: ZeroDivisionError")
 
 
@@ -649,7 +649,7 @@ def test_no_more_than_a_batch_waits_to_be_written(tmp_path, monkeypatch, out):
 
     written(tmp_path, DataSpec(1, 8, 10), frozenset({"label"}))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cmkit.run.drawing.sample", drawn)
+    monkeypatch.setattr("cmkit.runs.drawing.sample", drawn)
     recipe = drawn_from("random.toml", [], discover(), 40)
     events = list(draw(recipe, 0, (), tmp_path / out, torch.device("cpu")))
     assert [event.done for event in events if isinstance(event, Sampled)] == [*range(2, 41, 2)]

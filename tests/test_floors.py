@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 ROOMS = """
 errors values stop
 noise rng denoiser traits models kinds batches plugins functional
-files device pictures tensors checkpoint run.places run.folder rescaling latents
+files device pictures tensors checkpoint runs.places runs.folder rescaling latents
 recipe weights plan
 sample measure train search edit
-report run convert export mixing smoke
+report runs convert export mixing smoke
 suite
 testing new cli __main__
 """.split()  # noqa: SIM905 - rows are storeys
@@ -24,7 +24,7 @@ testing new cli __main__
 it, types and imports inside functions included."""
 FOR_PLUGINS = ROOMS[: ROOMS.index("recipe")]
 FREE_OF_TORCH = """
-errors values stop kinds plugins files run.places run.folder rescaling recipe report export smoke
+errors values stop kinds plugins files runs.places runs.folder rescaling recipe report export smoke
 suite cli
 """.split()  # noqa: SIM905
 

@@ -15,7 +15,7 @@ from cmkit_std.metrics.fidelity import Fidelity
 from cmkit import RecipeError, discover
 from cmkit.plan.checks import check_stages
 from cmkit.recipe import load, minimized, stage_keys
-from cmkit.run.inputs import inputs_of
+from cmkit.runs.inputs import inputs_of
 
 CPU = torch.device("cpu")
 RECIPE = """\

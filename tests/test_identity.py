@@ -34,9 +34,9 @@ from cmkit.batches import batch_indices
 from cmkit.checkpoint import read_weights
 from cmkit.plan import plan
 from cmkit.recipe import load, run_name, stage_keys
-from cmkit.run import Note, RunFinished, RunFolder, drawn_from, outlook, run, verify
-from cmkit.run.inputs import changes
-from cmkit.run.stages import saving_first
+from cmkit.runs import Note, RunFinished, RunFolder, drawn_from, outlook, run, verify
+from cmkit.runs.inputs import changes
+from cmkit.runs.stages import saving_first
 from cmkit.sample import Draws, RepeatedDraws
 from cmkit.stop import StopSignal
 from cmkit.train import Step

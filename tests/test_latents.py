@@ -27,8 +27,8 @@ from cmkit.latents import store as stores
 from cmkit.latents.memo import Memo
 from cmkit.plan import batches, cache_bytes, check_disk, kept, plan, sigma_data_note
 from cmkit.recipe import load, stage_keys
-from cmkit.run import Encoded, Note, RunFinished, StageStarted, run
-from cmkit.run.stages.cache import Cache
+from cmkit.runs import Encoded, Note, RunFinished, StageStarted, run
+from cmkit.runs.stages.cache import Cache
 from cmkit.stop import StopSignal
 from cmkit.train import Step
 from tests.toys import Blocks, BlocksCoder, Captioned, Words, WordsPrompts, toy_registry

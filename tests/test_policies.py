@@ -26,7 +26,7 @@ from cmkit.plan import build, plan
 from cmkit.plan.networks import model_digest
 from cmkit.recipe import load, stage_keys
 from cmkit.rescaling import Policy, read_policy
-from cmkit.run import RunFolder, Step, inputs_of, run, verify
+from cmkit.runs import RunFolder, Step, inputs_of, run, verify
 from cmkit.smoke import smoke_recipe
 from cmkit.stop import StopSignal
 from cmkit.testing import check_rescaler
@@ -477,7 +477,7 @@ def test_scales_of_another_model_or_of_no_one_number_are_not_folded(cmkit, home,
 
 
 def test_only_constant_numbers_are_written_out_by_site(plain):
-    from cmkit.run.policies import constant_scales
+    from cmkit.runs.policies import constant_scales
 
     recipe, model, _ = plain
     sites = model.network.sites

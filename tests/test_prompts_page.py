@@ -15,7 +15,7 @@ from PIL import Image
 from cmkit.pictures import grid_png
 from cmkit.report import write_report
 from cmkit.report.figures import SHOWN_BYTES
-from cmkit.run import RunFolder
+from cmkit.runs import RunFolder
 from tests.browser import chromium
 from tests.test_report import PAYLOADS, Page, report, require_inert, store
 

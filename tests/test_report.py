@@ -24,7 +24,7 @@ from cmkit.errors import CheckpointError, DataError
 from cmkit.pictures import grid_png
 from cmkit.report import write_report
 from cmkit.report.figures import CELLS_BYTES, picture_of
-from cmkit.run import RunFolder
+from cmkit.runs import RunFolder
 from tests.browser import chromium
 
 SKIPS = [0.7, 0.76, 0.82, 0.88, 0.94, 1.0, 1.06]

@@ -17,7 +17,7 @@ import torch
 from cmkit import discover, files
 from cmkit.errors import CheckpointError, RecipeError
 from cmkit.report import figures
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 from cmkit.suite import collect as collecting
 from cmkit.suite import noise, tables, work
 from cmkit.suite.cells import cells

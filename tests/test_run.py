@@ -29,7 +29,7 @@ from cmkit.checkpoint import latest_checkpoint, read_weights
 from cmkit.files import lock, read_jsonl
 from cmkit.plan import build, plan
 from cmkit.recipe import load, with_values
-from cmkit.run import (
+from cmkit.runs import (
     RunFinished,
     RunFolder,
     Sampled,
@@ -247,7 +247,7 @@ def test_a_search_hands_images_to_the_metric_as_they_are_drawn(recipe, monkeypat
 @pytest.mark.parametrize("how", [pytest.param("kill", marks=pytest.mark.slow), "signal"])
 def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, monkeypatch, how):
     """35 of 70 images of each cell of a row are drawn, and never again."""
-    monkeypatch.setattr("cmkit.run.job.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
+    monkeypatch.setattr("cmkit.runs.job.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
     stop = StopSignal()
     for event in (running := events(recipe, tmp_path / "runs", stop=stop)):
         if isinstance(event, CellsDrawn) and how == "signal":
@@ -258,7 +258,7 @@ def test_cells_that_were_being_drawn_go_on_from_there(whole, recipe, tmp_path, m
         if isinstance(event, CellsDrawn) and event.done:
             running.close()
             break
-    monkeypatch.setattr("cmkit.run.job.SAVE_SECONDS", 1e9)
+    monkeypatch.setattr("cmkit.runs.job.SAVE_SECONDS", 1e9)
     drawn = []
     add = FidelityMeter.add
     monkeypatch.setattr(FidelityMeter, "add", lambda self, x: drawn.append(len(x)) or add(self, x))
@@ -287,7 +287,7 @@ def test_a_search_that_is_stopped_again_as_it_goes_on_loses_nothing(whole, recip
 
 @pytest.mark.parametrize("how", [pytest.param("kill", marks=pytest.mark.slow), "signal"])
 def test_samples_that_are_drawn_are_never_drawn_again(whole, recipe, tmp_path, monkeypatch, how):
-    monkeypatch.setattr("cmkit.run.job.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
+    monkeypatch.setattr("cmkit.runs.job.SAVE_SECONDS", 0.0 if how == "kill" else 1e9)
     stop, out = StopSignal(), tmp_path / "runs"
     running = events(recipe, out, stop=stop)
     next(event for event in running if isinstance(event, Sampled))
@@ -298,7 +298,7 @@ def test_samples_that_are_drawn_are_never_drawn_again(whole, recipe, tmp_path, m
     else:
         next(running)
         running.close()
-    monkeypatch.setattr("cmkit.run.job.SAVE_SECONDS", 1e9)
+    monkeypatch.setattr("cmkit.runs.job.SAVE_SECONDS", 1e9)
     (folder,) = out.iterdir()
     assert [path.name for path in (folder / "samples").iterdir()] == ["0000000.npz"]
     drawn = [event.done for event in events(recipe, out) if isinstance(event, Sampled)]

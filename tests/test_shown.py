@@ -14,8 +14,8 @@ from cmkit import RecipeError
 from cmkit.pictures import grid_png
 from cmkit.plan import coding_of, plan
 from cmkit.recipe import load, run_name, stage_keys
-from cmkit.run import Note, RunFinished, RunFolder, Saved, run
-from cmkit.run.showing import Showing
+from cmkit.runs import Note, RunFinished, RunFolder, Saved, run
+from cmkit.runs.showing import Showing
 from cmkit.sample import Draws
 from cmkit.stop import StopSignal
 from cmkit.train import Step, start
@@ -225,7 +225,7 @@ def test_drawing_leaves_modes_and_generators_as_they_were(recipe, monkeypatch):
     assert list(showing.draw(training)) == []
     assert torch.equal(torch.get_rng_state(), state)
     assert [network.training, network.dropout.training, network.first.training] == [1, 0, 1]
-    monkeypatch.setattr("cmkit.run.showing.SIDE", 3)
+    monkeypatch.setattr("cmkit.runs.showing.SIDE", 3)
     list(showing.draw(training))
     assert showing.result()["side"] == 2
     assert pixels(recipe.parent / "shown" / "step-00000000.png").shape[0] == 48

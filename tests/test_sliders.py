@@ -17,7 +17,7 @@ from PIL import Image
 from cmkit.pictures import grid_png
 from cmkit.report import write_report
 from cmkit.report.sliders import tiles
-from cmkit.run import RunFolder
+from cmkit.runs import RunFolder
 from tests.browser import chromium
 from tests.test_report import require_quiet, store
 

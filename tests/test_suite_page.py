@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from cmkit.errors import CheckpointError
-from cmkit.run import RunFolder
+from cmkit.runs import RunFolder
 from cmkit.suite import figures
 from cmkit.suite.figures import first_samples
 from cmkit.suite.intervals import mean_interval, paired_difference

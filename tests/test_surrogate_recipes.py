@@ -9,7 +9,7 @@ import pytest
 from cmkit import RecipeError, discover
 from cmkit.plan import plan
 from cmkit.recipe import load
-from cmkit.run import run
+from cmkit.runs import run
 from cmkit.search.interpolation import basis
 from cmkit.stop import StopSignal
 from cmkit.suite.cost import _costs

@@ -13,9 +13,9 @@ from cmkit.latents.coding import Coding
 from cmkit.models import Models
 from cmkit.plan import build, check_fit, coding_of, cut_note, plan, prompts_of
 from cmkit.recipe import load
-from cmkit.run import RunFolder, run
-from cmkit.run.drawing import draw
-from cmkit.run.finished import drawn_from
+from cmkit.runs import RunFolder, run
+from cmkit.runs.drawing import draw
+from cmkit.runs.finished import drawn_from
 from cmkit.sample import Draws, sample
 from cmkit.stop import StopSignal
 from cmkit.train import start, train

@@ -13,7 +13,7 @@ from cmkit import RecipeError, discover
 from cmkit.errors import PluginError
 from cmkit.plan import build, plan
 from cmkit.recipe import load, with_values
-from cmkit.run import run
+from cmkit.runs import run
 from cmkit.search import (
     Cell,
     CellsDrawn,
@@ -295,7 +295,7 @@ def finish(recipe, out, *overrides, cut=None):
     ids=["tpe halved", "cmaes", "grid halved"],
 )
 def test_a_killed_run_goes_on_to_the_same_files(recipe, tmp_path, monkeypatch, sets):
-    monkeypatch.setattr("cmkit.run.job.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("cmkit.runs.job.SAVE_SECONDS", 0.0)
     folder, report = finish(recipe, tmp_path / "whole", *sets)
     found = report["stages"]["search"]
     assert found["best"]["score"] is not None
@@ -305,7 +305,7 @@ def test_a_killed_run_goes_on_to_the_same_files(recipe, tmp_path, monkeypatch, s
         assert found["rungs"][-1] == 16
         assert len(images) > 1
     for cut, seconds in ((9, 0.0), (17, 1e9), (24, 0.0)):
-        monkeypatch.setattr("cmkit.run.job.SAVE_SECONDS", seconds)
+        monkeypatch.setattr("cmkit.runs.job.SAVE_SECONDS", seconds)
         assert finish(recipe, tmp_path / f"{cut}", *sets, cut=cut) == cut
         again, _ = finish(recipe, tmp_path / f"{cut}", *sets)
         for name in ("cells.jsonl", "rerank.jsonl", "confirm.jsonl"):

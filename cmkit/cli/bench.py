@@ -13,7 +13,7 @@ from cmkit.cli import printing
 from cmkit.cli.compare import equation, lost, show_results
 from cmkit.cli.parts import DeviceOption, JsonOption
 from cmkit.errors import RecipeError
-from cmkit.run.places import make_out
+from cmkit.runs.places import make_out
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _run(
 ) -> None:
     """Carry the chosen cells out, and show each as it ends; then print and keep the results."""
     from cmkit.cli.display import Display
-    from cmkit.run.events import StageStarted
+    from cmkit.runs.events import StageStarted
     from cmkit.suite.cost import costs
     from cmkit.suite.work import Worker
 

@@ -79,7 +79,7 @@ def run(
     begun = [f"train.start={inline(from_)}"] if from_ else []
     loaded, registry, said = _loaded(recipe, [*set, *begun], out if smoke else None)
     from cmkit.device import pick_device
-    from cmkit.run import Note, run, run_folder, shown
+    from cmkit.runs import Note, run, run_folder, shown
 
     chosen, folder = pick_device(device), run_folder(loaded, out, registry)
     global debug_log
@@ -115,9 +115,9 @@ def check(
     from cmkit.device import pick_device
     from cmkit.plan import cache_bytes, check_disk, cut_note, sigma_data_note
     from cmkit.recipe import stage_keys
-    from cmkit.run import as_begun, changes, inputs_of, outlook, run_folder
-    from cmkit.run.inputs import chosen_precision
-    from cmkit.run.policies import check_training
+    from cmkit.runs import as_begun, changes, inputs_of, outlook, run_folder
+    from cmkit.runs.inputs import chosen_precision
+    from cmkit.runs.policies import check_training
     from cmkit.search import all_images, most_cells
 
     if data:
@@ -189,7 +189,7 @@ def verify(
     json: JsonOption = False,
 ) -> None:
     """Hold every file of runs to the digests that were kept of it; exit code 4 if one fails."""
-    from cmkit.run import RunFolder, verify
+    from cmkit.runs import RunFolder, verify
 
     folders = [RunFolder.at(run) for run in runs]
     for run, folder in zip(runs, folders, strict=True):
@@ -255,7 +255,7 @@ def _plan(recipe: Recipe) -> Plan:
 @contextlib.contextmanager
 def _runs_below(out: Path) -> Iterator[None]:
     """Inside, runs are found by name in --out as well."""
-    from cmkit.run.places import RUNS
+    from cmkit.runs.places import RUNS
 
     token = RUNS.set(out)
     try:

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cmkit.errors import printable
-from cmkit.run import events
-from cmkit.run.environment import peak_memory_mib
+from cmkit.runs import events
+from cmkit.runs.environment import peak_memory_mib
 
 PLAIN_SECONDS = 5.0
 """Between two plain lines of a stage."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from cmkit.kinds import Adapter
     from cmkit.recipe import Recipe
-    from cmkit.run import Event
+    from cmkit.runs import Event
 
 SourceArgument = Annotated[
     str,
@@ -80,7 +80,7 @@ def sample(
     """Draw images from a finished run, with the scales that its search found, or from a recipe
     with weights. An image depends on the seed and its number alone."""
     from cmkit.device import pick_device
-    from cmkit.run import draw
+    from cmkit.runs import draw
 
     said = {"denoiser.guidance": guidance, "sampler.steps": steps}
     flags = [f"{key}={value}" for key, value in said.items() if value is not None]
@@ -124,7 +124,7 @@ def edit(
     picture stays, and the model makes up the rest."""
     from cmkit.device import pick_device
     from cmkit.edit import Task
-    from cmkit.run import redraw
+    from cmkit.runs import redraw
 
     recipe, chosen = _drawn_from(source, set, len(pictures), rescaler), pick_device(device)
     edited = Task(task, mask, patch, steps, tuple(sigma))
@@ -252,7 +252,7 @@ def _drawn_from(
 ) -> Recipe:
     from cmkit.plugins import discover
     from cmkit.recipe import find_recipe
-    from cmkit.run.finished import drawn_from
+    from cmkit.runs.finished import drawn_from
 
     source = str(find_recipe(source))
     return drawn_from(source, overrides, discover(), images, rescaler, prompts)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cmkit.errors import printable
 
 if TYPE_CHECKING:
-    from cmkit.run import RunFolder
+    from cmkit.runs import RunFolder
     from cmkit.values import DataSpec
 
 LISTED = 20

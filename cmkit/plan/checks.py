@@ -26,7 +26,7 @@ from cmkit.plugins import discover
 from cmkit.recipe import Recipe, Teacher, load
 from cmkit.recipe.grid import minimized, numbers
 from cmkit.recipe.search_table import TUNERS
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 from cmkit.traits import interchangeable, traits
 from cmkit.values import Companion, DataSpec
 from cmkit.weights import TO_COME, start_checkpoint

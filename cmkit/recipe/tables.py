@@ -233,11 +233,11 @@ PART_TABLES = (
     "sampler",
 )
 STAGES = {
-    "cache": "cmkit.run.stages.cache:Cache",
-    "train": "cmkit.run.stages.train:Train",
-    "search": "cmkit.run.stages.search:Search",
-    "sample": "cmkit.run.stages.sample:Sample",
-    "metric": "cmkit.run.stages.metric:Measure",
+    "cache": "cmkit.runs.stages.cache:Cache",
+    "train": "cmkit.runs.stages.train:Train",
+    "search": "cmkit.runs.stages.search:Search",
+    "sample": "cmkit.runs.stages.sample:Sample",
+    "metric": "cmkit.runs.stages.metric:Measure",
 }
 """What a run does, in order: each stage is the class of its table, named as plugins name parts."""
 KEYS = ("name", "seed", "smoke", *PART_TABLES, "denoiser", "teacher", *STAGES, "expected")

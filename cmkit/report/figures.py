@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmkit.errors import DataError
 from cmkit.files import read_bytes
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ from cmkit.report.curve import curve_of, curve_svg
 from cmkit.report.figures import LEVELS, count, number, score
 from cmkit.report.samples import evaluations, samples_page, shown_page, size_of
 from cmkit.report.search import FEW, axis_label, cell_data, confirm_page, search_page
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 
 HERE = Path(__file__).parent
 CLASSES = 200

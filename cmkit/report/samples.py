@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmkit.report import figures
 from cmkit.report.figures import image, number, opened, picture_of, webps
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

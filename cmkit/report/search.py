@@ -18,7 +18,7 @@ from cmkit.report.figures import (
     picture_of,
     score,
 )
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 
 FEW = 4
 """Up to so many numbers of a rescaler are all written out."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cmkit.report.figures import SPRITE_BYTES, image, opened
 from cmkit.report.search import axis_label
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 
 Pixels = NDArray[np.uint8]
 SIZES = (

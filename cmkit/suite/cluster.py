@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cmkit.errors import PluginError, RecipeError, ResourceError
-from cmkit.run.places import make_out
+from cmkit.runs.places import make_out
 
 
 class Job:

@@ -15,7 +15,7 @@ from cmkit import files
 from cmkit.errors import CheckpointError, PluginError, RecipeError
 from cmkit.kinds import Metric
 from cmkit.plugins import Registry
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 from cmkit.suite.cells import Cell
 from cmkit.suite.groups import Group, Where, check_baseline, check_where, chosen, of_seed, unpaid
 from cmkit.suite.intervals import Interval, mean_interval

@@ -16,7 +16,7 @@ from cmkit import files
 from cmkit.errors import CheckpointError
 from cmkit.report.figures import number
 from cmkit.report.page import render, scrub
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 from cmkit.suite import figures
 from cmkit.suite.figures import Curve, Point, Style
 from cmkit.suite.page_runs import (

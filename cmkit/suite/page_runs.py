@@ -12,7 +12,7 @@ from typing import Any
 
 from cmkit.report.curve import curve_of
 from cmkit.report.figures import number
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 from cmkit.suite import figures
 from cmkit.suite.figures import Style
 from cmkit.suite.intervals import mean_interval

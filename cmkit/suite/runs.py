@@ -11,7 +11,7 @@ from typing import Any
 
 from cmkit.errors import CheckpointError
 from cmkit.report import figures
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 
 COMPARED = (
     "extractor",

@@ -15,8 +15,8 @@ from typing import Any
 
 from cmkit import files
 from cmkit.errors import BusyError, CheckpointError, Interrupted, ResourceError
-from cmkit.run.folder import RunFolder
-from cmkit.run.places import make_out
+from cmkit.runs.folder import RunFolder
+from cmkit.runs.places import make_out
 from cmkit.stop import StopSignal
 from cmkit.suite.cells import Cell
 

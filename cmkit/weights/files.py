@@ -33,8 +33,8 @@ from cmkit.files import (
     read_json,
     reading,
 )
-from cmkit.run.folder import RunFolder
-from cmkit.run.places import chosen
+from cmkit.runs.folder import RunFolder
+from cmkit.runs.places import chosen
 from cmkit.tensors import is_pickle, read_safetensors, safetensors_shapes
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from cmkit.export import quiet
 from cmkit.plan import space_of
 from cmkit.plugins import register
 from cmkit.recipe import load
-from cmkit.run.finished import drawn_from
+from cmkit.runs.finished import drawn_from
 from cmkit.tensors import save_weights
 
 ENTRY = EntryPoint("latent", "cmkit_latent.manifest", "cmkit")

@@ -17,9 +17,9 @@ from cmkit import CheckpointError, Cond, RecipeError
 from cmkit.plan import build, build_teacher, coding_of, plan
 from cmkit.plugins import register
 from cmkit.recipe import load, stage_keys
-from cmkit.run import run
-from cmkit.run.drawing import draw
-from cmkit.run.finished import drawn_from
+from cmkit.runs import run
+from cmkit.runs.drawing import draw
+from cmkit.runs.finished import drawn_from
 from cmkit.stop import StopSignal
 from cmkit.train import start, train
 

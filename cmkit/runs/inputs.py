@@ -17,7 +17,7 @@ from cmkit.kinds import Dataset, Metric
 from cmkit.plan import Plan
 from cmkit.recipe import Recipe, minimized, stage_tables
 from cmkit.recipe.keys import Inputs, read_by
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 from cmkit.values import DataSpec
 from cmkit.weights import identity, start_checkpoint
 

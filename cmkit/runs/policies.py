@@ -10,8 +10,8 @@ from cmkit.kinds import Rescaler
 from cmkit.plan import model_digest, naming_table, noise_of
 from cmkit.recipe import Recipe
 from cmkit.rescaling import Policy
-from cmkit.run.finished import trained
-from cmkit.run.job import Job
+from cmkit.runs.finished import trained
+from cmkit.runs.job import Job
 
 LEVELS = 16
 """Noise levels at which scales are read, to see whether they depend on them."""

@@ -16,11 +16,11 @@ from cmkit.kinds import Dataset, Metric, Rescaler
 from cmkit.latents.coding import Coding
 from cmkit.plan import Plan, coding_of, for_sampling, naming_table, prompts_of
 from cmkit.recipe import with_values
-from cmkit.run.environment import peak_memory_mib
-from cmkit.run.events import Event, Note, StageFinished
-from cmkit.run.finished import trained
-from cmkit.run.folder import RunFolder
-from cmkit.run.reuse import reuse, reuse_checkpoint
+from cmkit.runs.environment import peak_memory_mib
+from cmkit.runs.events import Event, Note, StageFinished
+from cmkit.runs.finished import trained
+from cmkit.runs.folder import RunFolder
+from cmkit.runs.reuse import reuse, reuse_checkpoint
 from cmkit.sample import Draws
 from cmkit.stop import StopSignal
 from cmkit.values import Reference

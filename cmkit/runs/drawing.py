@@ -31,8 +31,8 @@ from cmkit.plan import (
     traits_of,
 )
 from cmkit.recipe import Recipe, SampleTable
-from cmkit.run.events import Event, Note, Sampled, StageFinished, StageStarted
-from cmkit.run.places import make_out
+from cmkit.runs.events import Event, Note, Sampled, StageFinished, StageStarted
+from cmkit.runs.places import make_out
 from cmkit.sample import Batch, Draws, finite_uint8, sample, starts, write_npz
 from cmkit.weights import download
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit.recipe.tables import CacheTable
-from cmkit.run.stages import Stage
+from cmkit.runs.stages import Stage
 
 if TYPE_CHECKING:
     from cmkit.latents import Store
-    from cmkit.run.events import Event
-    from cmkit.run.job import Job
+    from cmkit.runs.events import Event
+    from cmkit.runs.job import Job
 
 WAITED = 0.5
 """Seconds between two looks at what another process encodes."""
@@ -31,7 +31,7 @@ class Cache(CacheTable, Stage):
         from cmkit import latents
         from cmkit.files import make_folder
         from cmkit.plan import kept, sigma_data_note
-        from cmkit.run.events import Encoded, Note, StageStarted
+        from cmkit.runs.events import Encoded, Note, StageStarted
 
         recipe = job.plan.recipe
         stores = kept(job.plan)
@@ -74,7 +74,7 @@ class Cache(CacheTable, Stage):
         """Enter the lock of a store, once another process is done with it."""
         from cmkit.errors import BusyError
         from cmkit.files import lock
-        from cmkit.run.events import Note
+        from cmkit.runs.events import Note
 
         said = False
         while True:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cmkit import checkpoint, files
 from cmkit.errors import CmkitError
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 
 
 def verify(folder: RunFolder) -> Iterator[tuple[str, str]]:

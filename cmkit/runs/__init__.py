@@ -10,17 +10,17 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "cmkit.run.drawing": "draw redraw",
-    "cmkit.run.events": (
+    "cmkit.runs.drawing": "draw redraw",
+    "cmkit.runs.events": (
         "Cell CellsDrawn Comparison Downloaded Encoded Event Note RunFinished Sampled Saved"
         " StageFinished StageStarted Step"
     ),
-    "cmkit.run.finished": "drawn_from",
-    "cmkit.run.folder": "RunFolder",
-    "cmkit.run.reuse": "Outlook outlook run_folder",
-    "cmkit.run.inputs": "as_begun changes inputs_of left_out",
-    "cmkit.run.integrity": "verify",
-    "cmkit.run.runner": "run shown",
+    "cmkit.runs.finished": "drawn_from",
+    "cmkit.runs.folder": "RunFolder",
+    "cmkit.runs.reuse": "Outlook outlook run_folder",
+    "cmkit.runs.inputs": "as_begun changes inputs_of left_out",
+    "cmkit.runs.integrity": "verify",
+    "cmkit.runs.runner": "run shown",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_HOME_OF)
@@ -28,5 +28,5 @@ __all__ = sorted(_HOME_OF)
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
-        raise AttributeError(f"module 'cmkit.run' has no attribute {name!r}")
+        raise AttributeError(f"module 'cmkit.runs' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

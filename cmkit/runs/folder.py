@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmkit import files
 from cmkit.errors import CheckpointError, DataError, ResourceError
-from cmkit.run.places import chosen, roots
+from cmkit.runs.places import chosen, roots
 from cmkit.values import DataSpec
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from cmkit.errors import CheckpointError, RecipeError, inline
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, SampleTable, load, load_pipeline, run_name, with_values
-from cmkit.run.folder import RunFolder
-from cmkit.run.places import chosen
+from cmkit.runs.folder import RunFolder
+from cmkit.runs.places import chosen
 
 
 def drawn_from(

@@ -15,10 +15,10 @@ from cmkit.plan import Plan, check_disk, cut_note, sigma_data_note
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, run_name, stage_keys
 from cmkit.report import write_report
-from cmkit.run.environment import changed_environment, citations, describe_environment
-from cmkit.run.events import Event, Note, RunFinished
-from cmkit.run.folder import SCHEMA, RunFolder
-from cmkit.run.inputs import (
+from cmkit.runs.environment import changed_environment, citations, describe_environment
+from cmkit.runs.events import Event, Note, RunFinished
+from cmkit.runs.folder import SCHEMA, RunFolder
+from cmkit.runs.inputs import (
     as_begun,
     changes,
     check_inputs,
@@ -26,11 +26,11 @@ from cmkit.run.inputs import (
     inputs_of,
     left_out,
 )
-from cmkit.run.integrity import verify
-from cmkit.run.job import Job
-from cmkit.run.places import make_out
-from cmkit.run.policies import check_training
-from cmkit.run.reuse import outlook, run_folder
+from cmkit.runs.integrity import verify
+from cmkit.runs.job import Job
+from cmkit.runs.places import make_out
+from cmkit.runs.policies import check_training
+from cmkit.runs.reuse import outlook, run_folder
 from cmkit.stop import StopSignal
 from cmkit.weights import download
 

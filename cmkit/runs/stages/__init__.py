@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from cmkit.recipe import StageTable
 
 if TYPE_CHECKING:
-    from cmkit.run.events import Event
-    from cmkit.run.job import Job
+    from cmkit.runs.events import Event
+    from cmkit.runs.job import Job
 
 
 class Stage(StageTable):

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit.recipe import SearchTable
-from cmkit.run.stages import Stage, saving_first
-from cmkit.run.stages.sample import Sample
+from cmkit.runs.stages import Stage, saving_first
+from cmkit.runs.stages.sample import Sample
 
 if TYPE_CHECKING:
-    from cmkit.run.events import Event
-    from cmkit.run.folder import RunFolder
-    from cmkit.run.job import Job
+    from cmkit.runs.events import Event
+    from cmkit.runs.folder import RunFolder
+    from cmkit.runs.job import Job
     from cmkit.search import Interpolated, PartialCells
 
 
@@ -32,8 +32,8 @@ class Search(SearchTable, Stage):
         from cmkit.pictures import grid_png
         from cmkit.recipe import minimized, with_values
         from cmkit.report.search import interpolation_text
-        from cmkit.run.events import Cell, Comparison, Note, StageStarted
-        from cmkit.run.policies import found_policy
+        from cmkit.runs.events import Cell, Comparison, Note, StageStarted
+        from cmkit.runs.policies import found_policy
 
         folder, recipe = job.folder, job.plan.recipe
         model, begun = job.denoiser(self.precision), _unfinished(job)
@@ -144,7 +144,7 @@ class Search(SearchTable, Stage):
 
 def _lost(name: str, lines: int) -> Iterator[Any]:
     """A note where lines of a log of the search were damaged."""
-    from cmkit.run.events import Note
+    from cmkit.runs.events import Note
 
     if lines:
         yield Note(f"search/{name}.jsonl: {lines} damaged lines; what they held is drawn again")
@@ -178,7 +178,7 @@ def _without_index(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _keeping(job: Job, found: Iterator[Any]) -> Iterator[Any]:
     """The events `found`, with cells that are being drawn kept whenever a save is due, and
     when an error comes."""
-    from cmkit.run.events import CellsDrawn
+    from cmkit.runs.events import CellsDrawn
 
     last: CellsDrawn | None = None
 

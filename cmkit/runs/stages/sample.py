@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit.recipe import SampleTable
-from cmkit.run.stages import Stage, saving_first
+from cmkit.runs.stages import Stage, saving_first
 
 if TYPE_CHECKING:
     from cmkit.denoiser import Denoiser
     from cmkit.kinds import Sampler
-    from cmkit.run.events import Event
-    from cmkit.run.job import Job
+    from cmkit.runs.events import Event
+    from cmkit.runs.job import Job
     from cmkit.sample import Batch
 
 FILE_IMAGES = 1000
@@ -44,7 +44,7 @@ class Sample(SampleTable, Stage):
         import torch
 
         from cmkit.pictures import grid_png
-        from cmkit.run.events import Note, Sampled, StageStarted
+        from cmkit.runs.events import Note, Sampled, StageStarted
         from cmkit.sample import npz, sample
 
         folder, sampler = job.folder, job.plan.recipe.sampler

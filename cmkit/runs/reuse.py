@@ -16,7 +16,7 @@ from cmkit.errors import CmkitError, inline
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, load, run_name, stage_keys, stage_tables
 from cmkit.recipe.keys import Inputs
-from cmkit.run.folder import RunFolder
+from cmkit.runs.folder import RunFolder
 
 MOST = 1000
 """Other runs that are looked at, the newest."""
@@ -195,7 +195,7 @@ def _why(recipe: Recipe, stage: str, folder: RunFolder, inputs: Inputs, registry
 
 def _read_otherwise(recipe: Recipe, other: RunFolder, inputs: Inputs) -> list[str]:
     """A sentence where another run's training read other data or weights than `inputs`."""
-    from cmkit.run.inputs import changes
+    from cmkit.runs.inputs import changes
 
     tables = stage_tables(recipe, "train")
     found = changes(other.inputs().get("inputs", {}), inputs) if other.checked else ()

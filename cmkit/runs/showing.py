@@ -16,11 +16,11 @@ from cmkit.errors import NonFiniteError
 from cmkit.files import digest_of
 from cmkit.pictures import grid_png
 from cmkit.plan.networks import guided_as_said
-from cmkit.run.events import Note
+from cmkit.runs.events import Note
 from cmkit.sample import Draws, finite_uint8, starts
 
 if TYPE_CHECKING:
-    from cmkit.run.job import Job
+    from cmkit.runs.job import Job
     from cmkit.train import Training
 
 SIDE = 256

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cmkit.run.stages import Stage
+from cmkit.runs.stages import Stage
 
 if TYPE_CHECKING:
-    from cmkit.run.events import Event
-    from cmkit.run.job import Job
+    from cmkit.runs.events import Event
+    from cmkit.runs.job import Job
 
 
 class Measure(Stage):
@@ -22,7 +22,7 @@ class Measure(Stage):
     def run(self, job: Job, result: dict[str, Any]) -> Iterator[Event]:
         """Measure the samples with every metric of the recipe."""
         from cmkit.measure import measure
-        from cmkit.run.events import StageStarted
+        from cmkit.runs.events import StageStarted
         from cmkit.sample import SavedImages
 
         metrics, images = job.plan.recipe.metric, SavedImages(job.folder.sample_files())

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit.recipe import TrainTable
-from cmkit.run.stages import Stage
+from cmkit.runs.stages import Stage
 
 if TYPE_CHECKING:
-    from cmkit.run.events import Event
-    from cmkit.run.job import Job
+    from cmkit.runs.events import Event
+    from cmkit.runs.job import Job
 
 
 class Train(TrainTable, Stage):
@@ -35,8 +35,8 @@ class Train(TrainTable, Stage):
         from cmkit.checkpoint import latest_checkpoint, open_checkpoint, save_checkpoint
         from cmkit.errors import DataError, NonFiniteError
         from cmkit.plan import coding_of
-        from cmkit.run.events import Note, Saved, StageStarted
-        from cmkit.run.showing import Showing
+        from cmkit.runs.events import Note, Saved, StageStarted
+        from cmkit.runs.showing import Showing
         from cmkit.tensors import save_weights
         from cmkit.train import start, train
         from cmkit.weights import start_checkpoint
