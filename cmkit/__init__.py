@@ -24,6 +24,7 @@ _HOMES = {
         "Cond Denoiser Guided Network Scales Scalings consistency_scalings edm_scalings"
     ),
     "cmkit.models": "Models",
+    "cmkit.api": "Pipeline load run",
     "cmkit.runs.events": (
         "Cell CellsDrawn Comparison Downloaded Event Note RunFinished Sampled Saved StageFinished"
         " StageStarted Step"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 
 
@@ -72,11 +73,23 @@ class Interrupted(CmkitError):  # noqa: N818
         self.exit_code = 128 + signum
 
 
+def toml_key(key: str) -> str:
+    """A key as TOML says it: in quotes unless it is bare."""
+    return key if re.fullmatch(r"[\w-]+", key, re.ASCII) else json.dumps(key)
+
+
 def inline(value: object) -> str:
     """A value as TOML says it on one line."""
     if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{key} = {inline(one)}' for key, one in value.items())} }}"
-    return f"{value:.12g}" if isinstance(value, float) else json.dumps(value)
+        return (
+            f"{{ {', '.join(f'{toml_key(key)} = {inline(one)}' for key, one in value.items())} }}"
+        )
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(inline, value))}]"
+    if isinstance(value, float):
+        short = f"{value:.12g}"
+        return short if float(short) == value else repr(value)
+    return json.dumps(value)
 
 
 def printable(text: str, encoding: str | None = None) -> str:

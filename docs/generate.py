@@ -1,11 +1,12 @@
-"""Write docs/reference.md, docs/api.json and the end of docs/plugins.md from the code; with
---check, fail when they are not current."""
+"""Write docs/reference.md, docs/api.json and the end of docs/plugins.md from the code, and
+docs/python.ipynb from docs/python.md; with --check, fail when they are not current."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import json
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from cmkit.suite.suite import BudgetTable, SuiteTable
 PAGE = Path(__file__).parent / "reference.md"
 API = Path(__file__).parent / "api.json"
 GUIDE = Path(__file__).parent / "plugins.md"
+TUTORIAL = Path(__file__).parent / "python.md"
+NOTEBOOK = TUTORIAL.with_suffix(".ipynb")
 MARK = "<!-- From here on written from the code by `make docs`; do not edit. -->\n"
 HEAD = """\
 # Reference
@@ -208,6 +211,19 @@ def api_text() -> str:
     return json.dumps(api(), indent=1) + "\n"
 
 
+def notebook() -> str:
+    """The page about Python as a notebook: its blocks of Python are the cells of code."""
+    parts = re.split(r"^```python\n(.*?)^```$", TUTORIAL.read_text("utf-8"), flags=re.S | re.M)
+    cells = []
+    for k, part in enumerate(parts):
+        cell = {"id": f"{k}", "metadata": {}, "source": part.strip().splitlines(keepends=True)}
+        code = {"cell_type": "code", "execution_count": None, "outputs": []}
+        cells.append(cell | (code if k % 2 else {"cell_type": "markdown"}))
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    book = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
+
+
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
@@ -224,7 +240,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    for file, text in ((PAGE, page()), (API, api_text()), (GUIDE, guide())):
+    made = {PAGE: page(), API: api_text(), GUIDE: guide(), NOTEBOOK: notebook()}
+    for file, text in made.items():
         if not check:
             file.write_text(text, encoding="utf-8")
         elif not file.exists() or file.read_text(encoding="utf-8") != text:

@@ -18,14 +18,14 @@ recipe weights plan
 sample measure train search edit
 report runs convert export mixing smoke
 suite
-testing new cli __main__
+testing new api cli __main__
 """.split()  # noqa: SIM905 - rows are storeys
 """Modules and packages of the kernel, bottom to top: each imports from itself and what is before
 it, types and imports inside functions included."""
 FOR_PLUGINS = ROOMS[: ROOMS.index("recipe")]
 FREE_OF_TORCH = """
 errors values stop kinds plugins files runs.places runs.folder rescaling recipe report export smoke
-suite cli
+suite api cli
 """.split()  # noqa: SIM905
 
 

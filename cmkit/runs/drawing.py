@@ -148,12 +148,12 @@ def _fitted(
     its model does not have."""
     assert recipe.sample is not None
     plan = check_fit(recipe)
-    numbers = tuple(_number(label, plan) for label in classes)
+    numbers = tuple(numbered(label, plan) for label in classes)
     check_disk(plan, out.parent)
     return plan, recipe.sample, numbers
 
 
-def _number(label: str | int, plan: Plan) -> int:
+def numbered(label: str | int, plan: Plan) -> int:
     """The class that a name, or where there is no such name a number, means."""
     if "label" not in plan.conditions:
         raise RecipeError(f"--label {label}: the model draws no classes; leave it out")
