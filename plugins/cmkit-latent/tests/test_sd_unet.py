@@ -329,21 +329,30 @@ def test_names_of_the_hub_are_looked_up(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "fits"), [("epsilon", True), ("v_prediction", False), (None, True)]
+    ("said", "wrong"),
+    [
+        ({"prediction_type": "epsilon"}, None),
+        ({"prediction_type": "v_prediction"}, 'prediction = "v_prediction"'),
+        ({}, None),
+        ({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, None),
+        ({"beta_schedule": "linear"}, 'spacing = "linear"'),
+        ({"beta_start": 0.0001}, "beta_start = 0.0001"),
+        ({"num_train_timesteps": 500}, "steps = 500"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid' is not known here"),
+    ],
 )
-def test_the_prediction_of_a_pipeline_is_compared(tmp_path, prediction, fits):
+def test_the_schedule_of_a_pipeline_is_compared(tmp_path, said, wrong):
     (tmp_path / "unet").mkdir()
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "unet" / "config.json").write_text("{}")
-    said = {} if prediction is None else {"prediction_type": prediction}
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(said))
     backbone = SDUNet(preset="sd15")
     for name in (tmp_path, tmp_path / "unet"):
         assert backbone.located(str(name)) == name
-        if fits:
+        if wrong is None:
             backbone.check_published(str(name), Discrete())
             continue
-        with pytest.raises(RecipeError, match=f'prediction = "{prediction}"'):
+        with pytest.raises(RecipeError, match=wrong):
             backbone.check_published(str(name), Discrete())
     assert backbone.located(str(tmp_path / "scheduler")) is None
 

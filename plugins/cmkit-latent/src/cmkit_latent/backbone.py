@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from cmkit import Backbone, CheckpointError, DataSpec, Layout, Precond, RecipeError
+from cmkit.errors import inline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,16 +124,21 @@ class SDUNet(Backbone):
         return None
 
     def check_published(self, weights: str, precond: Precond) -> None:
-        """RecipeError where the pipeline of `weights` says another prediction than `precond`."""
+        """RecipeError where the pipeline of `weights` says another prediction, or other steps, than
+        `precond`."""
+        from cmkit_latent.pipelines import schedule_of
+
         folder = _folder(weights, "weights")
         folder = folder.parent if (folder / "config.json").is_file() else folder
         scheduler = folder / "scheduler" / "scheduler_config.json"
-        given = getattr(precond, "prediction", None)
-        said = _json(scheduler).get("prediction_type", "epsilon") if scheduler.is_file() else given
-        if given != said:
+        if not scheduler.is_file():
+            return
+        said = schedule_of(scheduler, _json(scheduler))
+        if any(getattr(precond, key, None) != value for key, value in said.items()):
+            told = ", ".join(f"{key} = {inline(value)}" for key, value in said.items())
             raise RecipeError(
-                f'{weights}: its network was trained for prediction = "{said}"; beside it set'
-                f' precond = {{ use = "discrete", prediction = "{said}" }}'
+                f"{weights}: its network was trained for {told}; beside it set"
+                f" precond = {inline({'use': 'discrete', **said})}"
             )
 
     def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:

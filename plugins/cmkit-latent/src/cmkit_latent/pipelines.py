@@ -114,26 +114,30 @@ def _drawing(folder: Path, pipeline: str) -> tuple[bool, dict[str, Any], dict[st
                 f"{path}: {key} is something that cannot be said here; write a recipe with another"
                 " precond, or draw with diffusers"
             )
-    if (spacing := SPACINGS.get(said["beta_schedule"])) is None:
-        raise RecipeError(
-            f"{path}: beta_schedule = {said['beta_schedule']!r} is not known here; known:"
-            f" {', '.join(SPACINGS)}"
-        )
-    if (prediction := said.get("prediction_type", "epsilon")) == "flow_prediction":
-        raise RecipeError(f"{path}: a flow model, which is not known here; draw with diffusers")
-    precond = {
-        "use": "discrete",
-        "beta_start": float(said["beta_start"]),
-        "beta_end": float(said["beta_end"]),
-        "steps": said.get("num_train_timesteps", 1000),
-        "spacing": spacing,
-        "prediction": prediction,
-        "unit_start": True,
-    }
+    precond = {"use": "discrete", **schedule_of(path, said), "unit_start": True}
     if not consistency:
         return False, precond, {"use": "ddim", "steps": STEPS}
     precond["timestep_scaling"] = float(said.get("timestep_scaling", 10.0))
     return True, precond, {"use": "lcm", "grid": said.get("original_inference_steps", 50)}
+
+
+def schedule_of(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of precond `discrete` that the config of a scheduler says, read from `path`;
+    RecipeError for a schedule that it does not have."""
+    if (spacing := said.get("beta_schedule", "linear")) not in SPACINGS:
+        raise RecipeError(
+            f"{path}: beta_schedule = {spacing!r} is not known here; known: {', '.join(SPACINGS)}"
+        )
+    if said.get("prediction_type") == "flow_prediction":
+        raise RecipeError(f"{path}: a flow model, which is not known here; draw with diffusers")
+    found: dict[str, Any] = {"prediction": said.get("prediction_type", "epsilon")}
+    if "beta_schedule" in said:
+        found["spacing"] = SPACINGS[spacing]
+    if "num_train_timesteps" in said:
+        found["steps"] = said["num_train_timesteps"]
+    if found.get("spacing") != "cosine":  # whose betas are its own
+        found |= {key: float(said[key]) for key in ("beta_start", "beta_end") if key in said}
+    return found
 
 
 def _text(pipeline: str, folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
