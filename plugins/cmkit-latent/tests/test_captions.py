@@ -424,7 +424,8 @@ LINES = {
     "no object": ("[1]", 'line 6: no object with a "file_name"'),
     "deep": ("[" * 100_000, "line 6: no JSON"),
     "no name": ('{"text": "a"}', 'line 6: no object with a "file_name"'),
-    "no text": ('{"file_name": "0.png", "caption": "a"}', "caption_key may be one of: caption"),
+    "no text": ('{"file_name": "9.png", "caption": "a"}', "caption_key may be one of: caption"),
+    "key twice": ('{"file_name": "0.png", "text": "a", "text": "b"}', "'text' is said twice"),
     "a list": ('{"file_name": "9.png", "text": ["a"]}', "line 6: the caption is list"),
     "a number": ('{"file_name": "9.png", "text": 3}', "line 6: the caption is int"),
     "nothing": ('{"file_name": "9.png", "text": null}', "line 6: the caption is NoneType"),
@@ -467,9 +468,18 @@ def test_pictures_that_metadata_forgets_and_bytes_that_are_no_text_are_named(tmp
     refused(of(root), "line 7: not UTF-8")
 
 
+def test_captions_of_two_kinds_in_a_folder_are_refused(tmp_path):
+    root = listed(tmp_path / "data")
+    (root / "notes.txt").write_text("of no picture")
+    assert sorted(of(root).reference().captions) == sorted(SAID)
+    (root / "0.txt").write_text("another caption")
+    refused(of(root), root, "captions in metadata.jsonl and in 1 .txt (0.txt, ..)")
+
+
 def test_another_key_holds_the_captions(tmp_path):
     root = listed(tmp_path / "data", key="caption")
-    refused(of(root), "no 'text'; dataset.caption_key may be one of: caption, more")
+    said = refused(of(root), "no 'text'; dataset.caption_key may be one of: caption, more")
+    assert said.startswith(f"{len(SAID)} pictures cannot be used")
     assert sorted(of(root, caption_key="caption").reference().captions) == sorted(SAID)
 
 

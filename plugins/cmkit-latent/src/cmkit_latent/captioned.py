@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from cmkit_std.datasets.image_folder import File, Folder, below
@@ -109,6 +109,12 @@ def in_folder(root: Path, files: tuple[File, ...], key: str) -> Captioned:
         known = ", ".join(sorted(PICTURES))
         raise DataError(f"{root}: no pictures in it; put some there ({known}), tars or parquets")
     if any(file.name == METADATA for file in files):
+        stems = {name.rpartition(".")[0] for name in pictures}
+        if both := sorted(name for name in beside if name.rpartition(".")[0] in stems):
+            raise DataError(
+                f"{root}: captions in {METADATA} and in {len(both)} .txt ({both[0]}, ..); keep one"
+                " kind there"
+            )
         said, faults = _metadata(root, pictures, key)
     elif beside:
         said, faults = _beside(root, pictures, beside)
@@ -196,13 +202,17 @@ def _metadata(
     for number, line in _lines(file):
         place = f"{file} line {number}"
         try:
-            name, text = _row(line, key)
+            row = _row(line)
+            name = str(PurePosixPath(row["file_name"]))
             if name not in pictures:
                 raise ValueError(f"file_name {name!r}: no such picture in {root}; add it")
             if name in named:
                 raise ValueError(f"file_name {name!r} is in line {named[name]} too; keep one")
             named[name] = number
-            said[name] = cleaned(text)
+            if key not in row:
+                others = ", ".join(sorted(row.keys() - {"file_name"})) or "none"
+                raise ValueError(f"no {key!r}; dataset.caption_key may be one of: {others}")
+            said[name] = cleaned(row[key])
         except ValueError as error:
             faults.append(f"{place}: {error}")
     faults += (
@@ -223,10 +233,17 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{file}: cannot be read ({error.strerror}); replace it") from error
 
 
-def _row(line: bytes, key: str) -> tuple[str, object]:
-    """The file name, tidied, and the caption of a line of metadata.jsonl; ValueError else."""
+def _row(line: bytes) -> dict[str, Any]:
+    """What a line of metadata.jsonl says of a file in its folder; ValueError else."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"{twice!r} is said twice")
+        return dict(pairs)
+
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=once)
     except UnicodeDecodeError as error:
         raise ValueError("not UTF-8; save the file as UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -236,10 +253,7 @@ def _row(line: bytes, key: str) -> tuple[str, object]:
     name = PurePosixPath(row["file_name"])
     if name.is_absolute() or ".." in name.parts:
         raise ValueError(f"file_name {row['file_name']!r} leaves the folder; name a file in it")
-    if key not in row:
-        others = ", ".join(sorted(row.keys() - {"file_name"})) or "none"
-        raise ValueError(f"no {key!r}; dataset.caption_key may be one of: {others}")
-    return str(name), row[key]
+    return row
 
 
 def contents(source: Source) -> str:

@@ -121,7 +121,9 @@ def _trouble(error: Exception, name: str, revision: str | None, what: str) -> Cm
 
     cache = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
     place = f"{what} = hub:{name}" + (f"@{revision}" if revision else "")
-    folder = f"or fetch it elsewhere and name its folder: --set {what}=FOLDER"
+    folder = "or fetch it elsewhere and name its folder"
+    if "." in what:
+        folder += f": --set {what}=FOLDER"
     if isinstance(error, GatedRepoError):
         said = f"its owner grants access: ask for it at https://huggingface.co/{name}, log in by"
         return DownloadError(f"{place}: gated; {said} `hf auth login`, and run again, {folder}")
