@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cmkit import DataError, DataSpec
 from cmkit.files import cached_digest
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 LISTED = 2**35
 """Bytes of pictures beyond which their contents are not read to tell whether they changed."""
+LOOSE = "not in a folder of its class; move it, or set dataset.labels = false"
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class Folder:
         """The path of picture `index`."""
         return str(self.root / self.files[index].name)
 
-    def open_picture(self, index: int) -> Path:
+    def open_picture(self, index: int) -> Path | BinaryIO:
         """The file of picture `index`; DataError where it is no regular one."""
         file = self.files[index]
         if file.fault:
-            raise DataError(f"{self.root / file.name}: {file.fault}")
+            raise DataError(f"{self.name(index)}: {file.fault}")
         return self.root / file.name
 
     @property
@@ -77,6 +78,11 @@ class Folder:
     def counts(self) -> tuple[int, ...]:
         """How many pictures each class has."""
         return counted(self.labels(), len(self.classes))
+
+    def empty(self) -> list[str]:
+        """The classes without a picture; "" where there are no classes, and no picture."""
+        counts = self.counts() if self.classes else (len(self),)
+        return [name for name, n in zip(self.classes or ("",), counts, strict=True) if not n]
 
     def labels(self) -> list[int]:
         """Classes of the pictures, (N,)."""
@@ -99,22 +105,29 @@ class Folder:
         return digest.hexdigest()
 
     def _sha256(self, index: int) -> str:
-        with self.open_picture(index).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        found = self.open_picture(index)
+        with found.open("rb") if isinstance(found, Path) else found as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 class ImageFolder(Published):
-    """Pictures (PNG, JPEG, WebP, BMP, TIFF, GIF, PPM) in a folder, or in one folder a class.
+    """Your own pictures (PNG, JPEG, WebP, BMP, TIFF, GIF, PPM): a folder, or one folder a class, or
+    a zip or tar of either.
 
-    Every file below `path` must be a picture, hidden ones (.name) aside. Each is halved by box
-    averaging while twice too large, resized by bicubic interpolation and cropped in the middle, as
-    ADM does (Dhariwal and Nichol, 2021). Transparent pictures are laid on white; EXIF orientation
-    is ignored, as ADM does; 16-bit pictures are refused. Up to 2 GiB of pixels are decoded once
-    and kept, larger sets are decoded as they are needed.
+    Every file below `path` must be a picture, hidden ones (.name) aside. Each is turned upright,
+    halved by box averaging while twice too large, resized by bicubic interpolation until its
+    shorter side fits, and cropped in the middle to a square, as ADM does (Dhariwal and Nichol,
+    2021). Of 16 bits a channel the upper 8 are taken; transparent pictures are laid on white;
+    palettes, grey and CMYK become RGB (or grey) by Pillow's formulas, without colour profiles; of
+    an animation the first picture is used. Up to 2 GiB of pixels are decoded once and kept, larger
+    sets are decoded as they are needed.
+
+    An archive is read by index and not unpacked; a tar must not be compressed. Its pictures are
+    those of the folder that it was made of, bit for bit, a folder that holds all others aside.
     """
 
     path: str
-    """The folder."""
+    """The folder, the zip or the tar."""
     resolution: int = Field(ge=4, le=4096)
     """Height and width after resizing and cropping."""
     channels: Literal[1, 3] = 3
@@ -122,17 +135,33 @@ class ImageFolder(Published):
     labels: bool = False
     """Each folder in `path` is a class, numbered in the order of their names, or, where all names
     are numbers, of these."""
+    orientation: Literal["upright", "stored"] = "upright"
+    """"upright" turns pictures as their EXIF says; "stored" leaves them as they lie in the file, as
+    ADM does. A TIFF is always upright."""
 
     on_bad: Literal["error", "skip"] = "error"
     """What becomes of files that are no picture or a damaged one: an error, or they are left out,
     after all were decoded once, and listed."""
 
+    validation: float = Field(0.0, ge=0, lt=1)
+    """Share of the pictures that is held out, for metrics with heldout = true: those whose name
+    below `path` has a low SHA-256, so that further pictures move none of them."""
+    split: Literal["train", "validation"] = "train"
+    """The pictures of training, or those that are held out."""
+
+    @model_validator(mode="after")
+    def _split(self) -> Self:
+        if self.split == "validation" and not self.validation:
+            raise ValueError('split = "validation" needs validation, the share that is held out')
+        return self
+
     def spec(self) -> DataSpec:
         """Shape and classes; opens every file, DataError names those that are no picture."""
         from cmkit_std.datasets.pictures import check
 
-        folder = self._folder()
-        check(folder, range(len(folder)))
+        sound = self._sound()
+        check(sound, range(len(sound)))
+        folder = self._part(sound)
         if self.reference_npz:
             from cmkit_std.datasets import reference_npz
 
@@ -155,7 +184,7 @@ class ImageFolder(Published):
         """What is wrong with each picture that cannot be decoded; reads them all."""
         from cmkit_std.datasets.pictures import undecodable
 
-        return undecodable(self._folder(), self._shape)
+        return undecodable(self._sound(), self._shape)
 
     def left_out(self) -> tuple[str, ...]:
         """What is wrong with each picture that is left out."""
@@ -174,18 +203,39 @@ class ImageFolder(Published):
     def _shape(self) -> tuple[int, int]:
         return self.channels, self.resolution
 
-    def _folder(self) -> Folder:
-        """The pictures that are used."""
+    def heldout(self) -> ImageFolder | None:
+        """The pictures that `validation` holds out."""
+        if not self.validation or self.split == "validation":
+            return None
+        return self.model_copy(update={"split": "validation", "reference_npz": None})
+
+    def _sound(self) -> Folder:
+        """The pictures without those that are left out."""
         folder = find(self.path, self.labels)
         if self.on_bad == "error":
             return folder
         from cmkit_std.datasets.pictures import judged
 
         used = folder.only(i for i, bad in enumerate(judged(folder, self._shape)) if not bad)
-        for label, name in enumerate(folder.classes or ("",)):
-            if not any(file.label == label for file in used.files):
-                raise DataError(f"{folder.root / name}: no sound picture in it; see on_bad")
+        if empty := used.empty():
+            raise DataError(f"{folder.root / empty[0]}: no sound picture in it; see on_bad")
         return used
+
+    def _part(self, sound: Folder) -> Folder:
+        """Those of `split`."""
+        if not self.validation:
+            return sound
+        held = self.split == "validation"
+        low = [fraction(file.name) < self.validation for file in sound.files]
+        part = sound.only(i for i, is_low in enumerate(low) if is_low == held)
+        if not len(part) or (not held and part.empty()):
+            where = f"class {part.empty()[0]!r}" if len(part) else str(sound.root)
+            raise DataError(
+                f"dataset.validation = {self.validation:g}: of {where}, {len(sound)} pictures in"
+                f" all, none is left to {'hold out' if held else 'train on'}; change it, or add"
+                " pictures"
+            )
+        return part
 
     @property
     def _channels(self) -> int:
@@ -194,36 +244,63 @@ class ImageFolder(Published):
     def _images(self) -> Decoder:
         from cmkit_std.datasets.pictures import Decoder
 
-        folder = self._folder()
+        folder = self._part(self._sound())
         labels = folder.labels() if self.labels else None
-        return Decoder(folder, self._shape, labels, self.flip)
+        upright = self.orientation == "upright"
+        return Decoder(folder, self._shape, labels, self.flip, upright)
+
+
+def fraction(name: str) -> float:
+    """A number from 0 to 1 that follows from a picture's name alone, by its SHA-256."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) / 2**64
 
 
 def find(path: str, labels: bool) -> Folder:
     """The pictures of `dataset.path`, in the order of their names, with classes if `labels`."""
     root = Path(path).expanduser()
+    if root.is_file():
+        from cmkit_std.datasets import archives
+
+        return archives.find(root, labels)
     if not root.is_dir():
-        raise DataError(f"dataset.path = {path!r}: no such folder")
+        raise DataError(f"dataset.path = {path!r}: no such folder or file")
     if not labels:
         return Folder(root, below(root, root, 0))
-    loose = [entry.name for entry in _visible(root) if not _is_folder(entry)]
-    if loose:
-        raise DataError(
-            f"{root / loose[0]}: not in a folder of its class; move it, or read it with"
-            " image_folder and dataset.labels = false"
-        )
-    names = sorted(entry.name for entry in _visible(root))
-    if all(name.isascii() and name.isdigit() for name in names):
-        names.sort(key=int)
+    entries = _visible(root)
+    names = numbered(entry.name for entry in entries if _is_folder(entry))
     if not names:
         raise DataError(f"{root}: no folder in it; each class needs one of its pictures")
-    files = [file for label, name in enumerate(names) for file in below(root, root / name, label)]
-    shown = (os.fsencode(name).decode("utf-8", "backslashreplace") for name in names)
-    return Folder(root, tuple(files), tuple(shown))
+    every = [_below(root, root / name, label) for label, name in enumerate(names)]
+    if empty := [name for name, files in zip(names, every, strict=True) if not files]:
+        raise DataError(
+            f"{root}: no pictures in {', '.join(empty)}; put some there, or remove the folders"
+        )
+    loose = [_file(root, entry, 0) for entry in entries if not _is_folder(entry)]
+    loose = [replace(file, fault=file.fault or LOOSE) for file in loose]
+    files = [file for own in every for file in own] + sorted(loose, key=lambda file: file.name)
+    return Folder(root, tuple(files), printable(names))
+
+
+def numbered(names: Iterable[str]) -> list[str]:
+    """Names of classes in the order of their numbers: as numbers, where all are, else as texts."""
+    found = sorted(names)
+    whole = all(name.isascii() and name.isdigit() for name in found)
+    return sorted(found, key=int) if whole else found
+
+
+def printable(names: Iterable[str]) -> tuple[str, ...]:
+    """Names in which bytes that are no UTF-8 are escaped."""
+    return tuple(os.fsencode(name).decode("utf-8", "backslashreplace") for name in names)
 
 
 def below(root: Path, folder: Path, label: int) -> tuple[File, ...]:
     """Every visible file below `folder`, by name; DataError when there is none."""
+    if not (files := _below(root, folder, label)):
+        raise DataError(f"{folder}: no pictures in it; put some there, or remove the folder")
+    return files
+
+
+def _below(root: Path, folder: Path, label: int) -> tuple[File, ...]:
     files = []
     pending = [(folder, (folder.resolve(),))]
     while pending:
@@ -236,8 +313,6 @@ def below(root: Path, folder: Path, label: int) -> tuple[File, ...]:
             if entry.is_symlink() and inner.resolve() in above:
                 raise DataError(f"{inner}: a link to a folder that it is in itself; remove it")
             pending.append((inner, (*above, inner.resolve())))
-    if not files:
-        raise DataError(f"{folder}: no pictures in it; put some there, or remove the folder")
     return tuple(sorted(files, key=lambda file: file.name))
 
 
