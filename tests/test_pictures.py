@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import struct
@@ -345,3 +346,57 @@ def test_every_empty_class_is_named(folder):
     with pytest.raises(DataError) as error:
         of(folder, labels=True).spec()
     one_line(error, folder, "no pictures in a, b; put some there")
+
+
+# From a folder to a page
+
+TINY = """\
+name = "own"
+backbone = { use = "adm", channels = 8, channel_mult = [1], num_res_blocks = 1, norm_groups = 4 }
+objective = { use = "ct", end_scales = 5, distance = "l2" }
+train = { steps = 2, batch = 8, precision = "fp32" }
+sampler = { use = "multistep" }
+sample = { images = 20, precision = "fp32" }
+metric = [
+    { use = "fidelity", extractor = "cmkit-emoji" },
+    { use = "fidelity", extractor = "cmkit-emoji", heldout = true },
+]
+[dataset]
+use = "image_folder"
+path = "pictures"
+resolution = 8
+labels = true
+validation = 0.3
+"""
+
+
+def test_a_messy_folder_becomes_a_page_that_says_what_it_is_of(cmkit, folder):
+    Path("own.toml").write_text(TINY)
+    (folder / "notes.txt").write_text("no")
+    torn = picture(folder / "9" / "torn.png", 7, (64, 64))
+    torn.write_bytes(torn.read_bytes()[:-1500])
+    code, out, _ = cmkit("check", "own.toml", "--data")
+    assert code == 3
+    assert [line.partition(": ")[0] for line in out.splitlines()] == [
+        *("pictures/9/torn.png", "pictures/notes.txt")
+    ]
+    skip = ("--set", 'dataset.on_bad="skip"')
+    code, out, _ = cmkit("check", "own.toml", *skip)
+    assert code == 0
+    held = len(of(folder, on_bad="skip", validation=0.3).heldout().reference().images)
+    facts = dict(line.split(None, 1) for line in out.splitlines())
+    assert (facts["pictures"], facts["held"]) == (str(30 - held), f"out             {held}")
+    assert "class 0              9  " in out
+    assert "note: fidelity: cmkit-emoji is a small classifier of emoji" in out
+    code, _, err = cmkit("run", "own.toml", *skip)
+    assert code == 0
+    assert "left out, bad files: 2: pictures/9/torn.png" in err
+    (run,) = Path("runs").iterdir()
+    report = json.loads((run / "report.json").read_text())
+    assert report["inputs"]["dataset"]["left_out"] == 2
+    assert report["data"]["classes"] == ["9", "10", "11"]
+    assert report["inputs"]["metric"]["heldout_images"] == held
+    assert {p["extractor"] for p in report["stages"]["metric"]["provenance"]} == {"cmkit-emoji"}
+    page = (run / "report.html").read_text("utf-8")
+    count = report["data"]["counts"][2]
+    assert f'<td class="n">2</td><th scope="row">11</th><td class="n">{count}</td>' in page

@@ -31,8 +31,8 @@ class LSUN(Published):
 
     `path` is the folder of an unzipped LMDB, such as `bedroom_train_lmdb` with its `data.mdb`, or
     a folder of the pictures that were unpacked from it, which is read as `image_folder` reads it.
-    Both are resized and cropped as `image_folder` does. Pictures come in the order of the
-    LMDB's keys, or of the names of files. An LMDB needs the package `lmdb`
+    Both are resized and cropped as `image_folder` does with orientation = "stored". Pictures come
+    in the order of the LMDB's keys, or of the names of files. An LMDB needs the package `lmdb`
     (`pip install 'cmkit[lsun]'`), which trusts what it reads: a truncated file is refused, but
     damage inside one can end the process. It is only read, and takes 48 bytes of memory a
     picture. Metrics that read three million bedrooms take hours: see `reference_npz`. Nothing is
