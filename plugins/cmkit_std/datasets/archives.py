@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from cmkit import DataError
-from cmkit_std.datasets.image_folder import LOOSE, File, Folder, numbered, printable
+from cmkit_std.datasets.folders import LOOSE, File, Folder, numbered, printable
 from cmkit_std.datasets.on_disk import File as Packed
 
 LARGEST = 2**28

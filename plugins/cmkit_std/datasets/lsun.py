@@ -16,6 +16,7 @@ from pydantic import Field
 
 from cmkit import DataError, DataSpec, PluginError
 from cmkit_std.datasets import image_folder
+from cmkit_std.datasets.folders import Folder
 from cmkit_std.datasets.on_disk import File, Published
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class LSUN(Published):
 
         return Decoder(self._source(), (CHANNELS, self.resolution), flip=self.flip)
 
-    def _source(self) -> Records | image_folder.Folder:
+    def _source(self) -> Records | Folder:
         """The LMDB in `path`, or the folder of pictures."""
         root = self._root
         if (root / "data.mdb").exists():

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 from cmkit_std.datasets.archives import LARGEST, LEAVES, REGULAR, entries
-from cmkit_std.datasets.image_folder import LISTED, File
+from cmkit_std.datasets.folders import LISTED, File
 
 from cmkit import CheckpointError, DataError
 from cmkit.files import (
