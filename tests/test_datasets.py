@@ -461,14 +461,6 @@ def test_names_are_those_of_fashion_mnist_and_not_of_files_that_look_like_it(fas
     assert FashionMNIST(path=str(fashion)).spec().classes == ()
 
 
-def test_sixteen_bit_pictures_are_refused(folder):
-    bad = folder / "deep.png"
-    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(bad)
-    with pytest.raises(DataError) as error:
-        ImageFolder(path=str(folder), resolution=8).spec()
-    one_line(error, bad, "8 bits")
-
-
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_a_truncated_picture_stops_training_and_metrics(folder, suffix, kept, monkeypatch):

@@ -17,7 +17,7 @@ from cmkit_std.metrics.fidelity import Fidelity
 from PIL import Image
 
 from benchmarks import make_emoji as make
-from cmkit import CheckpointError, DataError, DataSpec, RecipeError, testing
+from cmkit import CheckpointError, DataError, DataSpec, RecipeError, Reference, testing
 
 CPU = torch.device("cpu")
 
@@ -236,6 +236,30 @@ def test_extra_sizes_are_averaged():
     big = torch.arange(64.0).expand(1, 3, 64, 64).byte()
     assert emoji_net.to_net(big).shape == (1, 3, 32, 32)
     assert emoji_net.to_net(big)[0, 0, 0, 0] == pytest.approx(0.5 / 127.5 - 1)
+
+
+def test_its_features_order_damage_of_pictures_that_are_no_emoji_and_say_so():
+    """Discs of any colour at 48x48: the more noise or blur, and the fewer kinds, the further."""
+    draws = np.random.default_rng(0)
+    y, x = np.mgrid[:48, :48]
+    inside = (x - 24) ** 2 + (y - 24) ** 2 < draws.uniform(6, 20, (160, 1, 1, 1)) ** 2
+    colours = draws.integers(0, 256, (2, 160, 3, 1, 1))
+    real, ours = torch.from_numpy(np.where(inside, *colours).astype(np.uint8)).split(80)
+    noise = torch.from_numpy(draws.normal(size=ours.shape))
+    metric = Fidelity(extractor="cmkit-emoji", kid=True, kid_subset_size=40)
+    reference = Reference(Few(real), "discs")
+    for damaged in (
+        [(ours + level * noise).clamp(0, 255).byte() for level in (0, 60, 150)],
+        [torch.nn.functional.avg_pool2d(ours.float(), k, 1, k // 2).byte() for k in (1, 15, 31)],
+        [torch.cat([ours[:1].expand(n, -1, -1, -1), ours[n:]]) for n in (0, 30, 60)],
+    ):
+        found = [metric.measure(Few(images), reference, CPU) for images in damaged]
+        for number in ("fid", "kid_mean"):
+            assert sorted(values[number] for values in found) == [v[number] for v in found]
+    (said,) = metric.caveats(DataSpec(3, 48))
+    assert "compare models of the same pictures, roughly, and are no FID" in said
+    assert not metric.caveats(Emoji().spec())
+    assert not Fidelity().caveats(DataSpec(3, 48))
 
 
 def test_the_maker_averages_on_white():

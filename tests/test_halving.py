@@ -2,10 +2,12 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cmkit_std.metrics.fidelity_meter import FidelityMeter
+from safetensors.torch import save
 
 from cmkit import discover
 from cmkit.errors import DataError
@@ -129,3 +131,13 @@ def test_too_few_images_in_the_first_rung_are_refused_by_the_metric(recipe):
     plan(load(recipe, sets, discover()))
     with pytest.raises(DataError, match=r"search\.halving.* 4 samples; it needs at least 10"):
         plan(load(recipe, [*sets, *HALVING], discover()))
+
+
+def test_what_is_kept_of_cells_can_be_written_in_whatever_order_a_network_gives_colours():
+    from cmkit.search.score import _Drawing
+
+    cell = _Drawing("0", SimpleNamespace(state=dict), 4, True, torch.device("cpu"))
+    images = torch.arange(4 * 3 * 8 * 8).view(4, 3, 8, 8).byte()
+    cell.thumbnails = [images.to(memory_format=torch.channels_last)]
+    save(state := cell.state())
+    assert torch.equal(state["thumbnails"], images)

@@ -239,7 +239,8 @@ def test_a_folder_of_classes_is_read_as_image_folder_reads_it(tmp_path):
     for n in range(9):
         picture(tmp_path / f"n{n % 3:08d}" / f"{n}.png", n, (150 + n, 140))
     data = ImageNet64(path=str(tmp_path), flip=True)
-    plain = ImageFolder(path=str(tmp_path), resolution=64, labels=True, flip=True)
+    keys = {"resolution": 64, "labels": True, "flip": True, "orientation": "stored"}
+    plain = ImageFolder(path=str(tmp_path), **keys)
     names = tuple(f"n{n:08d}" for n in range(3))
     assert data.spec() == plain.spec() == DataSpec(3, 64, 3, names, (3, 3, 3))
     assert same(take(data, 5), take(plain, 5))

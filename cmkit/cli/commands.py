@@ -130,7 +130,7 @@ def check(
         check_training(loaded, keys)
         stages = list(outlook(loaded, folder, keys, inputs, registry))
     check_disk(plan, out)
-    bad = loaded.dataset.left_out()
+    bad, held = loaded.dataset.left_out(), loaded.dataset.heldout()
     facts = {
         "recipe": plan.recipe.name,
         "folder": str(folder.path),
@@ -142,6 +142,8 @@ def check(
         "images": [plan.data.channels, plan.data.resolution, plan.data.resolution],
         "latents": [plan.space.channels, *[plan.space.resolution] * 2] if loaded.codec else None,
         "text": [plan.space.text.length, plan.space.text.width] if plan.space.text else None,
+        "pictures": inputs["dataset"].get("images"),
+        "held_out": held.identity().get("images") if held else None,
         "classes": plan.data.num_classes,
         "labels": plan.label_rule,
         "nfe": plan.nfe,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from cmkit.kinds.part import Part
@@ -63,6 +63,11 @@ class Metric(Part, ABC):
     def check(self, data: DataSpec, images: int) -> None:
         """Raise now what would stop `measure` later on `images` samples like `data`: missing
         weights, an unfit image size, too few images."""
+
+    def caveats(self, data: DataSpec) -> Sequence[str]:
+        """What the numbers of images like `data` do not mean, a sentence each, said by checks and
+        runs."""
+        return ()
 
     def check_reference(self, data: DataSpec, reference: Reference, device: torch.device) -> None:
         """Raise, before the first stage of a run, if `measure` cannot compare with `reference`."""

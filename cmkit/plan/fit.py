@@ -40,8 +40,10 @@ def check_fit(recipe: Recipe) -> Plan:
                     denoiser.noise.sigmas(n)  # raises where the noise axis has no such grid
         with naming_table(recipe, "train", "batch"):
             recipe.objective.check_batch(recipe.train.batch // recipe.train.accumulate)
+    notes: tuple[str, ...] = ()
     for index, metric in enumerate(recipe.metric):
         with naming_table(recipe, "metric", index):
+            notes += tuple(metric.caveats(data))
             metric.check(data, recipe.sample.images if recipe.sample else 0)
     if recipe.search:
         with naming_table(recipe, "search", "images"):
@@ -54,7 +56,6 @@ def check_fit(recipe: Recipe) -> Plan:
                     minimized(recipe).check(data, images)
         if recipe.search.method == "surrogate" and recipe.search.tolerance is None:
             checks.check_standard_error(recipe, data)
-    notes: tuple[str, ...] = ()
     if recipe.denoiser.weights:
         with naming_table(recipe, "denoiser", "weights"):
             checks.check_weights(recipe.denoiser.weights, recipe.backbone, recipe.precond)

@@ -37,7 +37,7 @@ class Plan:
     nfe: int | None = None
     """Network evaluations a sample, if any are drawn."""
     notes: tuple[str, ...] = ()
-    """What is not taken as the recipe's weights have it."""
+    """What is not taken as the recipe's weights have it, and what its numbers do not mean."""
 
     @property
     def label_rule(self) -> str | None:

@@ -236,7 +236,8 @@ class _Drawing:
 
     def state(self) -> dict[str, Tensor]:
         """The state of the meter and what else `go_on` needs, of a whole cell its score instead."""
-        own = {"finite": self.finite.cpu(), "thumbnails": torch.cat(self.thumbnails)}
+        thumbnails = torch.cat(self.thumbnails).contiguous()  # a network may give channels last
+        own = {"finite": self.finite.cpu(), "thumbnails": thumbnails}
         if self.drawn == self.count:
             own["score"] = torch.tensor(self.score, dtype=torch.float64)
         return own if self.drawn == self.count and not self.goes_on else own | self.meter.state()

@@ -489,8 +489,8 @@ MEMBERS = {
     "link": (("5.png", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), "no regular"),
     "hard link": (("5.png", b"", {"type": tarfile.LNKTYPE, "linkname": "0.png"}), "no regular"),
     "device": (("5.png", b"", {"type": tarfile.CHRTYPE}), "no regular file"),
-    "above": (("../5.png", encoded(5), {}), "'../5.png': its name leaves the tar"),
-    "absolute": (("/etc/5.png", encoded(5), {}), "'/etc/5.png': its name leaves the tar"),
+    "above": (("../5.png", encoded(5), {}), "'../5.png': its name leaves the archive"),
+    "absolute": (("/etc/5.png", encoded(5), {}), "'/etc/5.png': its name leaves the archive"),
     "twice": (("000000001.jpg", encoded(5, "JPEG"), {}), "have one key"),
     "said twice": (("000000001.txt", b"b", {}), "is in it twice"),
 }

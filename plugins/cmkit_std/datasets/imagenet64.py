@@ -19,8 +19,9 @@ class ImageNet64(Published):
 
     `path` is the folder of downsampled ImageNet (Chrabaszcz, Loshchilov and Hutter, 2017), files
     `train_data_batch_1.npz` and on and `val_data.npz`, or a folder of one folder of pictures a
-    class, read as `image_folder` reads it: ADM crops the middle of the original photographs that
-    way, and the two forms are different pictures. Classes are numbered from 0.
+    class, read as `image_folder` reads it with orientation = "stored": ADM crops the middle of the
+    original photographs that way, and the two forms are different pictures. Classes are numbered
+    from 0.
 
     An .npz file cannot be read from its middle. The pixels of the split, 15.7 GB, are unpacked once
     into `$XDG_CACHE_HOME/cmkit/imagenet64` (or `~/.cache`), where a training run maps them. The

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from cmkit import DataError, DataSpec, PluginError
 from cmkit_std.datasets import image_folder
+from cmkit_std.datasets.folders import Folder
 from cmkit_std.datasets.on_disk import File, Published
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ class LSUN(Published):
 
     `path` is the folder of an unzipped LMDB, such as `bedroom_train_lmdb` with its `data.mdb`, or
     a folder of the pictures that were unpacked from it, which is read as `image_folder` reads it.
-    Both are resized and cropped as `image_folder` does. Pictures come in the order of the
-    LMDB's keys, or of the names of files. An LMDB needs the package `lmdb`
+    Both are resized and cropped as `image_folder` does with orientation = "stored". Pictures come
+    in the order of the LMDB's keys, or of the names of files. An LMDB needs the package `lmdb`
     (`pip install 'cmkit[lsun]'`), which trusts what it reads: a truncated file is refused, but
     damage inside one can end the process. It is only read, and takes 48 bytes of memory a
     picture. Metrics that read three million bedrooms take hours: see `reference_npz`. Nothing is
@@ -73,7 +74,7 @@ class LSUN(Published):
 
         return Decoder(self._source(), (CHANNELS, self.resolution), flip=self.flip)
 
-    def _source(self) -> Records | image_folder.Folder:
+    def _source(self) -> Records | Folder:
         """The LMDB in `path`, or the folder of pictures."""
         root = self._root
         if (root / "data.mdb").exists():

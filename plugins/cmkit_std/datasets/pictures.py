@@ -26,6 +26,20 @@ READ_AHEAD = 4096
 NAMED = 20
 """Bad pictures that an error names."""
 MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"})
+DEEP = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
+"""Grey of 16 bits; a PGM of more than 8 is read as 32, scaled to 16. Pillow reads colour of 16 bits
+as the upper 8, of a PPM rounded."""
+ORIENTATION = 0x0112
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation (EXIF 2.3, 4.6.4 A)."""
 
 Shape = tuple[int, int]
 """Channels, and height = width."""
@@ -121,34 +135,46 @@ class Decoder(Images):
     """Pictures of shape (C, R, R), decoded when asked for, or once if they all fit in memory."""
 
     def __init__(
-        self, source: Source, shape: Shape, labels: Labels | None = None, flip: bool = False
+        self,
+        source: Source,
+        shape: Shape,
+        labels: Labels | None = None,
+        flip: bool = False,
+        upright: bool = False,
     ):
         self.source, self.shape, self.labels, self.flip = source, shape, labels, flip
+        self.upright = upright
 
     def __len__(self) -> int:
         return len(self.source)
 
     def row(self, index: int) -> np.ndarray:
-        return decode(self.source, index, self.shape) if self.held is None else self.held[index]
+        held = self.held
+        return decode(self.source, index, self.shape, self.upright) if held is None else held[index]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the source's fingerprint and the shape."""
-        return hashlib.sha256(f"{self.source.fingerprint()} {self.shape}".encode()).hexdigest()
+        """SHA-256 of the source's fingerprint, the shape, and whether pictures are upright."""
+        about = f"{self.source.fingerprint()} {self.shape}" + " upright" * self.upright
+        return hashlib.sha256(about.encode()).hexdigest()
 
     @functools.cached_property
     def held(self) -> np.ndarray | None:
         channels, resolution = self.shape
         fits = len(self) * channels * resolution**2 <= RESIDENT_BYTES
-        return _decoded(self.source, self.shape) if fits else None
+        return _decoded(self.source, self.shape, self.upright) if fits else None
 
 
-def decode(source: Source, index: int, shape: Shape) -> np.ndarray:
-    """Picture `index` resized and cropped, (C, R, R) uint8; DataError when it is damaged."""
+def decode(source: Source, index: int, shape: Shape, upright: bool = False) -> np.ndarray:
+    """Picture `index` resized and cropped, (C, R, R) uint8, turned as its EXIF orientation says if
+    `upright`; DataError when it is damaged."""
     channels, resolution = shape
     with _open(source, index) as image:
         try:
             image.load()
-            picture = cropped(_flat(image, "RGB" if channels == 3 else "L"), resolution)
+            picture = _flat(image, "RGB" if channels == 3 else "L")
+            if upright and (turn := TURNED.get(_orientation(image))) is not None:
+                picture = picture.transpose(turn)
+            picture = cropped(picture, resolution)
         except Exception as error:  # Pillow's decoders raise almost anything
             raise _damaged(source.name(index), error) from error
     return np.asarray(picture).reshape(resolution, resolution, channels).transpose(2, 0, 1).copy()
@@ -189,8 +215,8 @@ def _open(source: Source, index: int) -> Image.Image:
     fault = ""
     if image.width * image.height > MAX_PIXELS:
         fault = f"{image.width}x{image.height} pixels, more than {MAX_PIXELS} in all; shrink it"
-    elif image.mode not in MODES:
-        fault = f"mode {image.mode!r}, not 8 bits a channel; convert it to 8-bit RGB"
+    elif image.mode not in MODES and not _deep(image):
+        fault = f"mode {image.mode!r}, not 8 or 16 bits a channel; convert it to 8-bit RGB"
     if fault:
         image.close()
         raise DataError(f"{source.name(index)}: {fault}")
@@ -204,8 +230,27 @@ def _damaged(name: str, error: Exception) -> DataError:
     return DataError(f"{name}: cannot be decoded ({reason}); replace it or move it away")
 
 
+def _deep(image: Image.Image) -> bool:
+    """Whether it is grey of 16 bits."""
+    return image.mode in DEEP or (image.mode == "I" and image.format == "PPM")
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """Its EXIF orientation; None where it has none, or no EXIF that can be read."""
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # the picture is sound: viewers show it as it is stored
+        return None
+
+
 def _flat(image: Image.Image, mode: str) -> Image.Image:
-    """The picture in `mode`, transparency laid on white."""
+    """The picture in `mode`, of 16 bits the upper 8, transparency laid on white."""
+    if _deep(image):
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        if isinstance(clear := image.info.get("transparency"), int):
+            grey[values == clear] = 255
+        return Image.fromarray(grey).convert(mode)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -213,9 +258,9 @@ def _flat(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-@functools.lru_cache(maxsize=1)
-def _decoded(source: Source, shape: Shape) -> np.ndarray:
+@functools.lru_cache(maxsize=2)  # those of training and those that are held out
+def _decoded(source: Source, shape: Shape, upright: bool) -> np.ndarray:
     """All pictures, (N, C, R, R) uint8; decoded again when the source changed."""
     with pool() as threads:
-        images = list(threads.map(lambda index: decode(source, index, shape), range(len(source))))
-    return np.stack(images)
+        every = threads.map(lambda n: decode(source, n, shape, upright), range(len(source)))
+        return np.stack(list(every))

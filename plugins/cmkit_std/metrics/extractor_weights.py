@@ -74,7 +74,8 @@ def _published(name: str, given: str | None, download: bool) -> Path:
         if not download:
             raise DownloadError(
                 f"fidelity: extractor {name} needs {public.file}: put {public.url} into"
-                f" {file.parent}, or name a copy in metric.weights, or set metric.download = true"
+                f" {file.parent}, or name a copy in metric.weights, or set metric.download = true;"
+                f' or choose another extractor: "timm-NAME", or for small pictures "{EMOJI}"'
             )
         file.parent.mkdir(parents=True, exist_ok=True)
         try:

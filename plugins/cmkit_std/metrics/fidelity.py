@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit import DataSpec, Metric, RecipeError, Reference
+from cmkit_std.datasets.emoji import GROUPS
 from cmkit_std.metrics.fidelity_options import (
     DIGITS,
     EMOJI,
@@ -31,7 +32,9 @@ class Fidelity(FidelityOptions, Metric):
     Small grey images (one channel, at most 16x16) are seen by a digit classifier that cmkit ships:
     such numbers compare with each other, never with a paper. All others need the Inception weights
     of torch-fidelity, a grey channel repeated three times: literature-equal FID. For data set
-    `emoji` another classifier is shipped, extractor = "cmkit-emoji".
+    `emoji` another classifier is shipped, extractor = "cmkit-emoji". It sees any colour pictures at
+    32x32, by averaging areas: without another network at hand, its numbers tell which of two models
+    of the same pictures is much nearer to them, and no more.
 
     Published statistics of a reference decide "fid" and "sfid", its images all else (ADM's files
     hold both, and 10,000 images). Features are kept only by KID, precision and recall. Those of a
@@ -84,6 +87,21 @@ class Fidelity(FidelityOptions, Metric):
 
         self.enough(images, "samples", self.wanted())
         network(self, data.channels, data.resolution)
+
+    def caveats(self, data: DataSpec) -> tuple[str, ...]:
+        """What the features of emoji, or of a network of timm, are not."""
+        if self.extractor == EMOJI and not set(data.classes or ("",)) <= set(GROUPS):
+            return (
+                f"fidelity: {EMOJI} is a small classifier of emoji that sees pictures at 32x32; its"
+                " numbers compare models of the same pictures, roughly, and are no FID or KID of"
+                " the literature",
+            )
+        if self.extractor.startswith("timm-"):
+            return (
+                f"fidelity: numbers in the features of {self.extractor} compare with each other,"
+                " and are no FID or KID of the literature, which are Inception's",
+            )
+        return ()
 
     def check_reference(self, data: DataSpec, reference: Reference, device: torch.device) -> None:
         """DataError for too few reference images, or statistics of other features."""

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, Self
 
 import numpy as np
-from cmkit_std.datasets.image_folder import File, Folder, below
+from cmkit_std.datasets.folders import File, Folder, below
 from cmkit_std.datasets.pictures import READ_AHEAD, Lasting
 from cmkit_std.datasets.pixels import pool
 

@@ -33,8 +33,8 @@ class Captions(OnDisk):
       pictures and one of captions (`pip install 'cmkit-latent[datasets]'`).
 
     Other files are not looked at. A run of white space in a caption counts as one blank. Pictures
-    are resized and cropped as by `image_folder`. Up to 2 GiB of pixels are decoded once and kept,
-    larger sets are decoded as they are needed. Nothing is downloaded.
+    are resized and cropped as by `image_folder` with orientation = "stored". Up to 2 GiB of pixels
+    are decoded once and kept, larger sets are decoded as they are needed. Nothing is downloaded.
     """
 
     path: str

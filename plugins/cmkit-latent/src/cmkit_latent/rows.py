@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cmkit_std.datasets.image_folder import LISTED, File
+from cmkit_std.datasets.folders import LISTED, File
 
 from cmkit import DataError, PluginError
 from cmkit.files import cache_folder, cached_digest

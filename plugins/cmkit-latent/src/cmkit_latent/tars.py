@@ -12,10 +12,11 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
-from cmkit_std.datasets.image_folder import LISTED, File
+from cmkit_std.datasets.archives import LARGEST, LEAVES, REGULAR, entries
+from cmkit_std.datasets.folders import LISTED, File
 
 from cmkit import CheckpointError, DataError
 from cmkit.files import (
@@ -28,10 +29,6 @@ from cmkit.files import (
 )
 from cmkit_latent.captioned import LONGEST, PICTURES, SKIP, Captioned, cleaned, contents
 
-LARGEST = 2**28
-"""Bytes of the largest picture."""
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
-"""How compressed files begin."""
 INDEX_BYTES = 2**33
 INDEX = "index of a tar 1"
 """Changes with what is kept of a tar."""
@@ -211,43 +208,21 @@ def scan(path: Path) -> Members:
     return found
 
 
-def _regular(path: Path, stream: Any, faults: list[str]) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar that are pictures and texts; DataError where it is none, or not whole.
-
-    tarfile takes a damaged header for the end, where an empty block must be.
-    """
-    if _begins(stream) in COMPRESSED:
-        raise DataError(f"{path}: compressed, so that no member can be read alone; decompress it")
-    damaged = f"{path}: not a whole tar ({{}}); fetch or write it again"
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as archive:
-            while (info := archive.next()) is not None:
-                archive.members.clear()  # tarfile would keep them all
-                if _split(info.name)[1] not in {*PICTURES, "txt"} or info.isdir():
-                    continue
-                name = PurePosixPath(info.name)
-                if not info.isreg() or info.issparse():
-                    faults.append(f"member {info.name!r}: no regular file; remove it")
-                elif name.is_absolute() or ".." in name.parts:
-                    faults.append(f"member {info.name!r}: its name leaves the tar; rename it")
-                else:
-                    yield info
-            end = archive.offset
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        raise DataError(damaged.format(error)) from error
-    stream.seek(end)
-    if (left := stream.read(tarfile.BLOCKSIZE)).strip(b"\0") or len(left) < tarfile.BLOCKSIZE:
-        what = "cut short" if len(left) < tarfile.BLOCKSIZE else "damaged"
-        raise DataError(damaged.format(f"{what} at byte {end}"))
+def _regular(path: Path, stream: BinaryIO, faults: list[str]) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar that are pictures and texts; errors as of `entries`."""
+    for info in entries(path, stream):
+        if _split(info.name)[1] not in {*PICTURES, "txt"}:
+            continue
+        name = PurePosixPath(info.name)
+        if not info.isreg() or info.issparse():
+            faults.append(f"member {info.name!r}: {REGULAR}")
+        elif name.is_absolute() or ".." in name.parts:
+            faults.append(f"member {info.name!r}: {LEAVES}")
+        else:
+            yield info
 
 
-def _begins(stream: Any) -> bytes:
-    start: bytes = stream.read(2)
-    stream.seek(0)
-    return start
-
-
-def _text(stream: Any, info: tarfile.TarInfo) -> tuple[str, str]:
+def _text(stream: BinaryIO, info: tarfile.TarInfo) -> tuple[str, str]:
     """The caption in a member and "", or "" and what is wrong; the place in the stream is kept."""
     if info.size > LONGEST:
         return "", f"its caption has {info.size} bytes, more than {LONGEST}; shorten it"
