@@ -44,6 +44,13 @@ def interchangeable(a: Scaling, b: Scaling) -> bool:
     return all(torch.allclose(one, other, rtol=0.005) for one, other in pairs)
 
 
+def uses_sigma_data(scaling: Scaling) -> bool:
+    """Whether the standard deviation of the data changes the scalings."""
+    sigma = _spread(0.1, 10.0)
+    pairs = zip(*(scaling(sigma, deviation, 1e-9) for deviation in (0.5, 0.6)), strict=True)
+    return not all(torch.equal(one, other) for one, other in pairs)
+
+
 def _spread(low: float, high: float) -> Tensor:
     """Noise levels between two, evenly in their logarithm."""
     u = torch.linspace(0, 1, 50, dtype=torch.float64, device="cpu")

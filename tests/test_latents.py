@@ -408,6 +408,13 @@ def test_a_picture_that_spoils_its_latents_is_named(monkeypatch, value, dtype, s
     assert list(kept(job.plan).latents.missing()) == [1, 2]
 
 
+def test_a_decoder_that_gives_no_picture_is_found_before_training(monkeypatch):
+    decode = BlocksCoder.decode
+    monkeypatch.setattr(BlocksCoder, "decode", lambda self, x: decode(self, x) * float("nan"))
+    with pytest.raises(NonFiniteError, match="codec: its decoder gives NaN or infinity"):
+        encode(job_of(text=None))
+
+
 def test_a_prompt_that_spoils_its_features_is_named(monkeypatch):
     given = WordsPrompts._features
     monkeypatch.setattr(
@@ -498,6 +505,7 @@ def go(recipe, *overrides):
 def test_a_recipe_with_a_codec_has_the_stage_unless_it_says_otherwise(recipe):
     assert [*loaded(recipe).stages] == ["cache", "train"]
     assert loaded(recipe).resolved["cache"]["dtype"] == "fp16"
+    assert loaded(recipe, "cache=true").resolved == loaded(recipe).resolved
     off = loaded(recipe, "cache=false")
     assert ([*off.stages], off.resolved["cache"]) == (["train"], False)
     for one in (loaded(recipe), off):
@@ -570,6 +578,8 @@ def test_the_deviation_of_latents_is_told_once_they_are_there(recipe):
     told = notes(go(recipe))
     assert told.count("denoiser.sigma_data is 0.5, and the data have a standard") == 1
     assert "denoiser.sigma_data" in sigma_data_note(made)
+    discrete = "denoiser.precond={use='discrete', timestep_scaling=10.0}"
+    assert sigma_data_note(plan(loaded(recipe, discrete))) == ""  # no scaling depends on it
 
 
 def test_check_says_the_size_and_that_it_is_there(recipe, cmkit):

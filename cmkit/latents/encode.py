@@ -148,7 +148,7 @@ def _latents_of(
     mirror images where the data set has them."""
     pictures = dataset.pictures()
     assert pictures is not None
-    coder = codec.load(device)
+    coder, decodes = codec.load(device), False
     with ThreadPoolExecutor(16, thread_name_prefix="decode") as threads:
 
         def read() -> Iterator[tuple[range, Tensor]]:
@@ -160,11 +160,23 @@ def _latents_of(
             x0 = to_x0(images.to(device))
             crops = [x0, x0.flip(-1)] if pictures.flip else [x0]
             coded = [encode(coder, crop, len(rows)) for crop in crops]
+            decodes = decodes or _decodes(coder, coded[0][0][:1])
             values = {"mean": torch.stack([mean for mean, _ in coded], 1)}
             if coded[0][1] is not None:
                 values["std"] = torch.stack([std for _, std in coded if std is not None], 1)
             cures = "look at the picture, and choose another precision or codec"
             yield _finite(values, dtype, lambda k: _name(pictures, rows[k]), "codec", cures)  # noqa: B023
+
+
+def _decodes(coder: Coder, latents: Tensor) -> bool:
+    """True; NonFiniteError, before anything is trained, where sound latents have no picture."""
+    with torch.no_grad():
+        if latents.isfinite().all() and not coder.decode(latents).isfinite().all():
+            raise NonFiniteError(
+                "codec: its decoder gives NaN or infinity for the first picture; choose another"
+                " precision or codec"
+            )
+    return True
 
 
 def _features_of(

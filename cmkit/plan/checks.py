@@ -27,7 +27,7 @@ from cmkit.recipe import Recipe, Teacher, load
 from cmkit.recipe.grid import minimized, numbers
 from cmkit.recipe.search_table import TUNERS
 from cmkit.runs.folder import RunFolder
-from cmkit.traits import interchangeable, traits
+from cmkit.traits import interchangeable, traits, uses_sigma_data
 from cmkit.values import Companion, DataSpec
 from cmkit.weights import TO_COME, start_checkpoint
 
@@ -232,7 +232,7 @@ def check_sampler(recipe: Recipe) -> None:
     for name in sorted(recipe.sampler.needs - traits_of(recipe)):
         raise recipe.source.error(
             ("sampler",),
-            f"it needs {CURES[name]}; or choose another sampler, such as multistep",
+            f"it needs {CURES[name]}; or choose another sampler, such as lcm or multistep",
         )
 
 
@@ -301,9 +301,10 @@ def cut_note(plan: Plan, captions: int = 1000) -> str:
 
 def sigma_data_note(plan: Plan, images: int = 256) -> str:
     """A sentence where the standard deviation of the first `images` of training is not the
-    recipe's sigma_data, by more than a quarter of it; "" elsewhere, and before latents are kept."""
+    recipe's sigma_data, by more than a quarter of it; "" elsewhere, before latents are kept, and
+    where scalings do not depend on it."""
     recipe = plan.recipe
-    if not recipe.train:
+    if not recipe.train or not uses_sigma_data(recipe.precond.scalings):
         return ""
     if recipe.codec and ((store := kept(plan).latents) is None or store.missing()):
         return ""

@@ -91,6 +91,8 @@ def from_tables(tables: Mapping[str, Any], source: Source, registry: Registry) -
             parts[kind], resolved[kind] = part_of(kind, tables[kind], (kind,), source, registry)
     records: dict[str, Any] = {}
     encodes, train = parts["codec"] or parts["text"], "train" in tables
+    if tables.get("cache") is True:
+        tables = {**tables, "cache": {}}
     if tables.get("cache") is False:
         resolved["cache"] = False
         tables = {key: table for key, table in tables.items() if key != "cache"}

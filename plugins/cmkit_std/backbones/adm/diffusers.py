@@ -115,7 +115,8 @@ def _check(options: ADMOptions, data: DataSpec) -> None:
         raise CheckpointError(
             "backbone.num_heads: attention heads are"
             f" {', '.join(map(str, widths))} channels wide, and those of diffusers' UNet2DModel"
-            " all alike; only a num_head_channels can be expressed"
+            " all alike; only a network trained with num_head_channels, such as"
+            f" {widths[0]}, can be expressed"
         )
     narrow = min(width for width, _ in options.levels(data.resolution))
     if options.groups(narrow) != options.norm_groups:
