@@ -20,6 +20,7 @@ _HOMES = {
     "cmkit.run.reuse": "Outlook outlook run_folder",
     "cmkit.run.inputs": "as_begun changes inputs_of left_out",
     "cmkit.run.integrity": "verify",
+    "cmkit.run.measuring": "Measurement measure_run to_measure",
     "cmkit.run.runner": "run shown",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
