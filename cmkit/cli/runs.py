@@ -90,7 +90,8 @@ def runs(
         heads = ("run", "state", "score", "what differs", "size", "age")
         printing.table(heads, [_row(one) for one in found])
         total, _ = listing.bytes_of([one.folder.path for one in found])
-        printing.line(f"{len(found)} runs in {where}, {printing.size(total)}")
+        several = "run" if len(found) == 1 else "runs"
+        printing.line(f"{len(found)} {several} in {where}, {printing.size(total)}")
     for path, count in listing.suites_below(places):
         printing.line(f"{path}: {count} runs more; cmkit runs --out {path}")
 
@@ -196,7 +197,7 @@ def _ask(found: Removal, freed: int) -> None:
         printing.aside(f"{folder.path}")
     for path in found.caches:
         printing.aside(f"{path} (cache, used by no other run)")
-    print(f"remove {len(found.runs)} runs, {printing.size(freed)}? [y/N] ", end="", file=sys.stderr)
+    print(f"remove them and free {printing.size(freed)}? [y/N] ", end="", file=sys.stderr)
     sys.stderr.flush()
     answer = sys.stdin.readline() if sys.stdin else ""
     if not answer:

@@ -111,7 +111,8 @@ def no_run(text: str) -> CheckpointError:
     where = ", ".join(map(str, roots()))
     near = nearest(match[2] if match else text, run_names())
     return CheckpointError(
-        f"{text}: no run is called so in {where}{near or '; `cmkit runs` lists them'}"
+        f"{text}: no such file or folder, and no run of that name in {where}"
+        f"{near or '; `cmkit runs` lists them'}"
     )
 
 
