@@ -112,7 +112,7 @@ def test_a_run_is_found_by_its_name_by_how_it_begins_and_as_the_latest(here):
     assert find_run("ct") is None  # a path goes first
     for text in ("nothing", "ct.toml", "hub:a/b", "runs/ct", "openai:ct_bedroom256"):
         assert find_run(text) is None
-    with pytest.raises(CheckpointError, match="did you mean 'ct_long'"):
+    with pytest.raises(CheckpointError, match=r"did you mean 'ct_long'"):
         find_run("run:ct_lnog")
 
 
@@ -396,6 +396,14 @@ def test_images_that_are_drawn_anew_are_those_that_the_run_drew(here, cmkit):
     kept, again, more, fewer = (one["values"]["fid"] for one in found)
     assert again == pytest.approx(kept, rel=1e-9)
     assert len({kept, more, fewer}) == 3
+    run.sample_files()[0].write_bytes(b"damaged")
+    code, _, err = cmkit("measure", "ct")
+    assert (code, "0000000.npz: damaged; restore it, or draw images anew: -n 40" in err) == (
+        4,
+        True,
+    )
+    said = json.loads(cmkit("measure", "ct", "-n", 40, "--json")[1])["measured"][0]
+    assert said["values"]["fid"] == pytest.approx(kept, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -223,9 +223,11 @@ def verify(
         raise CheckpointError(f"{', '.join(bad[:5])} not intact; see the table")
 
 
-app.command()(convert)
+app.command(epilog="Example: cmkit convert digits@latest digits.safetensors --to openai")(convert)
 app.command(epilog="Example: cmkit export runs/lcm_sd15-1a2b3c4d lcm_sd15 --to diffusers")(export)
-app.command()(merge)
+app.command(
+    epilog="Example: cmkit merge style.safetensors=0.8 lcm_lora_sd15@latest=1 both.safetensors"
+)(merge)
 app.command()(bench)
 app.command()(new)
 

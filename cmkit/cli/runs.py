@@ -70,7 +70,8 @@ def runs(
 ) -> None:
     """List the runs: how far each is, its score, what sets it apart from the others of its name,
     its size on the disk, and how long ago it was begun."""
-    RUNS.set(out)
+    token = RUNS.set(out)
+    context.call_on_close(lambda: RUNS.reset(token))
     if context.invoked_subcommand:
         return
     from cmkit.plugins import discover
@@ -80,8 +81,11 @@ def runs(
     if out and not out.is_dir():
         raise RecipeError(f"--out {out}: no such folder")
     found = listing.sort(listing.listing(places), sort, discover())
+    suites = list(listing.suites_below(places))
     if json:
-        printing.document({"schema": 1, "runs": [one.document() for one in found]})
+        inner = [{"folder": str(path), "runs": count} for path, count in suites]
+        listed = [one.document() for one in found]
+        printing.document({"schema": 1, "runs": listed, "suites": inner})
         return
     where = ", ".join(map(str, places))
     if not found:
@@ -92,7 +96,7 @@ def runs(
         total, _ = listing.bytes_of([one.folder.path for one in found])
         several = "run" if len(found) == 1 else "runs"
         printing.line(f"{len(found)} {several} in {where}, {printing.size(total)}")
-    for path, count in listing.suites_below(places):
+    for path, count in suites:
         printing.line(f"{path}: {count} runs more; cmkit runs --out {path}")
 
 
@@ -201,6 +205,7 @@ def _ask(found: Removal, freed: int) -> None:
     sys.stderr.flush()
     answer = sys.stdin.readline() if sys.stdin else ""
     if not answer:
+        printing.aside("")
         raise RecipeError("runs rm: nobody answers here; say --yes to remove without asking")
     if answer.strip().lower() not in ("y", "yes"):
         printing.aside("nothing is removed")

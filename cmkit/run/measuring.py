@@ -92,7 +92,7 @@ def to_measure(
             f" {channels}x{side}x{side}; choose pictures of that shape, by the keys channels and"
             " resolution where the data set has them"
         )
-    kept = 0 if others or step is not None or average else _kept(folder)
+    kept = 0 if others or step is not None or average else _kept(folder, images)
     wanted = images or kept or (recipe.sample.images if recipe.sample else 0)
     if not wanted:
         raise RecipeError(f"{source}: its recipe draws no samples; say how many, such as -n 10000")
@@ -131,16 +131,20 @@ def data_table(text: str, shape: DataSpec, registry: Registry) -> str:
     return inline(said | {key: value for key, value in own.items() if key in fields})
 
 
-def _kept(folder: RunFolder) -> int:
-    """How many samples a finished stage left; CheckpointError where one is damaged."""
+def _kept(folder: RunFolder, wanted: int | None) -> int:
+    """How many samples a finished stage left intact; CheckpointError where one is damaged, unless
+    it was said how many are wanted."""
     finished = folder.status().get("sample")
     if not finished:
         return 0
+    count = int(finished["result"]["images"])
     for name, fault in folder.damage("sample", finished).items():
-        raise CheckpointError(
-            f"{folder.path / name}: {fault}; restore it, or say -n to draw images anew"
-        )
-    return int(finished["result"]["images"])
+        if wanted is None:
+            raise CheckpointError(
+                f"{folder.path / name}: {fault}; restore it, or draw images anew: -n {count}"
+            )
+        return 0
+    return count
 
 
 def measure_run(found: Measurement, device: torch.device) -> Iterator[Event]:
@@ -151,14 +155,18 @@ def measure_run(found: Measurement, device: torch.device) -> Iterator[Event]:
         with naming_table(found.recipe, "metric", index):
             metric.check_reference(found.spec, references(metric), device)
     with tempfile.TemporaryDirectory() as place:
-        files = found.folder.sample_files()
         if found.drawn:
-            files = yield from _drawn(found.drawn, found.images, Path(place), device)
+            files, rule = yield from _drawn(found.drawn, found.images, Path(place), device)
+        else:
+            sampled = found.folder.status()["sample"]["result"]
+            files, rule = found.folder.sample_files(), sampled.get("label_rule")
         images: Any = SavedImages(files)
         if len(images) > found.images:
             images = Subset(images, range(found.images))
         yield StageStarted("metric", 0, len(found.metrics))
         values, provenance = measure(found.metrics, images, references, device)
+    if rule:
+        provenance = [{**record, "labels": rule} for record in provenance]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     result: dict[str, Any] = {
         "values": values,
@@ -187,8 +195,9 @@ def _references(found: Measurement) -> Callable[[Metric], Reference]:
 
 def _drawn(
     recipe: Recipe, count: int, place: Path, device: torch.device
-) -> Generator[Event, None, list[Path]]:
-    """The files of images that are drawn into the folder `place`, those that a run would draw."""
+) -> Generator[Event, None, tuple[list[Path], str | None]]:
+    """The files of images that are drawn into the folder `place`, those that a run would draw, and
+    the rule of their labels."""
     assert recipe.sampler is not None
     assert recipe.sample is not None
     plan, table = check_fit(recipe), recipe.sample
@@ -207,4 +216,4 @@ def _drawn(
             files.append(place / f"{held[0].first:07d}.npz")
             atomic_write(files[-1], npz(held))
             held.clear()
-    return files
+    return files, plan.label_rule
