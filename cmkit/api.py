@@ -147,8 +147,9 @@ def load(
     rescaler: str | Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Pipeline:
-    """A model to draw from: a finished run (its folder, "run:NAME-KEY", or "RUN@STEP:ema-0.9999"
-    for other weights of it), a recipe with `denoiser.weights`, or a pipeline of diffusers.
+    """A model to draw from: a finished run, by name ("digits", "digits@latest") or folder, with
+    "@STEP:ema-0.9999" behind for other weights of it; a recipe with `denoiser.weights`; or a
+    pipeline of diffusers.
 
     `rescaler` is a file or run with other scales, "off", or a change of the recipe's as `changes`
     are, which `run` explains. Weights that are not there are downloaded.
@@ -156,13 +157,16 @@ def load(
     """
     from cmkit.device import pick_device
     from cmkit.plan import check_fit, coding_of, for_sampling
+    from cmkit.recipe import find_recipe
     from cmkit.runs.finished import drawn_from
+    from cmkit.runs.places import find_run, run_names
     from cmkit.weights import download
 
     chosen, registry = pick_device(device), discover()
     if isinstance(rescaler, Mapping):
         changes, rescaler = {**changes, "rescaler": rescaler}, None
-    recipe = drawn_from(source, overrides(changes), registry, 1, rescaler)
+    place = find_run(str(source)) or str(find_recipe(str(source), others=run_names()))
+    recipe = drawn_from(place, overrides(changes), registry, 1, rescaler)
     plan = check_fit(recipe)
     for weights in plan.downloads:
         for _ in download(weights):

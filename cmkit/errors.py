@@ -100,10 +100,14 @@ def printable(text: str, encoding: str | None = None) -> str:
     return "".join(safe).encode(encoding, "backslashreplace").decode(encoding)
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word nearest to `word`; "" where none is near."""
+    near = difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint at the known word nearest to `word`, or at all of them."""
     known = list(known)
-    near = difflib.get_close_matches(word, known, 1, cutoff=0.5)
     more = f" and {len(known) - 100} more" if len(known) > 100 else ""
-    every = f"; known: {', '.join(known[:100]) or 'none'}{more}"
-    return f"; did you mean {near[0]!r}?" if near else every
+    return nearest(word, known) or f"; known: {', '.join(known[:100]) or 'none'}{more}"

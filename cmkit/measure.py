@@ -77,9 +77,9 @@ def measure(
                 where = f"on {len(images)} images; look at the samples"
                 raise NonFiniteError(f"metric {key} = {value} {where}")
         values |= numbers
-        about: dict[str, Any] = {"numbers": sorted(numbers), "images": len(images)}
+        about: dict[str, Any] = dict(metric.provenance())
+        about |= {"numbers": sorted(numbers), "images": len(images)}
         about["reference"] = reference.fingerprint
-        about |= metric.provenance()
         if metric.heldout:
             about["real_images"] = len(reference.images)  # type: ignore[arg-type]
             if "features" in about:

@@ -21,7 +21,7 @@ import cmkit.testing
 from cmkit.cli.commands import app
 from cmkit.errors import CmkitError
 from cmkit.plugins import KINDS, Hooks, discover
-from cmkit.recipe import core_tables, fields
+from cmkit.recipe import core_tables, fields, header, shipped
 from cmkit.suite.suite import BudgetTable, SuiteTable
 
 PAGE = Path(__file__).parent / "reference.md"
@@ -85,10 +85,9 @@ def suites() -> str:
 def recipes() -> str:
     """Every recipe that comes with cmkit: what it does, and published scores of its setting."""
     rows = []
-    for file in sorted((Path(__file__).parent.parent / "recipes").glob("*.toml")):
+    for file in shipped().values():
         text = file.read_text("utf-8")
-        comment = " ".join(line[2:] for line in text.split("\n\n")[0].splitlines()[2:])
-        about = comment.split(". ")[0].split(" Needs:")[0].rstrip(".")
+        about = header(text).about.split(". ")[0].rstrip(".")
         scores = tomllib.loads(text).get("expected", {}).get("scores", {})
         shown = ", ".join(f"{name} {value:g}" for name, value in scores.items())
         rows.append(f"| `{file.stem}` | {_cell(about)} | {shown} |")

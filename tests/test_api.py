@@ -113,7 +113,7 @@ def test_changes_are_said_as_the_command_says_them():
         overrides({"train": {"lr": None}})
 
 
-def test_a_recipe_is_carried_out_once_and_draws(recipe):
+def test_a_recipe_is_carried_out_once_and_draws(recipe, monkeypatch):
     changes = {"out": "kept", "device": "cpu", "sample": {"images": 4}}
     *events, last = run(recipe, **changes)
     assert isinstance(last, RunFinished)
@@ -123,6 +123,8 @@ def test_a_recipe_is_carried_out_once_and_draws(recipe):
     assert again.folder == last.folder
     assert (last.folder / "report.html").read_bytes() == report
     of_run, of_recipe = (load(source, device="cpu") for source in (last.folder, recipe))
+    monkeypatch.setenv("CMKIT_RUNS", "kept")
+    assert load("random@latest", device="cpu").recipe == of_run.recipe
     assert torch.equal(of_run.sample(4, label=[1, 2]), of_recipe.sample(4, label=[1, 2]))
 
 

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cmkit.cli import printing
+from cmkit.cli import completion, printing
 from cmkit.cli.bench import bench
 from cmkit.cli.compare import compare
+from cmkit.cli.measure import measure
 from cmkit.cli.models import convert, edit, export, merge, sample, watch
 from cmkit.cli.parts import DeviceOption, JsonOption, SetOption, new, plugins_app
+from cmkit.cli.recipes import recipes_app
+from cmkit.cli.runs import RunsArgument, folder_of, runs_app
 from cmkit.errors import CheckpointError, DataError, inline
+from cmkit.runs.places import find_run
 from cmkit.stop import StopSignal
 
 if TYPE_CHECKING:
@@ -36,7 +40,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 RecipeArgument = Annotated[
-    str, typer.Argument(help="A recipe file, or the bare name of a recipe that comes with cmkit.")
+    str,
+    typer.Argument(
+        help="A recipe file, or the bare name of one that comes with cmkit: see `cmkit recipes`.",
+        autocompletion=completion.recipes,
+    ),
 ]
 OutOption = Annotated[Path, typer.Option(help="Parent of the run folder.")]
 SmokeOption = Annotated[
@@ -49,6 +57,8 @@ SmokeOption = Annotated[
 ]
 
 app.add_typer(plugins_app, name="plugins")
+app.add_typer(runs_app, name="runs")
+app.add_typer(recipes_app, name="recipes")
 
 
 @app.callback(invoke_without_command=True)
@@ -62,13 +72,18 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(epilog="Example: cmkit run digits_rescaled_ct --set train.steps=2000")
 def run(
     recipe: RecipeArgument,
     set: SetOption = [],  # noqa: B006 - the option is called --set
     from_: Annotated[
         str | None,
-        typer.Option("--from", metavar="RUN[@STEP]", help="Go on from the training of a run."),
+        typer.Option(
+            "--from",
+            metavar="RUN[@STEP]",
+            help="Go on from the training of a run.",
+            autocompletion=completion.runs,
+        ),
     ] = None,
     smoke: SmokeOption = False,
     out: OutOption = Path("runs"),
@@ -76,7 +91,8 @@ def run(
     json: JsonOption = False,
 ) -> None:
     """Carry a recipe out, or go on where it stopped: train, search, sample, measure, report."""
-    begun = [f"train.start={inline(from_)}"] if from_ else []
+    with _runs_below(out):
+        begun = [f"train.start={inline(find_run(from_) or from_)}"] if from_ else []
     loaded, registry, said = _loaded(recipe, [*set, *begun], out if smoke else None)
     from cmkit.device import pick_device
     from cmkit.runs import Note, run, run_folder, shown
@@ -98,7 +114,7 @@ def run(
         printing.results(folder, report)
 
 
-@app.command()
+@app.command(epilog="Example: cmkit check digits_rescaled_ct --set train.steps=2000")
 def check(
     recipe: RecipeArgument,
     set: SetOption = [],  # noqa: B006
@@ -180,23 +196,21 @@ def check(
         printing.line(f"note: {note}")
 
 
-app.command()(sample)
-app.command()(edit)
-app.command()(compare)
+app.command(epilog="Example: cmkit sample digits@latest -n 25 --label 3")(sample)
+app.command(epilog="Example: cmkit edit digits@latest my.png --task inpaint --mask mask.png")(edit)
+app.command(epilog="Example: cmkit compare digits@latest ct-1a2b3c4d --sort fid")(compare)
+app.command(epilog="Example: cmkit measure digits@latest --data my_pictures")(measure)
 
 
-@app.command()
+@app.command(epilog="Example: cmkit verify digits@latest")
 def verify(
-    runs: Annotated[list[str], typer.Argument(help="Folders of runs, or run:NAME-KEY.")],
+    runs: RunsArgument,
     json: JsonOption = False,
 ) -> None:
     """Hold every file of runs to the digests that were kept of it; exit code 4 if one fails."""
-    from cmkit.runs import RunFolder, verify
+    from cmkit.runs import verify
 
-    folders = [RunFolder.at(run) for run in runs]
-    for run, folder in zip(runs, folders, strict=True):
-        if not folder.recipe.exists():
-            raise CheckpointError(f"{run}: no run folder, it has no recipe.toml")
+    folders = [folder_of(run) for run in runs]
     found = [(folder, *each) for folder in folders for each in verify(folder)]
     if json:
         listed = [{"run": str(f.path), "file": name, "fault": fault} for f, name, fault in found]
@@ -211,9 +225,11 @@ def verify(
         raise CheckpointError(f"{', '.join(bad[:5])} not intact; see the table")
 
 
-app.command()(convert)
+app.command(epilog="Example: cmkit convert digits@latest digits.safetensors --to openai")(convert)
 app.command(epilog="Example: cmkit export runs/lcm_sd15-1a2b3c4d lcm_sd15 --to diffusers")(export)
-app.command()(merge)
+app.command(
+    epilog="Example: cmkit merge style.safetensors=0.8 lcm_lora_sd15@latest=1 both.safetensors"
+)(merge)
 app.command()(bench)
 app.command()(new)
 

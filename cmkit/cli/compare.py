@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cmkit.cli import printing
+from cmkit.cli import completion, printing
 from cmkit.cli.parts import JsonOption
 from cmkit.errors import CmkitError, RecipeError
+from cmkit.runs.places import roots, run_place
 
 if TYPE_CHECKING:
     from cmkit.suite.cells import Cell
@@ -21,11 +22,19 @@ if TYPE_CHECKING:
 
 def compare(
     sources: Annotated[
-        list[Path],
-        typer.Argument(help="Folders of runs, suite files, or folders of suites."),
+        list[str],
+        typer.Argument(
+            help="Runs, by name or folder, suite files, or folders of suites.",
+            autocompletion=completion.runs,
+        ),
     ],
     sort: Annotated[
-        str | None, typer.Option(metavar="NUMBER", help="Put the best lines in a number first.")
+        str | None,
+        typer.Option(
+            metavar="NUMBER|KEY",
+            help="Put the best lines in a number first, or sort by row, or by a key in which the"
+            " recipes differ, such as train.lr.",
+        ),
     ] = None,
     where: Annotated[
         list[str],
@@ -53,7 +62,10 @@ def compare(
     json: JsonOption = False,
 ) -> None:
     """Print the scores of suites and runs side by side, with intervals, and beside those that
-    others published."""
+    others published; of runs also what differs between their recipes.
+
+    Numbers of other pictures, of other counts of images or by other extractors stand in columns
+    apart. Runs that are not finished are left out, with a note."""
     from cmkit.plugins import discover
     from cmkit.suite import tables
     from cmkit.suite.collect import gather, results
@@ -61,7 +73,7 @@ def compare(
     from cmkit.suite.noise import SameNoise
 
     registry = discover()
-    gathered = gather(sources, registry, out)
+    gathered = gather([_place(source) for source in sources], registry, out)
     if baseline:
         gathered.baseline = baseline_of(baseline, gathered.groups)
     same_noise = SameNoise(registry, tell=printing.aside)
@@ -77,6 +89,14 @@ def compare(
         write = {"markdown": tables.to_markdown, "latex": tables.to_latex, "table": tables.to_text}
         for line in write[format](found):
             printing.line(line)
+
+
+def _place(source: str) -> Path:
+    """The folder or file that a source names: a path, a folder where runs are, or a run."""
+    inside = [root / source for root in roots() if (root / source).is_dir()]
+    if Path(source).exists() or not inside:
+        return Path(run_place(source))
+    return inside[0]
 
 
 def equation(text: str) -> tuple[str, str]:

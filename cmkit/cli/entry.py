@@ -48,6 +48,10 @@ def _code_of(error: BaseException) -> int:
             return 0
         case typer.Exit():
             return int(error.exit_code)
+        case SystemExit() if "_CMKIT_COMPLETE" in os.environ:  # how typer ends completion
+            return int(error.code or 0)
+        case SystemExit(__context__=OSError(errno=errno.EPIPE)):  # and where nobody reads stdout
+            return 0
     return _resource_error(error)
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from cmkit.cli import printing
+from cmkit.cli import completion, printing
 from cmkit.cli.parts import DeviceOption, JsonOption, SetOption
+from cmkit.runs.places import find_run, run_names
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 SourceArgument = Annotated[
     str,
     typer.Argument(
-        help="Folder of a finished run, a recipe with denoiser.weights, or a pipeline of diffusers:"
-        " its folder or hub:OWNER/NAME."
+        help="A finished run, by name (NAME, how it begins, NAME@latest) or folder; a recipe with"
+        " denoiser.weights; or a pipeline of diffusers: its folder or hub:OWNER/NAME.",
+        autocompletion=completion.sources,
     ),
 ]
 SeedOption = Annotated[
@@ -170,7 +172,9 @@ def convert(
     loaded = load(find_recipe(recipe), set, registry) if recipe else None
     from cmkit.convert import convert  # the recipe is known to be sound before torch is imported
 
-    events = convert(source, target, to, registry, loaded, drop_scales, fold_rescaling, partial)
+    source = find_run(source) or source
+    fold = fold_rescaling and (find_run(fold_rescaling) or fold_rescaling)
+    events = convert(source, target, to, registry, loaded, drop_scales, fold, partial)
     watch(events, None)
     printing.line(f"{target}: written in the layout {to}")
 
@@ -237,7 +241,8 @@ def merge(
     loaded = load(find_recipe(fold), set, registry) if fold else None
     from cmkit import mixing  # the recipe is known to be sound before torch is imported
 
-    options = mixing.options(mixing.counted(sources), how)
+    counted = mixing.counted(sources)
+    options = mixing.options({find_run(name) or name: n for name, n in counted.items()}, how)
     part = validated(registry.load("adapter", use), options, ("merge",), Source("cmkit merge", {}))
     mixing.merge(cast("Adapter", part), target, loaded)
     printing.line(f"{target}: written from {', '.join(sources)}")
@@ -254,7 +259,8 @@ def _drawn_from(
     from cmkit.recipe import find_recipe
     from cmkit.runs.finished import drawn_from
 
-    source = str(find_recipe(source))
+    source = find_run(source) or str(find_recipe(source, others=run_names()))
+    rescaler = rescaler and (find_run(rescaler) or rescaler)
     return drawn_from(source, overrides, discover(), images, rescaler, prompts)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmkit.cli import printing
+from cmkit.cli import completion, printing
 from cmkit.errors import PluginError, RecipeError, did_you_mean
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -15,6 +15,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 SetOption = Annotated[
     list[str],
     typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a value, written as in TOML."),
+]
+KindArgument = Annotated[
+    str,
+    typer.Argument(help="backbone, objective, sampler, ...", autocompletion=completion.kinds),
 ]
 
 plugins_app = typer.Typer(
@@ -43,8 +47,10 @@ def plugins(context: typer.Context, json: JsonOption = False) -> None:
 
 @plugins_app.command("show")
 def plugins_show(
-    kind: Annotated[str, typer.Argument(help="backbone, objective, sampler, ...")],
-    name: Annotated[str, typer.Argument(help="Its name in recipes.")],
+    kind: KindArgument,
+    name: Annotated[
+        str, typer.Argument(help="Its name in recipes.", autocompletion=completion.parts)
+    ],
     json: JsonOption = False,
 ) -> None:
     """Show one part: its fields with types, defaults and meaning, and what to cite."""
@@ -80,7 +86,12 @@ def plugins_show(
 
 @plugins_app.command("check")
 def plugins_check(
-    package: Annotated[str, typer.Argument(help="An installed package, as `plugins` lists it.")],
+    package: Annotated[
+        str,
+        typer.Argument(
+            help="An installed package, as `plugins` lists it.", autocompletion=completion.packages
+        ),
+    ],
     json: JsonOption = False,
 ) -> None:
     """Hold a package's manifest and parts to the laws of their kinds; exit code 9 if one fails."""
@@ -98,7 +109,7 @@ def plugins_check(
 
 
 def new(
-    kind: Annotated[str, typer.Argument(help="backbone, objective, sampler, ...")],
+    kind: KindArgument,
     name: Annotated[str, typer.Argument(help="The part's name in recipes, such as cauchy.")],
     out: Annotated[Path, typer.Option(help="Parent of the new folder.")] = Path("."),
 ) -> None:

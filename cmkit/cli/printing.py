@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,12 @@ def line(text: str) -> None:
     print(printable(text, sys.stdout.encoding))
 
 
+def paragraph(text: str, indent: str) -> None:
+    """Print words in lines of at most 100 characters, each after `indent`."""
+    for row in textwrap.wrap(text, 100 - len(indent), break_on_hyphens=False):
+        line(f"{indent}{row}")
+
+
 def aside(text: str) -> None:
     """Print one line on stderr, as `line` does on stdout."""
     print(printable(text, sys.stderr.encoding), file=sys.stderr)
@@ -45,6 +52,14 @@ def human(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def size(count: int) -> str:
+    """Bytes in three digits: "12.3 MB"."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
 
 
 def first(label: str, lines: Sequence[str]) -> None:

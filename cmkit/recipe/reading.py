@@ -51,21 +51,6 @@ def load_pipeline(folder: str, overrides: Sequence[str], registry: Registry) -> 
     )
 
 
-SUITES = ("suites", "benchmarks/suites")
-"""Where suites are, seen from the installed package or from the checkout."""
-
-
-def find_recipe(name: str, folder: Path = Path(), homes: Sequence[str] = ("recipes",)) -> Path:
-    """The recipe file `name`, as seen from `folder`, or the shipped recipe of that bare name;
-    with `homes` = SUITES the suite."""
-    path = folder / name
-    if path.suffix == ".toml" or path.exists():
-        return path
-    home = Path(__file__).parent.parent
-    shipped = (parent / each / f"{name}.toml" for each in homes for parent in (home, home.parent))
-    return next(filter(Path.is_file, shipped), path)
-
-
 def from_tables(tables: Mapping[str, Any], source: Source, registry: Registry) -> Recipe:
     """The recipe that `tables` say, whose values stand where `source` says; errors as of `load`."""
     for key in tables:

@@ -20,6 +20,7 @@ _HOMES = {
     "cmkit.runs.reuse": "Outlook outlook run_folder",
     "cmkit.runs.inputs": "as_begun changes inputs_of left_out",
     "cmkit.runs.integrity": "verify",
+    "cmkit.runs.measuring": "Measurement measure_run to_measure",
     "cmkit.runs.runner": "run shown",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

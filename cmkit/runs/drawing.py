@@ -61,7 +61,7 @@ def draw(
     _check_negative(plan, negative)
     prompts, coding = prompts_of(recipe), coding_of(plan, device, negative)
     yield from map(Note, _cut(plan, prompts, table.images))
-    model = yield from _model(plan, table, device, coding)
+    model = yield from model_of(plan, table, device, coding)
     count, rule = table.images, plan.label_rule
     draws = Draws(plan.space, seed, "sample", numbers, rule, prompts, coding)
     yield StageStarted("sample", 0, count)
@@ -105,7 +105,7 @@ def redraw(
     known, kept = task.known(pictures, plan.data.channels, side), task.kept(side)
     given = task.given(known, kept)
     levels = task.levels(noise_of(recipe))
-    model = yield from _model(plan, table, device, coding)
+    model = yield from model_of(plan, table, device, coding)
     cast = autocast(table.precision, device)
     draws = Draws(plan.space, seed, "edit", numbers, None, prompts_of(recipe), coding)
     yield StageStarted("edit", 0, count)
@@ -217,7 +217,7 @@ def _cut(plan: Plan, prompts: Sequence[str], images: int) -> Iterator[str]:
                 yield f"the last {cut} tokens of a prompt are cut off: {prompt[:60]!r}.."
 
 
-def _model(
+def model_of(
     plan: Plan, table: SampleTable, device: torch.device, coding: Coding
 ) -> Generator[Event, None, Denoiser]:
     """The rescaled denoiser on `device`, after any download of its weights."""

@@ -6,6 +6,7 @@ Imports no torch: reports and comparisons read a folder without it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import re
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmkit import files
 from cmkit.errors import CheckpointError, DataError, ResourceError
-from cmkit.runs.places import chosen, roots
+from cmkit.runs.places import chosen, named, roots, runs_below
 from cmkit.values import DataSpec
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class RunFolder:
         self._unfinished = self._search / "unfinished.safetensors"
         self._drawn = path / "samples.jsonl"
         self._shown = path / "shown.jsonl"
+        self._measured = path / "measured.jsonl"
 
     @classmethod
     def of_weights(cls, weights: str) -> RunFolder:
@@ -68,30 +70,13 @@ class RunFolder:
     def at(cls, place: str) -> RunFolder:
         """The folder that a user names: a path, or "run:NAME-KEY"."""
         if place.startswith("run:"):
-            return cls.named(place[4:])
+            return cls(named(place[4:]))
         return cls(Path(place.removeprefix("path:")).expanduser())
-
-    @classmethod
-    def named(cls, name: str) -> RunFolder:
-        """The run NAME-KEY below --out, or below the folders of CMKIT_RUNS, or below runs;
-        CheckpointError where it is in none."""
-        for root in roots():
-            if (root / name / "recipe.toml").is_file():
-                return cls(root / name)
-        raise CheckpointError(
-            f"run:{name}: no such run in {', '.join(map(str, roots()))}; name the folder of runs"
-            " with --out or CMKIT_RUNS"
-        )
 
     def siblings(self) -> list[RunFolder]:
         """The other runs beside this one and in the folders where runs are found, newest first."""
-        found: dict[Path, float] = {}
-        for root in (self.path.parent, *roots()):
-            with contextlib.suppress(OSError):
-                for recipe in root.glob("*/recipe.toml"):
-                    if recipe.parent.resolve() != self.path.resolve():
-                        found[recipe.parent] = recipe.stat().st_mtime
-        return [RunFolder(path) for path in sorted(found, key=found.__getitem__, reverse=True)]
+        own, found = self.path.resolve(), runs_below((self.path.parent, *roots()))
+        return [RunFolder(path) for path in found if path.resolve() != own]
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of a step, which need not be there."""
@@ -119,6 +104,15 @@ class RunFolder:
     def held(self) -> AbstractContextManager[int]:
         """`files.lock` of the folder, which is made where it is not there."""
         return files.lock(self.path)
+
+    def holder(self) -> str:
+        """Who holds the folder, such as "pid 1 on host since ..", or "" where nobody does."""
+        with contextlib.suppress(OSError), (self.path / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read(4096).strip() or "another process"
+        return ""
 
     def keep_recipe(self, text: str) -> None:
         """Write recipe.toml, unless it stands there: see `check_recipe`."""
@@ -422,6 +416,14 @@ class RunFolder:
             png = stamped(png)
         files.atomic_write(self.path / f"{name}.png", png)
         return f"{name}.png"
+
+    def measured(self) -> list[dict[str, Any]]:
+        """What `cmkit measure` found, in order."""
+        return files.read_jsonl(self._measured, checked=True)
+
+    def append_measured(self, record: Mapping[str, Any]) -> None:
+        """Add one record to those of `measured`."""
+        files.append_jsonl(self._measured, record, durable=True)
 
     def picture(self, name: str) -> Path:
         """A picture that the report names; DataError where that is outside the folder."""

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmkit import files
-from cmkit.errors import CheckpointError, PluginError, RecipeError
-from cmkit.kinds import Metric
+from cmkit.errors import CheckpointError, RecipeError
 from cmkit.plugins import Registry
 from cmkit.runs.folder import RunFolder
 from cmkit.suite.cells import Cell
+from cmkit.suite.differing import differing
 from cmkit.suite.groups import Group, Where, check_baseline, check_where, chosen, of_seed, unpaid
 from cmkit.suite.intervals import Interval, mean_interval
 from cmkit.suite.judge import biased, independent, of_one, verdicts_of
 from cmkit.suite.noise import SameNoise
-from cmkit.suite.results import SCHEMA, Baseline, Better, Line, Results, Score, Verdict
-from cmkit.suite.runs import Run, alike, caveats, cost_of, read_run
+from cmkit.suite.results import SCHEMA, Baseline, Line, Results, Score, Verdict
+from cmkit.suite.runs import Run, alike, caveats, cost_of, directions, read_run
 from cmkit.suite.suite import Suite
+from cmkit.suite.tables import APART
 from cmkit.suite.work import SuiteFolder
 
 if TYPE_CHECKING:
@@ -168,6 +169,12 @@ def of_runs(folders: Sequence[Path]) -> Gathered:
     for group in groups:
         if rows.count(group.row) > 1:
             group.row = str(next(iter(group.runs.values())).folder.path)
+    every = ([*group.runs] for group in groups)
+    seeds = [own[0] if len(own) == 1 else own for own in every]
+    recipes = [group.recipes[0] for group in groups]
+    apart = differing([{**r, "seed": seed} for r, seed in zip(recipes, seeds, strict=True)])
+    for group, differs in zip(groups, apart, strict=True):
+        group.differs = differs
     return Gathered("", None, groups, notes, {})
 
 
@@ -261,9 +268,10 @@ def results(gathered: Gathered, same_noise: SameNoise, where: Where | None = Non
     runs = [run for group in groups for run in group.runs.values()]
     notes = list(gathered.notes)
     notes += _smoke(runs)
-    better = _directions(runs, same_noise.registry, notes)
+    better = directions(runs, same_noise.registry, notes)
     scores = [dict(_scores(group, notes)) for group in groups]
     notes += [*caveats(runs), *_damaged(runs), *_missing(groups), *_biased(runs)]
+    notes += _further(groups)
     verdicts = verdicts_of(groups, scores, baseline, better, same_noise, notes)
     lines = [
         _line(group, own, said)
@@ -318,6 +326,12 @@ def _missing(groups: Sequence[Group]) -> Iterator[str]:
             yield f"{group.title}: {len(group.runs)} of {every} seeds; {whys}"
 
 
+def _further(groups: Sequence[Group]) -> Iterator[str]:
+    """A note of the keys in which runs differ beyond those that have columns."""
+    if more := list(dict.fromkeys(key for group in groups for key in group.differs))[APART:]:
+        yield f"the recipes differ as well in {', '.join(more)}"
+
+
 def _biased(runs: Sequence[Run]) -> Iterator[str]:
     """Notes of Frechet distances of too few images."""
     for run in runs:
@@ -329,26 +343,6 @@ def _biased(runs: Sequence[Run]) -> Iterator[str]:
                     f"{number} of {n:,} images is biased, as {width:,} features want at least"
                     f" {5 * width:,}: it decides nothing here, trust KID"
                 )
-
-
-def _directions(runs: Sequence[Run], registry: Registry, notes: list[str]) -> dict[str, Better]:
-    """By number, from the metric that gave it; a note where that is not installed."""
-    found: dict[str, Better] = {}
-    for run in runs:
-        for number in run.scores:
-            if number in found or number not in run.metrics:
-                continue
-            try:
-                metric = registry.load("metric", run.metrics[number])
-            except PluginError as error:
-                notes.append(f"{number}: nobody knows whether lower is better: {error}")
-                continue
-            assert issubclass(metric, Metric)
-            names = {number, number.removeprefix("heldout_")}
-            found[number] = "neither" if names & {*metric.neither} else "lower"
-            if names & {*metric.higher}:
-                found[number] = "higher"
-    return found
 
 
 def _scores(group: Group, notes: list[str]) -> Iterator[tuple[str, Score]]:
@@ -413,6 +407,7 @@ def _line(group: Group, scores: Mapping[str, Score], verdicts: Mapping[str, Verd
         facts,
         dict(first.expected) if first else {},
         first.source if first else None,
+        group.differs,
     )
 
 

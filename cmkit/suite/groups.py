@@ -28,6 +28,8 @@ class Group:
     """Resolved, of all seeds."""
     cost: dict[str, Any] = field(default_factory=dict)
     """What no report tells: "evaluations" of the training, "parameters" without one."""
+    differs: Mapping[str, str] = field(default_factory=dict)
+    """Of a run that was named by itself, what sets it apart from the others."""
 
     @property
     def title(self) -> str:

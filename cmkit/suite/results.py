@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cmkit.suite.intervals import Interval
-from cmkit.suite.runs import NOT_RECORDED, alike
+from cmkit.suite.runs import NOT_RECORDED, Better, alike
 
 SCHEMA = 1
 """Of `Results.document`."""
-Better = Literal["lower", "higher", "neither"]
 Baseline = str | Mapping[str, str]
 """What lines are compared with: a row, or {axis: value}, each line's own row at that value."""
 
@@ -81,6 +80,8 @@ class Line:
     """Scores that others published for this setting."""
     source: str | None = None
     """Where they did."""
+    differs: Mapping[str, str] = field(default_factory=dict)
+    """What sets it apart from the other runs of a table of runs, by dotted keys of the recipe."""
 
     @property
     def title(self) -> str:

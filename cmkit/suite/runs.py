@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cmkit.errors import CheckpointError
+from cmkit.errors import CheckpointError, PluginError
+from cmkit.kinds import Metric
+from cmkit.plugins import Registry
 from cmkit.report import figures
 from cmkit.runs.folder import RunFolder
 
@@ -31,6 +33,8 @@ OF_ONE_NUMBER = ("numbers", "features", "compared_with", "neighbours", "kid_subs
 """Keys of provenance that say nothing of the metric's other numbers, or follow from COMPARED."""
 
 
+Better = Literal["lower", "higher", "neither"]
+"""Which direction of a number is; "neither" of what says nothing of quality by itself."""
 NOT_RECORDED = "not recorded"
 COSTS = ("images_per_second", "parameters", "peak_memory_mib", "steps", "images", "seconds")
 """Images drawn a second, and of the training its steps, the images that it saw, and seconds."""
@@ -67,6 +71,12 @@ class Run:
         own = (fact for fact in said if fact not in (*COMPARED, *OF_ONE_NUMBER))
         known = (fact for fact in COMPARED if fact != "labels" or fact in said)
         return {fact: _said(said.get(fact)) for fact in (*known, *own)}
+
+    def beside(self, number: str) -> str:
+        """The pictures that the number was measured beside, in words; "" where nothing is said."""
+        table = self.recipe.get("dataset")
+        heldout = "held out of " * number.startswith("heldout_")
+        return f"{heldout}{data_words(table)}" if table else ""
 
     @property
     def differences(self) -> dict[str, float]:
@@ -113,8 +123,49 @@ def caveats(runs: Sequence[Run]) -> Iterator[str]:
         found = [run.measured(number) for run in runs if number in run.scores]
         for fact in dict.fromkeys(fact for way in found for fact in way):
             values = list(dict.fromkeys(way[fact] for way in found if fact in way))
-            if len(values) > 1:
+            if len(values) > 1 and fact == "reference":
+                yield _other_references(number, [run for run in runs if number in run.scores])
+            elif len(values) > 1:
                 yield f"{number}: not comparable, {fact} differs: {', '.join(values)}"
+
+
+def _other_references(number: str, runs: Sequence[Run]) -> str:
+    """The sentence that a number of these runs was measured beside other pictures, and which."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        found.setdefault(run.measured(number)["reference"], []).append(run.beside(number))
+    each = []
+    for value, said in found.items():
+        words = " or ".join(filter(None, dict.fromkeys(said)))
+        each.append(f"{value} ({words})" if words else value)
+    cure = "`cmkit measure RUN.. --data DATA` measures all beside the same"
+    return f"{number}: not comparable, reference differs: {', '.join(each)}; {cure}"
+
+
+def data_words(table: Mapping[str, Any]) -> str:
+    """A data set in a few words: its part, split, and folder or published file."""
+    place = table.get("reference_npz") or table.get("path")
+    return " ".join(str(word) for word in (table["use"], table.get("split"), place) if word)
+
+
+def directions(runs: Sequence[Run], registry: Registry, notes: list[str]) -> dict[str, Better]:
+    """By number, from the metric that gave it; a note where that is not installed."""
+    found: dict[str, Better] = {}
+    for run in runs:
+        for number in run.scores:
+            if number in found or number not in run.metrics:
+                continue
+            try:
+                metric = registry.load("metric", run.metrics[number])
+            except PluginError as error:
+                notes.append(f"{number}: nobody knows whether lower is better: {error}")
+                continue
+            assert issubclass(metric, Metric)
+            names = {number, number.removeprefix("heldout_")}
+            found[number] = "neither" if names & {*metric.neither} else "lower"
+            if names & {*metric.higher}:
+                found[number] = "higher"
+    return found
 
 
 def read_run(folder: Path) -> Run:
@@ -134,6 +185,9 @@ def read_run(folder: Path) -> Run:
         precision = (inputs.get("sample") or recipe.get("sample", {})).get("precision")
         precision = None if precision == "auto" else precision
         how = {"precision": precision, "tf32": environment.get("tf32")}
+        if data := recipe.get("dataset"):  # an earlier cmkit did not record the reference
+            contents = inputs.get("dataset", {}).get("contents")
+            how["reference"] = contents or data_words(data)
         records = [{**before, **how, **record} for record in measured["provenance"]]
         used = [table["use"] for table in recipe.get("metric", [])]
         provenance = {n: record for record in records for n in record["numbers"]}

@@ -20,6 +20,8 @@ ELSEWHERE = ("images_per_second", "parameters", "training", "peak_memory_mib", "
 """Facts of a line that have headings of their own, or none."""
 MANY = ("sigmas", "sites")
 """Facts that are too long for a table; the page of each run has them."""
+APART = 6
+"""Columns of what differs between runs; a note names further keys."""
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$",
     "#": r"\#", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -35,11 +37,14 @@ class Table(NamedTuple):
 
 
 def sort(found: Results, by: str) -> Results:
-    """The results with the best lines in a number first, those without it last; RecipeError for a
-    number that no line has."""
+    """The results with the best lines in a number first, those without it last; or in the order of
+    their rows, or of a key of the recipe in which runs differ. RecipeError for what no line has."""
+    apart = keys_apart(found)
     known = dict.fromkeys(name for name, _ in found.columns)
+    if by in ("row", *apart) and by not in known:
+        return replace(found, lines=tuple(sorted(found.lines, key=lambda line: _rank(line, by))))
     if by not in known:
-        raise RecipeError(f"--sort {by}: no such number{did_you_mean(by, known)}")
+        raise RecipeError(f"--sort {by}: no such number{did_you_mean(by, [*known, 'row', *apart])}")
     sign = -1 if found.better.get(by) == "higher" else 1
     places = [index for index, (name, _) in enumerate(found.columns) if name == by]
 
@@ -52,19 +57,35 @@ def sort(found: Results, by: str) -> Results:
     return replace(found, lines=tuple(sorted(found.lines, key=place)))
 
 
+def _rank(line: Line, key: str) -> tuple[bool, float, str]:
+    """The place of a line by a key: numbers by size, before words."""
+    value = line.row if key == "row" else line.differs.get(key, "")
+    try:
+        return False, float(value), ""
+    except ValueError:
+        return True, 0.0, value
+
+
+def keys_apart(found: Results) -> list[str]:
+    """The keys of recipes in which runs that were named one by one differ."""
+    return list(dict.fromkeys(key for line in found.lines for key in line.differs))
+
+
 def table(found: Results) -> Table:
     """A row for each line, and below it the scores that others published and the differences."""
     axes = list(dict.fromkeys(axis for line in found.lines for axis in line.axis))
     seeds = any(line.failures or len(line.runs) > 1 for line in found.lines)
-    facts = _headings(found.lines)
-    first = ["row" if found.name else "run", *axes, *["seeds"] * seeds, *_apart(facts, axes)]
+    facts, apart = _headings(found.lines), keys_apart(found)[:APART]
+    first = ["row" if found.name else "run", *axes, *apart, *["seeds"] * seeds]
+    first += _apart(facts, axes)
     judged = [any(_told(line, name) for line in found.lines) for name, _ in found.columns]
     heads, rows = list(first), []
     beside = words_of(found.baseline or "")
     for heading, verdicts in zip(found.headings(), judged, strict=True):
         heads += [heading, *[f"{heading} beside {beside}"] * verdicts]
     for line in found.lines:
-        own = [*(line.axis.get(axis, "") for axis in axes), *[line.seeds] * seeds]
+        own = [line.axis.get(axis, "") for axis in axes]
+        own += [*(line.differs.get(key, "") for key in apart), *[line.seeds] * seeds]
         known = facts_of(line)
         own += [_fact(fact, known, bool(line.runs)) for fact in facts]
         cells = found.cells(line)
@@ -148,8 +169,8 @@ def to_csv(found: Results) -> str:
     and of each verdict, which is beside what "beside" says. Empty where a line has none that is
     comparable with the column's."""
     axes = list(dict.fromkeys(axis for line in found.lines for axis in line.axis))
-    facts = _headings(found.lines)
-    heads = ["row", *axes, "seeds", "seeds_of", "beside", *_apart(facts, axes)]
+    facts, apart = _headings(found.lines), keys_apart(found)
+    heads = ["row", *axes, *apart, "seeds", "seeds_of", "beside", *_apart(facts, axes)]
     parts = ("", "low", "high", "images", "seeds", "published")
     judged = ("difference", "difference_low", "difference_high", "p", "verdict")
     for heading in found.headings():
@@ -161,7 +182,8 @@ def to_csv(found: Results) -> str:
         known = facts_of(line)
         total = len(line.runs) + len(line.failures)
         beside = words_of(found.baseline) if found.baseline and line.verdicts else ""
-        row = [line.row, *(line.axis.get(axis, "") for axis in axes), len(line.runs), total, beside]
+        row: list[Any] = [line.row, *(line.axis.get(axis, "") for axis in axes)]
+        row += [*(line.differs.get(key, "") for key in apart), len(line.runs), total, beside]
         row += [known.get(fact) for fact in facts]
         for (name, _), cell in zip(found.columns, found.cells(line), strict=True):
             published = line.expected.get(name)
