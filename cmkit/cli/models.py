@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -72,8 +73,12 @@ def sample(
         int | None, typer.Option(min=1, help="sampler.steps, of samplers that have it.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="A grid FILE.png, arrays FILE.npz, or a FOLDER of PNG files.")
-    ] = Path("samples.png"),
+        Path | None,
+        typer.Option(
+            help="A grid FILE.png, arrays FILE.npz, or a FOLDER of PNG files; absent = samples.png,"
+            " samples-2.png, ..",
+        ),
+    ] = None,
     rescaler: RescalerOption = None,
     set: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
@@ -89,13 +94,15 @@ def sample(
     count = count or len(prompt) or 16
     recipe = _drawn_from(source, [*set, *flags], count, rescaler, prompt)
     seed, chosen = recipe.seed if seed is None else seed, pick_device(device)
-    events = draw(recipe, seed, label, out, chosen, negative)
+    events = draw(recipe, seed, label, out or _free("samples"), chosen, negative)
     _until_written(events, chosen, json)
 
 
 def edit(
     source: SourceArgument,
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures as large as the model's.")],
+    pictures: Annotated[
+        list[Path], typer.Argument(help="Pictures as large as the model's, or any with --fit.")
+    ],
     task: Annotated[
         Literal["inpaint", "colorize", "superres"],
         typer.Option(help="Paint what a mask hides, add colours, or add detail."),
@@ -106,6 +113,9 @@ def edit(
     patch: Annotated[
         int, typer.Option(min=1, help="superres: side of the squares whose means are known.")
     ] = 8,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Crop and resize pictures of other sizes.")
+    ] = False,
     steps: Annotated[
         int, typer.Option(min=2, help="Points of the Karras grid; one less is evaluated.")
     ] = 40,
@@ -115,8 +125,12 @@ def edit(
     seed: SeedOption = None,
     label: LabelOption = [],  # noqa: B006
     out: Annotated[
-        Path, typer.Option(help="A grid FILE.png of pairs, before and after, or a FOLDER.")
-    ] = Path("edited.png"),
+        Path | None,
+        typer.Option(
+            help="A grid FILE.png of pairs, before and after, or a FOLDER; absent = edited.png,"
+            " edited-2.png, ..",
+        ),
+    ] = None,
     rescaler: RescalerOption = None,
     set: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
@@ -129,9 +143,9 @@ def edit(
     from cmkit.runs import redraw
 
     recipe, chosen = _drawn_from(source, set, len(pictures), rescaler), pick_device(device)
-    edited = Task(task, mask, patch, steps, tuple(sigma))
+    edited = Task(task, mask, patch, steps, tuple(sigma), fit)
     seed = recipe.seed if seed is None else seed
-    events = redraw(recipe, pictures, edited, seed, label, out, chosen)
+    events = redraw(recipe, pictures, edited, seed, label, out or _free("edited"), chosen)
     _until_written(events, chosen, json)
 
 
@@ -273,6 +287,12 @@ def watch(events: Iterable[Event], device: torch.device | None, quiet: bool = Fa
         for last in events:
             display.show(last)
     return last
+
+
+def _free(stem: str) -> Path:
+    """The first of STEM.png, STEM-2.png, .. that is not there."""
+    names = itertools.chain([f"{stem}.png"], (f"{stem}-{k}.png" for k in itertools.count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 def _until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:
