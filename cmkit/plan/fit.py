@@ -69,6 +69,7 @@ def check_fit(recipe: Recipe) -> Plan:
     if recipe.adapter:
         checks.check_adapter(recipe, denoiser.network)
     checks.check_shown(recipe, denoiser, space, conditions)
+    notes += tuple(checks.unknown_words(recipe))
     flops = dry_run(recipe, denoiser, space, conditions)
     memory = checks.memory_of(recipe, denoiser, space)
     kept = memory
