@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from cmkit import Cond, DataSpec, RecipeError, TextSpec
 from cmkit.plan import plan
 from cmkit.plugins import discover
-from cmkit.recipe import load
+from cmkit.recipe import load, run_name
 from cmkit.testing import check_text
 from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.dit import DiT
@@ -17,6 +19,7 @@ from cmkit_std.datasets.emoji import Emoji
 from cmkit_std.texts.emoji_words import EmojiWords, vector
 
 CPU = torch.device("cpu")
+RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = {"channels": 16, "channel_mult": (1,), "num_res_blocks": 1, "norm_groups": 8}
 READING = {
     "adm": ADM(**SMALL),
@@ -161,3 +164,18 @@ def test_squares_of_pixels_are_a_network_between_two_rearrangements():
     assert ADM(**SMALL, patch_size=4).layouts(DataSpec(3, 16)) == ()
     with pytest.raises(RecipeError, match="patch_size = 5: does not divide pictures of 16"):
         ADM(**SMALL, patch_size=5).build(DataSpec(3, 16), frozenset())
+
+
+def test_the_pair_of_recipes_fits_together():
+    teacher, student = (
+        load(RECIPES / f"{name}.toml", [], discover()) for name in ("emoji_teacher", "emoji_lcm")
+    )
+    assert student.teacher.table.weights == f"run:{run_name(teacher)}"
+    assert student.teacher.backbone == student.backbone == teacher.backbone
+    assert student.text == teacher.text
+    assert student.dataset == teacher.dataset.model_copy(update={"empty": 0.0})
+    assert student.objective.num_sigmas - 1 == student.sampler.grid
+    assert teacher.denoiser.guidance == student.denoiser.guidance <= student.objective.w_max
+    assert teacher.sample.images == student.sample.images
+    for recipe in (teacher, student):
+        assert recipe.text.unknown(recipe.train.show) == [()] * len(recipe.train.show)
