@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cmkit_std.backbones.adm import ADM
+from cmkit_std.backbones.dit import DiT
+from cmkit_std.datasets.emoji import Emoji
+from cmkit_std.texts.emoji_words import EmojiWords, vector
 
 from cmkit import Cond, DataSpec, RecipeError, TextSpec
 from cmkit.plan import plan
 from cmkit.plugins import discover
 from cmkit.recipe import load, run_name
 from cmkit.testing import check_text
-from cmkit_std.backbones.adm import ADM
-from cmkit_std.backbones.dit import DiT
-from cmkit_std.datasets.emoji import Emoji
-from cmkit_std.texts.emoji_words import EmojiWords, vector
 
 CPU = torch.device("cpu")
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -77,7 +77,7 @@ def test_unknown_words_are_named_and_prompts_of_no_others_refused():
     words = EmojiWords()
     assert words.unknown(["a frog", "a wugful frog", ""]) == [(), ("wugful",), ()]
     assert words.cut(["frog " * 20, "frog"]) == [8, 0]
-    with pytest.raises(RecipeError, match="'frrog': none of its words .* did you mean 'frog'"):
+    with pytest.raises(RecipeError, match=r"'frrog': none of its words .* did you mean 'frog'"):
         words.unknown(["frrog"])
 
 
@@ -102,7 +102,7 @@ def test_a_plan_names_unknown_words_and_refuses_a_prompt_of_nothing_else(tmp_pat
     said = r"train.show: prompt 'wugful': none of its words"
     with pytest.raises(RecipeError, match=said):
         plan(load(file, ['train.show=["wugful"]'], discover()))
-    with pytest.raises(RecipeError, match="sample.prompts: prompt 'gwug'"):
+    with pytest.raises(RecipeError, match=r"sample.prompts: prompt 'gwug'"):
         plan(load(file, ['sample.prompts=["gwug"]'], discover()))
 
 
@@ -166,10 +166,11 @@ def test_squares_of_pixels_are_a_network_between_two_rearrangements():
         ADM(**SMALL, patch_size=5).build(DataSpec(3, 16), frozenset())
 
 
-def test_the_pair_of_recipes_fits_together():
-    teacher, student = (
-        load(RECIPES / f"{name}.toml", [], discover()) for name in ("emoji_teacher", "emoji_lcm")
-    )
+@pytest.mark.parametrize(
+    "pair", [("emoji_teacher", "emoji_lcm"), ("emoji_full_teacher", "emoji_full")]
+)
+def test_teacher_and_student_of_a_pair_of_recipes_fit_together(pair):
+    teacher, student = (load(RECIPES / f"{name}.toml", [], discover()) for name in pair)
     assert student.teacher.table.weights == f"run:{run_name(teacher)}"
     assert student.teacher.backbone == student.backbone == teacher.backbone
     assert student.text == teacher.text

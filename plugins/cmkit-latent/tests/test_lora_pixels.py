@@ -13,6 +13,7 @@ from cmkit_std.backbones.adm import ADM
 from cmkit_std.backbones.dit import DiT
 from cmkit_std.backbones.edm2 import EDM2
 from cmkit_std.backbones.songunet import SongUNet
+from cmkit_std.rescalers.global_ import Global
 from torch import nn
 
 from cmkit import Cond, DataSpec, Denoiser, RecipeError, TextSpec
@@ -20,7 +21,6 @@ from cmkit.plan import plan
 from cmkit.plugins import register
 from cmkit.recipe import load, run_name
 from cmkit.tensors import save_weights
-from cmkit_std.rescalers.global_ import Global
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 SMALL = {"channels": 16, "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (8,)}

@@ -64,9 +64,10 @@ class EmojiWords(TextEncoder):
         for prompt, words in zip(prompts, found, strict=True):
             if words and not _known(prompt):
                 near = difflib.get_close_matches(words[0], _places(), 1, cutoff=0.5)
+                cure = f"did you mean {near[0]!r}?" if near else "say others, such as 'red apple'"
                 raise RecipeError(
                     f"prompt {prompt[:60]!r}: none of its words is in a caption of data set emoji;"
-                    + (f" did you mean {near[0]!r}?" if near else " say others, such as 'red apple'")
+                    f" {cure}"
                 )
         return found
 
