@@ -29,8 +29,8 @@ from cmkit_std.backbones.shared_encoder import Join, SharedEncoder, SkipBlock
 class UNet(SharedEncoder):
     """The U-Net F(x, c_noise) of openai/consistency_models, with its places of rescaling open.
 
-    `data` are pictures as squares of `patch_size` pixels. Norms, embeddings and the last convolution
-    keep float32 under autocast.
+    `data` are pictures as squares of `patch_size` pixels. Norms, embeddings and the last
+    convolution keep float32 under autocast.
     """
 
     def __init__(self, options: ADMOptions, data: DataSpec, conditions: frozenset[str]):
