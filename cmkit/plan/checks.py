@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,6 +267,22 @@ def check_shown(
                 f"the sampler cannot take steps = {steps}: {error}",
                 f" = {inline(recipe.sample.show_steps)}",
             ) from error
+
+
+def unknown_words(recipe: Recipe) -> Iterator[str]:
+    """A sentence of each prompt of the recipe that has words which say nothing to its encoder;
+    RecipeError for one that has no others."""
+    show = recipe.train.show if recipe.train else ()
+    drawn = recipe.sample.prompts if recipe.sample else ()
+    said = {("train", "show"): () if isinstance(show, int) else show, ("sample", "prompts"): drawn}
+    for place, prompts in said.items():
+        if recipe.text is None or not prompts:
+            continue
+        with naming_table(recipe, *place):
+            found = recipe.text.unknown(prompts)
+        for prompt, words in zip(prompts, found, strict=True):
+            if words:
+                yield f"not known, and left out: {', '.join(map(repr, words))} in {prompt[:60]!r}"
 
 
 class _Still(Denoiser):

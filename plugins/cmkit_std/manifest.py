@@ -62,6 +62,10 @@ IMAGENET64 = (
     "Chrabaszcz, Loshchilov, Hutter. A Downsampled Variant of ImageNet as an Alternative to the "
     "CIFAR datasets. 2017. arXiv:1707.08819"
 )
+INDEXING = (
+    "Kanerva, Kristoferson, Holst. Random Indexing of Text Samples for Latent Semantic Analysis. "
+    "CogSci 2000"
+)
 FIDELITY = (
     "Obukhov, Seitzer, Wu, Zhydenko, Kyl, Lin. High-fidelity performance metrics for "
     "generative models in PyTorch. 2020"
@@ -157,6 +161,12 @@ DATASETS = {
         LSUN,
     ),
 }
+TEXTS = {
+    "emoji_words:EmojiWords": (
+        "Words of the emoji's captions in six languages, in closed form, without weights",
+        INDEXING,
+    ),
+}
 METRICS = {
     "fidelity:Fidelity": ("FID, sFID, Inception score, KID, precision and recall", FIDELITY),
     "digits_judge:DigitsJudge": (
@@ -203,6 +213,7 @@ def cmkit_register() -> list[Plugin]:
         "sampler": SAMPLERS,
         "rescaler": RESCALERS,
         "dataset": DATASETS,
+        "text": TEXTS,
         "metric": METRICS,
     }
     return [
