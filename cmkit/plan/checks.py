@@ -269,9 +269,9 @@ def check_shown(
             ) from error
 
 
-def unknown_words(recipe: Recipe) -> Iterator[str]:
-    """A sentence of each prompt of the recipe that has words which say nothing to its encoder;
-    RecipeError for one that has no others."""
+def lost_of_prompts(recipe: Recipe) -> Iterator[str]:
+    """A sentence of each prompt of the recipe that is too long for its encoder, or has words which
+    say nothing to it; RecipeError for one that has no others."""
     show = recipe.train.show if recipe.train else ()
     drawn = recipe.sample.prompts if recipe.sample else ()
     said = {("train", "show"): () if isinstance(show, int) else show, ("sample", "prompts"): drawn}
@@ -279,8 +279,10 @@ def unknown_words(recipe: Recipe) -> Iterator[str]:
         if recipe.text is None or not prompts:
             continue
         with naming_table(recipe, *place):
-            found = recipe.text.unknown(prompts)
-        for prompt, words in zip(prompts, found, strict=True):
+            found, cuts = recipe.text.unknown(prompts), recipe.text.cut(prompts)
+        for prompt, words, cut in zip(prompts, found, cuts, strict=True):
+            if cut:
+                yield f"the last {cut} tokens of a prompt are cut off: {prompt[:60]!r}.."
             if words:
                 yield f"not known, and left out: {', '.join(map(repr, words))} in {prompt[:60]!r}"
 
