@@ -4,11 +4,14 @@ Synthesis, 2021; as in openai/consistency_models)."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from cmkit import DataSpec, Layout, Network, Precond, RecipeError
+from cmkit import DataSpec, Layout, Precond, RecipeError
 from cmkit_std.backbones.adm.options import ADMOptions
 from cmkit_std.backbones.published import check_published, published
+
+if TYPE_CHECKING:
+    from cmkit import Network
 
 OPENAI_KINDS = (("edm", "_ema"), ("cd", "_l2"), ("cd", "_lpips"), ("ct", ""))
 """Published models of each data set: how they were trained, and how their file's name ends."""
