@@ -41,7 +41,7 @@ def conditions_of(recipe: Recipe, space: DataSpec) -> frozenset[str]:
     missing = wanted - recipe.backbone.accepts
     if missing:
         accepts = ", ".join(sorted(recipe.backbone.accepts)) or "nothing"
-        spare = "[text]" if "text" in missing else "the labels"
+        spare = "[text]" if missing & {"text", "pooled", "size"} else "the labels"
         raise recipe.source.error(
             ("backbone",),
             f"cannot embed {', '.join(sorted(missing))}; it accepts {accepts}; choose another"
