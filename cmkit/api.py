@@ -184,8 +184,8 @@ def run(
     the run's folder.
 
     `changes` are keys of the recipe: run("ct.toml", seed=1, train={"steps": 500}) changes one key
-    of [train], and a table with "use" takes the place of a whole part. The run stops where the
-    iteration does, and goes on from what was saved when it is called again.
+    of [train], and a table with "use" takes the place of a whole part. Ctrl-C finishes the step,
+    saves and raises Interrupted; called again, the run goes on from there.
     """
     from cmkit.device import pick_device
     from cmkit.plan import plan
@@ -199,8 +199,15 @@ def run(
     folder = run_folder(loaded, Path(out), registry)
     if folder.finished:
         yield from shown(loaded, folder, chosen)
-    else:
-        yield from carry_out(plan(loaded), registry, Path(out), chosen, StopSignal())
+        return
+    stop = StopSignal()
+    events = carry_out(plan(loaded), registry, Path(out), chosen, stop)
+    while True:
+        with stop.within():
+            event = next(events, None)
+        if event is None:
+            return
+        yield event
 
 
 def overrides(changes: Mapping[str, Any], *path: str) -> list[str]:

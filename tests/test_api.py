@@ -1,14 +1,17 @@
 """From Python: what `cmkit.load` draws is what the commands draw, `cmkit.run` is the command."""
 
 import json
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cmkit_std.objectives.ict import ICT
 from cmkit_std.rescalers.global_ import Global
 from PIL import Image
 
-from cmkit import Cond, DataSpec, RecipeError, RunFinished, load, run
+from cmkit import Cond, DataSpec, Interrupted, RecipeError, RunFinished, load, run
 from cmkit.api import overrides
 from tests.test_draw import written
 from tests.wheels import ROOT
@@ -126,6 +129,31 @@ def test_a_recipe_is_carried_out_once_and_draws(recipe, monkeypatch):
     monkeypatch.setenv("CMKIT_RUNS", "kept")
     assert load("random@latest", device="cpu").recipe == of_run.recipe
     assert torch.equal(of_run.sample(4, label=[1, 2]), of_recipe.sample(4, label=[1, 2]))
+
+
+def test_ctrl_c_saves_and_the_same_call_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adm = {"use": "adm", "channels": 8, "channel_mult": [1], "norm_groups": 4, "num_heads": 1}
+    changes = {"device": "cpu", "backbone": adm, "train": {"steps": 6, "batch": 4}}
+    Path("tiny.toml").write_text('name = "tiny"\ndataset.use = "digits"\nobjective.use = "ict"\n')
+    loss, calls = ICT.loss, []
+
+    def interrupted(self, *given):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return loss(self, *given)
+
+    *_, whole = run("tiny.toml", out="whole", **changes)
+    monkeypatch.setattr(ICT, "loss", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="step 3"):
+        list(run("tiny.toml", out="again", **changes))
+    assert signal.getsignal(signal.SIGINT) is handler
+    *_, again = run("tiny.toml", out="again", **changes)
+    assert len(calls) == 6
+    weights = [(each.folder / "model.safetensors").read_bytes() for each in (whole, again)]
+    assert weights[0] == weights[1]
 
 
 def test_the_notebook_does_what_it_says(tmp_path, monkeypatch):
