@@ -41,17 +41,19 @@ SURE = 5.0
 
 
 def consistency_function(sigma: Tensor, sigma_to: Tensor, low: float) -> Tensor:
+    """f / x, with eps = `low`."""
     return ((S**2 + low**2) / (S**2 + sigma**2)).sqrt()
 
 
 def jump(sigma: Tensor, sigma_to: Tensor, low: float) -> Tensor:
-    """The estimate along which one straight step arrives where the ODE does at sigma_to (CTM,
-    eq. 9), without its 0 / 0 where that is sigma; there it is the denoiser."""
+    """Of x, the estimate along which one straight step arrives where the ODE does at sigma_to (CTM,
+    eq. 9), without its 0 / 0 where that is sigma; there it is D."""
     kept = ((S**2 + sigma_to**2) / (S**2 + sigma**2)).sqrt()
     return S**2 * (sigma + sigma_to) / ((S**2 + sigma**2) * (sigma * kept + sigma_to))
 
 
 def denoiser(sigma: Tensor, sigma_to: Tensor, low: float) -> Tensor:
+    """D / x."""
     return S**2 / (S**2 + sigma**2)
 
 
