@@ -28,7 +28,7 @@ sampler = { use = "multistep", sigmas = [9.0, 0.821] }
 SMALL = {
     "adm": "channels = 8\nchannel_mult = [1]\nnum_res_blocks = 1\nnorm_groups = 4\n",
     "songunet": "channels = 8\nchannel_mult = [1]\nnum_res_blocks = 1\n",
-    "edm2": "channels = 8\nchannel_mult = [1]\nnum_res_blocks = 1\n",
+    "edm2": "channels = 8\nchannel_mult = [1]\nnum_res_blocks = 1\nnum_head_channels = 8\n",
     "dit": "width = 16\ndepth = 1\nnum_heads = 2\n",
 }
 

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 SourceArgument = Annotated[
     str,
     typer.Argument(
-        help="A finished run, by name (NAME, how it begins, NAME@latest) or folder; a recipe with"
-        " denoiser.weights; or a pipeline of diffusers: its folder or hub:OWNER/NAME.",
+        help="A finished run, by name (NAME, how it begins, NAME@latest) or folder, or pushed to"
+        " hub:OWNER/NAME; a recipe with denoiser.weights; or a pipeline of diffusers: its folder or"
+        " hub:OWNER/NAME.",
         autocompletion=completion.sources,
     ),
 ]

@@ -135,7 +135,7 @@ def _with_diffusers(about: Card, call: Mapping[str, Any]) -> Iterator[str]:
 def _with_cmkit(about: Card, _: Mapping[str, Any]) -> Iterator[str]:
     yield "import cmkit"
     place = f"hub:{about.title}" if "/" in about.title else about.title
-    yield f"images = cmkit.load({place!r}).sample(16, seed=0)  # uint8 (16, C, H, W)"
+    yield f"images = cmkit.load({json.dumps(place)}).sample(16, seed=0)  # uint8 (16, C, H, W)"
 
 
 def _with_onnx(about: Card, facts: Mapping[str, Any]) -> Iterator[str]:

@@ -119,6 +119,11 @@ def _as_run(order: Order, about: Card) -> dict[str, Any]:
 
     if order.run is None:
         raise RecipeError("--to cmkit: only a finished run has a folder to write; give one")
+    if about.recipe.adapter:
+        raise RecipeError(
+            "--to cmkit: the run holds an adapter alone, beside weights that are not in it; write"
+            " the whole model by --to diffusers, onnx or torch"
+        )
     with new_folder(order.target) as stage:
         for name in RUN_FILES:
             if (order.run / name).is_file():
