@@ -165,14 +165,12 @@ def test_steps_that_draw_something_else_are_not_kept(source, cmkit, monkeypatch)
 
 def test_a_network_that_cannot_be_followed_is_one_line(source, cmkit, monkeypatch):
     source()
-    from cmkit.denoiser import Denoiser
+    forward = graph.Exported.forward
 
-    forward = Denoiser.forward
+    def branching(self, x, sigma, label=None):
+        return forward(self, x, sigma, label) * (2 if sigma[0].item() > 1 else 1)
 
-    def branching(self, x, sigma, cond):
-        return forward(self, x, sigma, cond) * (2 if sigma[0].item() > 1 else 1)
-
-    monkeypatch.setattr(Denoiser, "forward", branching)
+    monkeypatch.setattr(graph.Exported, "forward", branching)
     result = cmkit("export", "r.toml", "out", "--to", "torch")
     refused(result, 9, "out: not written, torch.export cannot follow the network", "'dit'")
 
