@@ -150,6 +150,14 @@ def test_a_card_without_a_licence_names_none(trained, cmkit):
     assert "license" not in Path("out/README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "more", [("--set", "sampler.sigmas=[0.5]"), ("--rescaler", "off"), ("--drop-scales",)]
+)
+def test_a_changed_run_is_not_pushed_as_the_run(more, trained, cmkit):
+    result = cmkit("export", trained, "out", "--to", "cmkit", *more)
+    refused(result, 2, "writes a finished run as it is")
+
+
 def test_nothing_is_begun_without_a_token_or_a_name(trained, server, cmkit, monkeypatch):
     push = ("export", trained, "out", "--to", "cmkit", "--push")
     refused(cmkit(*push, "tiny"), 2, "--push tiny: write OWNER/NAME")

@@ -216,7 +216,8 @@ def export(
     from cmkit.runs.finished import run_at
 
     recipe, chosen = _drawn_from(source, set, 1, rescaler), pick_device(device)
-    order = Order(folder, to, run_at(find_run(source) or source), drop_scales, push, license)
+    run, unscaled = run_at(find_run(source) or source), drop_scales or rescaler == "off"
+    order = Order(folder, to, run, unscaled, push, license)
     events = export(recipe, order, discover(), chosen)
     result = watch(events, chosen, json).result
     if json:

@@ -40,6 +40,7 @@ def card(about: Card, to: str, facts: Mapping[str, Any] = {}) -> str:
             f"# {about.title}\n",
             f"The model of the recipe `{recipe.name}`, written by cmkit {cmkit.__version__}."
             f" {known} Licence: {about.license or 'to be said'}.\n",
+            *([f"{alone}.\n"] if (alone := alone_in(recipe, to)) else []),
             "```python",
             *_CODE[to](about, facts),
             "```\n",
@@ -53,6 +54,17 @@ def card(about: Card, to: str, facts: Mapping[str, Any] = {}) -> str:
             *[f"- {what}: {cite}" for cite, what in _cited(about).items()],
             "",
         ]
+    )
+
+
+def alone_in(recipe: Recipe, to: str) -> str:
+    """What a graph does not hold of what drawing takes; "" where it holds all."""
+    lacking = [f"[{kind}]" for kind in ("codec", "text") if getattr(recipe, kind)]
+    if to not in ("onnx", "torch") or not lacking:
+        return ""
+    return (
+        f"--to {to} holds the denoiser alone, of latents and features of prompts, without"
+        f" {' and '.join(lacking)}; --to diffusers writes the whole pipeline"
     )
 
 

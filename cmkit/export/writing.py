@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cmkit.errors import PluginError, RecipeError
 from cmkit.export import diffusers
-from cmkit.export.card import Card, card
+from cmkit.export.card import Card, alone_in, card
 from cmkit.files import atomic_write, new_folder
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Order:
     run: Path | None = None
     """The run that it is of."""
     drop_scales: bool = False
+    """Whether the model is written without its scales."""
     push: str | None = None
     """OWNER/NAME on the hub."""
     license: str | None = None
@@ -55,7 +56,9 @@ def export(
         from cmkit import hub
 
         hub.require_push(order.push)
-    about = Card(order.push or target.name, recipe, registry, order.run, order.license)
+    changed = order.drop_scales or recipe.source.overrides
+    run = None if changed else order.run  # its figures are not those of another model
+    about = Card(order.push or target.name, recipe, registry, run, order.license)
     facts: dict[str, Any]
     if order.to == "cmkit":
         facts = _as_run(order, about)
@@ -101,12 +104,8 @@ def _as_graph(
     denoiser.requires_grad_(False)
     if recipe.rescaler:
         denoiser = denoiser.rescaled(recipe.rescaler)
-    if recipe.codec or recipe.text:
-        kept = " and ".join(kind for kind in ("codec", "text") if getattr(recipe, kind))
-        yield Note(
-            f"--to {to} holds the denoiser alone, of latents and features of prompts: [{kept}] is"
-            " not in it; --to diffusers writes the whole pipeline"
-        )
+    if alone := alone_in(recipe, to):
+        yield Note(alone)
     with new_folder(target) as stage:
         facts = graph.write(plan, denoiser, to, stage, target)
         atomic_write(stage / "README.md", card(about, to, facts.pop("about")))
@@ -117,8 +116,10 @@ def _as_run(order: Order, about: Card) -> dict[str, Any]:
     """The run without its checkpoints and what is of this machine, for `cmkit sample`."""
     from cmkit.hub import RUN_FILES
 
-    if order.run is None:
-        raise RecipeError("--to cmkit: only a finished run has a folder to write; give one")
+    if about.run is None:
+        raise RecipeError(
+            "--to cmkit: writes a finished run as it is; give one, without --set, --rescaler and @"
+        )
     if about.recipe.adapter:
         raise RecipeError(
             "--to cmkit: the run holds an adapter alone, beside weights that are not in it; write"
@@ -126,7 +127,7 @@ def _as_run(order: Order, about: Card) -> dict[str, Any]:
         )
     with new_folder(order.target) as stage:
         for name in RUN_FILES:
-            if (order.run / name).is_file():
-                atomic_write(stage / name, (order.run / name).read_bytes())
+            if (about.run / name).is_file():
+                atomic_write(stage / name, (about.run / name).read_bytes())
         atomic_write(stage / "README.md", card(about, "cmkit"))
     return {}

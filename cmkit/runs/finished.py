@@ -75,9 +75,13 @@ def drawn_from(
 
 
 def run_at(source: str) -> Path | None:
-    """The folder of the run that `source` names; None for a recipe or a pipeline."""
-    place = hub.run_of(source) or RunFolder.at(chosen(source)[0]).path
-    return place if (place / "recipe.toml").is_file() else None
+    """The folder of the run whose own weights `source` names; None for other weights of it, for a
+    recipe, and for a pipeline."""
+    if found := hub.run_of(source):
+        return found
+    place, step, average = chosen(source)
+    folder, own = RunFolder.at(place), step is None and average is None
+    return folder.path if own and folder.recipe.is_file() else None
 
 
 def _drawing(recipe: Recipe, images: int, prompts: Sequence[str]) -> Recipe:
