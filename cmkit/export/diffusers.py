@@ -9,7 +9,7 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ PROMPT = "a red apple"
 
 def export(
     recipe: Recipe, target: Path, to: str, about: Card, device: torch.device
-) -> Iterator[Any]:
+) -> Generator[Any, None, dict[str, Any]]:
     """Events of writing what `recipe` draws from to the folder `target`, which diffusers'
     DiffusionPipeline opens; facts of it in the end.
 

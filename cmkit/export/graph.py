@@ -29,9 +29,9 @@ TOLERANCE = 1e-3
 BATCHES = (1, 3)
 """Sizes at which graph and original are compared; the graph is traced at 2."""
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
-NEEDED = {
-    "onnx": {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"},
-    "torch": {},
+NEEDED: dict[str, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "torch": (),
 }
 
 
@@ -59,7 +59,7 @@ class Exported(nn.Module):
         return x0_hat
 
 
-def require(to: str, target: Path) -> None:
+def require(to: str) -> None:
     """PluginError where a library that writes or opens the form `to` is not installed."""
     for module in NEEDED[to]:
         if importlib.util.find_spec(module) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -85,7 +85,7 @@ def export(
 
 def _as_graph(
     recipe: Recipe, target: Path, to: str, about: Card, device: torch.device
-) -> Iterator[Any]:
+) -> Generator[Any, None, dict[str, Any]]:
     """Events of writing the denoiser as a graph, on the CPU; facts of it in the end."""
     import torch
 
@@ -94,7 +94,7 @@ def _as_graph(
     from cmkit.runs.events import Note
     from cmkit.weights import download
 
-    graph.require(to, target)
+    graph.require(to)
     device = torch.device("cpu")
     plan = check_fit(recipe)
     yield from map(Note, plan.notes)
