@@ -194,7 +194,7 @@ def open_torch(file: Path) -> Graph:
 
 def open_onnx(file: Path) -> Graph:
     """The graph in a .onnx file, on the CPU."""
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
