@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 SourceArgument = Annotated[
     str,
     typer.Argument(
-        help="A finished run, by name (NAME, how it begins, NAME@latest) or folder; a recipe with"
-        " denoiser.weights; or a pipeline of diffusers: its folder or hub:OWNER/NAME.",
+        help="A finished run, by name (NAME, how it begins, NAME@latest) or folder, or pushed to"
+        " hub:OWNER/NAME; a recipe with denoiser.weights; or a pipeline of diffusers: its folder or"
+        " hub:OWNER/NAME.",
         autocompletion=completion.sources,
     ),
 ]
@@ -196,34 +197,67 @@ def convert(
 def export(
     source: SourceArgument,
     folder: Annotated[Path, typer.Argument(help="The new folder.")],
-    to: Annotated[Literal["diffusers"], typer.Option(help="The library that is to open it.")],
+    to: Annotated[
+        Literal["diffusers", "onnx", "torch", "cmkit"],
+        typer.Option(help="What is to open it: a library, or cmkit itself from the hub."),
+    ],
     rescaler: RescalerOption = None,
     drop_scales: Annotated[
         bool, typer.Option("--drop-scales", help="Write the unscaled model of a rescaled run.")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Push it to this model of the Hugging Face Hub."),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the weights for the card, such as mit.")
+    ] = None,
     set: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Write what `sample` draws from as a whole pipeline, which DiffusionPipeline.from_pretrained
-    opens as it is: network, scheduler, codec and prompt encoder, with a model card.
+    """Write what `sample` draws from for others, with a model card: as a whole pipeline, which
+    DiffusionPipeline.from_pretrained opens (diffusers); as the denoiser, a graph for any batch with
+    its noise levels in model.json (onnx, torch); or as the run without its checkpoints (cmkit).
 
-    It is opened again and draws a picture, which is compared with cmkit's of the same noise: where
-    they differ by more than half a step of 255, nothing is left, and the exit code is 4. Found
-    scales are folded into the weights where that is exact."""
+    It is opened again and compared with cmkit's on the same noise: where they differ by more than
+    half a step of 255, or by 0.001 in a graph, nothing is left, and the exit code is 4. Found
+    scales are folded into the weights where that is exact, and are part of a graph."""
     from cmkit.device import pick_device
     from cmkit.export import export
+    from cmkit.export.writing import Order
     from cmkit.plugins import discover
+    from cmkit.runs.finished import run_at
 
     recipe, chosen = _drawn_from(source, set, 1, rescaler), pick_device(device)
-    events = export(recipe, folder, discover(), chosen, drop_scales)
+    run, unscaled = run_at(find_run(source) or source), drop_scales or rescaler == "off"
+    order = Order(folder, to, run, unscaled, push, license)
+    events = export(recipe, order, discover(), chosen)
     result = watch(events, chosen, json).result
     if json:
         printing.document({"schema": 1, **result})
         return
-    printing.line(f"{folder}: written as {result['pipeline']} with {result['scheduler']}")
-    printing.line(
-        f"opened again, its picture differs by {result['difference']:.2g} of 255 from cmkit's"
+    printing.line(f"{folder}: written{_as_what(result)}")
+    if "difference" in result:
+        printing.line(_compared(result))
+    if "pushed" in result:
+        printing.line(f"pushed to {result['pushed']}")
+
+
+def _as_what(result: dict[str, Any]) -> str:
+    if "pipeline" in result:
+        return f" as {result['pipeline']} with {result['scheduler']}"
+    return f", with {result['file']} and model.json" if "file" in result else ""
+
+
+def _compared(result: dict[str, Any]) -> str:
+    if "pipeline" in result:
+        return (
+            f"opened again, its picture differs by {result['difference']:.2g} of 255 from cmkit's"
+        )
+    return (
+        f"opened again, it differs by {result['difference']:.2g} from the original on the same"
+        f" noise, in batches of 1 to 3; {result['tolerance']:g} is allowed"
     )
 
 
