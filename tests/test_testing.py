@@ -48,6 +48,7 @@ PLAIN = (
     "dataset.emoji",
     "metric.digits_judge",
     "metric.emoji_judge",
+    "text.emoji_words",
 )
 """Parts whose defaults are small."""
 
