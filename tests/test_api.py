@@ -10,9 +10,13 @@ import torch
 from cmkit_std.objectives.ict import ICT
 from cmkit_std.rescalers.global_ import Global
 from PIL import Image
+from safetensors.torch import save_file
 
 from cmkit import Cond, DataSpec, Interrupted, RecipeError, RunFinished, load, run
+from cmkit import recipe as recipes
 from cmkit.api import overrides
+from cmkit.plan import space_of
+from cmkit.plugins import discover
 from tests.test_draw import written
 from tests.wheels import ROOT
 
@@ -179,3 +183,22 @@ def test_the_notebook_does_what_it_says(tmp_path, monkeypatch):
     for name in ("digits", "scales", "two_steps"):
         with Image.open(f"{name}.png") as picture:
             assert picture.width > 8 * 10
+
+
+def test_words_that_say_nothing_are_told_and_prompts_of_no_others_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("told.toml").write_text(
+        'name = "told"\ndataset = { use = "emoji", labels = false }\ntext.use = "emoji_words"\n'
+        'denoiser.weights = "told.safetensors"\nsampler.use = "multistep"\nbackbone = { use ='
+        ' "adm",'
+        " channels = 8, channel_mult = [1], num_res_blocks = 1, norm_groups = 4, patch_size = 4,"
+        " attention_resolutions = [], num_heads = 1 }\n"
+    )
+    made = recipes.load("told.toml", ["sample.images=1"], discover())
+    space = space_of(made, made.dataset.spec())
+    save_file(made.backbone.build(space, frozenset({"text"})).state_dict(), "told.safetensors")
+    model = load("told.toml", device="cpu")
+    with pytest.warns(UserWarning, match="not known, and left out: 'zyxwv'"):
+        assert model.sample(prompt="a zyxwv frog").shape == (1, 3, 32, 32)
+    with pytest.raises(RecipeError, match="none of its words is in a caption"):
+        model.sample(prompt="zyxwv")
