@@ -110,8 +110,11 @@ def _require_library(what: str) -> None:
         raise PluginError(f"{what}: needs the package huggingface_hub; pip install 'cmkit[hub]'")
 
 
-def trouble(error: Exception, name: str, revision: str | None, what: str) -> CmkitError:
-    """What the hub's error means, in one line that begins with `what`."""
+def trouble(
+    error: Exception, name: str, revision: str | None, what: str, instead: str = ""
+) -> CmkitError:
+    """What the hub's error means, in one line that begins with `what`; `instead` ends the line of a
+    download that failed with another way to the same files."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -126,12 +129,12 @@ def trouble(error: Exception, name: str, revision: str | None, what: str) -> Cmk
     if isinstance(error, GatedRepoError):
         return DownloadError(
             f"{what}: gated; ask its owner for access at https://huggingface.co/{name}, log in by"
-            " `hf auth login`, and run again"
+            f" `hf auth login`, and run again{instead}"
         )
     if isinstance(error, RepositoryNotFoundError):
         return DownloadError(
             f"{what}: no such repository, or a private one; correct the name, or log in by"
-            " `hf auth login`"
+            f" `hf auth login`{instead}"
         )
     if isinstance(error, RevisionNotFoundError):
         return DownloadError(f"{what}: no revision {revision}; name a branch, a tag or a commit")
@@ -139,8 +142,9 @@ def trouble(error: Exception, name: str, revision: str | None, what: str) -> Cmk
         return ResourceError(f"{what}: the hub refuses the token; log in by `hf auth login`")
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
-        return DownloadError(f"{what}: not in {cache}, and {offline}; go online and run again")
+        cure = f"go online and run again, or fill that folder from another machine{instead}"
+        return DownloadError(f"{what}: not all of it is in {cache}, and {offline}; {cure}")
     if isinstance(error, OSError) and error.errno:
         return ResourceError(f"{cache}: {error.strerror}; free some space or set HF_HOME")
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return DownloadError(f"{what}: {reason}; go online and run again")
+    return DownloadError(f"{what}: {reason}; go online and run again{instead}")

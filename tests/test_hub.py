@@ -178,7 +178,7 @@ def test_a_push_that_fails_says_what_is_written(trained, server, cmkit, monkeypa
 
 
 def test_a_name_that_is_not_there_or_no_run_is_one_line(server, cmkit):
-    refused(cmkit("sample", "hub:me/none"), 8, "hub:me/none: not in", "go online")
+    refused(cmkit("sample", "hub:me/none"), 8, "hub:me/none: not all of it is in", "go online")
     (server.home / "me/other").mkdir(parents=True)
     with pytest.raises(hub.CheckpointError, match="no run of cmkit"):
         hub.run_folder("hub:me/other")

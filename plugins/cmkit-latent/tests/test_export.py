@@ -363,7 +363,7 @@ def test_a_target_that_exists_stays_as_it_is(sd, cli):
 
 
 def test_without_diffusers_the_package_is_named(sd, cli, monkeypatch):
-    monkeypatch.setattr("cmkit.export.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("cmkit.export.writing.importlib.util.find_spec", lambda name: None)
     result = cli("export", recipe(sd), "out", "--to", "diffusers")
     refused(result, 9, "needs the package diffusers; pip install 'diffusers>=0.42,<0.44'")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import tiny_sd
 
 from cmkit import CheckpointError, Cond, RecipeError
-from cmkit.export import export
+from cmkit.export.writing import Order, export
 from cmkit.plan import build, build_teacher, coding_of, plan
 from cmkit.plugins import register
 from cmkit.recipe import load, stage_keys
@@ -319,7 +319,7 @@ def test_a_tuned_run_is_exported_as_the_folded_network(toml, registry):
     base = finished("base.toml", registry)
     sets = [f'denoiser.weights="{base}"', 'adapter={use="lora",rank=2}', "train.lr=0.1"]
     folder = finished("base.toml", registry, *sets)
-    *_, last = export(drawn_from(folder, [], registry, 1), Path("out"), registry, CPU, False)
+    *_, last = export(drawn_from(folder, [], registry, 1), Order(Path("out"), "diffusers"), registry, CPU)
     assert last.result["pipeline"] == "ConsistencyModelPipeline"
     assert last.result["difference"] < 0.5
     kept = load_file("out/unet/diffusion_pytorch_model.safetensors")

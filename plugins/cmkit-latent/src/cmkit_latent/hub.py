@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmkit import CheckpointError, CmkitError, DownloadError, RecipeError, ResourceError
+from cmkit import CheckpointError, RecipeError
 from cmkit.files import OFFLINE, cached_sha256, digest_of, read_json
+from cmkit.hub import REPOSITORY, trouble
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,6 @@ TEXTS = (
 LEFT_OUT = ("*.fp16.*", "*.non_ema.*", "*openvino*", "*flax*", "*onnx*")
 """Other forms of the same weights."""
 PICKLES = ("bin", "pt", "pth", "ckpt")
-REPOSITORY = re.compile(r"hub:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 def folder_of(
@@ -99,47 +98,17 @@ def _of_hub(weights: str, what: str, parts: Sequence[str], config_only: bool) ->
     except HFValidationError as error:
         raise RecipeError(f"{what} = {weights}: {error}") from error
     except Exception as error:  # of three libraries, and of the machine
-        raise _trouble(error, said["name"], said["revision"], what) from error
+        instead = ", or fetch it elsewhere and name its folder"
+        if "." in what:
+            instead += f": --set {what}=FOLDER"
+        place = f"{what} = {weights}"
+        raise trouble(error, said["name"], said["revision"], place, instead) from error
     if lacking := _lacking(folder, parts, config_only):
         raise CheckpointError(
             f"{what} = {weights}: the repository has no {lacking}; name another, or a folder that"
             " holds one"
         )
     return folder
-
-
-def _trouble(error: Exception, name: str, revision: str | None, what: str) -> CmkitError:
-    """What the hub's error means, in one line."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    cache = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-    place = f"{what} = hub:{name}" + (f"@{revision}" if revision else "")
-    folder = "or fetch it elsewhere and name its folder"
-    if "." in what:
-        folder += f": --set {what}=FOLDER"
-    if isinstance(error, GatedRepoError):
-        said = f"its owner grants access: ask for it at https://huggingface.co/{name}, log in by"
-        return DownloadError(f"{place}: gated; {said} `hf auth login`, and run again, {folder}")
-    if isinstance(error, RepositoryNotFoundError):
-        seen = "no such repository, or a private one; correct the name, log in by `hf auth login`"
-        return DownloadError(f"{place}: {seen}, {folder}")
-    if isinstance(error, RevisionNotFoundError):
-        return DownloadError(f"{place}: no such revision; name a branch, a tag or a commit of it")
-    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
-        cure = f"go online and run again, fill that folder from another machine, {folder}"
-        return DownloadError(f"{place}: not all of it is in {cache}, and {offline}; {cure}")
-    if isinstance(error, OSError) and error.errno:
-        return ResourceError(f"{cache}: {error.strerror}; free some space or set HF_HOME")
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return DownloadError(f"{place}: {reason}; go online and run again, {folder}")
 
 
 def _lacking(folder: Path, parts: Sequence[str], config_only: bool) -> str:
