@@ -61,7 +61,7 @@ def run_of(text: str) -> Path | None:
     except HFValidationError as error:
         raise RecipeError(f"{text}: {error}") from error
     except Exception as error:  # of three libraries, and of the machine
-        raise trouble(error, said["name"], said["revision"], text) from error
+        raise trouble(error, said["name"], text) from error
     return folder if (folder / "recipe.toml").is_file() else None
 
 
@@ -97,7 +97,7 @@ def push(folder: Path, name: str) -> str:
         address = str(api.create_repo(name, exist_ok=True))
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="cmkit export")
     except Exception as error:  # of three libraries, and of the machine
-        found = trouble(error, name, None, f"--push {name}")
+        found = trouble(error, name, f"--push {name}")
         said = f"{found}; {folder} is written, push it by `hf upload {name} {folder}`"
         raise type(found)(said) from error
     return address
@@ -110,9 +110,7 @@ def _require_library(what: str) -> None:
         raise PluginError(f"{what}: needs the package huggingface_hub; pip install 'cmkit[hub]'")
 
 
-def trouble(
-    error: Exception, name: str, revision: str | None, what: str, instead: str = ""
-) -> CmkitError:
+def trouble(error: Exception, name: str, what: str, instead: str = "") -> CmkitError:
     """What the hub's error means, in one line that begins with `what`; `instead` ends the line of a
     download that failed with another way to the same files."""
     from huggingface_hub import constants
@@ -137,7 +135,7 @@ def trouble(
             f" `hf auth login`{instead}"
         )
     if isinstance(error, RevisionNotFoundError):
-        return DownloadError(f"{what}: no revision {revision}; name a branch, a tag or a commit")
+        return DownloadError(f"{what}: no such revision; name a branch, a tag or a commit of it")
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return ResourceError(f"{what}: the hub refuses the token; log in by `hf auth login`")
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):

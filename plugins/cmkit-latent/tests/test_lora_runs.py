@@ -319,7 +319,9 @@ def test_a_tuned_run_is_exported_as_the_folded_network(toml, registry):
     base = finished("base.toml", registry)
     sets = [f'denoiser.weights="{base}"', 'adapter={use="lora",rank=2}', "train.lr=0.1"]
     folder = finished("base.toml", registry, *sets)
-    *_, last = export(drawn_from(folder, [], registry, 1), Order(Path("out"), "diffusers"), registry, CPU)
+    *_, last = export(
+        drawn_from(folder, [], registry, 1), Order(Path("out"), "diffusers"), registry, CPU
+    )
     assert last.result["pipeline"] == "ConsistencyModelPipeline"
     assert last.result["difference"] < 0.5
     kept = load_file("out/unet/diffusion_pytorch_model.safetensors")

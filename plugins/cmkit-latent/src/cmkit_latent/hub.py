@@ -102,7 +102,7 @@ def _of_hub(weights: str, what: str, parts: Sequence[str], config_only: bool) ->
         if "." in what:
             instead += f": --set {what}=FOLDER"
         place = f"{what} = {weights}"
-        raise trouble(error, said["name"], said["revision"], place, instead) from error
+        raise trouble(error, said["name"], place, instead) from error
     if lacking := _lacking(folder, parts, config_only):
         raise CheckpointError(
             f"{what} = {weights}: the repository has no {lacking}; name another, or a folder that"
