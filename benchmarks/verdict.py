@@ -25,6 +25,7 @@ from cmkit.suite.noise import SameNoise
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "rescaling.md"
 STORED = HERE / "results" / "rescaling"
+FIGURE = PAGE.parent / "images" / "rescaling_verdict.png"
 MARK = "<!-- {} verdict: written by benchmarks/verdict.py; do not edit. -->"
 AXIS, BASELINES = "rescaling", ("off", "global")
 NUMBERS = {
@@ -128,6 +129,58 @@ def _verdict(verdict: Document | None) -> str:
     return f"{found['value']:+.2g}{between} {word}"
 
 
+def _relative(beside: Mapping[str, Document], value: str) -> Iterator[tuple[str, list[float]]]:
+    """Of a policy, for each row and number of evaluations, the change of the held-out FID beside
+    the unscaled model and the ends of its interval, in per cent of the unscaled model's mean."""
+    lines, key = beside["off"]["lines"], "heldout_fid"
+    plain = {
+        (line["row"], line["axis"]["nfe"]): line["scores"][key]["mean"]["value"]
+        for line in lines
+        if line["axis"].get(AXIS) == "off" and key in line["scores"]
+    }
+    for line in lines:
+        if line["axis"].get(AXIS) == value:
+            at = (line["row"], line["axis"]["nfe"])
+            found = line["verdicts"][key]["difference"]
+            ends = [100 * found[end] / plain[at] for end in ("value", "low", "high")]
+            yield f"{at[0]}, {line['facts']['nfe']}", ends
+
+
+def figure(beside: Mapping[str, Document]) -> bytes:
+    """A PNG of the relative changes of the held-out FID with their intervals."""
+    from matplotlib.figure import Figure
+
+    from cmkit.report.figures import figure_png
+
+    drawn = Figure((6.4, 5.2), dpi=110)
+    axes = drawn.add_subplot()
+    names: list[str] = []
+    policies = _others(beside["off"]["lines"], "off")
+    for k, (value, mark) in enumerate(zip(policies, "osD", strict=False)):
+        for name, (middle, low, high) in _relative(beside, value):
+            if name not in names:
+                names.append(name)
+            y, colour = names.index(name) + 0.22 * (k - 1), f"C{k}"
+            axes.plot([low, high], [y, y], color=colour, linewidth=1.5)
+            axes.plot([middle], [y], mark, color=colour, markersize=4)
+        axes.plot([], [], f"-{mark}", color=f"C{k}", markersize=4, label=value)
+    axes.axvline(0, color="#888888", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("change of the held-out FID beside the unscaled model, %")
+    axes.set_ylabel("model, network evaluations")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.7)
+    axes.legend(frameon=False, loc="upper left")
+    return figure_png(drawn)
+
+
+def stored() -> dict[str, Document]:
+    """The stored results, by their baseline."""
+    files = {value: STORED / f"{value}.json" for value in BASELINES}
+    return {value: json.loads(p.read_text("utf-8")) for value, p in files.items() if p.exists()}
+
+
 def page() -> str:
     """docs/rescaling.md as it should be."""
     begin, end = (MARK.format(word) for word in ("begin", "end"))
@@ -135,8 +188,7 @@ def page() -> str:
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise CmkitError(f"{PAGE}: {begin} .. {end} is not there")
-    files = {value: STORED / f"{value}.json" for value in BASELINES}
-    beside = {value: json.loads(p.read_text("utf-8")) for value, p in files.items() if p.exists()}
+    beside = stored()
     written = "\n".join(section(beside)) if beside else ""
     return "\n".join(filter(None, (f"{before}{begin}", written, f"{end}{after}")))
 
@@ -151,6 +203,7 @@ def main() -> None:
         sys.exit(None if PAGE.read_text("utf-8") == page() else f"{PAGE}: not current")
     if options.folder:
         store(options.folder)
+    atomic_write(FIGURE, figure(stored()))
     atomic_write(PAGE, page())
 
 
