@@ -26,8 +26,8 @@ _HOMES = {
     "cmkit.models": "Models",
     "cmkit.api": "Pipeline load run",
     "cmkit.runs.events": (
-        "Cell CellsDrawn Comparison Downloaded Event Note RunFinished Sampled Saved StageFinished"
-        " StageStarted Step"
+        "Cell CellsDrawn Comparison Downloaded Event Note RunFinished Sampled Saved Scored Shown"
+        " StageFinished StageStarted Step"
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

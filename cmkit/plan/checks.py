@@ -245,6 +245,10 @@ def check_shown(
         raise recipe.source.error(
             ("train", "show"), "pictures need a [sampler] table that says how to draw; add one"
         )
+    if recipe.train and recipe.train.score_every and recipe.sampler is None:
+        raise recipe.source.error(
+            ("train", "score_every"), "a score needs a [sampler] table that says how to draw; add one"
+        )
     if isinstance(show, tuple) and show and recipe.text is None:
         raise recipe.source.error(
             ("train", "show"),

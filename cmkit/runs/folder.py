@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cmkit import files
 from cmkit.errors import CheckpointError, DataError, ResourceError
@@ -78,9 +78,9 @@ class RunFolder:
         own, found = self.path.resolve(), runs_below((self.path.parent, *roots()))
         return [RunFolder(path) for path in found if path.resolve() != own]
 
-    def checkpoint(self, step: int) -> Path:
-        """The checkpoint of a step, which need not be there."""
-        return self.checkpoints / f"step-{step:08d}"
+    def checkpoint(self, step: int | Literal["best"]) -> Path:
+        """The checkpoint of a step, or the one of the best score; it need not be there."""
+        return self.checkpoints / (step if step == "best" else f"step-{step:08d}")
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, rising, intact or not."""

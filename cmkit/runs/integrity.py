@@ -41,7 +41,8 @@ def verify(folder: RunFolder) -> Iterator[tuple[str, str]]:
         if name not in known:
             lost = files.damaged_lines(log, folder.checked)
             yield name, f"{lost} damaged lines" if lost else ""
-    for path in map(folder.checkpoint, folder.steps()):
+    kept = [*map(folder.checkpoint, folder.steps()), folder.checkpoint("best")]
+    for path in filter(Path.is_dir, kept):
         yield _judged(folder, path, functools.partial(checkpoint.verify, path))
 
 

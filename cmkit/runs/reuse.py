@@ -78,6 +78,8 @@ def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:
         except OSError:  # it is being removed at this moment
             continue
         if not folder.damage(stage, found):
+            if stage == "train":
+                _copy_best(other, folder)
             return found
     return None
 
@@ -85,21 +87,35 @@ def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:
 def reuse_checkpoint(recipe: Recipe, folder: RunFolder, key: str) -> None:
     """Copy the newest intact checkpoint of another run whose training this is the same as, or a
     longer one of the same bits, if there is one and `folder` has none."""
-    from cmkit.checkpoint import newest_folder, verify
+    from cmkit.checkpoint import newest_folder
 
     other = _begun(recipe, key, folder.inputs()["inputs"], _others(folder))
     if other is None or folder.steps():
         return
     with contextlib.suppress(CmkitError, OSError):
-        newest = newest_folder(other.checkpoints)
-        verify(newest)
-        files.make_folder(folder.checkpoints)
-        with files.new_folder(folder.checkpoints / newest.name) as stage:
-            for path in newest.iterdir():
-                shutil.copyfile(path, stage / path.name)
-        verify(folder.checkpoints / newest.name)
+        _copy_checkpoint(newest_folder(other.checkpoints), folder)
         for name in ("log.jsonl", *(file for file in other.digests("train") if "shown" in file)):
             _take(other, folder, name)
+    _copy_best(other, folder)
+
+
+def _copy_best(other: RunFolder, folder: RunFolder) -> None:
+    """Copy the checkpoint of the best score of another run, where it is there and intact."""
+    with contextlib.suppress(CmkitError, OSError):
+        if (best := other.checkpoint("best")).is_dir() and not folder.checkpoint("best").exists():
+            _copy_checkpoint(best, folder)
+
+
+def _copy_checkpoint(path: Path, folder: RunFolder) -> None:
+    """Copy a checkpoint; CheckpointError where it is not intact."""
+    from cmkit.checkpoint import verify
+
+    verify(path)
+    files.make_folder(folder.checkpoints)
+    with files.new_folder(folder.checkpoints / path.name) as stage:
+        for file in path.iterdir():
+            shutil.copyfile(file, stage / file.name)
+    verify(folder.checkpoints / path.name)
 
 
 def _take(other: RunFolder, folder: RunFolder, name: str) -> None:

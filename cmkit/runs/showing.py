@@ -16,7 +16,7 @@ from cmkit.errors import NonFiniteError
 from cmkit.files import digest_of
 from cmkit.pictures import grid_png
 from cmkit.plan.networks import guided_as_said
-from cmkit.runs.events import Note
+from cmkit.runs.events import Note, Shown
 from cmkit.sample import Draws, finite_uint8, starts
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Showing:
         every = self.table.show_every or self.table.save_every
         return step not in self.drawn and (step % every == 0 or step == self.table.steps)
 
-    def draw(self, training: Training) -> Iterator[Note]:
+    def draw(self, training: Training) -> Iterator[Note | Shown]:
         """Draw the pictures of the training's step; a note instead where they are not finite."""
         average = training.models.ema[self.table.ema[0]]
         denoiser = guided_as_said(self.job.plan.recipe, average)
@@ -65,7 +65,7 @@ class Showing:
         indices, std = range(self.count), denoiser.noise.start
         images = []
         try:
-            with _apart(average.network, device), autocast(self.table.precision, device):
+            with apart(average.network, device), autocast(self.table.precision, device):
                 for start in starts(self.draws, std, indices, batch, device):
                     x0 = self.sampler.sample(denoiser, start.x, start.cond, start.noise)
                     images.append(finite_uint8(self.draws.pictures(x0), start.rows))
@@ -75,6 +75,7 @@ class Showing:
         sheet = grid_png(_smaller(torch.cat(images)), COLUMNS)
         name = self.job.folder.keep_shown(training.step, self.about, sheet)
         self.drawn[training.step] = name
+        yield Shown(training.step, self.job.folder.picture(name))
 
     def result(self) -> dict[str, Any]:
         """What report.json says of the pictures: their names by step, prompts, number and side."""
@@ -96,7 +97,7 @@ def _smaller(images: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _apart(network: nn.Module, device: torch.device) -> Iterator[None]:
+def apart(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, `network` is evaluated without a trace in a training of it: its modules are put back
     into their modes, default generators into their states, and nothing is compiled anew."""
     modes = {module: module.training for module in network.modules()}
