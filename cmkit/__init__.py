@@ -15,8 +15,8 @@ _HOMES = {
     "cmkit.plugins": "Plugin Registry api_version discover hookimpl hookspec",
     "cmkit.values": "Companion DataSpec Layout Phase Reference Scheduler TextSpec",
     "cmkit.kinds": (
-        "Adapter Backbone Codec Coder Dataset Meter Metric Objective Part Pictures Precond Prompts"
-        " Rescaler Sampler TextEncoder"
+        "Adapter Backbone Codec Coder Dataset Listener Meter Metric Objective Part Pictures Precond"
+        " Prompts Rescaler RunInfo Sampler TextEncoder Tracker"
     ),
     "cmkit.noise": "Noise",
     "cmkit.rng": "Rng image_labels image_noise permutation shared_dropout",

@@ -96,6 +96,9 @@ def check_stages(recipe: Recipe) -> None:
             (), "no weights to sample from: add [train], or denoiser.weights = a file"
         )
     _check_start(recipe)
+    for index, tracker in enumerate(recipe.tracker):
+        with naming_table(recipe, "tracker", index):
+            tracker.check()
     if recipe.train and recipe.train.compile:
         with naming_table(recipe, "train", "compile"):
             _check_compiler()
@@ -244,10 +247,6 @@ def check_shown(
     if show and recipe.sampler is None:
         raise recipe.source.error(
             ("train", "show"), "pictures need a [sampler] table that says how to draw; add one"
-        )
-    if recipe.train and recipe.train.score_every and recipe.sampler is None:
-        raise recipe.source.error(
-            ("train", "score_every"), "a score needs a [sampler] table that says how to draw; add one"
         )
     if isinstance(show, tuple) and show and recipe.text is None:
         raise recipe.source.error(

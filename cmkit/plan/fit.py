@@ -47,8 +47,9 @@ def check_fit(recipe: Recipe) -> Plan:
             metric.check(data, recipe.sample.images if recipe.sample else 0)
     if recipe.train and recipe.train.score_every:
         few = recipe.train.score_images
+        metric, _ = scored(recipe, few)
         with naming_table(recipe, "train", "score_images"):
-            scored(recipe, few)[0].check(data, few)
+            metric.check(data, few)
     if recipe.search:
         with naming_table(recipe, "search", "images"):
             minimized(recipe).check(data, recipe.search.images)

@@ -408,6 +408,12 @@ class RunFolder:
         files.append_jsonl(self._shown, record)
         return name
 
+    def of_tracker(self, name: str) -> Path:
+        """The folder of a tracker, made where it is not there."""
+        path = self.path / "trackers" / name.replace(":", "-")
+        files.make_folder(path)
+        return path
+
     def keep_picture(self, name: str, png: bytes) -> str:
         """Write the picture `name`.png, that of a smoke run stamped; its name for `picture`."""
         if self.smoke:

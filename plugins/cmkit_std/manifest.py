@@ -157,6 +157,7 @@ DATASETS = {
         LSUN,
     ),
 }
+TRACKERS = {"csv:CSV": ("A file of losses, learning rates and scores as comma-separated values",)}
 METRICS = {
     "fidelity:Fidelity": ("FID, sFID, Inception score, KID, precision and recall", FIDELITY),
     "digits_judge:DigitsJudge": (
@@ -204,6 +205,7 @@ def cmkit_register() -> list[Plugin]:
         "rescaler": RESCALERS,
         "dataset": DATASETS,
         "metric": METRICS,
+        "tracker": TRACKERS,
     }
     return [
         Plugin(kind, target.partition(":")[0].rstrip("_"), f"cmkit_std.{kind}s.{target}", *about)
