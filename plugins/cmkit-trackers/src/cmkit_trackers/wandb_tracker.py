@@ -62,4 +62,4 @@ class Run(Telling):
         self.run.log({"step": step, f"{name}/pictures": wandb.Image(str(path))})
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
