@@ -34,6 +34,7 @@ class Toy(Tracker):
     """Does what a test wants."""
 
     fault: str = ""
+    """What goes wrong."""
 
     def start(self, run):
         if self.fault == "start":
@@ -42,7 +43,7 @@ class Toy(Tracker):
 
 
 class ToyListener:
-    seen: list = []  # noqa: RUF012
+    seen: list = []
 
     def __init__(self, run, fault):
         self.fault = fault

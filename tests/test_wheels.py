@@ -14,9 +14,7 @@ PARTS = {
     "cmkit-ect": {("objective", "ect"), ("sampler", "ect")},
     "cmkit-scm": {("objective", "scm")},
     "cmkit-meanflow": {("objective", "meanflow"), ("sampler", "meanflow")},
-    "cmkit-trackers": {
-        ("tracker", name) for name in ("tensorboard", "wandb", "trackio", "mlflow")
-    },
+    "cmkit-trackers": {("tracker", name) for name in ("tensorboard", "wandb", "trackio", "mlflow")},
     "cmkit-latent": {
         ("adapter", "lora"),
         ("backbone", "sd_unet"),

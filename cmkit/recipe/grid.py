@@ -61,7 +61,8 @@ def scored(recipe: Recipe, images: int) -> tuple[Metric, str]:
         return found.model_copy(update={"heldout": heldout}), name
     if key is None:
         raise recipe.source.error(
-            ("train", "score_every"), 'a score needs a [[metric]] table: [[metric]] use = "fidelity"'
+            ("train", "score_every"),
+            'a score needs a [[metric]] table: [[metric]] use = "fidelity"',
         )
     better = [n for m in recipe.metric for n in m.keys() if n not in m.neither]  # noqa: SIM118
     raise recipe.source.error(

@@ -260,7 +260,17 @@ STAGES = {
     "metric": "cmkit.runs.stages.metric:Measure",
 }
 """What a run does, in order: each stage is the class of its table, named as plugins name parts."""
-KEYS = ("name", "seed", "smoke", *PART_TABLES, "denoiser", "teacher", *STAGES, "tracker", "expected")
+KEYS = (
+    "name",
+    "seed",
+    "smoke",
+    *PART_TABLES,
+    "denoiser",
+    "teacher",
+    *STAGES,
+    "tracker",
+    "expected",
+)
 REQUIRED = ("name", "dataset", "backbone")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 

@@ -59,13 +59,19 @@ def scores_svg(curve: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str,
     low, high = min(values.values()), max(values.values())
     last, best = curve["steps"][-1] or 1, scores["best"]
     span = (high - low) or 1
-    dots = [(round(100 * s / last, 3), round(92 - 84 * (v - low) / span, 3)) for s, v in values.items()]
+    dots = [
+        (round(100 * s / last, 3), round(92 - 84 * (v - low) / span, 3)) for s, v in values.items()
+    ]
     return {
         "of": scores["of"],
         "line": " ".join(f"{x},{y}" for x, y in dots),
         "dots": [
-            {"x": x, "y": y, "best": step == best["step"], "text": f"step {number(step)} · "
-             f"{scores['of']} {number(value)}"}
+            {
+                "x": x,
+                "y": y,
+                "best": step == best["step"],
+                "text": f"step {number(step)} · {scores['of']} {number(value)}",
+            }
             for (x, y), (step, value) in zip(dots, values.items(), strict=True)
         ],
         "low": number(low),

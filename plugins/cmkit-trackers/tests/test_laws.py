@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cmkit_trackers.manifest import TRACKERS, cmkit_register
+from cmkit_trackers.telling import Telling, flat
 
 import cmkit
 from cmkit import testing
 from cmkit.pictures import grid_png
-from cmkit_trackers.manifest import TRACKERS, cmkit_register
-from cmkit_trackers.telling import Telling, flat
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
 RECIPE = {"name": "toy", "train": {"lr": 1e-3, "ema": [0.999]}}
