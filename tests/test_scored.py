@@ -159,7 +159,7 @@ def test_a_training_that_is_shared_brings_its_scores_and_its_best(recipe):
 
 def test_another_score_is_not_compared_with_those_before(recipe):
     stopped_at(recipe, 5, out="changed")
-    folder, stage, _ = finish(recipe, "train.score=fid", out="changed")
+    _, stage, _ = finish(recipe, "train.score=fid", out="changed")
     assert stage["scores"]["of"] == "heldout_fid"
     assert [*stage["scores"]["steps"]] == ["6"]
     assert stage["scores"]["best"]["step"] == 6

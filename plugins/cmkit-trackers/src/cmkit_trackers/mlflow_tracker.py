@@ -12,7 +12,8 @@ from cmkit_trackers.telling import Telling, flat, need
 
 class MLflow(cmkit.Tracker):
     """A run of MLflow under the run's own name: in a SQLite file of the run's folder, unless told
-    of a server. `mlflow ui --backend-store-uri sqlite:///RUN/trackers/mlflow/mlflow.db` shows it."""
+    of a server. `mlflow ui --backend-store-uri sqlite:///FILE` shows it; the file is
+    `trackers/mlflow/mlflow.db`."""
 
     uri: str | None = None
     """The tracking server or store, such as "http://localhost:5000"; absent = the SQLite file."""

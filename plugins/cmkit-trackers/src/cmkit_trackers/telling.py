@@ -43,9 +43,6 @@ class Telling(ABC):
     after a kill are not told twice.
     """
 
-    rewinds = False
-    """Whether the library itself drops what comes again."""
-
     def __init__(self, run: RunInfo):
         self.told_file = run.folder / "told.json"
         known = json.loads(self.told_file.read_text()) if self.told_file.exists() else {}
@@ -66,14 +63,12 @@ class Telling(ABC):
 
     def goes_on(self, step: int) -> None:
         """The training goes on from a step."""
+        self.step = max(self.step, step)
 
     def on(self, event: Event) -> None:
         """Hand on what an event has."""
         match event:
             case cmkit.StageStarted("train", done, _):
-                self.step = max(self.step, done)
-                if self.rewinds:
-                    self.told = {key: min(step, done) for key, step in self.told.items()}
                 self.goes_on(done)
             case cmkit.Step(step, _, log) if log:
                 if self._new("train", step):

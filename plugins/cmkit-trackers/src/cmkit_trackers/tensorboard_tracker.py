@@ -28,15 +28,15 @@ class TensorBoard(cmkit.Tracker):
 class Events(Telling):
     """The event file of one start."""
 
-    rewinds = True
-
     def __init__(self, run: cmkit.RunInfo, folder: Path):
         super().__init__(run)
         self.folder, self.recipe = folder, run.recipe
         self.writer = None
 
     def goes_on(self, step: int) -> None:
-        """Open the file, before which all behind the step is purged by TensorBoard."""
+        """Open a file, at whose head TensorBoard drops what it has of later steps."""
+        super().goes_on(step)
+        self.told = {what: min(known, step) for what, known in self.told.items()}
         self._open(step + 1)
 
     def _open(self, purge_step: int | None):
