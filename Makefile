@@ -5,10 +5,14 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 RECIPE ?= recipes/digits_rescaled_ct.toml
 
-.PHONY: demo quick test install lint docs clean
+.PHONY: demo emoji quick test install lint docs clean
 
 demo: install  ## Train, search, sample, measure and report on real digits (a few minutes).
 	$(BIN)/cmkit run $(RECIPE)
+
+emoji: install  ## Text to image from nothing: a teacher of emoji, and its distillation.
+	$(BIN)/cmkit run recipes/emoji_teacher.toml
+	$(BIN)/cmkit run recipes/emoji_lcm.toml
 
 quick: install  ## The tests that a change must keep before it is committed (minutes).
 	$(PYTEST) -m "not (browser or compile or slow or wheels)"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -65,7 +66,8 @@ class Pipeline:
         change those of the recipe's policy, or of `global` where it has none. Without any they are
         not rescaled.
 
-        RecipeError for a number that the policy does not have.
+        RecipeError for a number that the policy does not have, CheckpointError for a saved policy
+        of another model.
         """
         if numbers:
             fresh = cast(type[Rescaler], discover().load("rescaler", "global"))
@@ -73,6 +75,9 @@ class Pipeline:
             policy = _changed(before.settled(), numbers, "rescaler")
         recipe = replace(self.recipe, rescaler=policy)
         if policy:
+            from cmkit.plan.networks import check_policy
+
+            check_policy(recipe, self.plan.space, self.plan.conditions)
             self.unscaled.rescaled(policy)
         return replace(self, plan=replace(self.plan, recipe=recipe))
 
@@ -91,11 +96,12 @@ class Pipeline:
         Classes, by number or name, and prompts go round, image k with the one at k modulo their
         number; without them labels are drawn, and prompts are the recipe's, as is the seed. `steps`
         is that of the sampler, `batch` how many are drawn at a time. RecipeError for what the model
-        does not know.
+        does not know; a warning names words of a prompt that say nothing to it, or are cut off.
         """
         import torch
 
         from cmkit.plan import prompts_of
+        from cmkit.plan.checks import lost_of_prompts
         from cmkit.runs.drawing import numbered
         from cmkit.sample import Draws, sample
 
@@ -108,6 +114,10 @@ class Pipeline:
         labels = [] if label is None else _several(label)
         assert recipe.sampler
         assert recipe.sample
+        if prompt is not None:
+            given = recipe.sample.model_copy(update={"prompts": tuple(prompts)})
+            stages = {**recipe.stages, "sample": given}
+            _warn(lost_of_prompts(replace(recipe, stages=stages)))
         draws = Draws(
             self.plan.space,
             recipe.seed if seed is None else seed,
@@ -168,6 +178,7 @@ def load(
     place = find_run(str(source)) or str(find_recipe(str(source), others=run_names()))
     recipe = drawn_from(place, overrides(changes), registry, 1, rescaler)
     plan = check_fit(recipe)
+    _warn(plan.notes)
     for weights in plan.downloads:
         for _ in download(weights):
             pass
@@ -184,8 +195,8 @@ def run(
     the run's folder.
 
     `changes` are keys of the recipe: run("ct.toml", seed=1, train={"steps": 500}) changes one key
-    of [train], and a table with "use" takes the place of a whole part. The run stops where the
-    iteration does, and goes on from what was saved when it is called again.
+    of [train], and a table with "use" takes the place of a whole part. Ctrl-C finishes the step,
+    saves and raises Interrupted; called again, the run goes on from there.
     """
     from cmkit.device import pick_device
     from cmkit.plan import plan
@@ -199,8 +210,15 @@ def run(
     folder = run_folder(loaded, Path(out), registry)
     if folder.finished:
         yield from shown(loaded, folder, chosen)
-    else:
-        yield from carry_out(plan(loaded), registry, Path(out), chosen, StopSignal())
+        return
+    stop = StopSignal()
+    events = carry_out(plan(loaded), registry, Path(out), chosen, stop)
+    while True:
+        with stop.within():
+            event = next(events, None)
+        if event is None:
+            return
+        yield event
 
 
 def overrides(changes: Mapping[str, Any], *path: str) -> list[str]:
@@ -225,6 +243,12 @@ def _changed(part: P, values: Mapping[str, Any], kind: str) -> P:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or ", ".join(values)
         raise RecipeError(f"{place}: the {kind} refuses it: {first['msg']}") from error
+
+
+def _warn(notes: Iterable[str]) -> None:
+    """What the commands print as notes, as warnings."""
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
 
 
 def _several(value: Any) -> list[Any]:

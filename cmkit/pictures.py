@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,19 +79,26 @@ def stamped(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def read_picture(path: Path, channels: int, sides: Collection[int]) -> Tensor:
+def read_picture(path: Path, channels: int, sides: Sequence[int], fit: bool = False) -> Tensor:
     """The picture file `path`, uint8 (channels, side, side) of one of `sides`.
 
-    A grey picture fills three channels. DataError for a file that is no such picture.
+    A grey picture fills three channels. With `fit` one of another size is turned upright by its
+    EXIF, its middle square cropped and resized to the first of `sides` (Lanczos). DataError for a
+    file that is no such picture.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         require_regular(path, DataError)
         with Image.open(path, formats=FORMATS) as image:
-            fault = _misfit(image, channels, sides)
-            mode = "RGB" if channels == 3 else "L"
-            pixels = None if fault else np.asarray(image.convert(mode))
+            whole = fit and not (image.width == image.height and image.width in sides)
+            fault = _misfit(image, channels, () if whole else sides)
+            if not fault:
+                mode = "RGB" if channels == 3 else "L"
+                shown = (ImageOps.exif_transpose(image) if whole else image).convert(mode)
+                if whole:
+                    shown = ImageOps.fit(shown, (sides[0], sides[0]), Image.Resampling.LANCZOS)
+                pixels = np.asarray(shown)
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -99,18 +106,20 @@ def read_picture(path: Path, channels: int, sides: Collection[int]) -> Tensor:
     except Exception as error:  # Pillow's readers raise almost anything
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot be read ({reason}); give another file") from error
-    if pixels is None:
+    if fault:
         raise DataError(f"{path}: {fault}")
     return torch.from_numpy(pixels.copy()).view(*pixels.shape[:2], channels).movedim(-1, 0)
 
 
-def _misfit(image: Image, channels: int, sides: Collection[int]) -> str:
-    """Why the model cannot take a picture; "" if it can."""
+def _misfit(image: Image, channels: int, sides: Sequence[int]) -> str:
+    """Why the model cannot take a picture, of whatever size without `sides`; "" if it can."""
     if channels not in (1, 3):
         return f"a picture, and the model makes {channels} channels; pictures have 1 or 3"
-    if image.width != image.height or image.width not in sides:
+    if sides and (image.width != image.height or image.width not in sides):
         wanted = " or ".join(f"{side}x{side}" for side in sides)
-        return f"{image.width}x{image.height} pixels, and {wanted} are wanted; resize it"
+        return (
+            f"{image.width}x{image.height} pixels, and {wanted} are wanted; say --fit, or resize it"
+        )
     if image.has_transparency_data:
         return "has transparency; lay it on a background first"
     if image.mode not in ("1", "L", "P", "RGB"):

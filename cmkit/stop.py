@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from cmkit.errors import Interrupted
@@ -49,6 +50,25 @@ class StopSignal:
             raise KeyboardInterrupt
 
         _handle(received)
+
+    @contextlib.contextmanager
+    def within(self) -> Iterator[None]:
+        """Inside, the first SIGINT sets the flag, and the second is a KeyboardInterrupt; outside,
+        and in another thread than the main one, it means what it meant before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def received(signum: int, frame: FrameType | None) -> None:
+            if self.signum:
+                raise KeyboardInterrupt
+            self.signum = signum
+
+        before = signal.signal(signal.SIGINT, received)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def check(self, saved: str) -> None:
         """Raise Interrupted if the flag is set; `saved` says what is kept."""

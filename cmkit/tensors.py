@@ -109,9 +109,22 @@ def write_tensors(path: Path, group: Mapping[str, Tensor], about: Mapping[str, s
     except SafetensorError as error:
         raise files.as_os_error(error) from error
     path.chmod(mode)  # safetensors makes its files readable for this user alone
+    if about:
+        _sort_metadata(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the texts in a safetensors file's header, which its writer orders by chance."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        file.seek(8)
+        file.write(text.encode().ljust(size))
 
 
 def same_shapes(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:

@@ -239,8 +239,8 @@ def test_default_options_fit_common_pictures(resolution):
         (
             {},
             DataSpec(1, 8, 10),
-            ("text",),
-            r"cannot embed text; it accepts guidance, label, sigma_to",
+            ("size",),
+            r"cannot embed size; it accepts guidance, label, sigma_to, text",
         ),
     ],
 )

@@ -1,15 +1,22 @@
 """From Python: what `cmkit.load` draws is what the commands draw, `cmkit.run` is the command."""
 
 import json
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cmkit_std.objectives.ict import ICT
 from cmkit_std.rescalers.global_ import Global
 from PIL import Image
+from safetensors.torch import save_file
 
-from cmkit import Cond, DataSpec, RecipeError, RunFinished, load, run
+from cmkit import Cond, DataSpec, Interrupted, RecipeError, RunFinished, load, run
+from cmkit import recipe as recipes
 from cmkit.api import overrides
+from cmkit.plan import space_of
+from cmkit.plugins import discover
 from tests.test_draw import written
 from tests.wheels import ROOT
 
@@ -128,6 +135,31 @@ def test_a_recipe_is_carried_out_once_and_draws(recipe, monkeypatch):
     assert torch.equal(of_run.sample(4, label=[1, 2]), of_recipe.sample(4, label=[1, 2]))
 
 
+def test_ctrl_c_saves_and_the_same_call_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adm = {"use": "adm", "channels": 8, "channel_mult": [1], "norm_groups": 4, "num_heads": 1}
+    changes = {"device": "cpu", "backbone": adm, "train": {"steps": 6, "batch": 4}}
+    Path("tiny.toml").write_text('name = "tiny"\ndataset.use = "digits"\nobjective.use = "ict"\n')
+    loss, calls = ICT.loss, []
+
+    def interrupted(self, *given):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return loss(self, *given)
+
+    *_, whole = run("tiny.toml", out="whole", **changes)
+    monkeypatch.setattr(ICT, "loss", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="step 3"):
+        list(run("tiny.toml", out="again", **changes))
+    assert signal.getsignal(signal.SIGINT) is handler
+    *_, again = run("tiny.toml", out="again", **changes)
+    assert len(calls) == 6
+    weights = [(each.folder / "model.safetensors").read_bytes() for each in (whole, again)]
+    assert weights[0] == weights[1]
+
+
 def test_the_notebook_does_what_it_says(tmp_path, monkeypatch):
     """Every cell of code runs, one after another, with a shorter training and search."""
     monkeypatch.chdir(tmp_path)
@@ -151,3 +183,22 @@ def test_the_notebook_does_what_it_says(tmp_path, monkeypatch):
     for name in ("digits", "scales", "two_steps"):
         with Image.open(f"{name}.png") as picture:
             assert picture.width > 8 * 10
+
+
+def test_words_that_say_nothing_are_told_and_prompts_of_no_others_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("told.toml").write_text(
+        'name = "told"\ndataset = { use = "emoji", labels = false }\ntext.use = "emoji_words"\n'
+        'denoiser.weights = "told.safetensors"\nsampler.use = "multistep"\nbackbone = { use ='
+        ' "adm",'
+        " channels = 8, channel_mult = [1], num_res_blocks = 1, norm_groups = 4, patch_size = 4,"
+        " attention_resolutions = [], num_heads = 1 }\n"
+    )
+    made = recipes.load("told.toml", ["sample.images=1"], discover())
+    space = space_of(made, made.dataset.spec())
+    save_file(made.backbone.build(space, frozenset({"text"})).state_dict(), "told.safetensors")
+    model = load("told.toml", device="cpu")
+    with pytest.warns(UserWarning, match="not known, and left out: 'zyxwv'"):
+        assert model.sample(prompt="a zyxwv frog").shape == (1, 3, 32, 32)
+    with pytest.raises(RecipeError, match="none of its words is in a caption"):
+        model.sample(prompt="zyxwv")

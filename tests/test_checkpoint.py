@@ -442,6 +442,17 @@ def test_read_weights_of_a_run_are_its_model_or_its_newest_checkpoint(tmp_path: 
     checkpoint.read_weights(run.newest_weights())
 
 
+def test_texts_beside_weights_are_in_order(tmp_path):
+    about = {key: f'{key}\n"é"' for key in "hgfedcba"}  # eight: 1 in 40,320 is right by chance
+    tensors.save_weights(tmp_path / "a.safetensors", {"w": torch.arange(3.0)}, about)
+    header = (tmp_path / "a.safetensors").read_bytes()
+    keys = list(json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"])
+    assert keys == sorted([*about, "format"])
+    read, texts = tensors.read_with_metadata(tmp_path / "a.safetensors")
+    assert read["w"].tolist() == [0, 1, 2]
+    assert texts == {**about, "format": "pt"}
+
+
 def test_read_weights_refuses_a_damaged_newest_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (save(tmp_path, 2) / "ema-0.999.safetensors").write_bytes(b"x")

@@ -153,6 +153,16 @@ def test_digits_are_those_of_scikit_learn():
     assert Digits(labels=False).spec().num_classes is None
 
 
+def test_inverted_digits_are_the_same_ones_dark_on_light():
+    plain, inverted = (
+        next(Digits(inverted=value).batches(8, 0, torch.device("cpu"))) for value in (False, True)
+    )
+    torch.testing.assert_close(inverted[0], -plain[0])
+    assert torch.equal(inverted[1].label, plain[1].label)
+    assert Digits(inverted=True).identity() != Digits().identity()
+    assert Digits(inverted=True).heldout() == Digits(split="test", inverted=True)
+
+
 def test_digits_splits_are_disjoint_and_stratified():
     (train, train_labels), (test, test_labels) = digits("train"), digits("test")
     assert len(train) + len(test) == len(digits("all")[0]) == 1797

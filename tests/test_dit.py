@@ -305,7 +305,7 @@ def test_default_options_fit_common_pictures(resolution):
             r"backbone\.width = 30: .*; give a multiple of 4, such as 32",
         ),
         ({}, DataSpec(1, 8), ("label",), r"cannot embed labels, num_classes .* is None; choose"),
-        ({}, DataSpec(1, 8, 10), ("text",), r"cannot embed text; it accepts guidance, label, sig"),
+        ({}, DataSpec(1, 8, 10), ("size",), r"cannot embed size; it accepts guidance, label, sig"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_with_a_cure(options, data, conditions, message):

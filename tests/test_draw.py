@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cmkit_std.backbones.adm import ADM
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from cmkit import DataSpec
@@ -168,7 +168,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(cmkit, recipe, run, tmp_pat
     refused(cmkit("sample", run), 4, "model.safetensors: not there yet", "cmkit run")
     refused(cmkit("sample", recipe, "--label", 10), 2, "--label 10", "0 to 9")
     (tmp_path / "samples.png").touch()
-    refused(cmkit("sample", recipe), 2, "samples.png: exists already")
+    refused(cmkit("sample", recipe, "--out", "samples.png"), 2, "samples.png: exists already")
     refused(cmkit("sample", recipe, "--out", "a.gif"), 2, "FILE.png, FILE.npz or a FOLDER")
     refused(cmkit("sample", recipe, "--out", "samples.png/new"), 5, "--out")
     recipe.write_text(recipe.read_text().replace("sampler =", "expected ="))
@@ -243,6 +243,37 @@ def test_colorize_keeps_brightness_and_adds_colour(cmkit, colours, tmp_path):
     assert np.abs(after @ weights - pixels(grey))[inside].max() <= 0.6
     assert np.abs(before - pixels(grey)[..., None]).max() <= 1
     assert np.ptp(after, axis=-1).max() > 5
+
+
+def test_a_picture_of_another_size_is_turned_cropped_and_resized_with_its_mask(
+    cmkit, colours, tmp_path
+):
+    """--fit gives what the picture gives that Pillow has turned and fitted; small ones of the right
+    size are as they are."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    with Image.open(picture(tmp_path / "in" / "a.png", 3, side=24)) as image:
+        wide = image.crop((0, 0, 24, 16))
+        wide.save(tmp_path / "wide.png", exif=exif)
+        turned = ImageOps.exif_transpose(Image.open(tmp_path / "wide.png"))
+        ImageOps.fit(turned, (8, 8), Image.Resampling.LANCZOS).save(tmp_path / "fitted.png")
+    hidden = np.zeros((24, 16), np.uint8)
+    hidden[12:] = 255
+    Image.fromarray(hidden).save(tmp_path / "mask.png")
+    small = np.zeros((8, 8), np.uint8)
+    small[4:] = 255
+    Image.fromarray(small).save(tmp_path / "small.png")
+    edits = {"wide.png": ("mask.png", "--fit"), "fitted.png": ("small.png",)}
+    for name, (mask, *fit) in edits.items():
+        code, _, err = cmkit("edit", colours, name, "--task", "inpaint", "--mask", mask, *fit)
+        assert code == 0, err
+    assert (pixels("edited.png") == pixels("edited-2.png")).all()
+    refused(cmkit("edit", colours, "wide.png", "--task", "superres"), 3, "24x16", "--fit")
+
+
+def test_names_that_nobody_gave_are_free_ones(cmkit, recipe):
+    for name in ("samples.png", "samples-2.png", "samples-3.png"):
+        assert cmkit("sample", recipe, "-n", 1)[1].startswith(f"{name}: 1 images")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = """
 errors values stop
 noise rng denoiser traits models kinds batches plugins functional
-files device pictures tensors checkpoint runs.places runs.folder rescaling latents
+files hub device pictures tensors checkpoint runs.places runs.folder rescaling latents
 recipe weights plan
 sample measure train search edit
 report runs convert export mixing smoke
@@ -24,8 +24,8 @@ testing new api cli __main__
 it, types and imports inside functions included."""
 FOR_PLUGINS = ROOMS[: ROOMS.index("recipe")]
 FREE_OF_TORCH = """
-errors values stop kinds plugins files runs.places runs.folder rescaling recipe report export smoke
-suite api cli
+errors values stop kinds plugins files hub runs.places runs.folder rescaling recipe report export
+smoke suite api cli
 """.split()  # noqa: SIM905
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 
 import cmkit
 from cmkit import Cond, DataSpec, Network, Phase, Plugin, PluginError, Reference, discover, testing
+from cmkit.functional import l2, per_image
 from cmkit.rescaling import Policy
 from cmkit.testing.rescaler import SITES
 from cmkit.testing.subjects import Small
@@ -46,6 +48,7 @@ PLAIN = (
     "dataset.emoji",
     "metric.digits_judge",
     "metric.emoji_judge",
+    "text.emoji_words",
 )
 """Parts whose defaults are small."""
 
@@ -344,6 +347,131 @@ def test_an_objective_that_breaks_a_law_is_told_so(fault, law):
             fails(testing.check_objective, Loss(fault=fault), law)
         return
     fails(testing.check_objective, Loss(fault=fault), law)
+
+
+class Distilled(cmkit.Objective):
+    """Consistency distillation with a chosen fault."""
+
+    needs = frozenset({"target", "teacher", "boundary"})
+    fault: str = "none"
+    """The fault."""
+
+    def phase(self, step, total):
+        return Phase(step, 40)
+
+    def loss(self, models, x0, cond, phase, rng):
+        sigmas = models.online.noise.sigmas(40)
+        i = rng.integers(39, len(x0))
+        low, high = sigmas[i], sigmas[i + 1]
+        if self.fault in ("swapped", "turned"):
+            low, high = high, low
+        x = x0 + per_image(high, x0) * rng.normal_like(x0)
+        with torch.no_grad():
+            x_low = cmkit.functional.euler(models.teacher, x, high, low, cond)
+        seen, at = (x_low, low) if self.fault == "images" else (x, high)
+        at = low if self.fault == "levels" else at
+        with cmkit.shared_dropout(rng):
+            online = models.online(seen, at, cond)
+        seen, at = (x, low) if self.fault == "images" else (x_low, low)
+        at = high if self.fault == "levels" else at
+        taught = self.fault in ("target", "teacher", "both")
+        names = {"teacher": "teacher", "both": "online"}
+        with torch.set_grad_enabled(taught), cmkit.shared_dropout(rng):
+            target = getattr(models, names.get(self.fault, "target"))(seen, at, cond)
+        d = l2(online, target)
+        if self.fault == "turned":
+            return d / (high - low)
+        return -d if self.fault == "sign" else d
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("target", "one reaches the target"),
+        ("teacher", "one reaches the teacher"),
+        ("both", "of two estimates that a loss compares, one is held fixed"),
+        ("sign", "a loss leads back to it"),
+        ("swapped", "learns from noise levels that are not higher"),
+        ("turned", "learns from noise levels that are not higher"),
+        ("levels", "learns from noise levels that are not higher"),
+        ("images", "a loss leads back to it"),
+    ],
+)
+def test_an_objective_that_learns_something_else_is_told_so(fault, law):
+    fails(testing.check_objective, Distilled(fault=fault), law)
+
+
+def test_a_loss_may_mean_to_teach_both_estimates():
+    testing.check_objective(Distilled(fault="both"), stop_gradient=False)
+
+
+class Fooling(cmkit.Objective):
+    """The adversarial term alone, of a critic that likes whatever is large."""
+
+    def companions(self, data):
+        return {"critic": cmkit.Companion(nn.Conv2d(data.channels, 1, 3))}
+
+    def phase(self, step, total):
+        return Phase(step)
+
+    def loss(self, models, x0, cond, phase, rng):
+        x = x0 + rng.normal_like(x0)
+        with cmkit.shared_dropout(rng):
+            x0_hat = models.online(x, torch.ones(len(x0)), cond)
+        return -models.companions["critic"](x0_hat).float().square().flatten(1).mean(1)
+
+
+def test_nothing_is_claimed_of_a_critic_that_has_learned_nothing(monkeypatch):
+    testing.check_objective(Fooling())
+    same = cmkit.Companion(nn.Conv2d(1, 1, 3))
+    monkeypatch.setattr(Fooling, "companions", lambda self, data: {"critic": same})
+    fails(testing.check_objective, Fooling(), "a loss leads back to it")
+
+
+def objective(part):
+    """A built-in objective, by its defaults or example."""
+    model = discover().load("objective", part)
+    return model.model_validate_json(json.dumps(examples.get(f"objective.{part}", {})))
+
+
+def spoiled(part, loss):
+    """The same objective with `loss` of the one that it has."""
+    whole = type(part)
+    own = {"__doc__": "Spoiled.", "loss": lambda self, *given: loss(whole.loss, self, *given)}
+    return type(whole.__name__, (whole,), own)(**part.model_dump())
+
+
+def forgetful(loss, *given):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "no_grad", nullcontext)
+        return loss(*given)
+
+
+def upside_down(loss, self, models, *given):
+    sigmas = cmkit.Noise.sigmas
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cmkit.Noise, "sigmas", lambda *args: sigmas(*args).flip(0))
+        return loss(self, models, *given)
+
+
+OBJECTIVES = [part[10:] for part in BUILT_IN if part.startswith("objective.")]
+
+
+@pytest.mark.parametrize("part", OBJECTIVES)
+def test_a_built_in_objective_of_the_other_sign_is_told_so(part):
+    spoilt = spoiled(objective(part), lambda loss, *given: -loss(*given))
+    fails(testing.check_objective, spoilt, "a loss leads back to it")
+
+
+@pytest.mark.parametrize("part", ["cd", "ct", "ctm", "ict", "lcm", "pd"])
+def test_a_built_in_objective_that_holds_nothing_fixed_is_told_so(part):
+    with pytest.raises(testing.ProtocolError, match="gradient"):
+        testing.check_objective(spoiled(objective(part), forgetful))
+
+
+@pytest.mark.parametrize("part", ["cd", "ict", "lcm"])
+def test_a_built_in_objective_on_a_grid_that_falls_is_told_so(part):
+    fails(testing.check_objective, spoiled(objective(part), upside_down), "not higher")
 
 
 class Walk(cmkit.Sampler):
@@ -785,6 +913,7 @@ def test_a_prompt_encoder_that_breaks_a_law_is_told_so(fault, law):
     [
         pytest.param(testing.check_backbone, Tiny(), marks=pytest.mark.compile),
         (testing.check_objective, Loss()),
+        (testing.check_objective, Distilled()),
         (testing.check_sampler, Walk()),
         (testing.check_rescaler, Scale()),
         (testing.check_dataset, Dots()),

@@ -235,7 +235,10 @@ def test_captions_that_training_cuts_are_counted(toml, registry, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (['backbone={use="adm",channels=16,norm_groups=8}'], "cannot embed pooled, size, text"),
+        (
+            ['backbone={use="adm",channels=16,norm_groups=8}'],
+            r"cannot embed pooled, size; .* or leave \[text\] out",
+        ),
         (
             ['dataset={use="captioned",channels=1,resolution=8}'],
             r"text: nothing to draw from: the data set has no captions",

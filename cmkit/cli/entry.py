@@ -14,7 +14,7 @@ from pathlib import Path
 import typer
 
 from cmkit.cli import commands
-from cmkit.errors import CmkitError, RecipeError, ResourceError, printable
+from cmkit.errors import CmkitError, PluginError, RecipeError, ResourceError, printable
 from cmkit.files import CURES
 from cmkit.plugins import blame, discover
 from cmkit.stop import NOTHING, StopSignal
@@ -56,6 +56,8 @@ def _code_of(error: BaseException) -> int:
 
 
 def _fail(error: CmkitError) -> int:
+    if isinstance(error, PluginError) and error.__cause__:
+        return _say(f"error: {error}; traceback: {_logged()}", error.exit_code)
     log = commands.debug_log
     if log and log.parent.is_dir():
         _write_debug_log(log)

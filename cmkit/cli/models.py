@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
 SourceArgument = Annotated[
     str,
     typer.Argument(
-        help="A finished run, by name (NAME, how it begins, NAME@latest) or folder; a recipe with"
-        " denoiser.weights; or a pipeline of diffusers: its folder or hub:OWNER/NAME.",
+        help="A finished run, by name (NAME, how it begins, NAME@latest) or folder, or pushed to"
+        " hub:OWNER/NAME; a recipe with denoiser.weights; or a pipeline of diffusers: its folder or"
+        " hub:OWNER/NAME.",
         autocompletion=completion.sources,
     ),
 ]
@@ -72,8 +74,12 @@ def sample(
         int | None, typer.Option(min=1, help="sampler.steps, of samplers that have it.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="A grid FILE.png, arrays FILE.npz, or a FOLDER of PNG files.")
-    ] = Path("samples.png"),
+        Path | None,
+        typer.Option(
+            help="A grid FILE.png, arrays FILE.npz, or a FOLDER of PNG files; absent = samples.png,"
+            " samples-2.png, ..",
+        ),
+    ] = None,
     rescaler: RescalerOption = None,
     set: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
@@ -89,13 +95,15 @@ def sample(
     count = count or len(prompt) or 16
     recipe = _drawn_from(source, [*set, *flags], count, rescaler, prompt)
     seed, chosen = recipe.seed if seed is None else seed, pick_device(device)
-    events = draw(recipe, seed, label, out, chosen, negative)
+    events = draw(recipe, seed, label, out or _free("samples"), chosen, negative)
     _until_written(events, chosen, json)
 
 
 def edit(
     source: SourceArgument,
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures as large as the model's.")],
+    pictures: Annotated[
+        list[Path], typer.Argument(help="Pictures as large as the model's, or any with --fit.")
+    ],
     task: Annotated[
         Literal["inpaint", "colorize", "superres"],
         typer.Option(help="Paint what a mask hides, add colours, or add detail."),
@@ -106,6 +114,9 @@ def edit(
     patch: Annotated[
         int, typer.Option(min=1, help="superres: side of the squares whose means are known.")
     ] = 8,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Crop and resize pictures of other sizes.")
+    ] = False,
     steps: Annotated[
         int, typer.Option(min=2, help="Points of the Karras grid; one less is evaluated.")
     ] = 40,
@@ -115,8 +126,12 @@ def edit(
     seed: SeedOption = None,
     label: LabelOption = [],  # noqa: B006
     out: Annotated[
-        Path, typer.Option(help="A grid FILE.png of pairs, before and after, or a FOLDER.")
-    ] = Path("edited.png"),
+        Path | None,
+        typer.Option(
+            help="A grid FILE.png of pairs, before and after, or a FOLDER; absent = edited.png,"
+            " edited-2.png, ..",
+        ),
+    ] = None,
     rescaler: RescalerOption = None,
     set: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
@@ -129,9 +144,9 @@ def edit(
     from cmkit.runs import redraw
 
     recipe, chosen = _drawn_from(source, set, len(pictures), rescaler), pick_device(device)
-    edited = Task(task, mask, patch, steps, tuple(sigma))
+    edited = Task(task, mask, patch, steps, tuple(sigma), fit)
     seed = recipe.seed if seed is None else seed
-    events = redraw(recipe, pictures, edited, seed, label, out, chosen)
+    events = redraw(recipe, pictures, edited, seed, label, out or _free("edited"), chosen)
     _until_written(events, chosen, json)
 
 
@@ -182,34 +197,67 @@ def convert(
 def export(
     source: SourceArgument,
     folder: Annotated[Path, typer.Argument(help="The new folder.")],
-    to: Annotated[Literal["diffusers"], typer.Option(help="The library that is to open it.")],
+    to: Annotated[
+        Literal["diffusers", "onnx", "torch", "cmkit"],
+        typer.Option(help="What is to open it: a library, or cmkit itself from the hub."),
+    ],
     rescaler: RescalerOption = None,
     drop_scales: Annotated[
         bool, typer.Option("--drop-scales", help="Write the unscaled model of a rescaled run.")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Push it to this model of the Hugging Face Hub."),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the weights for the card, such as mit.")
+    ] = None,
     set: SetOption = [],  # noqa: B006
     device: DeviceOption = "auto",
     json: JsonOption = False,
 ) -> None:
-    """Write what `sample` draws from as a whole pipeline, which DiffusionPipeline.from_pretrained
-    opens as it is: network, scheduler, codec and prompt encoder, with a model card.
+    """Write what `sample` draws from for others, with a model card: as a whole pipeline, which
+    DiffusionPipeline.from_pretrained opens (diffusers); as the denoiser, a graph for any batch with
+    its noise levels in model.json (onnx, torch); or as the run without its checkpoints (cmkit).
 
-    It is opened again and draws a picture, which is compared with cmkit's of the same noise: where
-    they differ by more than half a step of 255, nothing is left, and the exit code is 4. Found
-    scales are folded into the weights where that is exact."""
+    It is opened again and compared with cmkit's on the same noise: where they differ by more than
+    half a step of 255, or by 0.001 in a graph, nothing is left, and the exit code is 4. Found
+    scales are folded into the weights where that is exact, and are part of a graph."""
     from cmkit.device import pick_device
     from cmkit.export import export
+    from cmkit.export.writing import Order
     from cmkit.plugins import discover
+    from cmkit.runs.finished import run_at
 
     recipe, chosen = _drawn_from(source, set, 1, rescaler), pick_device(device)
-    events = export(recipe, folder, discover(), chosen, drop_scales)
+    run, unscaled = run_at(find_run(source) or source), drop_scales or rescaler == "off"
+    order = Order(folder, to, run, unscaled, push, license)
+    events = export(recipe, order, discover(), chosen)
     result = watch(events, chosen, json).result
     if json:
         printing.document({"schema": 1, **result})
         return
-    printing.line(f"{folder}: written as {result['pipeline']} with {result['scheduler']}")
-    printing.line(
-        f"opened again, its picture differs by {result['difference']:.2g} of 255 from cmkit's"
+    printing.line(f"{folder}: written{_as_what(result)}")
+    if "difference" in result:
+        printing.line(_compared(result))
+    if "pushed" in result:
+        printing.line(f"pushed to {result['pushed']}")
+
+
+def _as_what(result: dict[str, Any]) -> str:
+    if "pipeline" in result:
+        return f" as {result['pipeline']} with {result['scheduler']}"
+    return f", with {result['file']} and model.json" if "file" in result else ""
+
+
+def _compared(result: dict[str, Any]) -> str:
+    if "pipeline" in result:
+        return (
+            f"opened again, its picture differs by {result['difference']:.2g} of 255 from cmkit's"
+        )
+    return (
+        f"opened again, it differs by {result['difference']:.2g} from the original on the same"
+        f" noise, in batches of 1 to 3; {result['tolerance']:g} is allowed"
     )
 
 
@@ -273,6 +321,12 @@ def watch(events: Iterable[Event], device: torch.device | None, quiet: bool = Fa
         for last in events:
             display.show(last)
     return last
+
+
+def _free(stem: str) -> Path:
+    """The first of STEM.png, STEM-2.png, .. that is not there."""
+    names = itertools.chain([f"{stem}.png"], (f"{stem}-{k}.png" for k in itertools.count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 def _until_written(events: Iterator[Event], device: torch.device, json: bool) -> None:

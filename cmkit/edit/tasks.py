@@ -32,6 +32,8 @@ class Task:
     """Points of the Karras grid from sigma_max on, as in the official code."""
     sigmas: tuple[float, ...] = ()
     """Falling noise levels below sigma_max instead."""
+    fit: bool = False
+    """Crop and resize pictures of other sizes, and the mask with them, instead of an error."""
 
     def levels(self, noise: Noise) -> list[float]:
         """Falling noise levels that follow sigma_max; RecipeError where they do not."""
@@ -45,7 +47,7 @@ class Task:
         if self.name == "superres" and side % self.patch == 0:
             sides.append(side // self.patch)
         large = []
-        for image in (read_picture(path, channels, sides) for path in pictures):
+        for image in (read_picture(path, channels, sides, self.fit) for path in pictures):
             factor = side // image.shape[-1]
             large.append(image.repeat_interleave(factor, 1).repeat_interleave(factor, 2))
         return torch.stack(large) / 127.5 - 1
@@ -58,7 +60,9 @@ class Task:
                 if self.mask is None
                 else f"--mask {self.mask}: only --task inpaint takes a mask; leave it out"
             )
-        return None if self.mask is None else read_picture(self.mask, 1, [side])[0] < WHITE
+        if self.mask is None:
+            return None
+        return read_picture(self.mask, 1, [side], self.fit)[0] < WHITE
 
     def projection(self, known: Tensor, kept: Tensor | None) -> Projection:
         """The projection to the known part; DataError where the images do not suit the task."""

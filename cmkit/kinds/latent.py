@@ -71,6 +71,11 @@ class TextEncoder(Part, ABC):
         """How many tokens of each prompt are cut off because it is too long; reads no weights."""
         return [0] * len(prompts)
 
+    def unknown(self, prompts: Sequence[str]) -> list[tuple[str, ...]]:
+        """Words of each prompt that say nothing to this encoder and are left out; RecipeError where
+        a prompt has no others. Reads no weights."""
+        return [()] * len(prompts)
+
     @abstractmethod
     def load(self, device: torch.device) -> Prompts:
         """The encoder on `device`, whose parameters require no gradient."""

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def conditions_of(recipe: Recipe, space: DataSpec) -> frozenset[str]:
     missing = wanted - recipe.backbone.accepts
     if missing:
         accepts = ", ".join(sorted(recipe.backbone.accepts)) or "nothing"
-        spare = "[text]" if "text" in missing else "the labels"
+        spare = "[text]" if missing & {"text", "pooled", "size"} else "the labels"
         raise recipe.source.error(
             ("backbone",),
             f"cannot embed {', '.join(sorted(missing))}; it accepts {accepts}; choose another"
@@ -269,6 +270,24 @@ def check_shown(
                 f"the sampler cannot take steps = {steps}: {error}",
                 f" = {inline(recipe.sample.show_steps)}",
             ) from error
+
+
+def lost_of_prompts(recipe: Recipe) -> Iterator[str]:
+    """A sentence of each prompt of the recipe that is too long for its encoder, or has words which
+    say nothing to it; RecipeError for one that has no others."""
+    show = recipe.train.show if recipe.train else ()
+    drawn = recipe.sample.prompts if recipe.sample else ()
+    said = {("train", "show"): () if isinstance(show, int) else show, ("sample", "prompts"): drawn}
+    for place, prompts in said.items():
+        if recipe.text is None or not prompts:
+            continue
+        with naming_table(recipe, *place):
+            found, cuts = recipe.text.unknown(prompts), recipe.text.cut(prompts)
+        for prompt, words, cut in zip(prompts, found, cuts, strict=True):
+            if cut:
+                yield f"the last {cut} tokens of a prompt are cut off: {prompt[:60]!r}.."
+            if words:
+                yield f"not known, and left out: {', '.join(map(repr, words))} in {prompt[:60]!r}"
 
 
 class _Still(Denoiser):

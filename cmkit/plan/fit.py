@@ -76,6 +76,7 @@ def check_fit(recipe: Recipe) -> Plan:
         checks.check_adapter(recipe, denoiser.network)
     checks.check_shown(recipe, denoiser, space, conditions)
     notes += checks.guidance_note(recipe)
+    notes += tuple(checks.lost_of_prompts(recipe))
     flops = dry_run(recipe, denoiser, space, conditions)
     memory = checks.memory_of(recipe, denoiser, space)
     kept = memory

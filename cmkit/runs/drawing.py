@@ -60,7 +60,6 @@ def draw(
     plan, table, numbers = _fitted(recipe, classes, out)
     _check_negative(plan, negative)
     prompts, coding = prompts_of(recipe), coding_of(plan, device, negative)
-    yield from map(Note, _cut(plan, prompts, table.images))
     model = yield from model_of(plan, table, device, coding)
     count, rule = table.images, plan.label_rule
     draws = Draws(plan.space, seed, "sample", numbers, rule, prompts, coding)
@@ -206,15 +205,6 @@ def _check_negative(plan: Plan, negative: str | None) -> None:
             "--negative: the network embeds its guidance weight and never sees another prompt;"
             " leave it out"
         )
-
-
-def _cut(plan: Plan, prompts: Sequence[str], images: int) -> Iterator[str]:
-    """A sentence of each prompt that is too long for the prompt encoder."""
-    if plan.recipe.text:
-        used = list(dict.fromkeys(prompts[:images]))
-        for prompt, cut in zip(used, plan.recipe.text.cut(used), strict=True):
-            if cut:
-                yield f"the last {cut} tokens of a prompt are cut off: {prompt[:60]!r}.."
 
 
 def model_of(

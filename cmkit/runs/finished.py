@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from cmkit import hub
 from cmkit.errors import CheckpointError, RecipeError, inline
 from cmkit.plugins import Registry
 from cmkit.recipe import Recipe, SampleTable, load, load_pipeline, run_name, with_values
@@ -27,12 +28,14 @@ def drawn_from(
     in turns, instead of the recipe's.
 
     A run is its folder, or "run:NAME-KEY"; "RUN@STEP" and "RUN:ema-0.9999" draw from its other
-    weights. A pipeline of diffusers, its folder or "hub:OWNER/NAME", needs no recipe.
+    weights; a run on the hub is "hub:OWNER/NAME". A pipeline of diffusers, its folder or a name of
+    the hub, needs no recipe.
     CheckpointError for a folder without them, RecipeError for a recipe that has yet to be trained.
     """
     if rescaler not in (None, "off"):
         saved = inline({"use": "saved", "path": str(rescaler)})
         overrides = [f"rescaler={saved}", *overrides]
+    source = hub.run_of(str(source)) or source
     if pipeline := load_pipeline(str(source), overrides, registry):
         return _drawing(pipeline, images, prompts)
     place, step, average = chosen(str(source))
@@ -69,6 +72,16 @@ def drawn_from(
     if not recipe.denoiser.weights:
         raise recipe.source.error((), "no weights to draw from: add denoiser.weights = a file")
     return _drawing(recipe, images, prompts)
+
+
+def run_at(source: str) -> Path | None:
+    """The folder of the run whose own weights `source` names; None for other weights of it, for a
+    recipe, and for a pipeline."""
+    if found := hub.run_of(source):
+        return found
+    place, step, average = chosen(source)
+    folder, own = RunFolder.at(place), step is None and average is None
+    return folder.path if own and folder.recipe.is_file() else None
 
 
 def _drawing(recipe: Recipe, images: int, prompts: Sequence[str]) -> Recipe:

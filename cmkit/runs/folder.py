@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cmkit import files
+from cmkit import files, hub
 from cmkit.errors import CheckpointError, DataError, ResourceError
 from cmkit.runs.places import chosen, named, roots, runs_below
 from cmkit.values import DataSpec
@@ -68,7 +68,9 @@ class RunFolder:
 
     @classmethod
     def at(cls, place: str) -> RunFolder:
-        """The folder that a user names: a path, or "run:NAME-KEY"."""
+        """The folder that a user names: a path, "run:NAME-KEY", or "hub:OWNER/NAME"."""
+        if place.startswith("hub:"):
+            return cls(hub.run_folder(place))
         if place.startswith("run:"):
             return cls(named(place[4:]))
         return cls(Path(place.removeprefix("path:")).expanduser())

@@ -12,7 +12,7 @@ import torch
 
 from cmkit.errors import CmkitError
 from cmkit.plan import Plan, check_disk, cut_note, sigma_data_note
-from cmkit.plugins import Registry
+from cmkit.plugins import Registry, blame
 from cmkit.recipe import Recipe, run_name, stage_keys
 from cmkit.report import write_report
 from cmkit.runs.environment import changed_environment, citations, describe_environment
@@ -139,4 +139,6 @@ def _tell_plugins(registry: Registry, folder: Path, report: dict[str, Any]) -> I
         try:
             implementation.function(**{name: told[name] for name in implementation.argnames})
         except Exception as error:  # a guest's fault must not spoil a finished run
-            yield f"plugin {implementation.plugin_name}: cmkit_run_finished failed: {error}"
+            place = blame(error, registry.rows)
+            said = f"cmkit_run_finished failed{f' at {place}' * bool(place)}"
+            yield f"plugin {implementation.plugin_name}: {said}: {type(error).__name__}: {error}"

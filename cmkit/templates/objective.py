@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 class Mine(Objective):
     """Consistency training with the distance log(1 + d^2 / (2 c^2)), on a fixed grid."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"boundary"})
 
     num_sigmas: int = Field(40, ge=2, le=10_000)
     """N, points of the sigma grid."""

@@ -9,21 +9,39 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from cmkit.denoiser import Cond, Denoiser, consistency_scalings, edm_scalings
+from cmkit.denoiser import Cond, Denoiser, edm_scalings
 from cmkit.kinds import Objective
 from cmkit.models import Models
 from cmkit.noise import Noise
 from cmkit.plan.record import CONDITIONS
 from cmkit.rng import Rng
+from cmkit.testing.estimates import check_estimates
+from cmkit.testing.gaussian import check_gaussian
 from cmkit.testing.protocol import Report, report_on, shown
-from cmkit.testing.subjects import CPU, DIGITS, PROMPTS, Small, draws, told
+from cmkit.testing.subjects import (
+    CPU,
+    DIGITS,
+    PROMPTS,
+    Small,
+    companions,
+    draws,
+    scalings_for,
+    told,
+)
 from cmkit.traits import TRAITS
 from cmkit.values import DataSpec, Phase
 
 
-def check_objective(objective: Objective, data: DataSpec = DIGITS) -> None:
+def check_objective(
+    objective: Objective, data: DataSpec = DIGITS, stop_gradient: bool = True
+) -> None:
     """Check an objective on images like `data`, with small networks that have dropout, under their
-    classes and, where it does not need those, under prompts."""
+    classes and, where it does not need those, under prompts; and on Gaussian ones, whose solution
+    is known (`cmkit.testing.gaussian`).
+
+    `stop_gradient` = False is for a loss that means to teach both of two estimates that it
+    compares.
+    """
     report = report_on(objective)
     known = {"target", "teacher", *TRAITS, *CONDITIONS}
     report.require(
@@ -40,6 +58,12 @@ def check_objective(objective: Objective, data: DataSpec = DIGITS) -> None:
         given.append((0, Cond(text=told(data.text or PROMPTS, 4)["text"])))
     for step, cond in given:
         _check_loss(report, objective, data, objective.phase(step, 100), cond)
+    x0 = _images(data)
+    for step in (0, 99):
+        models, rng = _models(objective, data, apart=True), Rng(0, "testing", 0, CPU)
+        phase = objective.phase(step, 100)
+        check_estimates(report, objective, models, (x0, labels, phase, rng), stop_gradient)
+    check_gaussian(report, objective, data)
 
 
 class _NoTorch(TorchFunctionMode):
@@ -86,29 +110,31 @@ def _check_phase(report: Report, objective: Objective) -> None:
     )
 
 
-def _models(objective: Objective, data: DataSpec) -> Models:
-    """The networks that training would hold; the teacher's weights are not the student's."""
-    diffusion = objective.needed() & {"diffusion", "identity", "edm"}
-    scalings = edm_scalings if diffusion else consistency_scalings
-    online = Denoiser(Small(data), Noise(), scalings).train()
+def _models(objective: Objective, data: DataSpec, apart: bool = False) -> Models:
+    """The networks that training would hold; the teacher's weights are not the student's.
+
+    With `apart` the target is always a copy, and it and the teacher require gradients.
+    """
+    online = Denoiser(Small(data), Noise(), scalings_for(objective)).train()
     target, teacher = online, None
-    if "target" in objective.needed():
-        target = copy.deepcopy(online).requires_grad_(False)
+    if "target" in objective.needed() or apart:
+        target = copy.deepcopy(online).requires_grad_(apart)
     if "teacher" in objective.needed():
         teacher = Denoiser(Small(data), Noise(), edm_scalings).eval().requires_grad_(False)
         for parameter in teacher.parameters():
             parameter.mul_(0.9)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = objective.companions(data)
-    companions = {name: companion.network.train() for name, companion in made.items()}
-    return Models(online, target, teacher, companions=companions)
+        teacher.requires_grad_(apart)
+    return Models(online, target, teacher, companions=companions(objective, data))
+
+
+def _images(data: DataSpec) -> Tensor:
+    return draws(data).noise(range(4), 0).clamp(-1, 1)
 
 
 def _check_loss(
     report: Report, objective: Objective, data: DataSpec, phase: Phase, cond: Cond
 ) -> None:
-    x0 = draws(data).noise(range(4), 0).clamp(-1, 1)
+    x0 = _images(data)
     given = x0.clone()
 
     def computed(index: int = 0, seed: int = 0) -> tuple[Tensor, Models]:

@@ -25,7 +25,7 @@ from cmkit.errors import (
     ResourceError,
 )
 from cmkit.kinds import CLASSES, Part
-from cmkit.plugins import Plugin, Row, api_version, discover
+from cmkit.plugins import Plugin, Row, api_version, blame, discover
 from cmkit.recipe import NAME
 from cmkit.testing.protocol import ProtocolError, Report, shown
 
@@ -210,10 +210,12 @@ def _verdict(row: Row, example: Mapping[str, Any] | None) -> Verdict:
     except (DataError, CheckpointError, DownloadError, ResourceError) as error:
         return Verdict(row.kind, row.name, "not checked", str(error))
     except CmkitError as error:
-        return Verdict(row.kind, row.name, "fail", str(error))
+        place = blame(error.__cause__, [row]) if error.__cause__ else ""
+        return Verdict(row.kind, row.name, "fail", f"{error}{f'; at {place}' * bool(place)}")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        return Verdict(row.kind, row.name, "fail", f"{type(error).__name__}: {reason}")
+        reason, place = " ".join(str(error).split())[:200], blame(error, [row])
+        said = f"{type(error).__name__}: {reason}{f'; at {place}' * bool(place)}"
+        return Verdict(row.kind, row.name, "fail", said)
     return Verdict(row.kind, row.name, "pass")
 
 

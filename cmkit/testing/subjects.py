@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from cmkit.denoiser import Cond, Network
+from cmkit.denoiser import Cond, Network, Scaling, consistency_scalings, edm_scalings
+from cmkit.kinds import Objective
 from cmkit.sample import Draws
 from cmkit.values import DataSpec, TextSpec
 
@@ -31,6 +32,20 @@ def told(text: TextSpec, n: int) -> dict[str, Tensor]:
     if text.size:
         found["size"] = torch.randint(0, 512, (n, 6), generator=generator).float()
     return found
+
+
+def scalings_for(objective: Objective) -> Scaling:
+    """Scalings that have what an objective needs of them."""
+    edm = objective.needed() & {"diffusion", "identity", "edm"}
+    return edm_scalings if edm else consistency_scalings
+
+
+def companions(objective: Objective, data: DataSpec, seed: int = 0) -> dict[str, nn.Module]:
+    """Fresh companions of an objective, by name, as training holds them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = objective.companions(data)
+    return {name: companion.network.train() for name, companion in made.items()}
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:

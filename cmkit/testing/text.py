@@ -35,6 +35,7 @@ def check_text(text: TextEncoder, prompts: Sequence[str] = PROMPTS) -> None:
     )
     check_identity(report, text)
     _check_cut(report, text, prompts)
+    _check_unknown(report, text, prompts)
     with report.trying("a prompt encoder can be loaded on a device", "compare cmkit.Prompts"):
         with report.untouched("load"):
             encode = text.load(CPU)
@@ -91,6 +92,20 @@ def _check_cut(report: Report, text: TextEncoder, prompts: Sequence[str]) -> Non
         "`cut` returns how many tokens of each prompt are cut off, at least 0, more of longer ones",
         f"{cuts!r} of {len(prompts)} prompts, and {long!r}",
         "return [max(0, tokens - length) for each prompt]",
+    )
+
+
+def _check_unknown(report: Report, text: TextEncoder, prompts: Sequence[str]) -> None:
+    with report.trying("`unknown` takes prompts", "return a tuple of words for each"):
+        found = text.unknown([*prompts[:2], ""])
+    report.require(
+        len(found) == 3
+        and all(isinstance(words, tuple) for words in found)
+        and all(isinstance(word, str) for words in found for word in words)
+        and found[2] == (),
+        "`unknown` returns the words of each prompt that say nothing, of the empty one none",
+        f"{found!r}",
+        "return a tuple of words for each prompt",
     )
 
 

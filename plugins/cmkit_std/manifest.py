@@ -62,6 +62,10 @@ IMAGENET64 = (
     "Chrabaszcz, Loshchilov, Hutter. A Downsampled Variant of ImageNet as an Alternative to the "
     "CIFAR datasets. 2017. arXiv:1707.08819"
 )
+INDEXING = (
+    "Kanerva, Kristoferson, Holst. Random Indexing of Text Samples for Latent Semantic Analysis. "
+    "CogSci 2000"
+)
 FIDELITY = (
     "Obukhov, Seitzer, Wu, Zhydenko, Kyl, Lin. High-fidelity performance metrics for "
     "generative models in PyTorch. 2020"
@@ -158,6 +162,12 @@ DATASETS = {
     ),
 }
 TRACKERS = {"csv:CSV": ("A file of losses, learning rates and scores as comma-separated values",)}
+TEXTS = {
+    "emoji_words:EmojiWords": (
+        "Words of the emoji's captions in six languages, in closed form, without weights",
+        INDEXING,
+    ),
+}
 METRICS = {
     "fidelity:Fidelity": ("FID, sFID, Inception score, KID, precision and recall", FIDELITY),
     "digits_judge:DigitsJudge": (
@@ -204,6 +214,7 @@ def cmkit_register() -> list[Plugin]:
         "sampler": SAMPLERS,
         "rescaler": RESCALERS,
         "dataset": DATASETS,
+        "text": TEXTS,
         "metric": METRICS,
         "tracker": TRACKERS,
     }

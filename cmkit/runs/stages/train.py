@@ -7,12 +7,30 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cmkit.recipe import TrainTable
+from cmkit.recipe import TrainTable, stage_keys
 from cmkit.runs.stages import Stage
 
 if TYPE_CHECKING:
+    from cmkit.plan import Plan
     from cmkit.runs.events import Event
     from cmkit.runs.job import Job
+
+
+def described(plan: Plan) -> dict[str, str]:
+    """What model.safetensors says of itself: the same for the same training, wherever it is run."""
+    import cmkit
+
+    space, recipe = plan.space, plan.recipe
+    shape = (space.channels, space.resolution, space.resolution)
+    return {
+        "cmkit.format": "cmkit",
+        "cmkit.version": cmkit.__version__,
+        "cmkit.training": stage_keys(recipe)["train"],
+        "cmkit.recipe": recipe.name,
+        "cmkit.backbone": recipe.resolved["backbone"]["use"],
+        "cmkit.shape": "x".join(map(str, shape)),
+        "cmkit.classes": str(space.num_classes or 0),
+    }
 
 
 class Train(TrainTable, Stage):
@@ -112,7 +130,7 @@ class Train(TrainTable, Stage):
         if adapter := job.plan.recipe.adapter:
             adapter.write(average, folder.weights)
         else:
-            save_weights(folder.weights, average.state_dict())
+            save_weights(folder.weights, average.state_dict(), described(job.plan))
         seconds = spent + time.perf_counter() - began
         result |= {
             "steps": self.steps,

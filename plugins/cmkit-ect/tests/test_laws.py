@@ -18,6 +18,7 @@ from cmkit import (
     Rng,
     consistency_scalings,
     edm_scalings,
+    testing,
 )
 from cmkit.functional import pseudo_huber
 from tests.toys import TinyNetwork
@@ -123,6 +124,10 @@ def test_the_weight_of_diffusion_training_is_that_of_sigma_alone():
     (_, sigma, online), (_, _, target) = denoiser.calls
     distance = pseudo_huber(online, target, objective.c)
     torch.testing.assert_close(value, distance * (sigma**2 + 0.25) / (0.5 * sigma) ** 2)
+
+
+def test_the_objective_keeps_the_laws_of_its_kind():
+    testing.check_objective(ECT())
 
 
 def test_no_gradient_flows_through_the_target():

@@ -454,3 +454,24 @@ def test_weights_in_several_files_are_those_of_one(sd, cli, tmp_path):
         code, _, err = cli("sample", source, "--prompt", "a frog", "--steps", 3, "--out", out)
         assert code == 0, err
     assert (pixels("a.png") == pixels("b.png")).all()
+
+
+def test_a_graph_takes_features_of_prompts_and_the_guidance_weight(guided, cli):
+    recipe(guided, denoiser={**LCM, **EMBEDS}, dataset={"use": "invented", "resolution": 16})
+    code, out, err = cli("export", "r.toml", "out", "--to", "torch")
+    assert code == 0, err
+    assert float(out.split("differs by ")[1].split()[0]) < 1e-4
+    for said in (err, Path("out/README.md").read_text()):
+        assert "the denoiser alone, of latents and features of prompts" in " ".join(said.split())
+    about = json.loads(Path("out/model.json").read_text())
+    assert about["inputs"].keys() == {"x", "sigma", "guidance", "text"}
+    assert about["guidance"] == 6.5
+    assert "pixels" not in about
+    graph = torch.export.load("out/model.pt2").module()
+    shapes = {name: one["shape"][1:] for name, one in about["inputs"].items()}
+    given = {name: torch.ones(2, *shape) for name, shape in shapes.items()}
+    x, sigma = given.pop("x"), given.pop("sigma")
+    plain = graph(x, sigma, **given)
+    for name in given:
+        assert (graph(x, sigma, **{**given, name: 3 * given[name]}) - plain).abs().max() > 0
+    assert "# text: features of a prompt" in Path("out/README.md").read_text()

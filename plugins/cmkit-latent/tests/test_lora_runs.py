@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import tiny_sd
 
 from cmkit import CheckpointError, Cond, RecipeError
+from cmkit.export import export
 from cmkit.plan import build, build_teacher, coding_of, plan
 from cmkit.plugins import register
 from cmkit.recipe import load, stage_keys
@@ -309,6 +310,24 @@ def test_a_consistency_model_of_pixels_is_tuned_searched_and_drawn_from(toml, re
     assert np.array_equal(np.load("a.npz")["arr_0"], samples)
     before = np.load(next(base.glob("samples/*.npz")))["arr_0"]
     assert not np.array_equal(before, samples)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_tuned_run_is_exported_as_the_folded_network(toml, registry):
+    """The pipeline has the weights of the base and of its adapter, added up, and draws alike."""
+    Path("base.toml").write_text(PIXELS)
+    base = finished("base.toml", registry)
+    sets = [f'denoiser.weights="{base}"', 'adapter={use="lora",rank=2}', "train.lr=0.1"]
+    folder = finished("base.toml", registry, *sets)
+    *_, last = export(drawn_from(folder, [], registry, 1), Path("out"), registry, CPU, False)
+    assert last.result["pipeline"] == "ConsistencyModelPipeline"
+    assert last.result["difference"] < 0.5
+    kept = load_file("out/unet/diffusion_pytorch_model.safetensors")
+    assert not [name for name in kept if "lora_" in name]
+    change = factors.read(folder / "model.safetensors", "tuned", None)["conv_out"].change()
+    whole = load_file(base / "model.safetensors")["conv_out.weight"]
+    torch.testing.assert_close(kept["conv_out.weight"], whole + change.view_as(whole))
+    assert change.abs().max() > 1e-3
 
 
 ROOT = Path(__file__).parents[3]

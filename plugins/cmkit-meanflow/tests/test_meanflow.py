@@ -13,7 +13,7 @@ from cmkit_meanflow.objective import MeanFlow
 from cmkit_meanflow.sampler import MeanFlowSampler
 
 import cmkit
-from cmkit import Cond, Denoiser, Models, Network, Noise, Rng
+from cmkit import Cond, Denoiser, Models, Network, Noise, Rng, testing
 from cmkit.errors import RecipeError
 
 CPU = torch.device("cpu")
@@ -89,6 +89,10 @@ def u_of_t(made, x_t, t, r):
     """u(x_t, r, t) by its definition in t, for t and r (B, 1, 1, 1)."""
     sigma, s = (t / (1 - t)).flatten(), (r / (1 - r)).flatten()
     return (x_t - made(x_t / (1 - t), sigma, Cond(sigma_to=s))) / t
+
+
+def test_the_objective_keeps_the_laws_of_its_kind():
+    testing.check_objective(MeanFlow())
 
 
 def test_average_velocity_of_gaussian_data_carries_its_points():

@@ -10,7 +10,7 @@ from cmkit_scm.scm import SCM
 from cmkit_scm.weight import LogWeight
 
 import cmkit
-from cmkit import Cond, Denoiser, Models, Network, Noise, Rng
+from cmkit import Cond, Denoiser, Models, Network, Noise, Rng, testing
 from cmkit.errors import RecipeError
 
 CPU = torch.device("cpu")
@@ -109,6 +109,11 @@ def rate(f, x, sigma, slope, h=1e-5):
     """df/dsigma of a denoiser where x moves by `slope`."""
     up = f(x + h * slope, sigma + h)
     return (up - f(x - h * slope, sigma - h)) / (2 * h)
+
+
+def test_the_objective_keeps_the_laws_of_its_kind():
+    testing.check_objective(SCM())
+    testing.check_objective(SCM(distil=True))
 
 
 def test_f_of_trigflow_is_the_edm_denoiser():

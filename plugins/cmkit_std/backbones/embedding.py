@@ -39,6 +39,8 @@ class Conditioned(Network):
         super().__init__()
         self.num_classes = data.num_classes if "label" in conditions else None
         self.null_label = self.num_classes if options.null_class else None
+        self.prompted = "text" in conditions
+        self.text: PromptVector | None = None
 
     def _name_sites(self, skips: int) -> None:
         """Call last: site "skip.i" for each of `skips`, "emb.j" for each block."""
@@ -89,11 +91,12 @@ class Conditioned(Network):
         if not site.startswith("emb."):
             return "a norm follows it, over groups of both halves or with an eps, and an activation"
         names = both_of(f"{self.paths[0]}.2")
-        if self.label is None:
+        if self.label is None and self.text is None:
             return names
         if self.label_sigma_to and getattr(self, self.paths[1]) is not None:
-            return "the target level's embedding has the same label, and is not scaled"
-        return (*names, "label.weight")
+            return "the target level's embedding has the same label or prompt, and is not scaled"
+        label = () if self.label is None else ("label.weight",)
+        return (*names, *label, *(() if self.text is None else both_of("text.out")))
 
     def _embeddings(
         self, c_noise: Tensor, cond: Cond, **given: Any
@@ -101,6 +104,11 @@ class Conditioned(Network):
         """Embeddings (B, E) of the noise level and its conditions, and of the target level."""
         path, path_s = (getattr(self, name) for name in self.paths)
         label = self._label(cond, **given)
+        if self.text is not None:
+            if cond.text is None:
+                raise ValueError("this network embeds prompts: cond.text must not be None")
+            said = self.text(cond.text)
+            label = said if label is None else label + said
         guidance = None
         if self.guidance is not None and cond.guidance is not None:
             guidance = guidance_waves(cond.guidance).to(self.guidance.weight.dtype)
@@ -132,6 +140,24 @@ class Conditioned(Network):
     def _sinusoids(self, c_noise: Tensor) -> Tensor:
         first = self.time[0]
         return sinusoids(c_noise * self.time_scale, first.in_features).to(first.weight.dtype)
+
+
+class PromptVector(nn.Module):
+    """A prompt as one vector: out(norm(mean of silu(token(x)) over the tokens x)).
+
+    The mean is that of Deep Sets (Zaheer et al., 2017): order says nothing that features do not.
+    """
+
+    def __init__(self, given: int, width: int):
+        super().__init__()
+        self.token = nn.Linear(given, width)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Vectors (B, width) of features (B, L, given)."""
+        tokens = F.silu(self.token(text.to(self.token.weight.dtype)))
+        return self.out(self.norm(tokens.mean(1)))
 
 
 class Filmed(nn.Module):

@@ -29,6 +29,8 @@ class Digits(OnDisk):
     """Which part of the images."""
     labels: bool = True
     """Give the digit as a class label."""
+    inverted: bool = False
+    """Dark digits on light, such as for a trained model to be tuned to."""
 
     def spec(self) -> DataSpec:
         """One channel, 8x8, ten classes; DataError when scikit-learn's file is not there."""
@@ -53,7 +55,8 @@ class Digits(OnDisk):
         from cmkit_std.datasets.pixels import Pixels
 
         images, labels = digits(self.split)
-        return Pixels(images, labels if self.labels else None)
+        drawn = 255 - images if self.inverted else images
+        return Pixels(drawn, labels if self.labels else None)
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,11 +4,14 @@ Synthesis, 2021; as in openai/consistency_models)."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cmkit import DataSpec, Layout, Precond, RecipeError
 from cmkit_std.backbones.adm.options import ADMOptions
 from cmkit_std.backbones.published import check_published, published
+
+if TYPE_CHECKING:
+    from cmkit import Network
 
 OPENAI_KINDS = (("edm", "_ema"), ("cd", "_l2"), ("cd", "_lpips"), ("ct", ""))
 """Published models of each data set: how they were trained, and how their file's name ends."""
@@ -31,10 +34,12 @@ _GUIDED_FILES = (
 class ADM(ADMOptions):
     """Convolutional U-Net with attention at coarse levels, the network of CD, CT, iCT and CTM.
 
-    Embeds labels, the guidance weight of LCM, and the target noise level of CTM by a second path
-    beside that of sigma. The weight starts without effect, so that it can be added to trained
-    weights.
+    Embeds labels, prompts as one vector of their tokens, the guidance weight of LCM, and the target
+    noise level of CTM by a second path beside that of sigma. The weight starts without effect, so
+    that it can be added to trained weights.
     """
+
+    accepts: ClassVar[frozenset[str]] = ADMOptions.accepts | {"text"}
 
     network: ClassVar[str] = "cmkit_std.backbones.adm.network:UNet"
     published: ClassVar[dict[str, str]] = {
@@ -77,8 +82,13 @@ class ADM(ADMOptions):
 
         return recipe_of(pipeline)
 
+    def build(self, data: DataSpec, conditions: frozenset[str]) -> Network:
+        return super().build(self.seen(data), conditions)
+
     def layouts(self, data: DataSpec) -> tuple[Layout, ...]:
         """Layouts of openai/consistency_models, guided-diffusion, diffusers and EDM."""
+        if self.patch_size > 1:
+            return ()
         from cmkit_std.backbones.adm import diffusers, edm, openai
 
         return (

@@ -7,11 +7,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cmkit import Cond, DataSpec, Scales
 from cmkit_std.backbones.adm.options import ADMOptions
 from cmkit_std.backbones.cpu import added, silu, upsampled
-from cmkit_std.backbones.embedding import mlp, silent_guidance
+from cmkit_std.backbones.embedding import PromptVector, mlp, silent_guidance
 from cmkit_std.backbones.layers import (
     RESAMPLERS,
     Norm,
@@ -28,13 +29,14 @@ from cmkit_std.backbones.shared_encoder import Join, SharedEncoder, SkipBlock
 class UNet(SharedEncoder):
     """The U-Net F(x, c_noise) of openai/consistency_models, with its places of rescaling open.
 
-    Norms, embeddings and the last convolution keep float32 under autocast.
+    `data` are pictures as squares of `patch_size` pixels. Norms, embeddings and the last
+    convolution keep float32 under autocast.
     """
 
     def __init__(self, options: ADMOptions, data: DataSpec, conditions: frozenset[str]):
         super().__init__(options, data, conditions)
         width, emb_channels = options.channels, 4 * options.channels
-        self.out_channels = data.channels
+        self.out_channels, self.patch_size = data.channels, options.patch_size
         self.time_scale, self.label_sigma_to = options.time_scale, options.label_sigma_to
         sigma_to = "sigma_to" in conditions
         self.time = mlp(width, emb_channels)
@@ -42,6 +44,8 @@ class UNet(SharedEncoder):
         self.label = None
         if self.num_classes:
             self.label = nn.Embedding(self.num_classes + options.null_class, emb_channels)
+        if self.prompted and data.text:
+            self.text = PromptVector(data.text.width, emb_channels)
         self.guidance = silent_guidance(width) if "guidance" in conditions else None
         block = partial(ResBlock, emb_channels=emb_channels, options=options, sigma_to=sigma_to)
 
@@ -86,7 +90,7 @@ class UNet(SharedEncoder):
         self, x: Tensor, c_noise: Tensor, cond: Cond, scales: Scales
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         films = iter(self._films(c_noise, cond, scales))
-        h, skips = x, []
+        h, skips = (F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x), []
         for stage in self.encoder:
             h = stage(h, films)
             skips.append(h)
@@ -101,7 +105,8 @@ class UNet(SharedEncoder):
         for stage in self.decoder:
             h = stage(h, following, join)
         with full_precision(h.device):
-            return self.conv_out(silu(self.norm_out(widened(h))))[:, : self.out_channels]
+            out = self.conv_out(silu(self.norm_out(widened(h))))[:, : self.out_channels]
+        return F.pixel_shuffle(out, self.patch_size) if self.patch_size > 1 else out
 
 
 class Stage(nn.ModuleList):

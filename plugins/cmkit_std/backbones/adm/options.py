@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
@@ -103,8 +104,22 @@ class ADMOptions(UNetOptions):
     null_class: bool = False
     """One row more in the table of labels, for no class; an absent label then means it. Guidance
     needs it, and objective.label_dropout trains it."""
+    patch_size: int = Field(1, ge=1, le=64)
+    """Side of the squares of pixels that the network sees as one with so many more channels, and
+    gives back so: its levels, and `attention_resolutions`, count squares. 4 makes 32x32 pixels 8x8
+    squares. No other project's weights have it."""
     label_sigma_to: bool = False
     """Add a label's embedding to that of CTM's target noise level too, as CTM on EDM's network."""
+
+    def seen(self, data: DataSpec) -> DataSpec:
+        """Channels and side of the squares of `data`; RecipeError where they do not divide it."""
+        if data.resolution % (side := self.patch_size):
+            raise RecipeError(
+                f"backbone.patch_size = {side}: does not divide pictures of {data.resolution}"
+                f" pixels; give {math.gcd(side, data.resolution)}, or another dataset.resolution"
+            )
+        channels, resolution = data.channels * side**2, data.resolution // side
+        return replace(data, channels=channels, resolution=resolution)
 
     def heads(self, width: int, decoder: bool = False) -> int:
         """Attention heads of a level of `width` channels."""
@@ -156,7 +171,9 @@ class ADMOptions(UNetOptions):
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
         counts = ("num_heads", "num_heads_upsample", "num_head_channels", "norm_channels")
         fitting = {key: math.gcd(given, 8) for key in counts if (given := getattr(self, key))}
-        return {**super().smallest(data), **fitting, "norm_groups": 4}
+        fitting |= {"patch_size": math.gcd(self.patch_size, data.resolution), "norm_groups": 4}
+        small = self.model_copy(update=fitting)
+        return {**super(ADMOptions, small).smallest(small.seen(data)), **fitting}
 
     def check(self, data: DataSpec) -> None:
         super().check(data)

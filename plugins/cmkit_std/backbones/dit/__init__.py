@@ -12,9 +12,12 @@ from cmkit_std.backbones.published import check_published, published
 class DiT(DiTOptions):
     """Vision transformer on patches of a picture or of its latents, steered by adaptive norms.
 
-    Embeds labels, the guidance weight of LCM, and the target noise level of CTM; the last two
-    start as the identity, so that they can be added to trained weights.
+    Embeds labels, prompts as one vector of their tokens, the guidance weight of LCM, and the target
+    noise level of CTM; the last two start as the identity, so that they can be added to trained
+    weights.
     """
+
+    accepts: ClassVar[frozenset[str]] = DiTOptions.accepts | {"text"}
 
     network: ClassVar[str] = "cmkit_std.backbones.dit.network:Transformer"
     published: ClassVar[dict[str, str]] = published("dit", ["DiT-XL-2-256x256", "DiT-XL-2-512x512"])

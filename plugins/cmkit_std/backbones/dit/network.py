@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from cmkit import Cond, DataSpec, Scales
 from cmkit_std.backbones.dit.options import DiTOptions
-from cmkit_std.backbones.embedding import GUIDANCE_WAVES, Conditioned, Filmed, both_of, mlp
+from cmkit_std.backbones.embedding import (
+    GUIDANCE_WAVES,
+    Conditioned,
+    Filmed,
+    PromptVector,
+    both_of,
+    mlp,
+)
 from cmkit_std.backbones.layers import MAX_PERIOD, full_precision
 
 WAVES = 256
@@ -46,6 +53,8 @@ class Transformer(Conditioned):
         self.label = None
         if self.num_classes:
             self.label = nn.Embedding(self.num_classes + options.null_class, width)
+        if self.prompted and data.text:
+            self.text = PromptVector(data.text.width, width)
         guided, sigma_to = "guidance" in conditions, "sigma_to" in conditions
         self.guidance = nn.Linear(GUIDANCE_WAVES, WAVES, bias=False) if guided else None
         self.time_s = mlp(WAVES, width) if sigma_to else None

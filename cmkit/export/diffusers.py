@@ -8,14 +8,14 @@ import contextlib
 import importlib.util
 import json
 import logging
-import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmkit.errors import CheckpointError, PluginError, RecipeError
+from cmkit.errors import CheckpointError, RecipeError
+from cmkit.export.card import Card, card
 from cmkit.files import atomic_write, new_folder, read_json
 
 if TYPE_CHECKING:
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from cmkit.denoiser import Denoiser, Network
     from cmkit.latents.coding import Coding
     from cmkit.plan import Plan
-    from cmkit.plugins import Registry
     from cmkit.recipe import Recipe
-    from cmkit.runs.events import Event
     from cmkit.values import Scheduler
 
 TOLERANCE = 0.5 / 255
@@ -37,33 +35,21 @@ PROMPT = "a red apple"
 
 
 def export(
-    recipe: Recipe, target: Path, registry: Registry, device: torch.device, drop_scales: bool
-) -> Iterator[Event]:
+    recipe: Recipe, target: Path, to: str, about: Card, device: torch.device
+) -> Generator[Any, None, dict[str, Any]]:
     """Events of writing what `recipe` draws from to the folder `target`, which diffusers'
-    DiffusionPipeline opens; the last is StageFinished.
+    DiffusionPipeline opens; facts of it in the end.
 
-    RecipeError where `target` exists, and for what diffusers has no like of: a backbone, sampler,
-    precond, codec or prompt encoder, or scales that cannot be folded into weights, unless they are
-    to be dropped. CheckpointError where a pipeline that is opened again draws another picture;
-    `target` is then not there.
+    RecipeError for what diffusers has no like of: a backbone, sampler, precond, codec or prompt
+    encoder, or scales that cannot be folded into weights. CheckpointError where a pipeline that is
+    opened again draws another picture; `target` is then not there.
     """
-    began = time.perf_counter()
-    if target.exists():
-        raise RecipeError(f"{target}: exists already; name a new folder, or remove it")
-    if importlib.util.find_spec("diffusers") is None:
-        raise PluginError(
-            "--to diffusers: needs the package diffusers; pip install 'diffusers>=0.42,<0.44'"
-        )
-    if recipe.sampler is None:
-        raise recipe.source.error(
-            ("sampler",), 'say how to draw, such as --set sampler={use="multistep"}'
-        )
     from cmkit.convert import write
     from cmkit.plan import check_fit, coding_of, for_sampling, naming_table, noise_of
-    from cmkit.runs.events import Note, StageFinished
+    from cmkit.runs.events import Note
     from cmkit.weights import download
 
-    recipe = _in_full(replace(recipe, rescaler=None) if drop_scales else recipe)
+    recipe = _in_full(recipe)
     assert recipe.sampler is not None
     with naming_table(recipe, "sampler"):
         noise, sigma_data = noise_of(recipe), recipe.denoiser.sigma_data
@@ -106,15 +92,12 @@ def export(
                 f"{target}: not kept, diffusers draws another picture from it, which differs by"
                 f" {255 * difference:.3g} of 255; draw with `cmkit sample`, and report it"
             )
-        atomic_write(stage / "README.md", _card(plan, target, registry, {**scheduler.call, **said}))
-    facts = {
-        "out": str(target),
+        atomic_write(stage / "README.md", card(about, to, {**scheduler.call, **said}))
+    return {
         "pipeline": index["_class_name"],
         "scheduler": kind,
         "difference": 255 * difference,
-        "seconds": time.perf_counter() - began,
     }
-    yield StageFinished("export", facts)
 
 
 def _in_full(recipe: Recipe) -> Recipe:
@@ -241,36 +224,6 @@ def _reopened(
                 f"{target}: not kept, diffusers cannot draw from it: {reason}; report it"
             ) from error
     return drawn.float().cpu()  # type: ignore[no-any-return]
-
-
-def _card(plan: Plan, target: Path, registry: Registry, call: Mapping[str, Any]) -> str:
-    """The model card: what it is, how to draw, whom to cite."""
-    import cmkit
-
-    recipe = plan.recipe
-    cited: dict[str, str] = {}
-    for kind, name in dict.fromkeys(recipe.used()):
-        plugin = registry.find(kind, name).plugin
-        if plugin and plugin.cite:
-            cited.setdefault(plugin.cite, f"{kind} `{name}`")
-    task = "text-to-image" if recipe.text else "unconditional-image-generation"
-    prompt = [json.dumps(call["prompt"], ensure_ascii=False)] if "prompt" in call else []
-    others = [f"{key}={value!r}" for key, value in call.items() if key != "prompt"]
-    return "\n".join(
-        [
-            f"---\nlibrary_name: diffusers\npipeline_tag: {task}\n---\n",
-            f"# {target.name}\n",
-            f"The model of the recipe `{recipe.name}`, written by cmkit {cmkit.__version__}."
-            " Data, figures and licence: to be said.\n",
-            "```python",
-            "from diffusers import DiffusionPipeline",
-            f"pipeline = DiffusionPipeline.from_pretrained({target.name!r})",
-            f'pipeline({", ".join([*prompt, *others])}).images[0].save("picture.png")',
-            "```\n",
-            *[f"- {what}: {cite}" for cite, what in cited.items()],
-            "",
-        ]
-    )
 
 
 @contextlib.contextmanager
