@@ -36,10 +36,8 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int = 2,
-    name: str = "",
 ) -> Path:
     """The folder `root/step-<step>`, durable once this returns; older ones but `keep` are deleted.
-    With a `name` it is `root/<name>` instead, in place of the one before, and none is deleted.
 
     Each entry of `tensors` becomes `<name>.safetensors`, and `state` goes to `state.json`. A step
     that is already there intact is not written again. Call it while holding `lock`.
@@ -48,26 +46,23 @@ def save_checkpoint(
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step {step} must be at least 0, and keep {keep} at least 1")
-    for group in tensors:
-        if not re.fullmatch(_NAME, group):
-            raise ValueError(f"{group!r} is no file name; use letters, digits, '.', '_' and '-'")
-    final = root / (name or f"step-{step:08d}")
-    size = sum(require_savable(key, group) for key, group in tensors.items())
+    for name in tensors:
+        if not re.fullmatch(_NAME, name):
+            raise ValueError(f"{name!r} is no file name; use letters, digits, '.', '_' and '-'")
+    final = root / f"step-{step:08d}"
+    size = sum(require_savable(name, group) for name, group in tensors.items())
     text = files.to_json({"step": step, "state": dict(state)}, final / STATE)
     with files.writing(root):
         files.make_folder(root)
         files.sweep(root)
-    if name or final.is_symlink() or not _intact(final):
+    if final.is_symlink() or not _intact(final):
         needed = len(text) + size + 4096 * (len(tensors) + 3)
         files.require_space(root, needed)
         with files.writing(final, needed):
             _stage_and_publish(final, tensors, text)
     with files.writing(root):
         files.sync_folder(root)
-        if name:
-            files.sweep(root)
-        else:
-            _prune(root, final, keep)
+        _prune(root, final, keep)
     return final
 
 

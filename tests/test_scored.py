@@ -111,8 +111,9 @@ def test_each_step_that_is_due_has_its_score_and_the_best_is_kept(recipe):
     best = min(found, key=lambda event: event.score)
     assert stage["scores"]["best"] == {"step": best.step, "score": best.score}
     assert [event.step for event in found if event.best][-1] == best.step
-    verify(folder / "checkpoints" / "best")
-    state = json.loads((folder / "checkpoints" / "best" / "state.json").read_text())
+    (kept,) = (folder / "checkpoints" / "best").iterdir()
+    verify(kept)
+    state = json.loads((kept / "state.json").read_text())
     assert (state["step"], state["state"]["score"]) == (best.step, best.score)
     logged = {str(r["step"]): r["score"] for r in RunFolder(folder).log() if "score" in r}
     assert logged == scores
@@ -126,7 +127,7 @@ def test_the_best_checkpoint_is_that_of_its_step_and_is_sampled_by_name(recipe):
     drawn = drawn_from(name, [], toy_registry(), 4)
     assert drawn.denoiser.weights == name
     kept, best = RunFolder(folder).checkpoint(step), RunFolder(folder).checkpoint("best")
-    assert digests(kept, "*.safetensors") == digests(best, "*.safetensors")
+    assert digests(kept, "*.safetensors") == digests(best / kept.name, "*.safetensors")
     assert [*read_weights(best)] == [*read_weights(kept)]
     plan(drawn)
 
@@ -139,7 +140,7 @@ def test_a_killed_run_goes_on_to_the_same_scores_and_the_same_best(recipe, step,
     stopped_at(recipe, step, out="killed", kind=kind)
     again, more, _ = finish(recipe, out="killed")
     assert more["scores"] == stage["scores"]
-    best = "checkpoints/best/*.safetensors"
+    best = "checkpoints/best/*/*.safetensors"
     assert digests(again, best, *TRAINED) == digests(whole, best, *TRAINED)
     pairs = [(r["step"], r["score"]) for r in RunFolder(again).log() if "score" in r]
     assert pairs == [(int(step), score) for step, score in stage["scores"]["steps"].items()]
@@ -150,7 +151,7 @@ def test_a_training_that_is_shared_brings_its_scores_and_its_best(recipe):
     folder, more, _ = finish(recipe, "sample.images=12")
     assert folder != whole
     assert more["scores"] == stage["scores"]
-    best = "checkpoints/best/*"
+    best = "checkpoints/best/*/*"
     assert digests(folder, best) == digests(whole, best) != {}
     stopped_at(recipe, 5, out="begun")
     folder, more, _ = finish(recipe, "sample.images=13", out="begun")
@@ -195,7 +196,7 @@ def test_checkpoints_are_also_saved_by_minutes(recipe):
     ("said", "message"),
     [
         ("metric=[]", "train.score_every: a score needs a [[metric]] table"),
-        ("train.score=kdi", "no [[metric]] returns it as a score; known: fid"),
+        ("train.score=kdi", "no [[metric]] returns it as a score; known: kid_mean, fid"),
         ("train.score_images=1", "greater than or equal to 2"),
         ("train.save_minutes=0", "greater than 0"),
     ],

@@ -92,10 +92,9 @@ def events(recipe, registry, *said, out="runs"):
 
 
 def finish(recipe, registry, *said, out="runs"):
-    seen = [*events(recipe, registry, *said, out=out)]
-    assert isinstance(seen[-1], RunFinished) or isinstance(seen[-2], RunFinished)
-    folder = next(event for event in seen if isinstance(event, RunFinished)).folder
-    return folder, [event.text for event in seen if isinstance(event, Note)]
+    *seen, last = events(recipe, registry, *said, out=out)
+    assert isinstance(last, RunFinished)
+    return last.folder, [event.text for event in seen if isinstance(event, Note)]
 
 
 def toy(fault=""):

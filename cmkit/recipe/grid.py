@@ -48,28 +48,26 @@ def scored(recipe: Recipe, images: int) -> tuple[Metric, str]:
     """The metric that scores a training on so few images, compared with images that are in none of
     its batches where the data set has any, and the name of its number that is the score."""
     assert recipe.train is not None
-    key = recipe.train.score
+    said = recipe.train.score
+    known: dict[str, Metric] = {}
     for metric in recipe.metric:
-        if key is not None and key not in (*metric.keys(), *numbers(metric)):
-            continue
-        name = None if key is None else key.removeprefix(metric.prefix)
-        found = metric.quick(images) if name is None else metric.only(name)
-        name = found.keys()[0] if name is None else name
-        if name in found.neither:
-            break
-        heldout = recipe.dataset.heldout() is not None
-        return found.model_copy(update={"heldout": heldout}), name
-    if key is None:
+        for found in (metric.quick(images), metric):
+            keys = [key for key in found.keys() if key not in found.neither]  # noqa: SIM118
+            known |= {key: found for key in keys if key not in known}
+    if not known:
         raise recipe.source.error(
             ("train", "score_every"),
             'a score needs a [[metric]] table: [[metric]] use = "fidelity"',
         )
-    better = [n for m in recipe.metric for n in m.keys() if n not in m.neither]  # noqa: SIM118
-    raise recipe.source.error(
-        ("train", "score"),
-        f"no [[metric]] returns it as a score; known: {', '.join(better) or 'none'}",
-        f" = {key!r}",
-    )
+    key = said.removeprefix("heldout_") if said else next(iter(known))
+    if key not in known:
+        raise recipe.source.error(
+            ("train", "score"),
+            f"no [[metric]] returns it as a score; known: {', '.join(known)}",
+            f" = {said!r}",
+        )
+    heldout = recipe.dataset.heldout() is not None
+    return known[key].only(key).model_copy(update={"heldout": heldout}), key
 
 
 def minimized(recipe: Recipe) -> Metric:

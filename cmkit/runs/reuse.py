@@ -79,7 +79,7 @@ def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:
             continue
         if not folder.damage(stage, found):
             if stage == "train":
-                _copy_best(other, folder)
+                _take_best(other, folder)
             return found
     return None
 
@@ -87,35 +87,37 @@ def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:
 def reuse_checkpoint(recipe: Recipe, folder: RunFolder, key: str) -> None:
     """Copy the newest intact checkpoint of another run whose training this is the same as, or a
     longer one of the same bits, if there is one and `folder` has none."""
-    from cmkit.checkpoint import newest_folder
-
     other = _begun(recipe, key, folder.inputs()["inputs"], _others(folder))
     if other is None or folder.steps():
         return
+    _take_best(other, folder)  # before the checkpoint, without which all of it is taken again
     with contextlib.suppress(CmkitError, OSError):
-        _copy_checkpoint(newest_folder(other.checkpoints), folder)
+        _copy_checkpoint(other.checkpoints, folder.checkpoints)
         for name in ("log.jsonl", *(file for file in other.digests("train") if "shown" in file)):
             _take(other, folder, name)
-    _copy_best(other, folder)
 
 
-def _copy_best(other: RunFolder, folder: RunFolder) -> None:
-    """Copy the checkpoint of the best score of another run, where it is there and intact."""
+def _take_best(other: RunFolder, folder: RunFolder) -> None:
+    """Copy the checkpoint with the best score of another run, where it has one that is intact, in
+    the place of the own one."""
+    theirs = other.checkpoint("best")
     with contextlib.suppress(CmkitError, OSError):
-        if (best := other.checkpoint("best")).is_dir() and not folder.checkpoint("best").exists():
-            _copy_checkpoint(best, folder)
+        if theirs.is_dir():
+            folder.drop_best()
+            _copy_checkpoint(theirs, folder.checkpoint("best"))
 
 
-def _copy_checkpoint(path: Path, folder: RunFolder) -> None:
-    """Copy a checkpoint; CheckpointError where it is not intact."""
-    from cmkit.checkpoint import verify
+def _copy_checkpoint(theirs: Path, own: Path) -> None:
+    """Copy the newest checkpoint of a folder to another; CheckpointError where it is damaged."""
+    from cmkit.checkpoint import newest_folder, verify
 
-    verify(path)
-    files.make_folder(folder.checkpoints)
-    with files.new_folder(folder.checkpoints / path.name) as stage:
-        for file in path.iterdir():
-            shutil.copyfile(file, stage / file.name)
-    verify(folder.checkpoints / path.name)
+    newest = newest_folder(theirs)
+    verify(newest)
+    files.make_folder(own)
+    with files.new_folder(own / newest.name) as stage:
+        for path in newest.iterdir():
+            shutil.copyfile(path, stage / path.name)
+    verify(own / newest.name)
 
 
 def _take(other: RunFolder, folder: RunFolder, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def run(
 
 def _carried_out(
     plan: Plan, registry: Registry, folder: RunFolder, device: torch.device, stop: StopSignal
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """The events of `run` in a folder that is held."""
     recipe, plan = plan.recipe, as_begun(plan, folder)
     for weights in plan.downloads:

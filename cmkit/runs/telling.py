@@ -2,111 +2,131 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 from cmkit.errors import CmkitError, PluginError
-from cmkit.kinds import Listener, Tracker
-from cmkit.kinds.tracker import RunInfo
+from cmkit.kinds import Listener, RunInfo
 from cmkit.plan.networks import naming_table
 from cmkit.recipe import Recipe
-from cmkit.runs.events import Event, Note, Step
+from cmkit.runs.events import Event, Note, RunFinished, Step
 from cmkit.runs.folder import RunFolder
 
 PATIENCE = 20.0
-"""Seconds that a run waits for a tracker that was told something, before it goes on without."""
+"""Seconds that a run waits for a tracker that was told an event, before it goes on without; it
+waits three times as long for one that begins or ends."""
 
 
 class Told:
-    """A tracker's listener in a thread of its own, so that one that hangs can be left."""
+    """A tracker's listener in a thread of its own, so that one that hangs can be left. Its methods
+    return the error that came, a TimeoutError without an answer."""
 
-    def __init__(self, name: str, begin: Callable[[], Listener]):
+    def __init__(self, name: str):
         self.name = name
-        self.calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
-        self.answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        self.listener: Listener | None = None
+        self.listener: Listener  # once it has begun
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]
+        self._calls = queue.SimpleQueue()
         threading.Thread(target=self._serve, name=f"tracker {name}", daemon=True).start()
-        if error := self.call(lambda: setattr(self, "listener", begin()), 3 * PATIENCE):
-            raise error
 
-    def _serve(self) -> None:
-        while (call := self.calls.get()) is not None:
-            try:
-                call()
-            except BaseException as error:  # a library may even call sys.exit
-                self.answers.put(error)
-            else:
-                self.answers.put(None)
+    def begin(self, start: Callable[[], Listener]) -> BaseException | None:
+        """Make the listener."""
 
-    def call(self, call: Callable[[], Any], patience: float) -> BaseException | None:
-        """Call it in the thread; the error that came, a TimeoutError without an answer."""
-        self.calls.put(call)
-        try:
-            return self.answers.get(timeout=patience)
-        except queue.Empty:
-            return TimeoutError(f"no answer within {patience:g} s")
+        def begun() -> None:
+            self.listener = start()
+
+        return self._call(begun, 3 * PATIENCE)
 
     def on(self, event: Event) -> BaseException | None:
-        """Tell an event; the error that came."""
-        assert self.listener is not None
-        return self.call(lambda: self.listener and self.listener.on(event), PATIENCE)
+        """Tell an event."""
+        return self._call(lambda: self.listener.on(event), PATIENCE)
 
     def close(self) -> BaseException | None:
-        """End it; the error that came."""
-        assert self.listener is not None
-        error = self.call(self.listener.close, 3 * PATIENCE)
-        self.calls.put(None)
+        """End the listener, and the thread."""
+        error = self._call(lambda: self.listener.close(), 3 * PATIENCE)
+        self.leave()
         return error
 
+    def leave(self) -> None:
+        """Let the thread end."""
+        self._calls.put(None)
 
-def telling(events: Iterable[Event], recipe: Recipe, folder: RunFolder) -> Iterator[Event]:
-    """The events of a run, each once every tracker of the recipe was told it.
+    def _call(self, call: Callable[[], Any], patience: float) -> BaseException | None:
+        answer: Future[Any] = Future()
+        self._calls.put((call, answer))
+        try:
+            return answer.exception(patience)
+        except TimeoutError:
+            return TimeoutError(f"no answer within {patience:g} s")
+
+    def _serve(self) -> None:
+        while asked := self._calls.get():
+            call, answer = asked
+            try:
+                answer.set_result(call())
+            except BaseException as error:  # a library may even call sys.exit
+                answer.set_exception(error)
+
+
+def telling(
+    events: Generator[Event, None, None], recipe: Recipe, folder: RunFolder
+) -> Iterator[Event]:
+    """The events of a run, RunFinished the last of them, each once every tracker was told it.
 
     A tracker that cannot start stops the run, before it has begun: the recipe asked for it. One
     that fails later is left with a note, since hours of training are worth more than its curve.
     """
-    told = dict[int, Told]()
-    try:
-        for index, tracker in enumerate(recipe.tracker):
-            told[index] = _started(tracker, index, recipe, folder)
-        for event in events:
-            silent = isinstance(event, Step) and not event.log
-            for index, one in () if silent else list(told.items()):
-                if error := one.on(event):
-                    del told[index]
-                    yield Note(_left(one, error))
-                    one.calls.put(None)
-            yield event
-    except BaseException:
-        for one in told.values():
-            one.close()
-        raise
-    for one in told.values():
-        if error := one.close():
-            yield Note(_left(one, error))
+    told: list[Told] = []
+    with contextlib.closing(events):
+        try:
+            for index in range(len(recipe.tracker)):
+                told.append(_started(recipe, index, folder))
+            for event in events:
+                silent = isinstance(event, Step) and not event.log
+                for one in () if silent else tuple(told):
+                    if error := one.on(event):
+                        told.remove(one)
+                        one.leave()
+                        yield _left(one, error)
+                if isinstance(event, RunFinished):
+                    yield from _ended(told)
+                yield event
+        except BaseException as error:
+            notes = [*_ended(told)]
+            if isinstance(error, Exception):  # a generator that is closed yields no more
+                yield from notes
+            raise
 
 
-def _started(tracker: Tracker, index: int, recipe: Recipe, folder: RunFolder) -> Told:
-    use = recipe.resolved["tracker"][index]["use"]
-    own: Mapping[str, Any] = {k: v for k, v in recipe.resolved.items() if k != "tracker"}
-    name = f"{use}-{index}" if _uses(recipe)[:index].count(use) else use
+def _started(recipe: Recipe, index: int, folder: RunFolder) -> Told:
+    """The tracker at `index` of the recipe, begun; PluginError where it cannot be."""
+    uses = [table["use"] for table in recipe.resolved["tracker"]]
+    use = uses[index]
+    name = f"{use}-{index}" if use in uses[:index] else use
+    own = {table: said for table, said in recipe.resolved.items() if table != "tracker"}
     info = RunInfo(folder.path.name, own, folder.of_tracker(name))
-    try:
+    told = Told(use)
+    if error := told.begin(lambda: recipe.tracker[index].start(info)):
+        told.leave()
         with naming_table(recipe, "tracker", index):
-            return Told(use, lambda: tracker.start(info))
-    except CmkitError:
-        raise
-    except Exception as error:
-        said = f"tracker {use} cannot be started: {' '.join(f'{error}'.split())}"
-        raise PluginError(f"{said}; mend it, or drop its [[tracker]] table") from error
+            if isinstance(error, CmkitError):
+                raise error
+            said = f"tracker {use} cannot be started: {' '.join(f'{error}'.split())}"
+            raise PluginError(f"{said}; mend it, or drop its [[tracker]] table") from error
+    return told
 
 
-def _uses(recipe: Recipe) -> list[str]:
-    return [table["use"] for table in recipe.resolved["tracker"]]
+def _ended(told: list[Told]) -> Iterator[Note]:
+    """End what is told, with a note of each that fails."""
+    while told:
+        one = told.pop(0)
+        if error := one.close():
+            yield _left(one, error)
 
 
-def _left(told: Told, error: BaseException) -> str:
+def _left(told: Told, error: BaseException) -> Note:
     what = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"tracker {told.name}: {what}; the run goes on without it"
+    return Note(f"tracker {told.name}: {what}; the run goes on without it")

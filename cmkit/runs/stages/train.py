@@ -62,22 +62,21 @@ class Train(TrainTable, Stage):
         from cmkit.weights import start_checkpoint
 
         showing = Showing(job) if self.show else None
-        # Without pictures to draw the prompt encoder is let go with the rest.
+        # Without pictures to draw or score the prompt encoder is let go with the rest.
         null = (job.coding if showing or self.score_every else coding_of(job.plan, job.device)).null
         folder, training = job.folder, start(job.plan, job.device, null)
-        warnings: list[str] = []
-        found = latest_checkpoint(folder.checkpoints, warnings.append)
-        yield from map(Note, warnings)
+        notes: list[str] = []
+        found = latest_checkpoint(folder.checkpoints, notes.append)
         spent, loss = 0.0, None
         if not found and self.start:
-            origin = open_checkpoint(start_checkpoint(self.start))
-            yield from map(Note, training.start_from(origin))
+            notes += training.start_from(open_checkpoint(start_checkpoint(self.start)))
         if found:
             training.restore(found)
             spent, loss = found.state["seconds"], found.state["loss"]
-            yield Note(f"resuming from step {found.step}")
+            notes.append(f"resuming from step {found.step}")
         folder.rewind_log(training.step)
-        scores = Scores(job) if self.score_every else None
+        scores = Scores(job, notes.append) if self.score_every else None
+        yield from map(Note, notes)
         began = time.perf_counter()
         yield StageStarted("train", training.step, self.steps)
 

@@ -79,7 +79,7 @@ class Fidelity(FidelityOptions, Metric):
     def quick(self, images: int) -> Fidelity:
         """The kernel distance alone, which has no bias at few images; in subsets that these fill.
         A reference of published statistics has no images for it: name `score = "fid"` there."""
-        size = min(self.kid_subset_size, images)
+        size = max(2, min(self.kid_subset_size, images))
         flags = {flag: flag == "kid" for flag in NUMBERS}
         return self.model_copy(update={**flags, "kid_subset_size": size})
 

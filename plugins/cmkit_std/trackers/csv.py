@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from cmkit import Listener, RunInfo, Tracker
+from cmkit import Listener, PluginError, RunInfo, Tracker
 
 if TYPE_CHECKING:
     from cmkit import Event
@@ -30,7 +30,8 @@ class CSV(Tracker):
     """The file; absent = `trackers/csv/log.csv` in the run's folder."""
 
     def start(self, run: RunInfo) -> Listener:
-        """The file, which is made with its head where it is not there."""
+        """The file, which is made with its head where it is not there; PluginError for a file that
+        is another table's."""
         path = Path(self.path).expanduser() if self.path else run.folder / "log.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         return Rows(path, run.name)
@@ -41,8 +42,13 @@ class Rows:
 
     def __init__(self, path: Path, run: str):
         self.path, self.run = path, run
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:
             self._add([COLUMNS])
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            if file.readline() != f"{','.join(COLUMNS)}\n":
+                raise PluginError(
+                    f"tracker csv: {path} is no table of {', '.join(COLUMNS)}; name another file"
+                )
 
     def on(self, event: Event) -> None:
         """Write the numbers of a step or of a score; drop steps that come again."""
@@ -59,15 +65,12 @@ class Rows:
     def close(self) -> None:
         """Nothing is open between two events."""
 
-    def _add(self, rows: list[tuple[object, ...]] | list[tuple[str, ...]]) -> None:
+    def _add(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Append rows in one write, so that a kill leaves none of them by half."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(handle, text.getvalue().encode())
-        finally:
-            os.close(handle)
+        with self.path.open("ab") as file:
+            file.write(text.getvalue().encode())
 
     def _drop(self, step: int) -> None:
         """Remove this run's rows of steps behind `step`, and a line that a full disk cut short."""
@@ -76,7 +79,7 @@ class Rows:
         if kept != lines:
             other = self.path.with_name(f".{self.path.name}.new")
             other.write_text("".join(kept), "utf-8")
-            os.replace(other, self.path)
+            other.replace(self.path)
 
     def _behind(self, line: str, step: int) -> bool:
         row = next(csv.reader([line]))

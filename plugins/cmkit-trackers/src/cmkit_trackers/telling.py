@@ -40,7 +40,7 @@ class Telling(ABC):
     """A listener that hands numbers and pictures on.
 
     The last step that was handed on is kept in the tracker's folder, so that steps that come again
-    after a kill are not told twice.
+    after a kill are not told twice. Metrics of the end come once in a run, as of the last step.
     """
 
     def __init__(self, run: RunInfo):
@@ -84,9 +84,7 @@ class Telling(ABC):
                     self._keep("shown", step)
             case cmkit.StageFinished("metric", result):
                 values = {f"metric/{name}": value for name, value in result["values"].items()}
-                if self._new("metric", self.step + 1):
-                    self.numbers(self.step, values)
-                    self._keep("metric", self.step + 1)
+                self.numbers(self.step, values)
 
     def _new(self, what: str, step: int) -> bool:
         return step > self.told.get(what, 0)
@@ -94,8 +92,7 @@ class Telling(ABC):
     def _keep(self, what: str, step: int) -> None:
         """Note that a step was told; of a kill in between the step is told twice, and not lost."""
         self.told[what] = step
-        if what != "metric":
-            self.step = max(self.step, step)
+        self.step = max(self.step, step)
         other = self.told_file.with_suffix(".new")
         other.write_text(json.dumps(self.told))
         other.replace(self.told_file)
