@@ -11,7 +11,8 @@ from cmkit import RecipeError
 from cmkit.checkpoint import read_weights, verify
 from cmkit.plan import plan
 from cmkit.recipe import load, run_name, stage_keys
-from cmkit.runs import Note, RunFinished, RunFolder, Saved, Scored, drawn_from, run
+from cmkit.recipe.grid import scored
+from cmkit.runs import Note, RunFinished, RunFolder, Saved, Scored, drawn_from, integrity, run
 from cmkit.runs.scoring import Scores
 from cmkit.stop import StopSignal
 from cmkit.train import Step
@@ -111,9 +112,9 @@ def test_each_step_that_is_due_has_its_score_and_the_best_is_kept(recipe):
     best = min(found, key=lambda event: event.score)
     assert stage["scores"]["best"] == {"step": best.step, "score": best.score}
     assert [event.step for event in found if event.best][-1] == best.step
-    (kept,) = (folder / "checkpoints" / "best").iterdir()
-    verify(kept)
-    state = json.loads((kept / "state.json").read_text())
+    (checkpoint,) = (folder / "checkpoints" / "best").iterdir()
+    verify(checkpoint)
+    state = json.loads((checkpoint / "state.json").read_text())
     assert (state["step"], state["state"]["score"]) == (best.step, best.score)
     logged = {str(r["step"]): r["score"] for r in RunFolder(folder).log() if "score" in r}
     assert logged == scores
@@ -126,9 +127,9 @@ def test_the_best_checkpoint_is_that_of_its_step_and_is_sampled_by_name(recipe):
     name = f"{folder}@best"
     drawn = drawn_from(name, [], toy_registry(), 4)
     assert drawn.denoiser.weights == name
-    kept, best = RunFolder(folder).checkpoint(step), RunFolder(folder).checkpoint("best")
-    assert digests(kept, "*.safetensors") == digests(best / kept.name, "*.safetensors")
-    assert [*read_weights(best)] == [*read_weights(kept)]
+    saved, best = RunFolder(folder).checkpoint(step), RunFolder(folder).checkpoint("best")
+    assert digests(saved, "*.safetensors") == digests(best / saved.name, "*.safetensors")
+    assert [*read_weights(best)] == [*read_weights(saved)]
     plan(drawn)
 
 
@@ -141,9 +142,40 @@ def test_a_killed_run_goes_on_to_the_same_scores_and_the_same_best(recipe, step,
     again, more, _ = finish(recipe, out="killed")
     assert more["scores"] == stage["scores"]
     best = "checkpoints/best/*/*.safetensors"
+    assert len(digests(whole, best)) > 2
     assert digests(again, best, *TRAINED) == digests(whole, best, *TRAINED)
     pairs = [(r["step"], r["score"]) for r in RunFolder(again).log() if "score" in r]
     assert pairs == [(int(step), score) for step, score in stage["scores"]["steps"].items()]
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_a_kill_between_the_best_checkpoint_and_its_score_loses_neither(recipe, step, monkeypatch):
+    """Each score is better than the one before, so that each checkpoint is to take a place."""
+    monkeypatch.setattr(Scores, "_value", lambda self, training: 1 / training.step)
+    append = RunFolder.append_log
+
+    def killed(self, record, durable=False):
+        if "score" in record and record["step"] == step:
+            raise KeyboardInterrupt
+        append(self, record, durable)
+
+    monkeypatch.setattr(RunFolder, "append_log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finish(recipe)
+    monkeypatch.setattr(RunFolder, "append_log", append)
+    folder, stage, seen = finish(recipe)
+    found = [event for event in seen if isinstance(event, Scored)]
+    assert [event.step for event in found if event.best] == [event.step for event in found]
+    assert found[-1].step == 6
+    assert stage["scores"]["best"] == {"step": 6, "score": 1 / 6}
+    assert [*stage["scores"]["steps"]] == ["2", "4", "6"]
+    assert kept(folder) == {"step-00000006": "heldout_kid_mean"}
+
+
+def kept(folder):
+    """Of which number each checkpoint in the best's place is the best."""
+    found = (folder / "checkpoints" / "best").glob("*/state.json")
+    return {path.parent.name: json.loads(path.read_text())["state"]["of"] for path in found}
 
 
 def test_a_training_that_is_shared_brings_its_scores_and_its_best(recipe):
@@ -164,6 +196,48 @@ def test_another_score_is_not_compared_with_those_before(recipe):
     assert stage["scores"]["of"] == "heldout_fid"
     assert [*stage["scores"]["steps"]] == ["6"]
     assert stage["scores"]["best"]["step"] == 6
+
+
+def test_the_best_of_another_score_gives_its_place_up_to_the_next(recipe, monkeypatch):
+    monkeypatch.setattr(Scores, "_value", lambda self, training: 1 / training.step)
+    folder = stopped_at(recipe, 6, kind=Scored, out="changed").path  # its last checkpoint is of 4
+    assert kept(folder) == {"step-00000006": "heldout_kid_mean"}
+    stopped_at(recipe, 5, "train.score=fid", out="changed")
+    assert kept(folder) == {"step-00000006": "heldout_kid_mean"}
+    finish(recipe, "train.score=fid", out="changed")
+    assert kept(folder) == {"step-00000006": "heldout_fid"}
+
+
+def test_a_damaged_best_checkpoint_is_said_and_the_next_score_takes_its_place(recipe):
+    folder = stopped_at(recipe, 5, out="damaged")
+    (file,) = folder.path.glob("checkpoints/best/*/online.safetensors")
+    file.write_bytes(b"half")
+    name = str(file.relative_to(folder.path).parent)
+    assert [(path, "damaged" in fault) for path, fault in integrity.verify(folder) if fault] == [
+        (name, True)
+    ]
+    *_, seen = finish(recipe, out="damaged")
+    notes = [event.text for event in seen if isinstance(event, Note)]
+    assert any(f"{file}: damaged" in t and t.endswith("takes its place") for t in notes), notes
+    assert kept(folder.path) == {"step-00000006": "heldout_kid_mean"}
+
+
+@pytest.mark.parametrize("said", ["kid_mean", "heldout_kid_mean", "fid"])
+def test_a_score_is_named_as_its_metric_or_its_event_does(recipe, said):
+    loaded = load(recipe, [f"train.score={said}", "train.score_images=30"], toy_registry())
+    metric, key = scored(loaded, 30)
+    assert (metric.keys()[0], metric.heldout) == (key, True)
+    assert said.endswith(key)
+    assert metric.kid_subset_size == (1000 if key == "fid" else 30)
+    plan(loaded)
+
+
+def test_training_goes_on_from_the_best(recipe):
+    folder, stage, _ = finish(recipe)
+    step = stage["scores"]["best"]["step"]
+    more = [f"train.start={folder}@best", "train.steps=8"]
+    *_, seen = finish(recipe, *more, out="more")
+    assert next(event.step for event in seen if isinstance(event, Step)) == step + 1
 
 
 def test_the_highest_score_is_the_best_where_more_is_better(recipe):

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from cmkit import Plugin, PluginError, Tracker, hookimpl, testing
+from cmkit import Interrupted, Plugin, PluginError, Tracker, hookimpl, testing
 from cmkit.plan import plan
 from cmkit.plugins import register
 from cmkit.recipe import load, run_name, schema, stage_keys
@@ -131,6 +131,16 @@ def test_a_tracker_that_fails_is_left_with_one_note_and_changes_no_bit(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_run_that_is_stopped_ends_its_trackers_and_says_which_fail(recipe, registry):
+    made, stop, notes = plan(load(recipe, [toy("close")], registry)), StopSignal(), []
+    with pytest.raises(Interrupted):
+        for event in run(made, registry, recipe.parent / "runs", CPU, stop):
+            stop.signum = 2 if isinstance(event, Step) else stop.signum
+            notes += [event.text] if isinstance(event, Note) else []
+    assert ToyListener.seen[-1] == "closed"
+    assert notes[-1] == "tracker toy: OSError: it is gone; the run goes on without it"
+
+
 def test_a_tracker_that_cannot_start_stops_the_run_before_it_trains(recipe, registry):
     with pytest.raises(PluginError, match=r"toy cannot be started: no server; mend it, or drop"):
         finish(recipe, registry, toy("start"))
@@ -174,6 +184,14 @@ def test_runs_share_a_csv_file_and_drop_their_own_rows_alone(tmp_path):
     left = [line.split(",")[:3] for line in path.read_text().splitlines()]
     one = [["one", str(step), "loss"] for step in (1, 2, 3)]
     assert left == [["run", "step", "name"], *one, ["one", "3", "fid"], ["two", "1", "loss"]]
+
+
+def test_a_csv_file_that_is_another_table_is_left_alone(recipe, registry, tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(PluginError, match=r"mine\.csv is no table of run, step, name, value"):
+        finish(recipe, registry, f'tracker=[{{use="csv", path="{path}"}}]')
+    assert path.read_text() == "a,b\n1,2\n"
 
 
 def test_the_check_finds_what_a_tracker_must_not_do(registry):

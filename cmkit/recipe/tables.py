@@ -162,8 +162,8 @@ class TrainTable(StageTable):
     keep: int = Field(2, ge=1, le=1000)
     """Checkpoints kept."""
     start: str | None = None
-    """A run to go on from, as RUN or RUN@STEP: its weights, averages, optimizer and step, under
-    this recipe's numbers. `cmkit run RECIPE --from RUN` says it."""
+    """A run to go on from, as RUN, RUN@STEP or RUN@best: its weights, averages, optimizer and step,
+    under this recipe's numbers. `cmkit run RECIPE --from RUN` says it."""
     log_every: Count = 50
     """Steps between log lines."""
     show: Annotated[int, Field(ge=0, le=SHOWN)] | Shown = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,19 +24,27 @@ LOG = {"rate": 2.0, "images_per_second": 16.0, "lr": 1e-3}
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
-    """No network, no key, and a home of its own."""
+    """No network, in no thread, no key, and a home of its own."""
+    tried = []
 
-    def refuse(self, address):
-        if self.family in (socket.AF_INET, socket.AF_INET6):
-            assert address[0] in ("127.0.0.1", "::1", "localhost"), f"network: {address}"
+    def watched(self, address):
+        away = self.family in (socket.AF_INET, socket.AF_INET6)
+        if away and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            tried.append(address)
+            raise OSError("no network")
         return connect(self, address)
 
     connect = socket.socket.connect
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", watched)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    yield
+    assert tried == []
 
 
 def tracker(name, **options):
@@ -143,6 +152,7 @@ def test_mlflow_has_one_run_with_each_step_once(run, picture):
     history = client.get_metric_history(found.info.run_id, "train/loss")
     assert [metric.step for metric in history] == [1, 2, 3, 4]
     assert [file.path for file in client.list_artifacts(found.info.run_id, "shown")]
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
 def test_wandb_writes_offline_runs_of_one_name(run, picture):
@@ -150,6 +160,7 @@ def test_wandb_writes_offline_runs_of_one_name(run, picture):
     killed(lambda: tracker("wandb").start(run), picture)
     files = list((run.folder / "wandb").glob("offline-run-*/*.wandb"))
     assert {file.stem for file in files} == {f"run-{run.name}"}
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
 
 
 def test_wandb_online_without_a_key_is_refused_and_asks_nobody(run):
@@ -158,9 +169,10 @@ def test_wandb_online_without_a_key_is_refused_and_asks_nobody(run):
         tracker("wandb", mode="online").start(run)
 
 
-def test_trackio_has_one_run_with_each_step_once(run, picture):
+def test_trackio_has_one_run_with_each_step_once(run, picture, capsys):
     pytest.importorskip("trackio")
     killed(lambda: tracker("trackio").start(run), picture)
+    assert capsys.readouterr().out == ""
     from trackio.sqlite_storage import SQLiteStorage
 
     logs = SQLiteStorage.get_logs("cmkit", run.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ class Run(Telling):
     """One start of the run, by MLflow's client, which keeps no state of the process."""
 
     def __init__(self, run: cmkit.RunInfo, options: MLflow):
+        if not options.uri:  # else it tells its makers that it is used
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
         super().__init__(run)
@@ -39,11 +42,10 @@ class Run(Telling):
         self.client = MlflowClient(tracking_uri=store)
         found = self.client.get_experiment_by_name(options.experiment)
         place = None if options.uri else (run.folder.resolve() / "artifacts").as_uri()
-        number = (
-            found.experiment_id
-            if found
-            else self.client.create_experiment(options.experiment, artifact_location=place)
-        )
+        if found:
+            number = found.experiment_id
+        else:
+            number = self.client.create_experiment(options.experiment, artifact_location=place)
         named = f"tags.cmkit_run = '{run.name}'"
         earlier = self.client.search_runs([number], named, max_results=1)
         if earlier:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cmkit
 from cmkit_trackers.telling import Telling, need
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class TensorBoard(cmkit.Tracker):
@@ -31,25 +35,26 @@ class Events(Telling):
     def __init__(self, run: cmkit.RunInfo, folder: Path):
         super().__init__(run)
         self.folder, self.recipe = folder, run.recipe
-        self.writer = None
+        self.writer: SummaryWriter | None = None
 
     def goes_on(self, step: int) -> None:
         """Open a file, at whose head TensorBoard drops what it has of later steps."""
-        super().goes_on(step)
         self.told = {what: min(known, step) for what, known in self.told.items()}
+        self.step = step
         self._open(step + 1)
 
-    def _open(self, purge_step: int | None):
+    def _open(self, purge_step: int | None = None) -> SummaryWriter:
+        """The writer, made where there is none yet."""
         from torch.utils.tensorboard import SummaryWriter
 
         if self.writer is None:
             self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
             text = json.dumps(self.recipe, indent=1)
-            self.writer.add_text("recipe", f"```\n{text}\n```", max((purge_step or 1) - 1, 0))
+            self.writer.add_text("recipe", f"```\n{text}\n```", self.step)
         return self.writer
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        writer = self._open(None)
+        writer = self._open()
         for name, value in values.items():
             writer.add_scalar(name, value, step)
         writer.flush()
@@ -60,7 +65,7 @@ class Events(Telling):
 
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        writer = self._open(None)
+        writer = self._open()
         writer.add_image(name, pixels, step, dataformats="HWC")
         writer.flush()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import cmkit
@@ -15,7 +17,8 @@ class Trackio(cmkit.Tracker):
     project: str = "cmkit"
     """The project."""
     space_id: str | None = None
-    """A Space of the Hugging Face hub that it is sent to, "OWNER/NAME"; absent = none."""
+    """A Space of the Hugging Face hub that it is sent to, "OWNER/NAME"; absent = what Trackio's
+    variable TRACKIO_SPACE_ID says, or none."""
 
     def check(self) -> None:
         need("trackio")
@@ -32,14 +35,15 @@ class Run(Telling):
         import trackio
 
         super().__init__(run)
-        self.run = trackio.init(
-            project=options.project,
-            name=run.name,
-            space_id=options.space_id,
-            config=flat(run.recipe),
-            resume="allow",
-            embed=False,
-        )
+        with redirect_stdout(sys.stderr):  # where results are printed
+            self.run = trackio.init(
+                project=options.project,
+                name=run.name,
+                space_id=options.space_id,
+                config=flat(run.recipe),
+                resume="allow",
+                embed=False,
+            )
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -50,4 +54,5 @@ class Run(Telling):
         self.run.log({f"{name}/pictures": trackio.Image(str(path))}, step=step)
 
     def close(self) -> None:
-        self.run.finish()
+        with redirect_stdout(sys.stderr):
+            self.run.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -34,6 +35,8 @@ class Run(Telling):
     """One start of the run."""
 
     def __init__(self, run: cmkit.RunInfo, options: WandB):
+        if options.mode == "offline":  # else it tells its makers of its own errors
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         super().__init__(run)
