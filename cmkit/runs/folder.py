@@ -81,15 +81,8 @@ class RunFolder:
         return [RunFolder(path) for path in found if path.resolve() != own]
 
     def checkpoint(self, step: int | Literal["best"]) -> Path:
-        """The checkpoint of a step, or the folder of the one with the best score; it need not be
-        there."""
+        """The checkpoint of a step, or the folder of the best by score; it need not be there."""
         return self.checkpoints / (step if step == "best" else f"step-{step:08d}")
-
-    def drop_best(self) -> None:
-        """Remove the checkpoint with the best score."""
-        with contextlib.suppress(FileNotFoundError):
-            self.checkpoint("best").rename(self.checkpoints / f"{files.TEMPORARY}best")
-            files.sweep(self.checkpoints)
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, rising, intact or not."""

@@ -100,11 +100,13 @@ def reuse_checkpoint(recipe: Recipe, folder: RunFolder, key: str) -> None:
 def _take_best(other: RunFolder, folder: RunFolder) -> None:
     """Copy the checkpoint with the best score of another run, where it has one that is intact, in
     the place of the own one."""
-    theirs = other.checkpoint("best")
+    from cmkit.checkpoint import drop_checkpoints
+
+    theirs, own = other.checkpoint("best"), folder.checkpoint("best")
     with contextlib.suppress(CmkitError, OSError):
         if theirs.is_dir():
-            folder.drop_best()
-            _copy_checkpoint(theirs, folder.checkpoint("best"))
+            drop_checkpoints(own)
+            _copy_checkpoint(theirs, own)
 
 
 def _copy_checkpoint(theirs: Path, own: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cmkit.checkpoint import latest_checkpoint, save_checkpoint
+from cmkit.checkpoint import drop_checkpoints, latest_checkpoint, save_checkpoint
 from cmkit.errors import CheckpointError, NonFiniteError
 from cmkit.files import digest_of
 from cmkit.measure import meter
@@ -91,7 +91,7 @@ class Scores:
         about = {"score": value, "of": self.name, "images": self.count, "about": self.about}
         if best := self._is_best(value, step):
             if self.best is None or self.best[1] > step:  # by other rules, or of another course
-                folder.drop_best()
+                drop_checkpoints(folder.checkpoint("best"))
             kept = {**state, **about}
             save_checkpoint(folder.checkpoint("best"), step, training.tensors(), kept, keep=1)
             self.best = value, step
