@@ -15,8 +15,8 @@ _HOMES = {
     "cmkit.plugins": "Plugin Registry api_version discover hookimpl hookspec",
     "cmkit.values": "Companion DataSpec Layout Phase Reference Scheduler TextSpec",
     "cmkit.kinds": (
-        "Adapter Backbone Codec Coder Dataset Meter Metric Objective Part Pictures Precond Prompts"
-        " Rescaler Sampler TextEncoder"
+        "Adapter Backbone Codec Coder Dataset Listener Meter Metric Objective Part Pictures Precond"
+        " Prompts Rescaler RunInfo Sampler TextEncoder Tracker"
     ),
     "cmkit.noise": "Noise",
     "cmkit.rng": "Rng image_labels image_noise permutation shared_dropout",
@@ -26,8 +26,8 @@ _HOMES = {
     "cmkit.models": "Models",
     "cmkit.api": "Pipeline load run",
     "cmkit.runs.events": (
-        "Cell CellsDrawn Comparison Downloaded Event Note RunFinished Sampled Saved StageFinished"
-        " StageStarted Step"
+        "Cell CellsDrawn Comparison Downloaded Event Note RunFinished Sampled Saved Scored Shown"
+        " StageFinished StageStarted Step"
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

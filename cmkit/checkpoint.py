@@ -66,6 +66,13 @@ def save_checkpoint(
     return final
 
 
+def drop_checkpoints(root: Path) -> None:
+    """Delete the folder `root` of checkpoints, if it is there. Call it while holding `lock`."""
+    with files.writing(root), contextlib.suppress(FileNotFoundError):
+        os.rename(root, root.with_name(f"{files.TEMPORARY}{root.name}"))
+        files.sweep(root.parent)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose every byte agreed with its manifest when it was opened."""

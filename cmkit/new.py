@@ -107,7 +107,8 @@ def _files(kind: str) -> dict[str, str]:
 
 
 def _recipe(kind: str) -> str:
-    own = {kind: '[[metric]]\nuse = "mine"\n' if kind == "metric" else f'[{kind}]\nuse = "mine"\n'}
+    head = f"[[{kind}]]" if kind in ("metric", "tracker") else f"[{kind}]"
+    own = {kind: f'{head}\nuse = "mine"\n'}
     changes = {"precond": DIFFUSION, "text": {**PROMPTED, **own}}.get(kind, own)
     first = {"dataset": "", kind: ""} if kind in ("codec", "text") else {}
     tables = {**first, **RECIPE, **changes}

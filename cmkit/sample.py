@@ -113,12 +113,8 @@ def sample(
 
     Raises NonFiniteError when a pixel is not finite.
     """
-    cast = autocast(precision, device)
-    for start in starts(draws, denoiser.noise.start, indices, batch, device):
-        with cast:
-            x0 = sampler.sample(denoiser, start.x, start.cond, start.noise)
-        images = finite_uint8(draws.pictures(x0), start.rows)
-        yield Batch(start.rows.start, images, start.labels)
+    for start, x0 in pictures(denoiser, sampler, draws, indices, batch, device, precision):
+        yield Batch(start.rows.start, finite_uint8(x0, start.rows), start.labels)
 
 
 @dataclass(frozen=True)
@@ -148,6 +144,24 @@ def starts(
         if draws.coding and draws.prompts:
             cond = draws.coding.conditions(draws.prompts_of(rows), cond.label)
         yield Start(rows, std * noise(0), cond, noise, labels)
+
+
+def pictures(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    draws: Draws,
+    indices: range,
+    batch: int,
+    device: torch.device,
+    precision: str,
+) -> Iterator[tuple[Start, Tensor]]:
+    """What each batch of `indices` starts from, and its pictures, about [-1, 1], (B, C, H, W) on
+    `device`."""
+    cast = autocast(precision, device)
+    for start in starts(draws, denoiser.noise.start, indices, batch, device):
+        with cast:
+            x0 = sampler.sample(denoiser, start.x, start.cond, start.noise)
+        yield start, draws.pictures(x0)
 
 
 def finite_uint8(x0: Tensor, rows: range) -> Tensor:

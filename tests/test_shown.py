@@ -14,7 +14,7 @@ from cmkit import RecipeError
 from cmkit.pictures import grid_png
 from cmkit.plan import coding_of, plan
 from cmkit.recipe import load, run_name, stage_keys
-from cmkit.runs import Note, RunFinished, RunFolder, Saved, run
+from cmkit.runs import Note, RunFinished, RunFolder, Saved, Shown, run
 from cmkit.runs.showing import Showing
 from cmkit.sample import Draws
 from cmkit.stop import StopSignal
@@ -222,13 +222,14 @@ def test_drawing_leaves_modes_and_generators_as_they_were(recipe, monkeypatch):
 
     monkeypatch.setattr(HearingNetwork, "forward", forward)
     state = torch.get_rng_state()
-    assert list(showing.draw(training)) == []
+    drawn = recipe.parent / "shown" / "step-00000000.png"
+    assert list(showing.draw(training)) == [Shown(0, drawn.resolve())]
     assert torch.equal(torch.get_rng_state(), state)
     assert [network.training, network.dropout.training, network.first.training] == [1, 0, 1]
     monkeypatch.setattr("cmkit.runs.showing.SIDE", 3)
     list(showing.draw(training))
     assert showing.result()["side"] == 2
-    assert pixels(recipe.parent / "shown" / "step-00000000.png").shape[0] == 48
+    assert pixels(drawn).shape[0] == 48
 
 
 def test_pictures_that_are_not_finite_do_not_end_the_training(recipe, monkeypatch):

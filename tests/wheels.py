@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("cmkit-ect", "cmkit-scm", "cmkit-meanflow", "cmkit-latent")
+PACKAGES = ("cmkit-ect", "cmkit-scm", "cmkit-meanflow", "cmkit-latent", "cmkit-trackers")
 """The distributions beside cmkit."""
 SEVERAL = """
 import contextlib, io, json, sys

@@ -109,6 +109,10 @@ class Display:
                 self.advance(done)
             case events.Saved(step):
                 self.say(f"saved step {step}")
+            case events.Scored(step, name, score, best):
+                self.say(
+                    f"step {step}: {name} {_number(score)}{', the best so far' if best else ''}"
+                )
             case events.Note(text):
                 self.say(text)
             case events.StageFinished(stage, result):

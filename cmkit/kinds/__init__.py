@@ -9,6 +9,7 @@ from cmkit.kinds.latent import Codec, Coder, Prompts, TextEncoder
 from cmkit.kinds.metric import Meter, Metric
 from cmkit.kinds.network import Adapter, Backbone, Objective, Precond, Rescaler, Sampler
 from cmkit.kinds.part import Part
+from cmkit.kinds.tracker import Listener, RunInfo, Tracker
 
 CLASSES: dict[str, type[Part]] = {
     "backbone": Backbone,
@@ -21,6 +22,7 @@ CLASSES: dict[str, type[Part]] = {
     "codec": Codec,
     "text": TextEncoder,
     "adapter": Adapter,
+    "tracker": Tracker,
 }
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Codec",
     "Coder",
     "Dataset",
+    "Listener",
     "Meter",
     "Metric",
     "Objective",
@@ -38,6 +41,8 @@ __all__ = [
     "Precond",
     "Prompts",
     "Rescaler",
+    "RunInfo",
     "Sampler",
     "TextEncoder",
+    "Tracker",
 ]

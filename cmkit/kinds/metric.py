@@ -60,6 +60,11 @@ class Metric(Part, ABC):
         """The cheapest metric that still returns `key`."""
         return self
 
+    def quick(self, images: int) -> Metric:
+        """The metric whose first number scores a training while it runs, on so few images and as
+        few real ones."""
+        return self
+
     def check(self, data: DataSpec, images: int) -> None:
         """Raise now what would stop `measure` later on `images` samples like `data`: missing
         weights, an unfit image size, too few images."""

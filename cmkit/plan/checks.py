@@ -97,6 +97,9 @@ def check_stages(recipe: Recipe) -> None:
             (), "no weights to sample from: add [train], or denoiser.weights = a file"
         )
     _check_start(recipe)
+    for index, tracker in enumerate(recipe.tracker):
+        with naming_table(recipe, "tracker", index):
+            tracker.check()
     if recipe.train and recipe.train.compile:
         with naming_table(recipe, "train", "compile"):
             _check_compiler()

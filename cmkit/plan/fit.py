@@ -12,7 +12,7 @@ from cmkit.plan.networks import naming_table
 from cmkit.plan.record import Plan
 from cmkit.plan.trial import dry_run
 from cmkit.recipe import Recipe
-from cmkit.recipe.grid import cells, minimized, with_values
+from cmkit.recipe.grid import cells, minimized, scored, with_values
 from cmkit.values import DataSpec
 from cmkit.weights import Weights, find
 
@@ -45,6 +45,11 @@ def check_fit(recipe: Recipe) -> Plan:
         with naming_table(recipe, "metric", index):
             notes += tuple(metric.caveats(data))
             metric.check(data, recipe.sample.images if recipe.sample else 0)
+    if recipe.train and recipe.train.score_every:
+        few = recipe.train.score_images
+        metric, _ = scored(recipe, few)
+        with naming_table(recipe, "train", "score_images"):
+            metric.check(data, few)
     if recipe.search:
         with naming_table(recipe, "search", "images"):
             minimized(recipe).check(data, recipe.search.images)
@@ -78,7 +83,8 @@ def check_fit(recipe: Recipe) -> Plan:
     if recipe.adapter:  # of which checkpoints hold what is trained
         trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
         kept = 4 * trained * (4 + len(recipe.train.ema) if recipe.train else 1)
-    disk = (recipe.train.keep + 1) * kept if recipe.train else 0
+    train = recipe.train
+    disk = (train.keep + 1 + bool(train.score_every)) * kept if train else 0
     if recipe.sample:
         disk += recipe.sample.images * data.channels * data.resolution**2
     return Plan(

@@ -212,7 +212,11 @@ def guided_as_said(recipe: Recipe, denoiser: Denoiser) -> Denoiser:
     w = recipe.denoiser.guidance
     embedded = recipe.denoiser.embeds_guidance or "guidance" in recipe.needs
     if w is None:
-        drawn = recipe.search or recipe.sample or (recipe.train and recipe.train.show)
+        drawn = (
+            recipe.search
+            or recipe.sample
+            or (recipe.train and (recipe.train.show or recipe.train.score_every))
+        )
         if embedded and drawn:
             raise recipe.source.error(
                 ("denoiser",), "the network embeds a guidance weight: say with which guidance to"

@@ -45,7 +45,8 @@ def schema(registry: Registry) -> dict[str, Any]:
         for kind in kinds_inside(model.model_fields):
             entry = definitions[key]["properties"][kind]
             entry["anyOf"] = [{"enum": registry.names(kind)}, choice(kind)]
-    properties["metric"] = {"type": "array", "items": choice("metric")}
+    for kind in ("metric", "tracker"):
+        properties[kind] = {"type": "array", "items": choice(kind)}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "cmkit recipe",

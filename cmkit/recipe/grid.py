@@ -44,6 +44,32 @@ def numbers(metric: Metric) -> tuple[str, ...]:
     return tuple(f"{metric.prefix}{key}" for key in metric.keys())  # noqa: SIM118 - of Metric
 
 
+def scored(recipe: Recipe, images: int) -> tuple[Metric, str]:
+    """The metric that scores a training on so few images, compared with images that are in none of
+    its batches where the data set has any, and the name of its number that is the score."""
+    assert recipe.train is not None
+    said = recipe.train.score
+    known: dict[str, Metric] = {}
+    for metric in recipe.metric:
+        for found in (metric.quick(images), metric):
+            keys = [key for key in found.keys() if key not in found.neither]  # noqa: SIM118
+            known |= {key: found for key in keys if key not in known}
+    if not known:
+        raise recipe.source.error(
+            ("train", "score_every"),
+            'a score needs a [[metric]] table: [[metric]] use = "fidelity"',
+        )
+    key = said.removeprefix("heldout_") if said else next(iter(known))
+    if key not in known:
+        raise recipe.source.error(
+            ("train", "score"),
+            f"no [[metric]] returns it as a score; known: {', '.join(known)}",
+            f" = {said!r}",
+        )
+    heldout = recipe.dataset.heldout() is not None
+    return known[key].only(key).model_copy(update={"heldout": heldout}), key
+
+
 def minimized(recipe: Recipe) -> Metric:
     """The cheapest metric that returns the number that the search minimizes."""
     assert recipe.search is not None

@@ -97,15 +97,17 @@ def from_tables(tables: Mapping[str, Any], source: Source, registry: Registry) -
         resolved[key] = dumped(records[key])
         if key == "teacher":
             records[key] = Teacher(records[key], **{"backbone": parts["backbone"], **inner})
-    metrics = tables.get("metric", [])
-    if not isinstance(metrics, list):
-        raise source.error(("metric",), 'expected a list of tables: [[metric]] use = "fidelity"')
-    pairs = [
-        part_of("metric", table, ("metric", index), source, registry)
-        for index, table in enumerate(metrics)
-    ]
-    if pairs:
-        resolved["metric"] = [table for _, table in pairs]
+    lists: dict[str, tuple[Any, ...]] = {}
+    for kind, example in (("metric", "fidelity"), ("tracker", "csv")):
+        said = tables.get(kind, [])
+        if not isinstance(said, list):
+            hint = f'expected a list of tables: [[{kind}]] use = "{example}"'
+            raise source.error((kind,), hint)
+        pairs = [part_of(kind, t, (kind, k), source, registry) for k, t in enumerate(said)]
+        lists[kind] = tuple(part for part, _ in pairs)
+        if pairs:
+            resolved[kind] = [table for _, table in pairs]
+    if lists["metric"]:
         records["metric"] = known.stage_class("metric")()
     return Recipe(
         name=name,
@@ -114,7 +116,8 @@ def from_tables(tables: Mapping[str, Any], source: Source, registry: Registry) -
         teacher=records.get("teacher"),
         stages={key: records[key] for key in known.STAGES if key in records},
         expected=records.get("expected"),
-        metric=tuple(part for part, _ in pairs),
+        metric=lists["metric"],
+        tracker=lists["tracker"],
         resolved=resolved,
         source=source,
         smoke=smoke,

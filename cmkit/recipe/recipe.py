@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Rescaler,
         Sampler,
         TextEncoder,
+        Tracker,
     )
     from cmkit.values import DataSpec
 
@@ -72,6 +73,8 @@ class Recipe:
     data: DataSpec | None = None
     """Shape of the data where it is known without reading them: of a finished run."""
     adapter: Adapter | None = None
+    tracker: tuple[Tracker, ...] = ()
+    """What is told the events of a run; they are no part of its key."""
     smoke: bool = False
     """Whether its numbers mean nothing: see `cmkit.smoke`."""
 
@@ -133,7 +136,8 @@ class Recipe:
         for key in ("denoiser", "teacher"):
             table = self.resolved.get(key, {})
             said += [(kind, table[kind]) for kind in kinds_inside(table)]
-        said += [("metric", table) for table in self.resolved.get("metric", ())]
+        for kind in ("metric", "tracker"):
+            said += [(kind, table) for table in self.resolved.get(kind, ())]
         for kind, part in said:
             yield kind, part if isinstance(part, str) else part["use"]
 

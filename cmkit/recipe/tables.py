@@ -114,7 +114,13 @@ class CacheTable(StageTable):
 class TrainTable(StageTable):
     """The keys of [train]."""
 
-    read_by = dict.fromkeys(("log_every", "save_every", "keep", "show", "show_every"), ())
+    read_by = dict.fromkeys(
+        (
+            *("log_every", "save_every", "save_minutes", "keep", "show", "show_every"),
+            *("score_every", "score", "score_images"),
+        ),
+        (),
+    )
 
     steps: Count
     """Optimizer steps."""
@@ -151,11 +157,13 @@ class TrainTable(StageTable):
     """Compile the network with torch.compile."""
     save_every: Count = 1000
     """Steps between checkpoints."""
+    save_minutes: float | None = Field(None, gt=0, le=10**6)
+    """Minutes after which a checkpoint is due as well, since the one before it."""
     keep: int = Field(2, ge=1, le=1000)
     """Checkpoints kept."""
     start: str | None = None
-    """A run to go on from, as RUN or RUN@STEP: its weights, averages, optimizer and step, under
-    this recipe's numbers. `cmkit run RECIPE --from RUN` says it."""
+    """A run to go on from, as RUN, RUN@STEP or RUN@best: its weights, averages, optimizer and step,
+    under this recipe's numbers. `cmkit run RECIPE --from RUN` says it."""
     log_every: Count = 50
     """Steps between log lines."""
     show: Annotated[int, Field(ge=0, le=SHOWN)] | Shown = 0
@@ -163,6 +171,16 @@ class TrainTable(StageTable):
     number, or with a [text] table their prompts. They change no bit of the training."""
     show_every: Count | None = None
     """Steps between such pictures, the last step aside; absent = `save_every`."""
+
+    score_every: Count | None = None
+    """Steps between quick scores of the first average, the last step aside: a metric of few images,
+    always of the same noise and labels, compared with the validation split where the data set has
+    one. The checkpoint of the best is kept as RUN@best. They change no bit of the training."""
+    score: str | None = None
+    """The number of a [[metric]] that is the score; absent = what the first metric has for few
+    images: of `fidelity` the kernel distance, "kid_mean"."""
+    score_images: int = Field(500, ge=2, le=10**6)
+    """Images of a quick score."""
 
     @field_validator("show", mode="before")
     @classmethod
@@ -185,6 +203,8 @@ class TrainTable(StageTable):
     def smallest(self, data: DataSpec) -> Mapping[str, Any]:
         few = {key: getattr(self, key) and 2 for key in ("warmup", "sqrt_decay")}
         sizes = {"steps": min(self.steps, 3), "batch": 4, "accumulate": min(self.accumulate, 2)}
+        if self.score_every:
+            few |= {"score_every": 2, "score_images": 16}
         return {**sizes, **few, "save_every": 2, "log_every": 1, "compile": False, "start": None}
 
 
@@ -240,7 +260,17 @@ STAGES = {
     "metric": "cmkit.runs.stages.metric:Measure",
 }
 """What a run does, in order: each stage is the class of its table, named as plugins name parts."""
-KEYS = ("name", "seed", "smoke", *PART_TABLES, "denoiser", "teacher", *STAGES, "expected")
+KEYS = (
+    "name",
+    "seed",
+    "smoke",
+    *PART_TABLES,
+    "denoiser",
+    "teacher",
+    *STAGES,
+    "tracker",
+    "expected",
+)
 REQUIRED = ("name", "dataset", "backbone")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 

@@ -53,6 +53,32 @@ def _doublings(steps: Sequence[int], sigmas: Sequence[int]) -> list[tuple[int, i
     return marks
 
 
+def scores_svg(curve: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The quick scores over the same steps, on a height of their own, and the text of each."""
+    values = {int(step): value for step, value in scores["steps"].items()}
+    low, high = min(values.values()), max(values.values())
+    last, best = curve["steps"][-1] or 1, scores["best"]
+    span = (high - low) or 1
+    dots = [
+        (round(100 * s / last, 3), round(92 - 84 * (v - low) / span, 3)) for s, v in values.items()
+    ]
+    return {
+        "of": scores["of"],
+        "line": " ".join(f"{x},{y}" for x, y in dots),
+        "dots": [
+            {
+                "x": x,
+                "y": y,
+                "best": step == best["step"],
+                "text": f"step {number(step)} · {scores['of']} {number(value)}",
+            }
+            for (x, y), (step, value) in zip(dots, values.items(), strict=True)
+        ],
+        "low": number(low),
+        "high": number(high),
+    }
+
+
 def curve_svg(curve: Mapping[str, Any]) -> dict[str, Any]:
     """Curve, ticks and doublings of N as the template draws them, in per cent of the plot, y down,
     and the text shown at each point."""

@@ -115,8 +115,8 @@ def _draw_cell(axes: Axes, x: int, y: int, cell: Mapping[str, Any], points: floa
         axes.text(x, y + 0.27, cell["mark"], color=ink, size=size, ha="center", va="center")
 
 
-def loss_png(curve: Mapping[str, Any]) -> bytes:
-    """The loss curve as a PNG, with a line wherever N has doubled."""
+def loss_png(curve: Mapping[str, Any], scores: Mapping[str, Any] | None = None) -> bytes:
+    """The loss curve as a PNG, with a line wherever N has doubled, and quick scores beside it."""
     from matplotlib.figure import Figure
 
     figure = Figure((7.2, 3.4), dpi=160, layout="constrained")
@@ -132,6 +132,14 @@ def loss_png(curve: Mapping[str, Any]) -> bytes:
     axes.set(xlabel="step", ylabel="loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
+    if scores:
+        beside = axes.twinx()
+        steps = [int(step) for step in scores["steps"]]
+        beside.plot(steps, [*scores["steps"].values()], "o-", color="#b3541e", ms=3, lw=1)
+        beside.plot(scores["best"]["step"], scores["best"]["score"], "o", color="#b3541e", ms=6)
+        beside.set_ylabel(f"{scores['of']}, {count(scores['images'])} images")
+        plain_ticks(beside)
+        beside.spines[["top"]].set_visible(False)
     return figure_png(figure)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cmkit.report import figures
-from cmkit.report.curve import curve_of, curve_svg
+from cmkit.report.curve import curve_of, curve_svg, scores_svg
 from cmkit.report.figures import LEVELS, count, number, score
 from cmkit.report.samples import evaluations, samples_page, shown_page, size_of
 from cmkit.report.search import FEW, axis_label, cell_data, confirm_page, search_page
@@ -43,9 +43,10 @@ def write_report(folder: RunFolder) -> Path:
         side = report.get("data", {}).get("resolution")
         sliders = sliders_page(stages["search"], folder, side, less) if search else None
         curve = curve_of(folder.log()) if "train" in stages else None
+        scores = stages.get("train", {}).get("scores")
         pictures = {
             **({"heatmap": figures.heatmap_png(search)} if search else {}),
-            **({"loss": figures.loss_png(curve)} if curve else {}),
+            **({"loss": figures.loss_png(curve, scores)} if curve else {}),
         }
         variables = {
             **{key: report[key] for key in ("name", "hash", "seconds", "citations")},
@@ -60,6 +61,7 @@ def write_report(folder: RunFolder) -> Path:
             "train": stages.get("train"),
             "shown": shown,
             "curve": curve_svg(curve) if curve else None,
+            "scores": scores_svg(curve, scores) if curve and scores else None,
             "costs": _costs(stages),
             "recipe": _toml(report["recipe"]),
             "environment": _environment(report["environment"]),

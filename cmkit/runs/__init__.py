@@ -13,7 +13,7 @@ _HOMES = {
     "cmkit.runs.drawing": "draw redraw",
     "cmkit.runs.events": (
         "Cell CellsDrawn Comparison Downloaded Encoded Event Note RunFinished Sampled Saved"
-        " StageFinished StageStarted Step"
+        " Scored Shown StageFinished StageStarted Step"
     ),
     "cmkit.runs.finished": "drawn_from",
     "cmkit.runs.folder": "RunFolder",

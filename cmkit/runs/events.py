@@ -28,6 +28,24 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """The quick score of a step of the training, the number `name` of a metric; `best` so far."""
+
+    step: int
+    name: str
+    score: float
+    best: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The picture of [train] show at a step is in the file `path`."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
 class Sampled:
     """Images drawn so far."""
 
@@ -71,6 +89,8 @@ Event = (
     | Downloaded
     | Step
     | Saved
+    | Scored
+    | Shown
     | Cell
     | CellsDrawn
     | Comparison

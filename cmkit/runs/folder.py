@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cmkit import files, hub
 from cmkit.errors import CheckpointError, DataError, ResourceError
@@ -80,9 +80,9 @@ class RunFolder:
         own, found = self.path.resolve(), runs_below((self.path.parent, *roots()))
         return [RunFolder(path) for path in found if path.resolve() != own]
 
-    def checkpoint(self, step: int) -> Path:
-        """The checkpoint of a step, which need not be there."""
-        return self.checkpoints / f"step-{step:08d}"
+    def checkpoint(self, step: int | Literal["best"]) -> Path:
+        """The checkpoint of a step, or the folder of the best by score; it need not be there."""
+        return self.checkpoints / (step if step == "best" else f"step-{step:08d}")
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints, rising, intact or not."""
@@ -409,6 +409,12 @@ class RunFolder:
         record = {"step": step, "picture": name, "about": about, "sha256": digest}
         files.append_jsonl(self._shown, record)
         return name
+
+    def of_tracker(self, name: str) -> Path:
+        """The folder of a tracker, made where it is not there."""
+        path = self.path / "trackers" / name.replace(":", "-")
+        files.make_folder(path)
+        return path
 
     def keep_picture(self, name: str, png: bytes) -> str:
         """Write the picture `name`.png, that of a smoke run stamped; its name for `picture`."""

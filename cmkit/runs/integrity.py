@@ -41,7 +41,10 @@ def verify(folder: RunFolder) -> Iterator[tuple[str, str]]:
         if name not in known:
             lost = files.damaged_lines(log, folder.checked)
             yield name, f"{lost} damaged lines" if lost else ""
-    for path in map(folder.checkpoint, folder.steps()):
+    kept = [*map(folder.checkpoint, folder.steps())]
+    if (best := folder.checkpoint("best")).is_dir():
+        kept.append(checkpoint.newest_folder(best))
+    for path in kept:
         yield _judged(folder, path, functools.partial(checkpoint.verify, path))
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Literal
 
 from cmkit.errors import CheckpointError, RecipeError, ResourceError, nearest
 
@@ -15,9 +16,9 @@ RUNS: ContextVar[Path | None] = ContextVar("RUNS", default=None)
 """The folder that --out names, where runs are found by their names."""
 NAMED = 10
 """Runs that an error names."""
-_CHOSEN = re.compile(r"(.+?)(?:@(\d{1,18}))?(?::(online|ema-[\d.]+))?")
+_CHOSEN = re.compile(r"(.+?)(?:@(\d{1,18}|best))?(?::(online|ema-[\d.]+))?")
 _CALLED = re.compile(
-    r"(run:)?([A-Za-z0-9][\w.-]*|(?=@latest))(@latest)?((?:@\d{1,18})?(?::(?:online|ema-[\d.]+))?)"
+    r"(run:)?([A-Za-z0-9][\w.-]*|(?=@latest))(@latest)?((?:@(?:\d{1,18}|best))?(?::(?:online|ema-[\d.]+))?)"
 )
 _KEYED = re.compile(r"(.+)-[0-9a-f]{8}")
 
@@ -122,8 +123,9 @@ def run_names() -> list[str]:
     return list(dict.fromkeys([*map(base_of, names), *names]))
 
 
-def chosen(name: str) -> tuple[str, int | None, str | None]:
-    """(place, step, average) of "RUN@STEP:AVERAGE", of which the last two may be left out."""
+def chosen(name: str) -> tuple[str, int | Literal["best"] | None, str | None]:
+    """(place, step, average) of "RUN@STEP:AVERAGE", of which the last two may be left out; STEP may
+    be "best"."""
     match = None if Path(name).exists() else _CHOSEN.fullmatch(name)
     if match is None:
         return name, None, None
@@ -131,6 +133,8 @@ def chosen(name: str) -> tuple[str, int | None, str | None]:
     if place != match[1] and (Path(place) / "recipe.toml").is_file():
         raise CheckpointError(f"{name}: say weights of a run as RUN@STEP:AVERAGE, or a part of it")
     place, step, average = match.groups()
+    if step == "best":
+        return place, "best", average
     return place, None if step is None else int(step), average
 
 

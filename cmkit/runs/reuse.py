@@ -78,6 +78,8 @@ def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:
         except OSError:  # it is being removed at this moment
             continue
         if not folder.damage(stage, found):
+            if stage == "train":
+                _take_best(other, folder)
             return found
     return None
 
@@ -85,21 +87,39 @@ def reuse(folder: RunFolder, stage: str, key: str) -> dict[str, Any] | None:
 def reuse_checkpoint(recipe: Recipe, folder: RunFolder, key: str) -> None:
     """Copy the newest intact checkpoint of another run whose training this is the same as, or a
     longer one of the same bits, if there is one and `folder` has none."""
-    from cmkit.checkpoint import newest_folder, verify
-
     other = _begun(recipe, key, folder.inputs()["inputs"], _others(folder))
     if other is None or folder.steps():
         return
+    _take_best(other, folder)  # before the checkpoint, without which all of it is taken again
     with contextlib.suppress(CmkitError, OSError):
-        newest = newest_folder(other.checkpoints)
-        verify(newest)
-        files.make_folder(folder.checkpoints)
-        with files.new_folder(folder.checkpoints / newest.name) as stage:
-            for path in newest.iterdir():
-                shutil.copyfile(path, stage / path.name)
-        verify(folder.checkpoints / newest.name)
+        _copy_checkpoint(other.checkpoints, folder.checkpoints)
         for name in ("log.jsonl", *(file for file in other.digests("train") if "shown" in file)):
             _take(other, folder, name)
+
+
+def _take_best(other: RunFolder, folder: RunFolder) -> None:
+    """Copy the checkpoint with the best score of another run, where it has one that is intact, in
+    the place of the own one."""
+    from cmkit.checkpoint import drop_checkpoints
+
+    theirs, own = other.checkpoint("best"), folder.checkpoint("best")
+    with contextlib.suppress(CmkitError, OSError):
+        if theirs.is_dir():
+            drop_checkpoints(own)
+            _copy_checkpoint(theirs, own)
+
+
+def _copy_checkpoint(theirs: Path, own: Path) -> None:
+    """Copy the newest checkpoint of a folder to another; CheckpointError where it is damaged."""
+    from cmkit.checkpoint import newest_folder, verify
+
+    newest = newest_folder(theirs)
+    verify(newest)
+    files.make_folder(own)
+    with files.new_folder(own / newest.name) as stage:
+        for path in newest.iterdir():
+            shutil.copyfile(path, stage / path.name)
+    verify(own / newest.name)
 
 
 def _take(other: RunFolder, folder: RunFolder, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from cmkit.runs.job import Job
 from cmkit.runs.places import make_out
 from cmkit.runs.policies import check_training
 from cmkit.runs.reuse import outlook, run_folder
+from cmkit.runs.telling import telling
 from cmkit.stop import StopSignal
 from cmkit.weights import download
 
@@ -52,55 +53,62 @@ def run(
     make_out(folder.path)
     with folder.held():
         folder.keep_recipe(recipe.toml())
-        plan = as_begun(plan, folder)
-        for weights in plan.downloads:
-            for event in download(weights):
-                yield event
-                stop.check("what came of the weights is kept")
-        yield from map(Note, plan.notes)
-        inputs = inputs_of(plan.recipe, plan.data, device)
-        if not folder.checked:
-            folder.migrate()
-            folder.keep_inputs(inputs, stage_keys(recipe, inputs))
-        yield from map(Note, left_out(recipe.dataset))
-        status = folder.status()
-        yield from map(Note, check_inputs(plan, folder, inputs, list(status)))
-        keys, begun_with = folder.inputs()["keys"], folder.inputs()["inputs"]
-        check_training(recipe, keys)
-        environment = describe_environment(plan, registry, device)
-        if sentence := changed_environment(folder.starts(), environment):
-            yield Note(sentence)
-        folder.append_start(environment)
-        if chosen := chosen_precision(plan.recipe, device):
-            yield Note(f"precision auto is {chosen}")
-        if "train" not in status:
-            yield from map(Note, filter(None, [sigma_data_note(plan), cut_note(plan)]))
-        stages = list(outlook(recipe, folder, keys, begun_with, registry))
-        if stages[0].why or any(stage.origin for stage in stages):
-            yield from (Note(str(stage)) for stage in stages)
-        job = Job(plan, folder, device, stop, keys, status)
-        yield from job.stages()
-        results = {name: stage["result"] for name, stage in job.status.items()}
-        report = {
-            "schema": SCHEMA,
-            "name": recipe.name,
-            "hash": run_name(recipe).removeprefix(f"{recipe.name}-"),
-            **({"smoke": True} if recipe.smoke else {}),
-            "recipe": dict(recipe.resolved),
-            "environment": environment,
-            "starts": folder.starts(),
-            "inputs": folder.inputs()["inputs"],
-            "data": asdict(plan.data),
-            "stages": results,
-            "seconds": sum(stage["seconds"] for stage in results.values()),
-            "citations": citations(plan, registry),
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        folder.keep_report(report)
-        write_report(folder)
-        report = folder.report()
-        yield from map(Note, _tell_plugins(registry, folder.path, report))
-        yield RunFinished(folder.path, report)
+        yield from telling(_carried_out(plan, registry, folder, device, stop), recipe, folder)
+
+
+def _carried_out(
+    plan: Plan, registry: Registry, folder: RunFolder, device: torch.device, stop: StopSignal
+) -> Generator[Event, None, None]:
+    """The events of `run` in a folder that is held."""
+    recipe, plan = plan.recipe, as_begun(plan, folder)
+    for weights in plan.downloads:
+        for event in download(weights):
+            yield event
+            stop.check("what came of the weights is kept")
+    yield from map(Note, plan.notes)
+    inputs = inputs_of(plan.recipe, plan.data, device)
+    if not folder.checked:
+        folder.migrate()
+        folder.keep_inputs(inputs, stage_keys(recipe, inputs))
+    yield from map(Note, left_out(recipe.dataset))
+    status = folder.status()
+    yield from map(Note, check_inputs(plan, folder, inputs, list(status)))
+    keys, begun_with = folder.inputs()["keys"], folder.inputs()["inputs"]
+    check_training(recipe, keys)
+    environment = describe_environment(plan, registry, device)
+    if sentence := changed_environment(folder.starts(), environment):
+        yield Note(sentence)
+    folder.append_start(environment)
+    if chosen := chosen_precision(plan.recipe, device):
+        yield Note(f"precision auto is {chosen}")
+    if "train" not in status:
+        yield from map(Note, filter(None, [sigma_data_note(plan), cut_note(plan)]))
+    stages = list(outlook(recipe, folder, keys, begun_with, registry))
+    if stages[0].why or any(stage.origin for stage in stages):
+        yield from (Note(str(stage)) for stage in stages)
+    job = Job(plan, folder, device, stop, keys, status)
+    yield from job.stages()
+    results = {name: stage["result"] for name, stage in job.status.items()}
+    report = {
+        "schema": SCHEMA,
+        "name": recipe.name,
+        "hash": run_name(recipe).removeprefix(f"{recipe.name}-"),
+        **({"smoke": True} if recipe.smoke else {}),
+        "recipe": dict(recipe.resolved),
+        "environment": environment,
+        "starts": folder.starts(),
+        "inputs": folder.inputs()["inputs"],
+        "data": asdict(plan.data),
+        "stages": results,
+        "seconds": sum(stage["seconds"] for stage in results.values()),
+        "citations": citations(plan, registry),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    folder.keep_report(report)
+    write_report(folder)
+    report = folder.report()
+    yield from map(Note, _tell_plugins(registry, folder.path, report))
+    yield RunFinished(folder.path, report)
 
 
 def shown(recipe: Recipe, folder: RunFolder, device: torch.device) -> Iterator[Event]:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cmkit.device import autocast
 from cmkit.errors import NonFiniteError
 from cmkit.files import digest_of
 from cmkit.pictures import grid_png
 from cmkit.plan.networks import guided_as_said
-from cmkit.runs.events import Note
-from cmkit.sample import Draws, finite_uint8, starts
+from cmkit.runs.events import Note, Shown
+from cmkit.sample import Draws, Start, finite_uint8, pictures
 
 if TYPE_CHECKING:
+    from cmkit.denoiser import Denoiser
     from cmkit.runs.job import Job
     from cmkit.train import Training
 
@@ -40,8 +40,7 @@ class Showing:
     def __init__(self, job: Job):
         recipe, table = job.plan.recipe, job.plan.recipe.train
         assert table is not None
-        assert recipe.sampler is not None
-        self.job, self.table, self.sampler = job, table, recipe.sampler
+        self.job, self.table = job, table
         given = table.show if isinstance(table.show, tuple) else ()
         self.count = len(given) if isinstance(table.show, tuple) else table.show
         prompts, rule = given or job.prompts, job.plan.label_rule
@@ -57,24 +56,21 @@ class Showing:
         every = self.table.show_every or self.table.save_every
         return step not in self.drawn and (step % every == 0 or step == self.table.steps)
 
-    def draw(self, training: Training) -> Iterator[Note]:
+    def draw(self, training: Training) -> Iterator[Note | Shown]:
         """Draw the pictures of the training's step; a note instead where they are not finite."""
         average = training.models.ema[self.table.ema[0]]
-        denoiser = guided_as_said(self.job.plan.recipe, average)
-        batch, device = self.table.batch // self.table.accumulate, self.job.device
-        indices, std = range(self.count), denoiser.noise.start
         images = []
         try:
-            with _apart(average.network, device), autocast(self.table.precision, device):
-                for start in starts(self.draws, std, indices, batch, device):
-                    x0 = self.sampler.sample(denoiser, start.x, start.cond, start.noise)
-                    images.append(finite_uint8(self.draws.pictures(x0), start.rows))
+            with apart(average.network, self.job.device):
+                for start, x0 in drawn(self.job, average, self.draws, self.count):
+                    images.append(finite_uint8(x0, start.rows))
         except NonFiniteError as error:
             yield Note(f"train.show: nothing drawn at step {training.step}: {error}")
             return
         sheet = grid_png(_smaller(torch.cat(images)), COLUMNS)
         name = self.job.folder.keep_shown(training.step, self.about, sheet)
         self.drawn[training.step] = name
+        yield Shown(training.step, self.job.folder.picture(name))
 
     def result(self) -> dict[str, Any]:
         """What report.json says of the pictures: their names by step, prompts, number and side."""
@@ -95,8 +91,19 @@ def _smaller(images: Tensor) -> Tensor:
     return nn.functional.avg_pool2d(images.float(), factor).round().to(torch.uint8)
 
 
+def drawn(job: Job, average: Denoiser, draws: Draws, count: int) -> Iterator[tuple[Start, Tensor]]:
+    """`cmkit.sample.pictures` of an average of the training, by the recipe's sampler and guidance,
+    unscaled, at the training's batch and precision."""
+    recipe, table = job.plan.recipe, job.plan.recipe.train
+    assert table is not None
+    assert recipe.sampler is not None
+    denoiser, batch = guided_as_said(recipe, average), table.batch // table.accumulate
+    indices, precision = range(count), table.precision
+    return pictures(denoiser, recipe.sampler, draws, indices, batch, job.device, precision)
+
+
 @contextlib.contextmanager
-def _apart(network: nn.Module, device: torch.device) -> Iterator[None]:
+def apart(network: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, `network` is evaluated without a trace in a training of it: its modules are put back
     into their modes, default generators into their states, and nothing is compiled anew."""
     modes = {module: module.training for module in network.modules()}

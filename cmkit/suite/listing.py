@@ -149,6 +149,7 @@ def about(one: Listed) -> dict[str, Any]:
     weights = [one.name] * folder.weights.exists()
     weights += [f"{one.name}{which}" for which in averages]
     weights += [f"{one.name}@{step}" for step in folder.steps()]
+    weights += [f"{one.name}@best"] * folder.checkpoint("best").is_dir()
     same = [other for other in others if base_of(other.path.name) == base_of(one.name)]
     began = datetime.datetime.fromtimestamp(one.begun).astimezone()
     return {

@@ -16,3 +16,4 @@ from cmkit.testing.protocol import ProtocolError, check_fields
 from cmkit.testing.rescaler import check_rescaler
 from cmkit.testing.sampler import check_sampler
 from cmkit.testing.text import check_text
+from cmkit.testing.tracker import check_tracker

@@ -104,6 +104,10 @@ def find(name: str, backbone: Backbone) -> Weights:
     if path.exists():
         return Weights(name, path, average=average)
     if step is not None:
+        if step == "best":
+            raise CheckpointError(
+                f"{name}: no best checkpoint is kept; a training with score_every keeps one"
+            )
         raise CheckpointError(
             f"{name}: no checkpoint of step {step} is kept; there are"
             f" {', '.join(map(str, folder.steps())) or 'none'}"

@@ -161,6 +161,7 @@ DATASETS = {
         LSUN,
     ),
 }
+TRACKERS = {"csv:CSV": ("A file of losses, learning rates and scores as comma-separated values",)}
 TEXTS = {
     "emoji_words:EmojiWords": (
         "Words of the emoji's captions in six languages, in closed form, without weights",
@@ -215,6 +216,7 @@ def cmkit_register() -> list[Plugin]:
         "dataset": DATASETS,
         "text": TEXTS,
         "metric": METRICS,
+        "tracker": TRACKERS,
     }
     return [
         Plugin(kind, target.partition(":")[0].rstrip("_"), f"cmkit_std.{kind}s.{target}", *about)

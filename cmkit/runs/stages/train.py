@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,50 +55,57 @@ class Train(TrainTable, Stage):
         from cmkit.errors import DataError, NonFiniteError
         from cmkit.plan import coding_of
         from cmkit.runs.events import Note, Saved, StageStarted
+        from cmkit.runs.scoring import Scores
         from cmkit.runs.showing import Showing
         from cmkit.tensors import save_weights
         from cmkit.train import start, train
         from cmkit.weights import start_checkpoint
 
         showing = Showing(job) if self.show else None
-        # Without pictures to draw the prompt encoder is let go with the rest.
-        null = (job.coding if showing else coding_of(job.plan, job.device)).null
+        # Without pictures to draw or score the prompt encoder is let go with the rest.
+        null = (job.coding if showing or self.score_every else coding_of(job.plan, job.device)).null
         folder, training = job.folder, start(job.plan, job.device, null)
-        warnings: list[str] = []
-        found = latest_checkpoint(folder.checkpoints, warnings.append)
-        yield from map(Note, warnings)
+        notes: list[str] = []
+        found = latest_checkpoint(folder.checkpoints, notes.append)
         spent, loss = 0.0, None
         if not found and self.start:
-            origin = open_checkpoint(start_checkpoint(self.start))
-            yield from map(Note, training.start_from(origin))
+            notes += training.start_from(open_checkpoint(start_checkpoint(self.start)))
         if found:
             training.restore(found)
             spent, loss = found.state["seconds"], found.state["loss"]
-            yield Note(f"resuming from step {found.step}")
+            notes.append(f"resuming from step {found.step}")
         folder.rewind_log(training.step)
+        scores = Scores(job, notes.append) if self.score_every else None
+        yield from map(Note, notes)
         began = time.perf_counter()
         yield StageStarted("train", training.step, self.steps)
 
-        def save() -> Saved:
+        def state() -> dict[str, Any]:
             seconds = spent + time.perf_counter() - began
-            state = {**training.state(), "seconds": seconds, "loss": loss}
+            return {**training.state(), "seconds": seconds, "loss": loss}
+
+        def save() -> Saved:
             groups = training.tensors()
-            save_checkpoint(folder.checkpoints, training.step, groups, state, self.keep)
+            save_checkpoint(folder.checkpoints, training.step, groups, state(), self.keep)
             return Saved(training.step)
 
-        saved = training.step
+        saved, rest = training.step, 60 * (self.save_minutes or math.inf)
+        last = time.monotonic()
         try:
             for event in train(training):
                 due = event.step % self.save_every == 0 or event.step == self.steps
+                due = due or time.monotonic() - last >= rest
                 if event.log:
                     loss = event.log["loss"]
                     folder.append_log({"step": event.step, **event.log}, durable=due)
                 yield event
                 if showing and showing.due(event.step):  # before the save, or a kill might skip it
                     yield from showing.draw(training)
+                if scores and scores.due(event.step):
+                    yield from scores.score(training, state())
                 if due or job.stop.signum:
                     yield save()
-                    saved = training.step
+                    saved, last = training.step, time.monotonic()
                 job.stop.check(f"step {event.step} is saved in {folder.path}")
         except NonFiniteError as error:
             if not folder.steps():
@@ -132,6 +140,8 @@ class Train(TrainTable, Stage):
         }
         if showing and showing.drawn:
             result["shown"] = showing.result()
+        if scores and scores.best:
+            result["scores"] = scores.result()
 
     def line(self, result: Mapping[str, Any]) -> str:
         from cmkit.report.figures import number
