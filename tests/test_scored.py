@@ -234,7 +234,7 @@ def test_a_score_is_named_as_its_metric_or_its_event_does(recipe, said):
 def test_training_goes_on_from_the_best(recipe):
     folder, stage, _ = finish(recipe)
     step = stage["scores"]["best"]["step"]
-    more = [f"train.start={folder}@best", "train.steps=8"]
+    more = [f"train.start='{folder}@best'", "train.steps=8"]
     *_, seen = finish(recipe, *more, out="more")
     assert next(event.step for event in seen if isinstance(event, Step)) == step + 1
 
