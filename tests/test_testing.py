@@ -49,6 +49,7 @@ PLAIN = (
     "metric.digits_judge",
     "metric.emoji_judge",
     "text.emoji_words",
+    "tracker.csv",
 )
 """Parts whose defaults are small."""
 

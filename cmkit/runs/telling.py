@@ -18,7 +18,9 @@ from cmkit.runs.folder import RunFolder
 
 PATIENCE = 20.0
 """Seconds that a run waits for a tracker that was told an event, before it goes on without; it
-waits three times as long for one that begins or ends."""
+waits three times as long for one that ends."""
+PATIENCE_AT_START = 300.0
+"""Seconds for one that begins, which may build a database first."""
 
 
 class Told:
@@ -38,7 +40,7 @@ class Told:
         def begun() -> None:
             self.listener = start()
 
-        return self._call(begun, 3 * PATIENCE)
+        return self._call(begun, PATIENCE_AT_START)
 
     def on(self, event: Event) -> BaseException | None:
         """Tell an event."""

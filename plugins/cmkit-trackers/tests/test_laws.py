@@ -71,7 +71,7 @@ def killed(started, picture):
 def run(tmp_path):
     folder = tmp_path / "run" / "trackers" / "own"
     folder.mkdir(parents=True)
-    return cmkit.RunInfo("toy-00000000", RECIPE, folder)
+    return cmkit.RunInfo("own-00000000", RECIPE, folder)  # no name of `check_tracker`
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ class Events(Telling):
     """The event file of one start."""
 
     def __init__(self, run: cmkit.RunInfo, folder: Path):
+        import torch.utils.tensorboard  # noqa: F401 - it takes seconds, which `on` must not
+
         super().__init__(run)
         self.folder, self.recipe = folder, run.recipe
         self.writer: SummaryWriter | None = None

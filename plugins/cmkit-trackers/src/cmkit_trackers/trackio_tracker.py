@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -32,8 +33,10 @@ class Run(Telling):
     """One start of the run."""
 
     def __init__(self, run: cmkit.RunInfo, options: Trackio):
-        import trackio
+        drawn = random.getstate()
+        import trackio  # which draws from Python's generator
 
+        random.setstate(drawn)
         super().__init__(run)
         with redirect_stdout(sys.stderr):  # where results are printed
             self.run = trackio.init(
@@ -54,5 +57,7 @@ class Run(Telling):
         self.run.log({f"{name}/pictures": trackio.Image(str(path))}, step=step)
 
     def close(self) -> None:
+        import trackio
+
         with redirect_stdout(sys.stderr):
-            self.run.finish()
+            trackio.finish()
