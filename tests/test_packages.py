@@ -5,10 +5,10 @@ import pytest
 from tests.wheels import PACKAGES, ROOT
 
 CODE = """
-import sys, pytest
+import importlib, sys, pytest
 code = pytest.main(sys.argv[2:])
 modules = "cmkit", "cmkit_std", sys.argv[1]
-print(*(sys.modules[name].__file__ for name in modules))
+print(*(importlib.import_module(name).__file__ for name in modules))
 sys.exit(code)
 """
 MARKERS = """\

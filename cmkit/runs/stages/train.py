@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cmkit.recipe import TrainTable, stage_keys
+from cmkit.recipe import TrainTable
 from cmkit.runs.stages import Stage
 
 if TYPE_CHECKING:
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from cmkit.runs.job import Job
 
 
-def described(plan: Plan) -> dict[str, str]:
-    """What model.safetensors says of itself: the same for the same training, wherever it is run."""
+def described(plan: Plan, key: str) -> dict[str, str]:
+    """What model.safetensors says of itself: the same for the same training, whose key is `key`,
+    wherever it is run."""
     import cmkit
 
     space, recipe = plan.space, plan.recipe
@@ -25,7 +26,7 @@ def described(plan: Plan) -> dict[str, str]:
     return {
         "cmkit.format": "cmkit",
         "cmkit.version": cmkit.__version__,
-        "cmkit.training": stage_keys(recipe)["train"],
+        "cmkit.training": key,
         "cmkit.recipe": recipe.name,
         "cmkit.backbone": recipe.resolved["backbone"]["use"],
         "cmkit.shape": "x".join(map(str, shape)),
@@ -129,7 +130,9 @@ class Train(TrainTable, Stage):
         if adapter := job.plan.recipe.adapter:
             adapter.write(average, folder.weights)
         else:
-            save_weights(folder.weights, average.state_dict(), described(job.plan))
+            save_weights(
+                folder.weights, average.state_dict(), described(job.plan, job.keys["train"])
+            )
         seconds = spent + time.perf_counter() - began
         result |= {
             "steps": self.steps,
